@@ -1,0 +1,146 @@
+"""Tiny models for tests: published configs in small, random weights that hide nothing, and a whole model folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from zimage.text.tokenizer import QWEN_SPLIT
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+VOCAB = 256 + len(SPECIAL_TOKENS)
+
+QWEN = {
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,  # not hidden / heads, as in the published encoder
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+
+DIT = {
+    "_class_name": "ZImageTransformer2DModel",
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+    "in_channels": 16,
+    "dim": 64,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "cap_feat_dim": QWEN["hidden_size"],
+    "siglip_feat_dim": None,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+    "axes_dims": [8, 12, 12],
+    "axes_lens": [256, 64, 64],
+}
+
+KL = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [8, 16, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+WAN = {
+    "_class_name": "AutoencoderKLWan",
+    "attn_scales": [],
+    "base_dim": 8,
+    "dim_mult": [1, 2, 2, 2],
+    "dropout": 0.0,
+    "latents_mean": [round(0.3 * (-1) ** i + 0.05 * i, 4) for i in range(16)],
+    "latents_std": [round(1.1 + 0.1 * i, 4) for i in range(16)],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that a reference class takes as keywords."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def randomised(module: nn.Module, seed: int) -> nn.Module:
+    """Fill every parameter so that each one matters: kernels keep the scale of their input, norms differ from one,
+    pad tokens and adaLN from zero. All values are exact in bfloat16, so that both precisions hold the same model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(module.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if name.endswith("gamma") or (weight.ndim == 1 and name.endswith("weight")):
+            noise = 1 + 0.3 * noise  # a norm
+        elif weight.ndim == 1:
+            noise = 0.1 * noise  # a bias
+        elif not name.endswith(("pad_token", "embed_tokens.weight")):
+            noise = noise / weight[0].numel() ** 0.5  # a kernel: one over the root of its fan-in
+        weight.data = noise.bfloat16().to(weight.dtype)
+    return module
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Largest difference over the reference's largest value."""
+    assert ours.shape == reference.shape, f"{tuple(ours.shape)} is not {tuple(reference.shape)}"
+    return float((ours.double() - reference.double()).abs().max() / reference.double().abs().max())
+
+
+def tokenizer() -> Tokenizer:
+    """Bytes and special tokens only: cuts text as Qwen does, and merges nothing."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(list(SPECIAL_TOKENS))
+    return fast
+
+
+def write_model(folder: Path, text_encoder: Mapping, transformer: Mapping, vae: Mapping, vae_config: Mapping) -> Path:
+    """A model folder in the published layout with these state dicts (the VAE's as published); returns `folder`."""
+    parts = {
+        "text_encoder": (QWEN, text_encoder, "model"),
+        "transformer": (DIT, transformer, "diffusion_pytorch_model"),
+        "vae": (vae_config, vae, "diffusion_pytorch_model"),
+    }
+    for name, (config, weights, stem) in parts.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_file({key: value.contiguous() for key, value in weights.items()}, folder / name / f"{stem}.safetensors")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "tokenizer").mkdir()
+    tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder

@@ -1,0 +1,5 @@
+"""The diffusion transformer: refined captions and noisy latents in, velocity out."""
+
+from zimage.dit.model import ContextRefiner, ZImageDiT
+
+__all__ = ["ContextRefiner", "ZImageDiT"]

@@ -1,0 +1,124 @@
+"""The transformer block of the DiT and its modulation by the noise level.
+
+Shapes: B batch, L tokens, H heads, D head size, `dim` = H·D. Module names are the checkpoint's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zimage.dit.rope import Rotation
+from zimage.kernels.rope import rotate_pairs
+from zimage.kernels.swiglu import swiglu
+from zimage.nn.attention import attention
+from zimage.nn.layers import RMSNorm
+
+MODULATION_WIDTH = 256
+
+
+class BlockModulation(NamedTuple):
+    """What the noise level does to one block, each (B, 1, dim)."""
+
+    scale_msa: Tensor
+    gate_msa: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int, eps: float):
+        super().__init__()
+        self.head_dim = dim // heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.norm_q = RMSNorm(self.head_dim, eps)
+        self.norm_k = RMSNorm(self.head_dim, eps)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.norm_q(self.to_q(x).unflatten(-1, heads))  # (B, L, H, D)
+        k = self.norm_k(self.to_k(x).unflatten(-1, heads))
+        v = self.to_v(x).unflatten(-1, heads)
+        out = attention(rotate_pairs(q, *rotation), rotate_pairs(k, *rotation), v, mask)
+        return self.to_out[0](out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """x += gate · norm₂(f(norm₁(x) · scale)), once with attention and once with the feed-forward network for f.
+
+    Without modulation (the context refiner) gate = scale = 1.
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float, modulated: bool):
+        super().__init__()
+        self.attention = Attention(dim, heads, eps)
+        self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
+        self.attention_norm1 = RMSNorm(dim, eps)
+        self.attention_norm2 = RMSNorm(dim, eps)
+        self.ffn_norm1 = RMSNorm(dim, eps)
+        self.ffn_norm2 = RMSNorm(dim, eps)
+        if modulated:
+            self.adaLN_modulation = nn.ModuleList([nn.Linear(min(dim, MODULATION_WIDTH), 4 * dim)])
+
+    def modulate(self, time: Tensor) -> BlockModulation:
+        """The modulation at time embeddings (B, 256): scale = 1 + s, gate = tanh(g)."""
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation[0](time).unsqueeze(1).chunk(4, dim=-1)
+        return BlockModulation(1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, modulation: BlockModulation | None = None
+    ) -> Tensor:
+        if modulation is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, mask))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        m = modulation
+        attended = self.attention(self.attention_norm1(x) * m.scale_msa, rotation, mask)
+        x = x + m.gate_msa * self.attention_norm2(attended)
+        return x + m.gate_mlp * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * m.scale_mlp))
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoid of the time (cosines first, maximal period 10,000, fp32) through a two-layer network."""
+
+    def __init__(self, width: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(MODULATION_WIDTH, 1024), nn.SiLU(), nn.Linear(1024, width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        """(B,) in [0, 1] → (B, 256)."""
+        half = MODULATION_WIDTH // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=time.device) / half
+        frequencies = torch.exp(-torch.log(torch.tensor(10_000.0)).to(time.device) * exponent)
+        angle = (time.float() * self.scale)[:, None] * frequencies
+        sinusoid = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return self.mlp(sinusoid.to(self.mlp[0].bias.dtype))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm(x) · (1 + Linear(SiLU(time))) → Linear to patch values. A scale only, no shift."""
+
+    def __init__(self, dim: int, patch_values: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, MODULATION_WIDTH), dim))
+
+    def modulate(self, time: Tensor) -> Tensor:
+        """(B, 256) → scale (B, 1, dim)."""
+        return 1 + self.adaLN_modulation(time).unsqueeze(1)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.linear(self.norm_final(x) * scale)

@@ -1,0 +1,266 @@
+"""The single-stream DiT of Z-Image (Tongyi-MAI 2025), and its context refiner, which can be used alone.
+
+Shapes: B batch, L caption tokens, Lp = L padded to a multiple of 32, N image tokens, Np likewise, D head size,
+C = 16 latent channels, h × w latents. σ is the noise level: 1 = pure noise, 0 = clean.
+
+Data flow of one denoising run:
+
+    captions → refine (once per prompt) ─┐
+    sizes ───────────────────────────────┴→ context (once per image)
+    all σ ───────────────────────────────→ modulate (once per run)
+    latents, modulation.step(i), context → velocity (once per step)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder
+from zimage.dit.patch import patchify, unpatchify
+from zimage.dit.rope import Rotation, caption_positions, image_positions, rotation
+from zimage.errors import ConfigError, RequestError
+from zimage.nn.config import read_architecture
+from zimage.nn.layers import RMSNorm
+
+SEQUENCE_MULTIPLE = 32  # the learned pad tokens fill every sequence up to a multiple of this, and are attended
+PATCH = 2
+
+
+@dataclass(frozen=True)
+class ZImageDiTConfig:
+    dim: int
+    n_layers: int
+    n_refiner_layers: int
+    n_heads: int
+    n_kv_heads: int
+    in_channels: int
+    cap_feat_dim: int
+    axes_dims: tuple[int, ...]
+    axes_lens: tuple[int, ...]
+    rope_theta: float
+    norm_eps: float
+    t_scale: float
+
+    IMPLEMENTED: ClassVar = {
+        "_class_name": ("ZImageTransformer2DModel",),
+        "all_patch_size": ([PATCH], (PATCH,)),
+        "all_f_patch_size": ([1], (1,)),
+        "qk_norm": (True,),
+        "siglip_feat_dim": (None,),
+    }
+
+    def __post_init__(self):
+        if self.n_kv_heads != self.n_heads:
+            raise ConfigError(f"DiT config: n_kv_heads = {self.n_kv_heads} must equal n_heads = {self.n_heads}")
+        if self.dim % self.n_heads or sum(self.axes_dims) * self.n_heads != self.dim:
+            raise ConfigError(
+                f"DiT config: axes_dims {list(self.axes_dims)} must add up to dim / n_heads = "
+                f"{self.dim} / {self.n_heads}"
+            )
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "ZImageDiTConfig":
+        return read_architecture(cls, config, cls.IMPLEMENTED)
+
+    @property
+    def max_caption_tokens(self) -> int:
+        """The longest caption that stays inside the trained positions: 1504 as published.
+
+        Positions start at 1, Lp is a multiple of 32 and the image stands at Lp + 1, which must be below axes_lens[0].
+        """
+        return (self.axes_lens[0] - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the noise level does to every block; one row per noise level."""
+
+    noise_refiner: list[BlockModulation]
+    layers: list[BlockModulation]
+    final: Tensor  # (B, 1, dim)
+
+    def step(self, i: int) -> "Modulation":
+        """The modulation of the i-th noise level alone."""
+
+        def row(blocks: list[BlockModulation]) -> list[BlockModulation]:
+            return [BlockModulation(*(part[i : i + 1] for part in block)) for block in blocks]
+
+        return Modulation(row(self.noise_refiner), row(self.layers), self.final[i : i + 1])
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that stays the same over the steps of one batch: caption tokens, rotations, mask."""
+
+    tokens: Tensor  # (B, Lp, dim), refined captions
+    image_rotation: Rotation  # of Np tokens
+    rotation: Rotation  # of the joint sequence [image, caption], Np + Lp tokens
+    mask: Tensor | None  # (B, 1, 1, Np + Lp), False on batch padding; None when all captions have one padded length
+
+
+class ContextRefiner(nn.Module):
+    """Caption embeddings → refined caption tokens. Sees neither time nor image, so it runs once per prompt."""
+
+    def __init__(self, config: ZImageDiTConfig):
+        super().__init__()
+        self.config = config
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+        )
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]):
+        """Build from the contents of `transformer/config.json`; raises ConfigError."""
+        return cls(ZImageDiTConfig.read(config))
+
+    def refine(self, captions: Sequence[Tensor]) -> list[Tensor]:
+        """Refined tokens (Lp, dim) of each caption (L, caption width), run one by one: no result depends on another."""
+        return [self._refine_padded([caption])[0][0] for caption in captions]
+
+    forward = refine
+
+    def _refine_padded(self, captions: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """All captions in one padded batch (B, max Lp, dim), and their Lp."""
+        lengths = [_padded(len(caption)) for caption in captions]
+        tokens = torch.stack([self._embed(c, n, max(lengths)) for c, n in zip(captions, lengths, strict=True)])
+        turn = self._rotation(caption_positions(max(lengths))[None])
+        mask = _key_mask(0, lengths, tokens.device)
+        for block in self.context_refiner:
+            tokens = self._run(block, tokens, turn, mask)
+        return tokens, lengths
+
+    def _embed(self, caption: Tensor, length: int, batch_length: int) -> Tensor:
+        """(L, caption width) → (batch_length, dim): learned pads up to `length`, zeros (masked) from there."""
+        if caption.ndim != 2 or caption.shape[1] != self.config.cap_feat_dim or not len(caption):
+            raise RequestError(
+                f"a caption of shape {tuple(caption.shape)} does not fit; "
+                f"it must be (tokens, {self.config.cap_feat_dim})"
+            )
+        tokens = self.cap_embedder(caption.to(self.cap_pad_token))
+        pads = self.cap_pad_token.expand(length - len(tokens), -1)
+        return F.pad(torch.cat((tokens, pads)), (0, 0, 0, batch_length - length))
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        turn = rotation(positions, self.config.axes_dims, self.config.rope_theta)
+        return Rotation(*(part.to(self.cap_pad_token.device) for part in turn))
+
+    def _run(self, block: Block, *args) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class ZImageDiT(ContextRefiner):
+    """Predicts the velocity dx/dσ of noisy latents: a ContextRefiner with the image stream added."""
+
+    def __init__(self, config: ZImageDiTConfig):
+        super().__init__(config)
+        values = PATCH * PATCH * config.in_channels
+        key = f"{PATCH}-1"  # spatial and temporal patch size
+        self.all_x_embedder = nn.ModuleDict({key: nn.Linear(values, config.dim)})
+        self.all_final_layer = nn.ModuleDict({key: FinalLayer(config.dim, values)})
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.t_embedder = TimeEmbedder(min(config.dim, 256), config.t_scale)
+        self.noise_refiner = _blocks(config, config.n_refiner_layers, modulated=True)
+        self.layers = _blocks(config, config.n_layers, modulated=True)
+
+    @property
+    def x_embedder(self) -> nn.Linear:
+        return self.all_x_embedder[f"{PATCH}-1"]
+
+    @property
+    def final_layer(self) -> FinalLayer:
+        return self.all_final_layer[f"{PATCH}-1"]
+
+    def activation_bytes(self, image_tokens: int, dtype: torch.dtype) -> int:
+        """About the peak of one evaluation for one image: the feed-forward's hidden maps and a few of width dim."""
+        tokens = image_tokens + self.config.max_caption_tokens
+        return tokens * (2 * int(self.config.dim / 3 * 8) + 8 * self.config.dim) * dtype.itemsize
+
+    def forward(self, latents: Tensor, sigma: Tensor, captions: Sequence[Tensor]) -> Tensor:
+        """Velocity (B, C, h, w) fp32 of latents (B, C, h, w) at noise levels σ (B,) and B captions (L, caption width).
+
+        x += (σ′ − σ) · velocity takes x from σ to σ′. The batch runs in one go, unequal captions padded and masked.
+        """
+        refined, lengths = self._refine_padded(captions)
+        context = self._context(refined, lengths, *latents.shape[-2:])
+        return self.velocity(latents, self.modulate(sigma), context)
+
+    def modulate(self, sigma: Tensor) -> Modulation:
+        """The modulations of all blocks at noise levels σ (B,)."""
+        time = self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
+        return Modulation(
+            [block.modulate(time) for block in self.noise_refiner],
+            [block.modulate(time) for block in self.layers],
+            self.final_layer.modulate(time),
+        )
+
+    def context(self, refined: Sequence[Tensor], h: int, w: int) -> Context:
+        """The step-invariant part for images of h × w latents with refined captions (Lp, dim) each."""
+        lengths = [len(tokens) for tokens in refined]
+        batch = torch.stack([F.pad(tokens, (0, 0, 0, max(lengths) - len(tokens))) for tokens in refined])
+        return self._context(batch, lengths, h, w)
+
+    def _context(self, tokens: Tensor, lengths: list[int], h: int, w: int) -> Context:
+        rows, columns = h // PATCH, w // PATCH
+        padded = _padded(rows * columns)
+        image = torch.stack(
+            [image_positions(rows, columns, padded, n) for n in (lengths if len(set(lengths)) > 1 else lengths[:1])]
+        )  # (B or 1, Np, 3): a caption's length shifts only its own image
+        caption = caption_positions(max(lengths)).expand(len(image), -1, -1)
+        joint = self._rotation(torch.cat((image, caption), dim=1))
+        return Context(
+            tokens=tokens,
+            image_rotation=Rotation(*(part[:, :padded] for part in joint)),
+            rotation=joint,
+            mask=_key_mask(padded, lengths, tokens.device),
+        )
+
+    def velocity(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w)."""
+        h, w = latents.shape[-2:]
+        image = self._embed_image(latents)
+        for block, m in zip(self.noise_refiner, modulation.noise_refiner, strict=True):
+            image = self._run(block, image, context.image_rotation, None, m)
+        x = torch.cat((image, context.tokens), dim=1)  # (B, Np + Lp, dim)
+        for block, m in zip(self.layers, modulation.layers, strict=True):
+            x = self._run(block, x, context.rotation, context.mask, m)
+        patches = self.final_layer(x[:, : (h // PATCH) * (w // PATCH)], modulation.final)
+        return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
+
+    def _embed_image(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, Np, dim): pads replace the embedded value and are attended like any token."""
+        C, h, w = latents.shape[1:]
+        if self.config.in_channels != C or h % PATCH or w % PATCH:
+            raise RequestError(
+                f"latents of shape {tuple(latents.shape)} do not fit: "
+                f"{self.config.in_channels} channels and even sides are needed"
+            )
+        tokens = self.x_embedder(patchify(latents.to(self.x_pad_token), PATCH))
+        pads = self.x_pad_token.expand(len(tokens), _padded(tokens.shape[1]) - tokens.shape[1], -1)
+        return torch.cat((tokens, pads), dim=1)
+
+
+def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleList:
+    return nn.ModuleList(Block(config.dim, config.n_heads, config.norm_eps, modulated) for _ in range(count))
+
+
+def _padded(length: int) -> int:
+    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+
+
+def _key_mask(image_length: int, caption_lengths: list[int], device: torch.device) -> Tensor | None:
+    """(B, 1, 1, image_length + longest caption), False on batch padding; None when there is none."""
+    longest = max(caption_lengths)
+    if min(caption_lengths) == longest:
+        return None
+    real = torch.arange(image_length + longest) < image_length + torch.tensor(caption_lengths)[:, None]
+    return real[:, None, None, :].to(device)

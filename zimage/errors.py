@@ -1,0 +1,31 @@
+"""Every error a user can cause. Each message says what was wrong and what would be right, on one line."""
+
+
+class ZImageError(Exception):
+    """Base of all errors raised on purpose; `exit_status` is what the command line returns for it."""
+
+    exit_status = 1
+
+
+class RequestError(ZImageError, ValueError):
+    """A setting or an argument that cannot be used: the caller has to change the call."""
+
+    exit_status = 2
+
+
+class CheckpointError(ZImageError):
+    """A model folder or weight file that is missing, damaged or does not fit the architecture."""
+
+
+class ConfigError(CheckpointError):
+    """A `config.json` that lacks a needed key or asks for something that is not implemented."""
+
+
+class NonFiniteError(ZImageError):
+    """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
+
+
+class Cancelled(ZImageError):
+    """A render was interrupted on purpose."""
+
+    exit_status = 130

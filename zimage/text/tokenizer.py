@@ -1,0 +1,85 @@
+"""Text ↔ token ids with Qwen's byte-level BPE, read from `tokenizer.json` or from `vocab.json` + `merges.txt`."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from zimage.errors import CheckpointError
+
+# How Qwen2 and Qwen3 cut text into words before the byte pairs are merged.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    def __init__(self, fast: FastTokenizer):
+        self._fast = fast
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """From a `tokenizer/` folder; raises CheckpointError naming what is missing or damaged."""
+        try:
+            if (folder / "tokenizer.json").is_file():
+                fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+                fast.normalizer = fast.normalizer or normalizers.NFC()
+            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                fast = _from_vocabulary(folder)
+            else:
+                raise CheckpointError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt, was found")
+        except CheckpointError:
+            raise
+        except Exception as error:  # the Rust tokenizer raises bare Exception
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+        fast.no_truncation()
+        fast.no_padding()
+        return cls(fast)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, special tokens included."""
+        return self._fast.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """All token ids of `text`; nothing is added and nothing is cut."""
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._fast.decode(ids, skip_special_tokens=False)
+
+
+def _from_vocabulary(folder: Path) -> FastTokenizer:
+    bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    fast = FastTokenizer(bpe)
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    fast.add_tokens(_special_tokens(folder))
+    return fast
+
+
+def _special_tokens(folder: Path) -> list[AddedToken]:
+    """`added_tokens_decoder` of tokenizer_config.json, in the order of the ids."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: vocab.json and merges.txt do not hold the special tokens")
+    entries = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder")
+    if not entries:
+        raise CheckpointError(f"{path}: the key 'added_tokens_decoder' is missing")
+    kinds = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return [
+        AddedToken(entry["content"], **{kind: entry.get(kind, False) for kind in kinds})
+        for _, entry in sorted(entries.items(), key=lambda item: int(item[0]))
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

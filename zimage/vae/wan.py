@@ -1,0 +1,294 @@
+"""AutoencoderKLWan: the image half of the Wan 2.1 video VAE.
+
+A still image meets only the last temporal tap of each causal 3-D kernel (the frames before it are zero padding) and
+no temporal resampling. So every module here is 2-D, and published weights are folded while they are loaded.
+
+Shapes: B batch, C channels, H × W pixels, h × w = H/8 × W/8 latents, T temporal taps.
+Module names are the checkpoint's (diffusers naming).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zimage.errors import CheckpointError, ConfigError
+from zimage.kernels.norm import rms_norm
+from zimage.nn.attention import attention
+from zimage.nn.config import read_architecture
+
+NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
+
+
+@dataclass(frozen=True)
+class AutoencoderKLWanConfig:
+    base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temperal_downsample: tuple[bool, ...]  # spelt so in the checkpoint; decides only which time_conv keys a file holds
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    in_channels: int = 3
+    out_channels: int = 3
+    sample_size: int = 1024
+
+    IMPLEMENTED: ClassVar = {
+        "_class_name": ("AutoencoderKLWan",),
+        "attn_scales": ([], ()),
+        "decoder_base_dim": (None,),
+        "dropout": (0.0,),
+        "is_residual": (False,),  # True in Wan 2.2, another architecture
+        "patch_size": (None,),
+    }
+
+    def __post_init__(self):
+        lengths = {"latents_mean": self.z_dim, "latents_std": self.z_dim, "temperal_downsample": len(self.dim_mult) - 1}
+        for key, length in lengths.items():
+            if len(getattr(self, key)) != length:
+                raise ConfigError(f"AutoencoderKLWan config: {key} should hold {length} values")
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
+
+
+class AutoencoderKLWan(nn.Module):
+    """Images (B, 3, H, W) in [−1, 1] ↔ standardised latents (B, 16, H/8, W/8)."""
+
+    def __init__(self, config: AutoencoderKLWanConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+        self._published = self._published_shapes()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "AutoencoderKLWan":
+        """Build from the contents of `vae/config.json`; raises ConfigError."""
+        return cls(read_architecture(AutoencoderKLWanConfig, config, AutoencoderKLWanConfig.IMPLEMENTED))
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.config.dim_mult) - 1)
+
+    def activation_bytes(self, pixels: int, dtype: torch.dtype) -> int:
+        """About the peak of decoding one image: twelve maps of the first width at full size.
+
+        Measured: 6.3 in fp32; 11.7 in bf16, whose norms run in fp32.
+        """
+        return 12 * self.config.base_dim * pixels * dtype.itemsize
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance, each (B, 16, h, w), not standardised."""
+        mean, logvar = self.quant_conv(self.encoder(self._input(images))).chunk(2, dim=1)
+        return mean, logvar
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Standardised latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode."""
+        mean, _ = self.moments(images)
+        center, spread = self._statistics(mean)
+        return (mean.float() - center) / spread
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of standardised latents (B, 16, h, w)."""
+        center, spread = self._statistics(latents)
+        z = self._input(latents.float() * spread + center)
+        return self.decoder(self.post_quant_conv(z)).float().clamp(-1, 1)
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every key of a published file with its 3-D shape, those of the unused time_conv included."""
+        return dict(self._published)
+
+    def fold(self, key: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """One published tensor as (own name, view of it), or None for a key knowingly unused; raises CheckpointError.
+
+        Keeps the last tap of a causal kernel (O, I, T, k, k) and drops the empty axes of a norm's gamma (C, 1, 1, 1).
+        """
+        if tuple(tensor.shape) != self._published.get(key):
+            wanted = list(self._published[key]) if key in self._published else "absent"
+            raise CheckpointError(f"AutoencoderKLWan: {key} {list(tensor.shape)} should be {wanted}")
+        if ".time_conv." in key:
+            return None  # resamples between frames: a still image has one
+        if tensor.ndim == 5:
+            return key, tensor[:, :, -1]
+        return key, tensor.flatten() if key.endswith(".gamma") else tensor
+
+    def _published_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, CausalConv | ChannelNorm | Resample):
+                shapes |= {f"{name}.{leaf}": shape for leaf, shape in module.published_shapes().items()}
+        rest = {key: tuple(weight.shape) for key, weight in self.named_parameters() if key not in shapes}
+        return shapes | rest
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each latent channel, (16, 1, 1) fp32."""
+        stats = torch.tensor((self.config.latents_mean, self.config.latents_std), device=like.device)
+        center, spread = stats.float()[:, :, None, None]
+        return center, spread
+
+    def _input(self, x: Tensor) -> Tensor:
+        # Channels innermost: quicker convolutions, and each norm reads its channels in one stretch.
+        return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+class CausalConv(nn.Conv2d):
+    """What a causal 3-D convolution of k × k × k taps does to the first frame: its last temporal tap, zeros around."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int):
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        O, I, k, _ = self.weight.shape  # noqa: E741
+        return {"weight": (O, I, k, k, k), "bias": (O,)}
+
+
+class ChannelNorm(nn.Module):
+    """gamma · √C · x / ‖x‖ over the channels of each pixel, in fp32 inside: an RMS norm over the channel axis."""
+
+    def __init__(self, width: int, published_axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.published_axes = published_axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = NORM_EPS**2 / len(self.gamma)
+        return rms_norm(x.permute(0, 2, 3, 1), self.gamma, eps).permute(0, 3, 1, 2)
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"gamma": (len(self.gamma), *(1,) * self.published_axes)}
+
+
+class Resample(nn.Module):
+    """Halve (`stride` 2) or double a map; `resample[0]` holds no weights, as in the checkpoint."""
+
+    def __init__(self, first: nn.Module, conv: nn.Conv2d, time_conv: tuple[int, int] | None):
+        super().__init__()
+        self.resample = nn.Sequential(first, conv)
+        self.time_conv_widths = time_conv  # (in, out) of the temporal convolution in the file, which is not built
+
+    @classmethod
+    def down(cls, width: int, temporal: bool) -> "Resample":
+        conv = nn.Conv2d(width, width, 3, stride=2)
+        return cls(nn.ZeroPad2d((0, 1, 0, 1)), conv, (width, width) if temporal else None)
+
+    @classmethod
+    def up(cls, width: int, temporal: bool) -> "Resample":
+        """Halves the channels too."""
+        conv = nn.Conv2d(width, width // 2, 3, padding=1)
+        return cls(nn.Upsample(scale_factor=2.0, mode="nearest"), conv, (width, 2 * width) if temporal else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resample(x)
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the temporal convolution only; that of `resample` is stored as it is."""
+        if self.time_conv_widths is None:
+            return {}
+        c_in, c_out = self.time_conv_widths
+        return {"time_conv.weight": (c_out, c_in, 3, 1, 1), "time_conv.bias": (c_out,)}
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: AutoencoderKLWanConfig):
+        super().__init__()
+        widths = [config.base_dim * factor for factor in config.dim_mult]
+        self.conv_in = CausalConv(config.in_channels, config.base_dim, 3)
+        self.down_blocks = nn.ModuleList()  # flat, as in the checkpoint: residual blocks and resamplers in one list
+        c_in = config.base_dim
+        for i, width in enumerate(widths):
+            for j in range(config.num_res_blocks):
+                self.down_blocks.append(ResnetBlock(c_in if j == 0 else width, width))
+            c_in = width
+            if i < len(widths) - 1:
+                self.down_blocks.append(Resample.down(width, config.temperal_downsample[i]))
+        self.mid_block = MidBlock(widths[-1])
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2·16, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: AutoencoderKLWanConfig):
+        super().__init__()
+        widths = [config.base_dim * factor for factor in config.dim_mult[::-1]]
+        temporal = (*config.temperal_downsample[::-1], None)  # None: no upsampling
+        self.conv_in = CausalConv(config.z_dim, widths[0], 3)
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config.num_res_blocks, widths[0] if i == 0 else widths[i - 1] // 2, width, temporal[i])
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], config.out_channels, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, layers: int, c_in: int, c_out: int, temporal: bool | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out) for j in range(layers + 1))
+        self.upsamplers = nn.ModuleList([] if temporal is None else [Resample.up(c_out, temporal)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialAttention(width)])
+        self.resnets = nn.ModuleList(ResnetBlock(width, width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1 = ChannelNorm(c_in)
+        self.conv1 = CausalConv(c_in, c_out, 3)
+        self.norm2 = ChannelNorm(c_out)
+        self.conv2 = CausalConv(c_out, c_out, 3)
+        self.conv_shortcut = CausalConv(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SpatialAttention(nn.Module):
+    """One head over all h·w positions of a frame, residual."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = ChannelNorm(width, published_axes=2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2)  # (B, h·w, 1, 3C)
+        out = attention(*qkv.chunk(3, dim=-1)).flatten(2)  # (B, h·w, C)
+        return x + self.proj(out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
