@@ -1,0 +1,39 @@
+"""Options of the suite: `--full` adds the tests of full-size models."""
+
+import pytest
+import tiny
+import torch
+
+import zimage
+from zimage.dit import ZImageDiT
+from zimage.text import Qwen3
+from zimage.vae import AutoencoderKL
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, most of all on busy cores
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if "full" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="full-size models are opt-in: --full"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A whole random model in the published layout; tests that change files copy it first."""
+    parts = (Qwen3.from_config(tiny.QWEN), ZImageDiT.from_config(tiny.DIT), AutoencoderKL.from_config(tiny.KL))
+    states = [tiny.randomised(part, seed).state_dict() for seed, part in enumerate(parts)]
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "tiny", *states, tiny.KL)
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny_folder):
+    return zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")

@@ -1,0 +1,48 @@
+"""Command-line options made from the settings' dataclass fields."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from zimage.settings import fields
+
+
+def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable:
+    """A decorator that adds one option per field of a settings dataclass; options not given stay None."""
+
+    def decorate(command: Callable) -> Callable:
+        for field, kinds in reversed(fields(settings)):
+            if field.name not in skip:
+                command = _option(field, kinds)(command)
+        return command
+
+    return decorate
+
+
+def given(values: dict[str, Any], settings: type) -> dict[str, Any]:
+    """Of all option values those that belong to `settings` and were given."""
+    names = {field.name for field, _ in fields(settings)}
+    found = {name: value for name, value in values.items() if name in names and value not in (None, ())}
+    return {name: _single(value) for name, value in found.items()}
+
+
+def _option(field: Any, kinds: tuple[type, ...]) -> Callable:
+    names = [n for n in (field.metadata["flag"], "--" + field.name.replace("_", "-")) if n]
+    default = "" if field.default in (None, "") else f" Default: {field.default}."
+    choices = field.metadata["choices"]
+    return click.option(
+        *names,
+        field.name,
+        type=click.Choice(choices) if choices else kinds[-1],
+        multiple=field.name == "seed",
+        metavar=None if choices else kinds[-1].__name__.upper(),
+        help=field.metadata["help"] + default,
+    )
+
+
+def _single(value: Any) -> Any:
+    """A repeatable option given once is a single value, more often a list."""
+    if isinstance(value, tuple):
+        return value[0] if len(value) == 1 else list(value)
+    return value

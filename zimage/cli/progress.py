@@ -1,0 +1,53 @@
+"""What a person sees while a render runs: a line on a terminal, nothing in a pipe."""
+
+import sys
+from typing import Any
+
+STAGES = {"text_encoder": "text encoder", "dit": "DiT", "vae": "VAE"}
+
+
+class Progress:
+    """A consumer of pipeline events. Progress and notes go to standard error, names of files to standard output."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.live = not quiet and sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        """Replace the progress line."""
+        if self.live:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.close()
+        print(text, file=sys.stderr)
+
+    def update(self, event: Any) -> None:
+        if event.stage == "load":
+            self.show(f"loading the {STAGES[event.detail]}")
+            return
+        place = f" ({event.index + 1} of {event.count})" if event.count > 1 else ""
+        self.show(f"{event.stage}{place} {_bar(event.step, event.total)} {event.step}/{event.total}")
+
+    def finished(self, saved: dict[str, Any]) -> None:
+        self.close()
+        r = saved["request"]
+        if sys.stdout.isatty():
+            print(f"{saved['path']}  (seed {r['seed']})", flush=True)
+            return
+        print(saved["path"], flush=True)
+        if not self.quiet:
+            print(f"seed {r['seed']}", file=sys.stderr)
+
+    def summary(self, count: int, seconds: float) -> None:
+        self.note(f"{count} image{'s' if count != 1 else ''} in {seconds:.1f} s")
+
+    def close(self) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _bar(done: int, total: int, width: int = 24) -> str:
+    filled = done * width // total
+    return "█" * filled + "░" * (width - filled)

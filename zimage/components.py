@@ -1,0 +1,151 @@
+"""The parts of a model folder: which module each one is, how it is found, checked and loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from zimage.dit import ContextRefiner, ZImageDiT
+from zimage.errors import CheckpointError, ConfigError, RequestError
+from zimage.nn.config import read_architecture
+from zimage.runtime.checkpoint import Checkpoint, check_fit, load_weights, on_meta, read_json
+from zimage.text import Qwen3
+from zimage.vae import AutoencoderKL, AutoencoderKLWan
+
+SUBFOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "context_refiner": "transformer", "vae": "vae"}
+VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLWan": AutoencoderKLWan}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The only scheduler setting that a plain flow-matching Euler sampler needs."""
+
+    shift: float
+
+    IMPLEMENTED: ClassVar = {
+        "_class_name": ("FlowMatchEulerDiscreteScheduler",),
+        "use_dynamic_shifting": (False,),
+        "use_karras_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "invert_sigmas": (False,),
+        "stochastic_sampling": (False,),
+        "shift_terminal": (None,),
+    }
+
+
+class Component:
+    """One part of a model folder, opened and checked but not loaded."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name = name
+        self.config = read_json(folder / "config.json")
+        self.checkpoint = Checkpoint(folder)
+        self.skeleton = self._build()
+        check_fit(self.skeleton, self.checkpoint, self._other_keys())
+
+    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
+        """Bytes of the loaded weights as `dtype`, or as they are stored."""
+        if widen_late:
+            return self.checkpoint.stored_bytes()
+        return sum(weight.numel() for weight in self.skeleton.parameters()) * dtype.itemsize
+
+    def load(self, device: torch.device, dtype: torch.dtype, widen_late: bool = False) -> nn.Module:
+        """A module with its weights: on the CPU views of the mapped file where the dtype agrees.
+
+        `widen_late`: matrices stay as stored and are widened to `dtype` when used.
+        """
+        model = self._build()
+        load_weights(model, self.checkpoint, dtype, device, widen_late)
+        return model
+
+    def _build(self) -> nn.Module:
+        with on_meta():
+            return _module_class(self.name, self.config).from_config(self.config)
+
+    def _other_keys(self) -> set[str]:
+        """The context refiner shares its file with the rest of the DiT."""
+        if self.name != "context_refiner":
+            return set()
+        with on_meta():
+            return set(ZImageDiT.from_config(self.config).state_dict())
+
+
+def load_component(
+    folder: str | Path, name: str, device: str = "cpu", dtype: str | torch.dtype | None = None
+) -> nn.Module:
+    """Load one part by itself: "text_encoder", "dit", "context_refiner" or "vae".
+
+    `folder` is the model folder or the component's own. Raises RequestError or CheckpointError.
+    """
+    if name not in SUBFOLDERS:
+        raise RequestError(f"there is no component {name!r}; use one of {', '.join(SUBFOLDERS)}")
+    place = choose_device(device)
+    return Component(name, component_folder(Path(folder), name)).load(place, choose_dtype(dtype, place))
+
+
+def component_folder(folder: Path, name: str) -> Path:
+    """`folder`'s subfolder of the component, or `folder` itself where it is that subfolder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give one in the published layout")
+    inner = folder / SUBFOLDERS[name]
+    if not inner.is_dir() and (folder / "config.json").is_file():
+        return folder
+    return inner
+
+
+def read_shift(folder: Path) -> float | None:
+    """The schedule's shift, or None where the folder carries no scheduler config."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    shift = read_architecture(SchedulerConfig, read_json(path), SchedulerConfig.IMPLEMENTED).shift
+    if not shift > 0:
+        raise ConfigError(f"{path}: shift = {shift} must be above 0")
+    return float(shift)
+
+
+def choose_device(name: str) -> torch.device:
+    """A device by name; "auto" takes a GPU where there is one. Raises RequestError for one this machine lacks."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps") from None
+    present = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present.get(device.type):
+        raise RequestError(f"device {name!r} is not on this machine; use auto or cpu")
+    return device
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations: bf16 where the device computes in it, unless one is named."""
+    if dtype is None:
+        native = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.bfloat16 if native else torch.float32
+    chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen in (torch.float16, "fp16", "float16"):
+        raise RequestError("dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32")
+    if chosen not in (torch.bfloat16, torch.float32, torch.float64):
+        raise RequestError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}")
+    return chosen
+
+
+def _module_class(name: str, config: Mapping[str, Any]) -> type:
+    if name == "vae":
+        kind = config.get("_class_name")
+        if kind not in VAE_CLASSES:
+            raise ConfigError(f"vae config: _class_name = {kind!r} is not implemented; use {' or '.join(VAE_CLASSES)}")
+        return VAE_CLASSES[kind]
+    return {"text_encoder": Qwen3, "dit": ZImageDiT, "context_refiner": ContextRefiner}[name]

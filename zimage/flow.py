@@ -1,0 +1,51 @@
+"""The flow-matching sampler as pure functions. σ is the noise level: 1 = pure noise, 0 = clean.
+
+A sample on the way is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε − x₀ (rectified flow: Liu et al. 2022,
+Lipman et al. 2022). Shapes: latents (B, C, h, w) fp32.
+"""
+
+import torch
+from torch import Tensor
+
+from zimage.errors import RequestError
+
+
+def sigmas(steps: int = 8, shift: float = 3.0) -> Tensor:
+    """(steps + 1,) fp32 falling from 1 to 0: σ = shift·s / (1 + (shift − 1)·s) at s = 1 … 1/steps, then 0.
+
+    As many model evaluations as steps. A larger shift spends more of them near pure noise (Esser et al. 2024, eq. 23).
+    """
+    if steps < 1 or shift <= 0:
+        raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0")
+    s = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return torch.cat((shift * s / (1 + (shift - 1) * s), torch.zeros(1))).float()
+
+
+def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """x += (σ′ − σ)·v, in fp32."""
+    return latents + (sigma_next - sigma).to(latents.device) * velocity
+
+
+def guide(positive: Tensor, negative: Tensor, scale: float, normalization: float = 0.0) -> Tensor:
+    """Classifier-free guidance pos + scale·(pos − neg) (Ho & Salimans 2022, counted from 0), in fp32.
+
+    With normalization c > 0, a guided velocity longer than c · ‖pos‖ is scaled back to that length, sample by sample.
+    """
+    guided = positive + scale * (positive - negative)
+    if normalization <= 0:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    limit = normalization * torch.linalg.vector_norm(positive, dim=dims, keepdim=True)
+    length = torch.linalg.vector_norm(guided, dim=dims, keepdim=True)
+    return guided * torch.where(length > limit, limit / length, 1.0)
+
+
+def guidance_at(sigma: float, scale: float, truncation: float = 1.0) -> float:
+    """The guidance scale at one noise level: 0 once 1 − σ is past `truncation`."""
+    return 0.0 if 1 - sigma > truncation else scale
+
+
+def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:
+    """(1, C, h, w) fp32 drawn on the CPU, so that a seed means the same noise on every device and in every batch."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, channels, h, w), generator=generator, dtype=torch.float32)

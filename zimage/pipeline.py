@@ -1,0 +1,425 @@
+"""The whole path from prompt to picture, and the only file that sees every stage.
+
+    prompts ─ encode ─→ captions ─ refine ─→ contexts ─┐
+    seeds   ─ start noise ─→ latents ──────────────────┴─ denoise ─→ latents ─ decode ─→ pictures
+
+`ZImage.run` is a generator of events: progress, previews, profiling and cancelling are things its consumer does.
+Weights move between yields only. All prompts are encoded, then all images denoised, then all decoded, so that each
+stage is loaded once per request and, where memory is short, let go before the next.
+
+Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
+"""
+
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from zimage import flow
+from zimage.components import SUBFOLDERS, Component, choose_device, choose_dtype, load_component, read_shift
+from zimage.dit import ZImageDiT
+from zimage.errors import CheckpointError, NonFiniteError, RequestError
+from zimage.image import to_pil
+from zimage.runtime.checkpoint import non_finite_weights
+from zimage.runtime.memory import Prefetch, available_memory, release_cached
+from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request
+from zimage.text import Qwen3, Tokenizer
+from zimage.text.chat import format_prompt
+from zimage.version import __version__
+from zimage.weights import DEMO
+
+__all__ = ["Event", "Result", "ZImage", "load_component"]
+
+log = logging.getLogger("zimage")
+
+BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
+KEEP_SHARE = 0.5  # all stages stay loaded when their weights fit in this share of the free memory
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a render. Step 0 says that a stage begins, step = total that it is done.
+
+    `stage` is "load", "encode", "denoise" or "decode"; `index` of `count` counts components, prompts or images.
+    `latents` (B, 16, h, w) come with denoising steps, `image` with each finished picture.
+    """
+
+    stage: str
+    step: int
+    total: int
+    index: int = 0
+    count: int = 1
+    detail: str = ""
+    latents: Tensor | None = None
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures in order, prompt by prompt, with the seed of each, the request as it was run, and seconds per stage."""
+
+    images: list[Image.Image]
+    seeds: list[int]
+    request: Request
+    timings: dict[str, float]
+    metadata: list[dict[str, Any]] = field(repr=False)
+
+
+class ZImage:
+    """A model, loaded when it is first needed. May be used from several threads at once."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, residency: str):
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.tokenizer = Tokenizer.load(folder / "tokenizer")
+        self.shift = read_shift(folder)
+        self._components = {name: Component(name, folder / SUBFOLDERS[name]) for name in ("text_encoder", "dit", "vae")}
+        room = KEEP_SHARE * available_memory(device)
+        wide = {name: c.weight_bytes(dtype) for name, c in self._components.items()}
+        # A CPU without bf16 arithmetic runs bf16 files in fp32; casting them whole would double their memory.
+        self._widen_late = {
+            name
+            for name, c in self._components.items()
+            if device.type == "cpu" and wide[name] > max(room, 1.5 * c.checkpoint.stored_bytes())
+        }
+        weights = sum(self.weight_bytes(name) for name in self._components)
+        self.keeps_loaded = residency == "keep" or (residency == "auto" and weights <= room)
+        self._loaded: dict[str, nn.Module] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        residency: str = "auto",
+    ) -> "ZImage":
+        """Open a model folder in the published layout; without `path`, the bundled demo model.
+
+        Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
+        `residency`: "keep" all stages loaded, load each "stage" in its turn, or "auto" by the free memory.
+        Raises CheckpointError or RequestError.
+        """
+        LoadSettings(device=device, residency=residency)
+        folder = DEMO if path is None else Path(path).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f"model {str(path)!r} is not a folder; give one in the published layout")
+        place = choose_device(device)
+        return cls(folder, place, choose_dtype(dtype, place), residency)
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def components(self) -> list[Component]:
+        """The parts as they lie in the folder, whether loaded or not."""
+        return list(self._components.values())
+
+    @property
+    def text_encoder(self) -> Qwen3:
+        return self._part("text_encoder")
+
+    @property
+    def dit(self) -> ZImageDiT:
+        return self._part("dit")
+
+    @property
+    def vae(self) -> Any:
+        """AutoencoderKL or AutoencoderKLWan."""
+        return self._part("vae")
+
+    @property
+    def max_caption_tokens(self) -> int:
+        """Tokens of the longest caption inside the trained positions."""
+        return self._skeleton("dit").config.max_caption_tokens
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that tell this model's weights from others."""
+        return "-".join(c.checkpoint.fingerprint()[:4] for c in self._components.values())
+
+    def weight_bytes(self, name: str) -> int:
+        """Bytes that the weights of a component take when loaded."""
+        return self._components[name].weight_bytes(self.dtype, name in self._widen_late)
+
+    def release(self, *names: str) -> None:
+        """Let go of loaded parts (all, when none is named); they load again when next used."""
+        with self._lock:
+            for name in names or tuple(self._loaded):
+                self._loaded.pop(name, None)
+        release_cached(self.device)
+
+    def _part(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._loaded:
+                log.debug("loading %s", name)
+                late = name in self._widen_late
+                self._loaded[name] = self._components[name].load(self.device, self.dtype, late)
+            return self._loaded[name]
+
+    def _skeleton(self, name: str) -> Any:
+        return self._components[name].skeleton
+
+    # ------------------------------------------------------------------ stages
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of the formatted prompt."""
+        return self.tokenizer.encode(format_prompt(prompt))
+
+    @torch.no_grad()
+    def encode(self, prompts: str | Sequence[str]) -> list[Tensor]:
+        """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone."""
+        model = self.text_encoder
+        captions = []
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
+            ids = torch.tensor([self.tokenize(prompt)], device=self.device)
+            if ids.shape[1] > self.max_caption_tokens:
+                log.warning(
+                    "the prompt has %d tokens; the model was trained for at most %d",
+                    ids.shape[1],
+                    self.max_caption_tokens,
+                )
+            captions.append(_finite(model(ids)[0], "the text encoder", model))
+        return captions
+
+    def denoise(
+        self,
+        captions: Sequence[Tensor],
+        noise: Tensor,
+        steps: int = 8,
+        shift: float | None = None,
+        guidance: float = 0.0,
+        negative: Sequence[Tensor] | None = None,
+        cfg_truncation: float = 1.0,
+        cfg_normalization: float = 0.0,
+    ) -> Tensor:
+        """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
+
+        `negative` captions count when guidance > 0; without them it is the empty prompt. Raises RequestError.
+        """
+        request = Request(
+            prompt="",
+            steps=steps,
+            shift=self._shift(shift),
+            guidance=guidance,
+            cfg_truncation=cfg_truncation,
+            cfg_normalization=cfg_normalization,
+        )
+        if noise.ndim != 4 or len(captions) != len(noise):
+            raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
+        if guidance > 0 and negative is None:
+            negative = self.encode([""]) * len(captions)
+        *_, latents = self._steps(captions, negative, noise, request)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of latents (B, 16, h, w); each image runs alone."""
+        vae = self.vae
+        images = [vae.decode(sample[None].to(self.device)) for sample in latents]
+        return _finite(torch.cat(images), "the VAE", vae)
+
+    def _steps(
+        self,
+        captions: Sequence[Tensor],
+        negative: Sequence[Tensor] | None,
+        noise: Tensor,
+        request: Request,
+    ) -> Iterator[Tensor]:
+        """Yield the latents (B, 16, h, w) fp32 after each Euler step."""
+        dit = self.dit
+        sigmas = flow.sigmas(request.steps, request.shift)
+        with torch.no_grad():
+            modulation = dit.modulate(sigmas[:-1])
+            positive_context = dit.context(dit.refine(captions), *noise.shape[-2:])
+            if request.guidance > 0:
+                negative_context = dit.context(dit.refine(negative), *noise.shape[-2:])
+            latents = noise.to(self.device, torch.float32)
+        for i in range(request.steps):
+            with torch.no_grad():
+                now = modulation.step(i)
+                velocity = dit.velocity(latents, now, positive_context)
+                scale = flow.guidance_at(float(sigmas[i]), request.guidance, request.cfg_truncation)
+                if scale > 0:
+                    opposite = dit.velocity(latents, now, negative_context)
+                    velocity = flow.guide(velocity, opposite, scale, request.cfg_normalization)
+                latents = flow.euler_step(latents, velocity, sigmas[i], sigmas[i + 1])
+            yield latents
+        _finite(latents, "the DiT", dit)
+
+    # ------------------------------------------------------------------ whole renders
+
+    def generate(self, prompt: str | list[str], **settings: Any) -> Result:
+        """Render to the end. Keywords are the fields of Request; `prompt` and `seed` may be lists."""
+        request = self.resolve(Request.from_mapping({"prompt": prompt, **settings}))
+        images, timings, last = [], {}, time.perf_counter()
+        for event in self.run(request):
+            now = time.perf_counter()
+            timings[event.stage] = timings.get(event.stage, 0.0) + now - last
+            last = now
+            if event.image is not None:
+                images.append(event.image)
+        metadata = [self.metadata(request, i) for i in range(request.count)]
+        return Result(images, request.seeds, request, timings, metadata)
+
+    def run(self, request: Request) -> Iterator[Event]:
+        """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading."""
+        request = self.resolve(request)
+        self._warn_beyond_training(request)
+        captions = yield from self._encode_events(request)
+        latents = yield from self._denoise_events(request, captions)
+        yield from self._decode_events(latents)
+
+    def resolve(self, request: Request) -> Request:
+        """The request with every open setting filled in. Raises RequestError for what cannot be run here."""
+        sample_size = getattr(self._skeleton("vae").config, "sample_size", 1024)
+        side = sample_size if sample_size < 1024 else 1024
+        is_base = self.shift is not None and self.shift >= BASE_SHIFT
+        guidance = _either(request.guidance, 4.0 if is_base else 0.0)
+        resolved = dataclasses.replace(
+            request,
+            width=_either(request.width, side),
+            height=_either(request.height, side),
+            steps=_either(request.steps, 30 if is_base else 8),
+            guidance=guidance,
+            negative=request.negative if guidance == 0 else _either(request.negative, ""),
+            shift=self._shift(request.shift),
+            seed=_either(request.seed, secrets.randbelow(2**32)),
+        )
+        self._check_memory(resolved)
+        return resolved
+
+    def metadata(self, request: Request, index: int) -> dict[str, Any]:
+        """All that is needed to render image `index` of a resolved request again, as plain values; no paths."""
+        single = dataclasses.replace(
+            request, prompt=request.prompts[index // request.images], seed=request.seeds[index], images=1
+        )
+        return {
+            "version": __version__,
+            "request": dataclasses.asdict(single),
+            "model": {"name": self.folder.resolve().name, "fingerprint": self.fingerprint()},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "torch": torch.__version__,
+        }
+
+    def _encode_events(self, request: Request) -> Iterator[Event]:
+        """Encode each distinct text once; returns {text: caption}."""
+        texts = list(dict.fromkeys(request.prompts + ([request.negative] if request.guidance > 0 else [])))
+        captions = {}
+        with self._stage("text_encoder"):
+            yield from self._load_events("text_encoder")
+            for i, text in enumerate(texts):
+                yield Event("encode", 0, 1, i, len(texts))
+                captions[text] = self.encode([text])[0]
+                yield Event("encode", 1, 1, i, len(texts))
+        return captions
+
+    def _denoise_events(self, request: Request, captions: dict[str, Tensor]) -> Iterator[Event]:
+        """Returns the finished latents (1, 16, h, w) of every image."""
+        factor = self._skeleton("vae").spatial_factor
+        channels = self._skeleton("dit").config.in_channels
+        size = (request.height // factor, request.width // factor)
+        finished = []
+        with self._stage("dit"):
+            yield from self._load_events("dit")
+            for first in range(0, request.count, request.batch_size):
+                batch = range(first, min(first + request.batch_size, request.count))
+                noise = torch.cat([flow.start_noise(request.seeds[i], channels, *size) for i in batch])
+                positive = [captions[request.prompts[i // request.images]] for i in batch]
+                negative = [captions[request.negative]] * len(batch) if request.guidance > 0 else None
+                yield Event("denoise", 0, request.steps, first, request.count)
+                for step, latents in enumerate(self._steps(positive, negative, noise, request), 1):
+                    yield Event("denoise", step, request.steps, first, request.count, latents=latents)
+                finished += latents.split(1)
+        return finished
+
+    def _decode_events(self, latents: list[Tensor]) -> Iterator[Event]:
+        with self._stage("vae"):
+            yield from self._load_events("vae")
+            for i, sample in enumerate(latents):
+                yield Event("decode", 0, 1, i, len(latents))
+                image = to_pil(self.decode(sample))[0]
+                yield Event("decode", 1, 1, i, len(latents), image=image)
+
+    def _load_events(self, name: str) -> Iterator[Event]:
+        yield Event("load", 0, 1, detail=name)
+        self._part(name)
+        yield Event("load", 1, 1, detail=name)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """While a stage runs its weights are read ahead of it; afterwards they are let go unless all are kept."""
+        prefetch = Prefetch(self._part(name).parameters())
+        try:
+            yield
+        finally:
+            prefetch.stop()
+            if not self.keeps_loaded:
+                self.release(name)
+
+    # ------------------------------------------------------------------ checks
+
+    def _shift(self, given: float | None) -> float:
+        shift = _either(given, self.shift)
+        if shift is None:
+            raise RequestError(
+                f"{self.folder} has no scheduler/scheduler_config.json; give the shift (3 for Turbo, 6 for Base)"
+            )
+        return shift
+
+    def stage_bytes(self, request: Request) -> dict[str, int]:
+        """Estimated peak of each stage of a resolved request: weights held meanwhile plus activations."""
+        weights = {name: self.weight_bytes(name) for name in self._components}
+        pixels = request.width * request.height
+        image_tokens = pixels // SIZE_MULTIPLE**2
+        work = {
+            "text_encoder": 0,
+            "dit": self._skeleton("dit").activation_bytes(image_tokens, self.dtype) * request.batch_size,
+            "vae": self._skeleton("vae").activation_bytes(pixels, self.dtype),
+        }
+        held = sum(weights.values())
+        return {name: work[name] + (held if self.keeps_loaded else weights[name]) for name in work}
+
+    def _check_memory(self, request: Request) -> None:
+        """Refuse a size whose peak exceeds the memory, with the figures."""
+        stage, peak = max(self.stage_bytes(request).items(), key=lambda item: item[1])
+        free = available_memory(self.device) + sum(
+            self._components[n].weight_bytes(self.dtype) for n in list(self._loaded)
+        )
+        if peak > free:
+            raise RequestError(
+                f"{request.width}×{request.height} needs about {peak / 1e9:.1f} GB in the {stage} stage; "
+                f"{free / 1e9:.1f} GB are free on {self.device}; choose a smaller size"
+            )
+
+    def _warn_beyond_training(self, request: Request) -> None:
+        longest = self._skeleton("dit").config.axes_lens[1] * SIZE_MULTIPLE
+        if max(request.width, request.height) > longest:
+            log.warning(
+                "a side of %d px is past the %d px the model was trained for",
+                max(request.width, request.height),
+                longest,
+            )
+
+
+def _either(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
+    """`values`, or NonFiniteError that names the weights at fault where there are such."""
+    if torch.isfinite(values).all():
+        return values
+    broken = non_finite_weights(model)
+    if broken:
+        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; fetch the weights again")
+    raise NonFiniteError(f"{source} produced NaN or infinity though its weights are finite; try dtype fp32")

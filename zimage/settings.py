@@ -1,0 +1,189 @@
+"""What a render is asked for and how a model is loaded: one dataclass field per parameter, declared once.
+
+A field's type, default, bounds and help make the command-line flag, the keyword of `ZImage.generate`, the check of the
+value and the entry in the PNG's metadata. No torch here: `--help` must be quick.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zimage.errors import RequestError
+
+SIZE_MULTIPLE = 16
+MAX_SIDE = 16_384
+MAX_SEED = 2**63 - 1
+SIDE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    multiple: int | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A run setting: a dataclass field that knows its help text, bounds and command-line flag."""
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, **bounds})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.resolve` fills it in).
+
+    `prompt` may be a list; `seed` a single number, one per prompt, or one per image. Raises RequestError by the
+    field's name.
+    """
+
+    prompt: str | list[str] = setting(dataclasses.MISSING, "What to draw.")
+    negative: str | None = setting(None, "What to steer away from; needs --guidance above 0. Default: empty text.")
+    width: int | None = setting(None, "Width in pixels. Default: the checkpoint's.", **SIDE)
+    height: int | None = setting(None, "Height in pixels. Default: the checkpoint's.", **SIDE)
+    steps: int | None = setting(
+        None, "Denoising steps, each one model evaluation. Default: 8 (Turbo) or 30 (Base).", minimum=1, maximum=1000
+    )
+    seed: int | list[int] | None = setting(
+        None,
+        "Seed of the noise; image k of a prompt uses seed + k. Default: drawn and reported.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    guidance: float | None = setting(
+        None, "Classifier-free guidance, counted from 0 (off). Default: 0 (Turbo) or 4 (Base).", minimum=0, maximum=100
+    )
+    shift: float | None = setting(
+        None, "Shift of the noise schedule. Default: from the checkpoint's scheduler config.", above=0, maximum=100
+    )
+    cfg_truncation: float = setting(1.0, "Guidance is off on steps where 1 − sigma is past this.", minimum=0, maximum=1)
+    cfg_normalization: float = setting(
+        0.0, "Scale a guided velocity back to this many times the unguided length; 0: off.", minimum=0, maximum=100
+    )
+    images: int = setting(1, "Images per prompt.", flag="-n", minimum=1, maximum=10_000)
+    batch_size: int = setting(
+        1,
+        "Images denoised together. Above 1 the bits depend on the batch; helps on large GPUs only.",
+        minimum=1,
+        maximum=1024,
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.prompts:
+            raise RequestError("prompt: the list is empty; give at least one prompt")
+        if self.negative is not None and self.guidance == 0:
+            raise RequestError("negative: it has no effect at guidance 0; give a guidance above 0 or leave it out")
+        if isinstance(self.seed, list) and len(self.seed) not in (len(self.prompts), self.count):
+            raise RequestError(
+                f"seed: {len(self.seed)} seeds were given; give one, one per prompt ({len(self.prompts)}) "
+                f"or one per image ({self.count})"
+            )
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt]
+
+    @property
+    def count(self) -> int:
+        """Images in all."""
+        return len(self.prompts) * self.images
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed per image, prompt by prompt; needs a resolved request."""
+        given = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
+        if len(given) == self.count:
+            return given
+        return [(seed + k) % (MAX_SEED + 1) for seed in given for k in range(self.images)]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Request":
+        """From plain values, as JSON holds them; an unknown name is an error that offers the nearest."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names)
+                raise RequestError(f"there is no setting {key!r}; {hint}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a model is loaded. Raises RequestError by the field's name."""
+
+    model: str | None = setting(None, "Model folder in the published layout. Default: the bundled demo model.")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.")
+    dtype: str | None = setting(
+        None, "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.", choices=("bf16", "fp32")
+    )
+    residency: str = setting(
+        "auto",
+        "keep all weights in memory between stages, load each stage in its turn, or decide by the memory there is.",
+        choices=("auto", "keep", "stage"),
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def fields(cls: type) -> list[tuple[dataclasses.Field, tuple[type, ...]]]:
+    """Each field with the plain types its value may have, lists and None left out."""
+    hints = typing.get_type_hints(cls)
+    return [(field, _scalar_types(hints[field.name])) for field in dataclasses.fields(cls)]
+
+
+def check_fields(settings: Any) -> None:
+    """Raise RequestError unless every value has its field's type and lies within its bounds."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        _check(field, hints[field.name], getattr(settings, field.name))
+
+
+def _check(field: dataclasses.Field, accepted: Any, value: Any) -> None:
+    args = typing.get_args(accepted)
+    if value is None:
+        if types.NoneType not in args:
+            raise RequestError(f"{field.name}: a value is needed")
+        return
+    many = isinstance(value, list) and any(typing.get_origin(a) is list for a in args)
+    for item in value if many else [value]:
+        _check_scalar(field, _scalar_types(accepted), item)
+
+
+def _scalar_types(accepted: Any) -> tuple[type, ...]:
+    args = typing.get_args(accepted) or (accepted,)
+    return tuple(a for a in args if a is not types.NoneType and typing.get_origin(a) is None)
+
+
+def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: Any) -> None:
+    name, m = field.name, field.metadata
+    numbers = (int, float) if float in accepted else accepted
+    if not isinstance(value, numbers) or isinstance(value, bool):
+        kind = " or ".join(t.__name__ for t in accepted)
+        raise RequestError(f"{name} {value!r} is a {type(value).__name__}; it should be of type {kind}")
+    if m["choices"] and value not in m["choices"]:
+        raise RequestError(f"{name} {value!r} is not known; use {', '.join(m['choices'])}")
+    if isinstance(value, str):
+        return
+    if value != value:
+        raise RequestError(f"{name} is not a number")
+    if m["minimum"] is not None and value < m["minimum"]:
+        raise RequestError(f"{name} {value} is too small; the least is {m['minimum']}")
+    if m["above"] is not None and value <= m["above"]:
+        raise RequestError(f"{name} {value} is too small; it must be above {m['above']}")
+    if m["maximum"] is not None and value > m["maximum"]:
+        raise RequestError(f"{name} {value} is too large; the most is {m['maximum']}")
+    if m["multiple"] and value % m["multiple"]:
+        down = value // m["multiple"] * m["multiple"]
+        raise RequestError(
+            f"{name} {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}"
+        )
