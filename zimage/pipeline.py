@@ -15,8 +15,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,9 +273,9 @@ class ZImage:
         """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading."""
         request = self.resolve(request)
         self._warn_beyond_training(request)
-        captions = yield from self._encode_events(request)
-        latents = yield from self._denoise_events(request, captions)
-        yield from self._decode_events(latents)
+        captions = yield from self._stage("text_encoder", self._encode_events(request))
+        latents = yield from self._stage("dit", self._denoise_events(request, captions))
+        yield from self._stage("vae", self._decode_events(latents))
 
     def resolve(self, request: Request) -> Request:
         """The request with every open setting filled in. Raises RequestError for what cannot be run here."""
@@ -311,60 +310,50 @@ class ZImage:
             "torch": torch.__version__,
         }
 
-    def _encode_events(self, request: Request) -> Iterator[Event]:
+    def _stage(self, name: str, events: Iterator[Event]) -> Generator[Event, None, Any]:
+        """Run one stage's events with its part loaded and read ahead; afterwards let it go unless all are kept."""
+        yield Event("load", 0, 1, detail=name)
+        prefetch = Prefetch(self._part(name).read_order())
+        try:
+            yield Event("load", 1, 1, detail=name)
+            return (yield from events)
+        finally:
+            prefetch.stop()
+            if not self.keeps_loaded:
+                self.release(name)
+
+    def _encode_events(self, request: Request) -> Generator[Event, None, dict[str, Tensor]]:
         """Encode each distinct text once; returns {text: caption}."""
         texts = list(dict.fromkeys(request.prompts + ([request.negative] if request.guidance > 0 else [])))
         captions = {}
-        with self._stage("text_encoder"):
-            yield from self._load_events("text_encoder")
-            for i, text in enumerate(texts):
-                yield Event("encode", 0, 1, i, len(texts))
-                captions[text] = self.encode([text])[0]
-                yield Event("encode", 1, 1, i, len(texts))
+        for i, text in enumerate(texts):
+            yield Event("encode", 0, 1, i, len(texts))
+            captions[text] = self.encode([text])[0]
+            yield Event("encode", 1, 1, i, len(texts))
         return captions
 
-    def _denoise_events(self, request: Request, captions: dict[str, Tensor]) -> Iterator[Event]:
+    def _denoise_events(self, request: Request, captions: dict[str, Tensor]) -> Generator[Event, None, list[Tensor]]:
         """Returns the finished latents (1, 16, h, w) of every image."""
         factor = self._skeleton("vae").spatial_factor
         channels = self._skeleton("dit").config.in_channels
         size = (request.height // factor, request.width // factor)
         finished = []
-        with self._stage("dit"):
-            yield from self._load_events("dit")
-            for first in range(0, request.count, request.batch_size):
-                batch = range(first, min(first + request.batch_size, request.count))
-                noise = torch.cat([flow.start_noise(request.seeds[i], channels, *size) for i in batch])
-                positive = [captions[request.prompts[i // request.images]] for i in batch]
-                negative = [captions[request.negative]] * len(batch) if request.guidance > 0 else None
-                yield Event("denoise", 0, request.steps, first, request.count)
-                for step, latents in enumerate(self._steps(positive, negative, noise, request), 1):
-                    yield Event("denoise", step, request.steps, first, request.count, latents=latents)
-                finished += latents.split(1)
+        for first in range(0, request.count, request.batch_size):
+            batch = range(first, min(first + request.batch_size, request.count))
+            noise = torch.cat([flow.start_noise(request.seeds[i], channels, *size) for i in batch])
+            positive = [captions[request.prompts[i // request.images]] for i in batch]
+            negative = [captions[request.negative]] * len(batch) if request.guidance > 0 else None
+            yield Event("denoise", 0, request.steps, first, request.count)
+            for step, latents in enumerate(self._steps(positive, negative, noise, request), 1):
+                yield Event("denoise", step, request.steps, first, request.count, latents=latents)
+            finished += latents.split(1)
         return finished
 
     def _decode_events(self, latents: list[Tensor]) -> Iterator[Event]:
-        with self._stage("vae"):
-            yield from self._load_events("vae")
-            for i, sample in enumerate(latents):
-                yield Event("decode", 0, 1, i, len(latents))
-                image = to_pil(self.decode(sample))[0]
-                yield Event("decode", 1, 1, i, len(latents), image=image)
-
-    def _load_events(self, name: str) -> Iterator[Event]:
-        yield Event("load", 0, 1, detail=name)
-        self._part(name)
-        yield Event("load", 1, 1, detail=name)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """While a stage runs its weights are read ahead of it; afterwards they are let go unless all are kept."""
-        prefetch = Prefetch(self._part(name).parameters())
-        try:
-            yield
-        finally:
-            prefetch.stop()
-            if not self.keeps_loaded:
-                self.release(name)
+        for i, sample in enumerate(latents):
+            yield Event("decode", 0, 1, i, len(latents))
+            image = to_pil(self.decode(sample))[0]
+            yield Event("decode", 1, 1, i, len(latents), image=image)
 
     # ------------------------------------------------------------------ checks
 

@@ -11,7 +11,7 @@ Data flow of one denoising run:
     latents, modulation.step(i), context → velocity (once per step)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -179,6 +179,15 @@ class ZImageDiT(ContextRefiner):
     @property
     def final_layer(self) -> FinalLayer:
         return self.all_final_layer[f"{PATCH}-1"]
+
+    def read_order(self) -> Iterator[nn.Parameter]:
+        """Weights in the order in which a run reads them: `modulate` comes before the blocks."""
+        first, blocks = [], []
+        for name, weight in self.named_parameters():
+            in_block = name.startswith(("noise_refiner.", "layers.")) and "adaLN" not in name
+            (blocks if in_block else first).append(weight)
+        yield from first
+        yield from blocks
 
     def activation_bytes(self, image_tokens: int, dtype: torch.dtype) -> int:
         """About the peak of one evaluation for one image: the feed-forward's hidden maps and a few of width dim."""

@@ -71,6 +71,11 @@ class Qwen3(nn.Module):
         """Build from the contents of `text_encoder/config.json`; raises ConfigError."""
         return cls(Qwen3Config.read(config))
 
+    def read_order(self) -> Iterator[nn.Parameter]:
+        """Weights in the order in which encoding reads them: not the last layer, and of the embeddings only rows."""
+        for layer in self.model.layers[:-1]:
+            yield from layer.parameters()
+
     def forward(self, ids: Tensor, layer: int = -2) -> Tensor:
         """Hidden state `layer` (B, L, hidden) of ids (B, L); layers above it are not run.
 

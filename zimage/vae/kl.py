@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H × W pixels, h × w = H/8 × W/8 latents.
 Module names are the checkpoint's (diffusers naming), so weights load without a table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +57,10 @@ class AutoencoderKL(nn.Module):
     def spatial_factor(self) -> int:
         """Pixels per latent along one side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def read_order(self) -> Iterator[nn.Parameter]:
+        """Weights in the order in which decoding reads them."""
+        return self.decoder.parameters()
 
     def activation_bytes(self, pixels: int, dtype: torch.dtype) -> int:
         """About the peak of decoding one image: five maps of the second width at full size."""

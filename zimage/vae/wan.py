@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H × W pixels, h × w = H/8 × W/8 latents, T tempo
 Module names are the checkpoint's (diffusers naming).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +77,10 @@ class AutoencoderKLWan(nn.Module):
     def spatial_factor(self) -> int:
         """Pixels per latent along one side."""
         return 2 ** (len(self.config.dim_mult) - 1)
+
+    def read_order(self) -> Iterator[nn.Parameter]:
+        """Weights in the order in which decoding reads them."""
+        return self.decoder.parameters()
 
     def activation_bytes(self, pixels: int, dtype: torch.dtype) -> int:
         """About the peak of decoding one image: twelve maps of the first width at full size.

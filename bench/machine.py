@@ -1,0 +1,39 @@
+"""What a figure was measured on, and bringing the machine into a known state."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory, commit and versions, for the JSON line."""
+    import torch
+
+    models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = next((int(x.split()[1]) // 1024**2 for x in _lines("/proc/meminfo") if x.startswith("MemTotal")), None)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "cpu": (models or [platform.machine()])[0],
+        "cores": os.cpu_count(),
+        "memory_gib": memory,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Ask the kernel to forget the cached pages of every file in `folder`; needs no privileges."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []

@@ -1,0 +1,38 @@
+"""The figures every side writes: seconds since the process began, per stage, and the peak of resident memory."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+class Clock:
+    """Started by the operating system: `total` counts from the process's start, imports included."""
+
+    def __init__(self):
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        self.started = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        self.begun = time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - self.started)
+        self.mark = self.begun
+        self.figures: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Seconds since the last lap, under `name`."""
+        now = time.perf_counter()
+        self.figures[name] = now - self.mark
+        self.mark = now
+
+    def total(self) -> None:
+        self.figures["total"] = time.perf_counter() - self.begun
+        self.figures["peak_gb"] = peak_bytes() / 1e9
+
+    def write(self, path: str) -> None:
+        Path(path).write_text(json.dumps({name: round(value, 4) for name, value in self.figures.items()}))
+
+
+def peak_bytes() -> int:
+    """The largest resident set so far, mapped files included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")

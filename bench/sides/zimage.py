@@ -1,0 +1,47 @@
+"""Our side: FOLDER SIZE STEPS DTYPE PROMPT OUT."""
+
+import statistics
+import sys
+import time
+
+from bench.sides.clock import Clock
+
+
+def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) -> None:
+    clock = Clock()
+    import zimage
+
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype=dtype)
+    request = pipe.resolve(
+        zimage.Request(prompt, width=int(size), height=int(size), steps=int(steps), seed=0, guidance=0.0)
+    )
+    clock.lap("load")
+    step_seconds, image = [], None
+    for event in pipe.run(request):
+        if event.stage == "encode" and event.step == 1:
+            clock.lap("encode")
+        if event.stage == "denoise" and event.step:
+            clock.lap("step")
+            step_seconds.append(clock.figures["step"])
+        if event.image is not None:
+            clock.lap("decode")
+            image = event.image
+    clock.figures |= {"first_step": step_seconds[0], "step": statistics.median(step_seconds[1:] or step_seconds)}
+    clock.total()
+    assert image is not None
+    clock.figures["encode_warm"] = warm_encode(pipe, prompt)
+    clock.write(out)
+
+
+def warm_encode(pipe, prompt: str) -> float:
+    """Seconds of a second encode with the encoder loaded."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        pipe.encode([prompt])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

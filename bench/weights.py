@@ -1,0 +1,142 @@
+"""Full-size model folders of random weights: the published configs, no published values.
+
+`python -m bench.weights FOLDER` writes 20.5 GB in bf16, block by block, in the published layout.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from zimage.weights import DEMO
+
+from zimage.dit import ZImageDiT
+from zimage.runtime.checkpoint import on_meta
+from zimage.text import Qwen3
+from zimage.vae import AutoencoderKL
+
+TEXT_ENCODER = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
+TRANSFORMER = {
+    "_class_name": "ZImageTransformer2DModel",
+    "all_f_patch_size": [1],
+    "all_patch_size": [2],
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560,
+    "dim": 3840,
+    "in_channels": 16,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+PARTS = {
+    "text_encoder": (Qwen3, TEXT_ENCODER, "model"),
+    "transformer": (ZImageDiT, TRANSFORMER, "diffusion_pytorch_model"),
+    "vae": (AutoencoderKL, VAE, "diffusion_pytorch_model"),
+}
+SHARD_BYTES = 4_000_000_000
+INDEX = {
+    "_class_name": "ZImagePipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3Model"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def write_model(folder: Path, layers: int | None = None) -> Path:
+    """Write a model folder, unless it is there; `layers` makes both transformers shallower at full width."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    for name, (cls, config, stem) in PARTS.items():
+        key = {"text_encoder": "num_hidden_layers", "transformer": "n_layers"}.get(name)
+        config = {**config, key: layers} if layers and key else config
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2))
+        with on_meta():
+            model = cls.from_config(config)
+        _write_shards(model, folder / name, stem)
+    for name in ("scheduler", "tokenizer"):  # small vocabulary ids are valid ids of the large one
+        (folder / name).mkdir(exist_ok=True)
+        for file in (DEMO / name).iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+    return folder
+
+
+def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
+    """Random weights in shards of at most 4 GB, with an index, holding one shard in memory at a time."""
+    shards, size = [{}], 0
+    for key, weight in model.state_dict().items():
+        if size + 2 * weight.numel() > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][key] = weight.shape
+        size += 2 * weight.numel()
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        save_file({key: _random(key, shape) for key, shape in shard.items()}, folder / name)
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _random(key: str, shape: torch.Size) -> torch.Tensor:
+    """Norms near one, matrices of one over the root of their fan-in: activations stay in range through all layers."""
+    if len(shape) == 1:
+        return (
+            torch.ones(shape, dtype=torch.bfloat16)
+            if key.endswith("weight")
+            else torch.zeros(shape, dtype=torch.bfloat16)
+        )
+    fan_in = 1 if "embed_tokens" in key else shape[1:].numel()
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.5 * fan_in**-0.5)
+
+
+if __name__ == "__main__":
+    print(write_model(Path(sys.argv[1])))

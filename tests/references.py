@@ -1,0 +1,89 @@
+"""The reference implementations at the sizes of `tiny`, called alike. Needs the extra `parity`."""
+
+import diffusers
+import torch
+import transformers
+from tiny import DIT, KL, QWEN, SCHEDULER, WAN, arguments, randomised
+from torch import Tensor
+
+transformers.logging.set_verbosity_error()
+diffusers.logging.set_verbosity_error()
+
+
+def text_encoder(seed: int) -> transformers.Qwen3ForCausalLM:
+    config = transformers.Qwen3Config(**arguments(QWEN))
+    return randomised(transformers.Qwen3ForCausalLM(config), seed).eval()
+
+
+def dit(seed: int) -> diffusers.ZImageTransformer2DModel:
+    return randomised(diffusers.ZImageTransformer2DModel(**arguments(DIT)), seed).eval()
+
+
+def kl(seed: int) -> diffusers.AutoencoderKL:
+    return randomised(diffusers.AutoencoderKL(**arguments(KL)), seed).eval()
+
+
+def wan(seed: int) -> diffusers.AutoencoderKLWan:
+    return randomised(diffusers.AutoencoderKLWan(**arguments(WAN)), seed).eval()
+
+
+@torch.no_grad()
+def hidden_states(model, ids: Tensor) -> list[Tensor]:
+    return list(model(input_ids=ids, output_hidden_states=True).hidden_states)
+
+
+@torch.no_grad()
+def velocity(model, latents: Tensor, sigma: Tensor, captions: list[Tensor]) -> Tensor:
+    """The model's output for latents (B, C, h, w), negated as its pipeline does."""
+    out = model(list(latents.unsqueeze(2).unbind()), 1 - sigma, captions, return_dict=False)[0]
+    return -torch.stack(out).squeeze(2)
+
+
+def statistics(model) -> tuple[Tensor, Tensor]:
+    """(centre, spread) of the latents, either a number or one per channel: latents = (z − centre) / spread."""
+    if isinstance(model, diffusers.AutoencoderKL):
+        return torch.tensor(model.config.shift_factor), torch.tensor(1 / model.config.scaling_factor)
+    stats = torch.tensor((model.config.latents_mean, model.config.latents_std))
+    return stats[0].view(-1, 1, 1), stats[1].view(-1, 1, 1)
+
+
+@torch.no_grad()
+def encode(model, images: Tensor) -> Tensor:
+    """Scaled latents in at least fp32: the posterior's mode."""
+    still = isinstance(model, diffusers.AutoencoderKLWan)
+    z = model.encode(images.unsqueeze(2) if still else images).latent_dist.mode()
+    z = z.squeeze(2) if still else z
+    z = z if z.dtype == torch.float64 else z.float()
+    centre, spread = statistics(model)
+    return (z - centre) / spread
+
+
+@torch.no_grad()
+def decode(model, latents: Tensor) -> Tensor:
+    """Clamped images of scaled latents; the scaling runs in at least fp32, which flatters the reference in bf16."""
+    centre, spread = statistics(model)
+    z = ((latents if latents.dtype == torch.float64 else latents.float()) * spread + centre).to(model.dtype)
+    still = isinstance(model, diffusers.AutoencoderKLWan)
+    image = model.decode(z.unsqueeze(2) if still else z).sample
+    return (image.squeeze(2) if still else image).clamp(-1, 1)
+
+
+def denoise(
+    model, latents: Tensor, captions: list[Tensor], negative: list[Tensor] | None, guidance: float, **settings
+) -> Tensor:
+    """Eight Euler steps through the reference's own pipeline."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    pipe = diffusers.ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=captions,
+        negative_prompt_embeds=negative,
+        latents=latents,
+        height=8 * latents.shape[2],
+        width=8 * latents.shape[3],
+        num_inference_steps=8,
+        guidance_scale=guidance,
+        output_type="latent",
+        return_dict=False,
+        **settings,
+    )[0]
