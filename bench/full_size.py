@@ -29,7 +29,7 @@ FIGURES = ("total", "encode", "encode_warm", "first_step", "step", "decode", "pe
 @click.option("--pairs", default=5, show_default=True, help="Cold runs of each side, alternated.")
 @click.option("--size", default=256, show_default=True)
 @click.option("--steps", default=3, show_default=True)
-@click.option("--dtype", default="bf16", type=click.Choice(["bf16", "fp32"]), show_default=True)
+@click.option("--dtype", default="bf16", type=click.Choice(["auto", "bf16", "fp32"]), show_default=True)
 @click.option("--layers", type=int, help="Depth of both transformers, where full size does not fit.")
 @click.option("--warm", is_flag=True, help="Do not drop the files from the cache.")
 def main(

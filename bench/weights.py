@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from zimage.weights import DEMO
 
 from zimage.dit import ZImageDiT
 from zimage.runtime.checkpoint import on_meta
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
+from zimage.weights import DEMO
 
 TEXT_ENCODER = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -122,6 +122,20 @@ def test_damage_is_named_in_one_line(folder, damage, words):
     assert "\n" not in str(error.value)
 
 
+def test_parts_that_do_not_fit_together_are_named(folder, monkeypatch):
+    monkeypatch.setattr("zimage.components.check_fit", lambda *_: None)  # as if the weights had the changed shapes
+    for part, change, words in (
+        ("vae", {"latent_channels": 8}, r"latent channels \(16\) must equal the VAE's \(8\)"),
+        ("text_encoder", {"hidden_size": 32}, r"caption width \(64\) must equal the text encoder's width \(32\)"),
+        ("text_encoder", {"vocab_size": 100}, "exceed the text encoder's 100"),
+    ):
+        before = (folder / part / "config.json").read_text()
+        edit_config(folder, part, **change)
+        with pytest.raises(CheckpointError, match=words):
+            zimage.ZImage.load(folder, dtype="fp32", device="cpu")
+        (folder / part / "config.json").write_text(before)
+
+
 def test_without_a_scheduler_config_the_shift_must_be_given(folder):
     shutil.rmtree(folder / "scheduler")
     pipe = zimage.ZImage.load(folder, dtype="fp32", device="cpu")
@@ -131,10 +145,10 @@ def test_without_a_scheduler_config_the_shift_must_be_given(folder):
 
 
 def test_fingerprints_tell_models_apart(tiny_folder, folder):
-    same = zimage.ZImage.load(folder).fingerprint()
-    assert same == zimage.ZImage.load(tiny_folder).fingerprint()
+    same = zimage.ZImage.load(folder).model.fingerprint
+    assert same == zimage.ZImage.load(tiny_folder).model.fingerprint
     rewrite(folder, "vae", lambda t: {**t, "decoder.conv_in.bias": t["decoder.conv_in.bias"] + 1})
-    assert zimage.ZImage.load(folder).fingerprint() != same
+    assert zimage.ZImage.load(folder).model.fingerprint != same
 
 
 def _truncate(folder):

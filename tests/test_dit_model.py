@@ -30,9 +30,13 @@ def inputs(lengths=(7, 40), size=(6, 10), seed: int = 2) -> tuple[Tensor, Tensor
 
 
 def test_refined_captions_do_not_depend_on_their_neighbours(dit):
-    """Bit-equal alone and in any list."""
+    """Bit-equal alone and in any list, since each runs by itself at its own padded length."""
     captions = inputs((7, 40, 32, 1))[2]
+    seen = []
+    hook = dit.context_refiner[0].register_forward_hook(lambda *call: seen.append(tuple(call[-1].shape)))
     together = dit.refine(captions)
+    hook.remove()
+    assert seen == [(1, 32, 64), (1, 64, 64), (1, 32, 64), (1, 32, 64)]
     assert [tuple(tokens.shape) for tokens in together] == [(32, 64), (64, 64), (32, 64), (32, 64)]
     for caption, tokens in zip(captions, together, strict=True):
         assert torch.equal(dit.refine([caption])[0], tokens)

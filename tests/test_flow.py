@@ -40,7 +40,7 @@ def test_guidance_counts_from_zero_and_normalises_per_sample():
 
 
 def test_truncation_switches_guidance_off_late():
-    assert [flow.guidance_at(sigma, 4.0, 0.5) for sigma in (1.0, 0.5, 0.4999)] == [4.0, 4.0, 0.0]
+    assert [flow.guidance_at(sigma, 4.0, 0.5) for sigma in torch.tensor([1.0, 0.5, 0.4999])] == [4.0, 4.0, 0.0]
 
 
 def test_a_seed_is_the_same_noise_everywhere():

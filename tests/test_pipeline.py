@@ -82,6 +82,14 @@ def test_residency_bounds_what_is_loaded(tiny_folder, residency, most):
     assert len(pipe._loaded) == (0 if residency == "stage" else 3)
 
 
+def test_stages_called_one_by_one_let_go_of_one_another(tiny_folder):
+    pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="stage")
+    captions = pipe.encode(["a"])
+    assert list(pipe._loaded) == ["text_encoder"]
+    pipe.decode(pipe.denoise(captions, flow.start_noise(1, 16, 4, 4), steps=1))
+    assert list(pipe._loaded) == ["vae"]
+
+
 def test_each_stage_loads_once_per_request(tiny_folder):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="stage")
     request = zimage.Request(prompt=["a", "b", "c"], steps=1, seed=1, guidance=2.0, **SIZE)
@@ -124,7 +132,7 @@ def test_defaults_follow_the_checkpoint(tiny_folder):
     turbo = zimage.ZImage.load(tiny_folder)
     r = turbo.resolve(zimage.Request(prompt="a"))
     assert (r.width, r.height, r.steps, r.guidance, r.shift, r.negative) == (64, 64, 8, 0.0, 3.0, None)
-    turbo.shift = 6.0
+    turbo.model.shift = 6.0
     r = turbo.resolve(zimage.Request(prompt="a"))
     assert (r.steps, r.guidance, r.shift, r.negative) == (30, 4.0, 6.0, "")
 
@@ -157,6 +165,7 @@ def test_timings_cover_every_stage(pipe):
         ({"prompt": []}, "the list is empty"),
         ({"prompt": [3]}, "should be of type str"),
         ({"prompt": None}, "a value is needed"),
+        ({"prompt": "a \udcff cat"}, "not valid text"),
         ({"width": 16_384, "height": 16_384, "batch_size": 1024}, "GB are free"),
     ],
 )
@@ -191,6 +200,14 @@ def test_a_caption_past_the_trained_range_warns_and_runs(pipe, caplog):
         result = pipe.generate("word " * 60, seed=1, steps=1, **SIZE)
     assert "trained for at most 224" in caplog.text
     assert len(result.images) == 1
+
+
+def test_a_side_past_the_trained_range_warns_and_runs(pipe, caplog):
+    logging.getLogger("zimage").propagate = True
+    with caplog.at_level("WARNING", logger="zimage"):
+        result = pipe.generate("a", seed=1, steps=1, width=1040, height=16)
+    assert "a side of 1040 px is past the 1024 px" in caplog.text
+    assert result.images[0].size == (1040, 16)
 
 
 def test_nan_weights_are_named(tiny_folder):

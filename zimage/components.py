@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.nn.config import read_architecture
 from zimage.runtime.checkpoint import Checkpoint, check_fit, load_weights, on_meta, read_json
-from zimage.text import Qwen3
+from zimage.text import Qwen3, Tokenizer
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 SUBFOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "context_refiner": "transformer", "vae": "vae"}
@@ -73,6 +74,48 @@ class Component:
             return set()
         with on_meta():
             return set(ZImageDiT.from_config(self.config).state_dict())
+
+
+class ModelFolder:
+    """A whole model: text encoder, DiT, VAE, tokenizer and schedule, checked each and against one another."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise CheckpointError(f"model {str(folder)!r} is not a folder; give one in the published layout")
+        self.folder = folder
+        self.tokenizer = Tokenizer.load(folder / "tokenizer")
+        self.shift = read_shift(folder)
+        self.components = {name: Component(name, folder / SUBFOLDERS[name]) for name in ("text_encoder", "dit", "vae")}
+        self._check_agreement()
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digits that tell this model's weights from others."""
+        return "-".join(component.checkpoint.fingerprint()[:4] for component in self.components.values())
+
+    def skeleton(self, name: str) -> Any:
+        """A component's module on meta: its config and shapes without its weights."""
+        return self.components[name].skeleton
+
+    def _check_agreement(self) -> None:
+        """Parts from different models may each be whole and still not fit together."""
+        encoder, dit, vae = (self.skeleton(name).config for name in self.components)
+        pairs = (
+            ("the DiT's caption width", dit.cap_feat_dim, "the text encoder's width", encoder.hidden_size),
+            ("the DiT's latent channels", dit.in_channels, "the VAE's", vae.latent_channels),
+        )
+        for ours, wanted, theirs, found in pairs:
+            if wanted != found:
+                raise CheckpointError(f"{self.folder}: {ours} ({wanted}) must equal {theirs} ({found})")
+        if self.tokenizer.vocab_size > encoder.vocab_size:
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer's {self.tokenizer.vocab_size} entries exceed "
+                f"the text encoder's {encoder.vocab_size}"
+            )
 
 
 def load_component(

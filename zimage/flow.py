@@ -14,11 +14,12 @@ def sigmas(steps: int = 8, shift: float = 3.0) -> Tensor:
     """(steps + 1,) fp32 falling from 1 to 0: σ = shift·s / (1 + (shift − 1)·s) at s = 1 … 1/steps, then 0.
 
     As many model evaluations as steps. A larger shift spends more of them near pure noise (Esser et al. 2024, eq. 23).
+    In fp32 throughout, which gives the reference's bits.
     """
     if steps < 1 or shift <= 0:
         raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0")
-    s = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    return torch.cat((shift * s / (1 + (shift - 1) * s), torch.zeros(1))).float()
+    s = torch.linspace(1, 1 / steps, steps)
+    return torch.cat((shift * s / (1 + (shift - 1) * s), torch.zeros(1)))
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -40,9 +41,12 @@ def guide(positive: Tensor, negative: Tensor, scale: float, normalization: float
     return guided * torch.where(length > limit, limit / length, 1.0)
 
 
-def guidance_at(sigma: float, scale: float, truncation: float = 1.0) -> float:
-    """The guidance scale at one noise level: 0 once 1 − σ is past `truncation`."""
-    return 0.0 if 1 - sigma > truncation else scale
+def guidance_at(sigma: Tensor, scale: float, truncation: float = 1.0) -> float:
+    """The guidance scale at one noise level σ (): 0 once 1 − σ is past `truncation`.
+
+    1 − σ is taken in thousandths and fp32, as the reference does, so that ties fall the same way.
+    """
+    return 0.0 if float((1000 - sigma * 1000) / 1000) > truncation else scale
 
 
 def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:

@@ -25,14 +25,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zimage import flow
-from zimage.components import SUBFOLDERS, Component, choose_device, choose_dtype, load_component, read_shift
+from zimage.components import ModelFolder, choose_device, choose_dtype, load_component
 from zimage.dit import ZImageDiT
-from zimage.errors import CheckpointError, NonFiniteError, RequestError
+from zimage.errors import NonFiniteError, RequestError
 from zimage.image import to_pil
 from zimage.runtime.checkpoint import non_finite_weights
 from zimage.runtime.memory import Prefetch, available_memory, release_cached
 from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request
-from zimage.text import Qwen3, Tokenizer
+from zimage.text import Qwen3
 from zimage.text.chat import format_prompt
 from zimage.version import __version__
 from zimage.weights import DEMO
@@ -77,20 +77,17 @@ class Result:
 class ZImage:
     """A model, loaded when it is first needed. May be used from several threads at once."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, residency: str):
-        self.folder, self.device, self.dtype = folder, device, dtype
-        self.tokenizer = Tokenizer.load(folder / "tokenizer")
-        self.shift = read_shift(folder)
-        self._components = {name: Component(name, folder / SUBFOLDERS[name]) for name in ("text_encoder", "dit", "vae")}
+    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, residency: str):
+        self.model, self.device, self.dtype = model, device, dtype
         room = KEEP_SHARE * available_memory(device)
-        wide = {name: c.weight_bytes(dtype) for name, c in self._components.items()}
+        wide = {name: c.weight_bytes(dtype) for name, c in model.components.items()}
         # A CPU without bf16 arithmetic runs bf16 files in fp32; casting them whole would double their memory.
         self._widen_late = {
             name
-            for name, c in self._components.items()
+            for name, c in model.components.items()
             if device.type == "cpu" and wide[name] > max(room, 1.5 * c.checkpoint.stored_bytes())
         }
-        weights = sum(self.weight_bytes(name) for name in self._components)
+        weights = sum(self.weight_bytes(name) for name in model.components)
         self.keeps_loaded = residency == "keep" or (residency == "auto" and weights <= room)
         self._loaded: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
@@ -110,18 +107,11 @@ class ZImage:
         Raises CheckpointError or RequestError.
         """
         LoadSettings(device=device, residency=residency)
-        folder = DEMO if path is None else Path(path).expanduser()
-        if not folder.is_dir():
-            raise CheckpointError(f"model {str(path)!r} is not a folder; give one in the published layout")
         place = choose_device(device)
-        return cls(folder, place, choose_dtype(dtype, place), residency)
+        model = ModelFolder(DEMO if path is None else Path(path).expanduser())
+        return cls(model, place, choose_dtype(dtype, place), residency)
 
     # ------------------------------------------------------------------ parts
-
-    @property
-    def components(self) -> list[Component]:
-        """The parts as they lie in the folder, whether loaded or not."""
-        return list(self._components.values())
 
     @property
     def text_encoder(self) -> Qwen3:
@@ -139,15 +129,11 @@ class ZImage:
     @property
     def max_caption_tokens(self) -> int:
         """Tokens of the longest caption inside the trained positions."""
-        return self._skeleton("dit").config.max_caption_tokens
-
-    def fingerprint(self) -> str:
-        """Twelve hex digits that tell this model's weights from others."""
-        return "-".join(c.checkpoint.fingerprint()[:4] for c in self._components.values())
+        return self.model.skeleton("dit").config.max_caption_tokens
 
     def weight_bytes(self, name: str) -> int:
         """Bytes that the weights of a component take when loaded."""
-        return self._components[name].weight_bytes(self.dtype, name in self._widen_late)
+        return self.model.components[name].weight_bytes(self.dtype, name in self._widen_late)
 
     def release(self, *names: str) -> None:
         """Let go of loaded parts (all, when none is named); they load again when next used."""
@@ -160,18 +146,18 @@ class ZImage:
         with self._lock:
             if name not in self._loaded:
                 log.debug("loading %s", name)
+                if not self.keeps_loaded:
+                    self._loaded.clear()  # also when stages are called one by one
+                    release_cached(self.device)
                 late = name in self._widen_late
-                self._loaded[name] = self._components[name].load(self.device, self.dtype, late)
+                self._loaded[name] = self.model.components[name].load(self.device, self.dtype, late)
             return self._loaded[name]
-
-    def _skeleton(self, name: str) -> Any:
-        return self._components[name].skeleton
 
     # ------------------------------------------------------------------ stages
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of the formatted prompt."""
-        return self.tokenizer.encode(format_prompt(prompt))
+        return self.model.tokenizer.encode(format_prompt(prompt))
 
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> list[Tensor]:
@@ -246,13 +232,14 @@ class ZImage:
             with torch.no_grad():
                 now = modulation.step(i)
                 velocity = dit.velocity(latents, now, positive_context)
-                scale = flow.guidance_at(float(sigmas[i]), request.guidance, request.cfg_truncation)
+                scale = flow.guidance_at(sigmas[i], request.guidance, request.cfg_truncation)
                 if scale > 0:
                     opposite = dit.velocity(latents, now, negative_context)
                     velocity = flow.guide(velocity, opposite, scale, request.cfg_normalization)
                 latents = flow.euler_step(latents, velocity, sigmas[i], sigmas[i + 1])
+            if i in (0, request.steps - 1):  # each look is a device sync; a bad weight shows at once
+                _finite(latents, "the DiT", dit)
             yield latents
-        _finite(latents, "the DiT", dit)
 
     # ------------------------------------------------------------------ whole renders
 
@@ -279,9 +266,9 @@ class ZImage:
 
     def resolve(self, request: Request) -> Request:
         """The request with every open setting filled in. Raises RequestError for what cannot be run here."""
-        sample_size = getattr(self._skeleton("vae").config, "sample_size", 1024)
+        sample_size = getattr(self.model.skeleton("vae").config, "sample_size", 1024)
         side = sample_size if sample_size < 1024 else 1024
-        is_base = self.shift is not None and self.shift >= BASE_SHIFT
+        is_base = self.model.shift is not None and self.model.shift >= BASE_SHIFT
         guidance = _either(request.guidance, 4.0 if is_base else 0.0)
         resolved = dataclasses.replace(
             request,
@@ -304,7 +291,7 @@ class ZImage:
         return {
             "version": __version__,
             "request": dataclasses.asdict(single),
-            "model": {"name": self.folder.resolve().name, "fingerprint": self.fingerprint()},
+            "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "torch": torch.__version__,
@@ -334,8 +321,8 @@ class ZImage:
 
     def _denoise_events(self, request: Request, captions: dict[str, Tensor]) -> Generator[Event, None, list[Tensor]]:
         """Returns the finished latents (1, 16, h, w) of every image."""
-        factor = self._skeleton("vae").spatial_factor
-        channels = self._skeleton("dit").config.in_channels
+        factor = self.model.skeleton("vae").spatial_factor
+        channels = self.model.skeleton("dit").config.in_channels
         size = (request.height // factor, request.width // factor)
         finished = []
         for first in range(0, request.count, request.batch_size):
@@ -358,22 +345,22 @@ class ZImage:
     # ------------------------------------------------------------------ checks
 
     def _shift(self, given: float | None) -> float:
-        shift = _either(given, self.shift)
+        shift = _either(given, self.model.shift)
         if shift is None:
             raise RequestError(
-                f"{self.folder} has no scheduler/scheduler_config.json; give the shift (3 for Turbo, 6 for Base)"
+                f"{self.model.folder} has no scheduler/scheduler_config.json; give the shift (3 for Turbo, 6 for Base)"
             )
         return shift
 
     def stage_bytes(self, request: Request) -> dict[str, int]:
         """Estimated peak of each stage of a resolved request: weights held meanwhile plus activations."""
-        weights = {name: self.weight_bytes(name) for name in self._components}
+        weights = {name: self.weight_bytes(name) for name in self.model.components}
         pixels = request.width * request.height
         image_tokens = pixels // SIZE_MULTIPLE**2
         work = {
             "text_encoder": 0,
-            "dit": self._skeleton("dit").activation_bytes(image_tokens, self.dtype) * request.batch_size,
-            "vae": self._skeleton("vae").activation_bytes(pixels, self.dtype),
+            "dit": self.model.skeleton("dit").activation_bytes(image_tokens, self.dtype) * request.batch_size,
+            "vae": self.model.skeleton("vae").activation_bytes(pixels, self.dtype),
         }
         held = sum(weights.values())
         return {name: work[name] + (held if self.keeps_loaded else weights[name]) for name in work}
@@ -381,23 +368,20 @@ class ZImage:
     def _check_memory(self, request: Request) -> None:
         """Refuse a size whose peak exceeds the memory, with the figures."""
         stage, peak = max(self.stage_bytes(request).items(), key=lambda item: item[1])
-        free = available_memory(self.device) + sum(
-            self._components[n].weight_bytes(self.dtype) for n in list(self._loaded)
-        )
+        free = available_memory(self.device) + sum(self.weight_bytes(name) for name in list(self._loaded))
         if peak > free:
+            too_large = self.weight_bytes(stage) > free
             raise RequestError(
                 f"{request.width}×{request.height} needs about {peak / 1e9:.1f} GB in the {stage} stage; "
-                f"{free / 1e9:.1f} GB are free on {self.device}; choose a smaller size"
+                f"{free / 1e9:.1f} GB are free on {self.device}; "
+                + ("its weights alone are larger" if too_large else "choose a smaller size")
             )
 
     def _warn_beyond_training(self, request: Request) -> None:
-        longest = self._skeleton("dit").config.axes_lens[1] * SIZE_MULTIPLE
-        if max(request.width, request.height) > longest:
-            log.warning(
-                "a side of %d px is past the %d px the model was trained for",
-                max(request.width, request.height),
-                longest,
-            )
+        longest = self.model.skeleton("dit").config.axes_lens[1] * SIZE_MULTIPLE
+        side = max(request.width, request.height)
+        if side > longest:
+            log.warning("a side of %d px is past the %d px the model was trained for", side, longest)
 
 
 def _either(value: Any, default: Any) -> Any:

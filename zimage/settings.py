@@ -173,6 +173,8 @@ def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: A
     if m["choices"] and value not in m["choices"]:
         raise RequestError(f"{name} {value!r} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
+        if not value.isascii() and value != value.encode(errors="ignore").decode():
+            raise RequestError(f"{name} is not valid text; it must be encoded in UTF-8")
         return
     if value != value:
         raise RequestError(f"{name} is not a number")

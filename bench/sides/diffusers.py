@@ -12,7 +12,7 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     import torch
     from diffusers import ZImagePipeline
 
-    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}[dtype]
     pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=kind)
     pipe.set_progress_bar_config(disable=True)
     clock.lap("load")

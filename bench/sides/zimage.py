@@ -11,7 +11,7 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     clock = Clock()
     import zimage
 
-    pipe = zimage.ZImage.load(folder, device="cpu", dtype=dtype)
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype=None if dtype == "auto" else dtype)
     request = pipe.resolve(
         zimage.Request(prompt, width=int(size), height=int(size), steps=int(steps), seed=0, guidance=0.0)
     )

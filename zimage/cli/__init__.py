@@ -23,13 +23,16 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=DefaultGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="zimage")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Z-Image: text to image in plain PyTorch.
 
     `gen` may be left out: zimage "a cat" is zimage gen "a cat".
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 cli.add_command(gen)
@@ -42,9 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(args=None if args is None else list(args), prog_name="zimage", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        return _fail("interrupted; the picture in work was not saved", INTERRUPTED)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         return _fail("interrupted; the picture in work was not saved", INTERRUPTED)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
@@ -57,9 +58,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    end = "\r\033[K" if sys.stderr.isatty() else ""  # wipe a progress line
-    print(f"{end}error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{_fresh_line()}error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _fresh_line() -> str:
+    """What wipes a progress line that may stand there."""
+    return "\r\033[K" if sys.stderr.isatty() else ""
 
 
 def _log_to_stderr() -> None:
@@ -72,4 +77,4 @@ def _log_to_stderr() -> None:
 
 class _LevelFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{_fresh_line()}{record.levelname.lower()}: {record.getMessage()}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
@@ -105,6 +106,8 @@ class Target:
         file_format(path)
         if not self.folder.is_dir():
             raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; make it first")
+        if not os.access(self.folder, os.W_OK):
+            raise RequestError(f"output: the folder {str(self.folder)!r} cannot be written to")
         if self.replaces and path.is_dir():
             raise RequestError(f"output: {str(path)!r} is a folder")
 
@@ -153,6 +156,11 @@ def _warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
         if before is not None and before != now[key]:
             click.echo(f"warning: {key} was {_plain(before)}, now {_plain(now[key])}: pixels may differ", err=True)
 
+    if origin.get("request", {}).get("batch_size", 1) > 1:
+        click.echo(
+            "warning: the picture came from a batch, whose bits depend on its members: pixels may differ", err=True
+        )
+
 
 def _plain(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
@@ -170,6 +178,6 @@ def _introduce(progress: Progress, pipe: Any, request: Request, is_demo: bool) -
     )
     from zimage.cli.hints import unknown_words
 
-    hint = unknown_words(pipe.folder, request.prompts)
+    hint = unknown_words(pipe.model.folder, request.prompts)
     if hint:
         progress.note(hint)

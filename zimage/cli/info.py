@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import click
@@ -48,14 +47,14 @@ def describe(pipe: Any) -> dict[str, Any]:
     """All that `info` prints, as plain values."""
     from zimage.settings import Request
 
-    components = [_describe_component(c, pipe) for c in pipe.components]
-    known_shift = pipe.shift is not None
+    components = [_describe_component(c, pipe) for c in pipe.model.components.values()]
+    known_shift = pipe.model.shift is not None
     request = pipe.resolve(Request(prompt="", shift=None if known_shift else 3.0, seed=0))
     return {
-        "name": Path(pipe.folder).resolve().name,
-        "fingerprint": pipe.fingerprint(),
+        "name": pipe.model.name,
+        "fingerprint": pipe.model.fingerprint,
         "components": components,
-        "vocabulary": pipe.tokenizer.vocab_size,
+        "vocabulary": pipe.model.tokenizer.vocab_size,
         "caption_tokens": pipe.max_caption_tokens,
         "defaults": {
             "width": request.width,
@@ -73,12 +72,11 @@ def describe(pipe: Any) -> dict[str, Any]:
 
 def _describe_component(component: Any, pipe: Any) -> dict[str, Any]:
     checkpoint = component.checkpoint
-    keys = list(checkpoint.keys())
-    stored = Counter(checkpoint.dtype(key) for key in keys)
+    stored = Counter(entry.dtype for entry in checkpoint.entries.values())
     return {
         "name": component.name,
         "class": type(component.skeleton).__name__,
-        "tensors": len(keys),
+        "tensors": len(checkpoint.entries),
         "parameters": sum(weight.numel() for weight in component.skeleton.parameters()),
         "disk_bytes": checkpoint.stored_bytes(),
         "stored": ", ".join(f"{dtype}" for dtype, _ in stored.most_common()),

@@ -57,6 +57,11 @@ class ZImageDiTConfig:
     def __post_init__(self):
         if self.n_kv_heads != self.n_heads:
             raise ConfigError(f"DiT config: n_kv_heads = {self.n_kv_heads} must equal n_heads = {self.n_heads}")
+        if not len(self.axes_dims) == len(self.axes_lens) == 3 or any(d % 2 for d in self.axes_dims):
+            raise ConfigError(
+                f"DiT config: axes_dims {list(self.axes_dims)} and axes_lens {list(self.axes_lens)} "
+                "must hold three numbers each, the dims even"
+            )
         if self.dim % self.n_heads or sum(self.axes_dims) * self.n_heads != self.dim:
             raise ConfigError(
                 f"DiT config: axes_dims {list(self.axes_dims)} must add up to dim / n_heads = "

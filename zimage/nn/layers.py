@@ -25,3 +25,11 @@ class WideningLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class TokenEmbedding(nn.Embedding):
+    """An Embedding not initialised on meta, where drawing normal numbers imports torch's compiler for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()

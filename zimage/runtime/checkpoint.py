@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,29 +32,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+class Entry(NamedTuple):
+    """Where a tensor lies and what it is; `dtype` as safetensors names it: "BF16", "F32" …"""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Checkpoint:
-    """The tensors of one component folder, opened but not read."""
+    """The tensors of one component folder: known by name, not read, and not mapped before `reader` is asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = _weight_files(folder)
-        self._shards = [_open(file) for file in self.files]
-        self._shard_of = {key: shard for shard in self._shards for key in shard.keys()}  # noqa: SIM118 (no mapping)
+        self.entries = {key: entry for file in self.files for key, entry in _entries(file)}
         self._check_index()
 
-    def keys(self) -> Iterable[str]:
-        return self._shard_of.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._shard_of[key].get_slice(key).get_shape())
-
-    def dtype(self, key: str) -> str:
-        """As safetensors names it: "BF16", "F32" …"""
-        return self._shard_of[key].get_slice(key).get_dtype()
-
-    def tensor(self, key: str) -> Tensor:
-        """A view of the mapped file: nothing is read before it is used."""
-        return self._shard_of[key].get_tensor(key)
+    def reader(self) -> Callable[[str], Tensor]:
+        """key → view of the mapped file. The mapping lives as long as the reader or one of its tensors."""
+        shards = {file: _open(file) for file in self.files}
+        return lambda key: shards[self.entries[key].file].get_tensor(key)
 
     def stored_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
@@ -81,7 +79,7 @@ class Checkpoint:
         if index is None:
             return
         promised = read_json(index)["weight_map"]
-        missing = [key for key in promised if key not in self._shard_of]
+        missing = [key for key in promised if key not in self.entries]
         if missing:
             raise CheckpointError(f"{index}: {_listing(missing)} in none of the shards")
 
@@ -100,10 +98,10 @@ def load_weights(
     pages let go. With `widen_late` the matrices of Linear and Embedding layers stay as stored, and Linear layers widen
     them when used. A model whose layout differs from the file's brings `published_shapes()` and `fold(key, tensor)`.
     """
-    stored = _stored_names(model, checkpoint)
+    stored, read = _stored_names(model, checkpoint), checkpoint.reader()
     kept = _late_matrices(model) if widen_late else set()
     for key in _published_shapes(model):
-        mapped = checkpoint.tensor(stored[key])
+        mapped = read(stored[key])
         folded = model.fold(key, mapped) if hasattr(model, "fold") else (key, mapped)
         if folded is not None:
             name, tensor = folded
@@ -148,7 +146,7 @@ def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
 
 def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Published key → key in this file: files saved from the bare Qwen3 decoder lack the prefix `model.`."""
-    keys = list(checkpoint.keys())
+    keys = checkpoint.entries
     published = all(key.startswith("model.") for key in _published_shapes(model))
     prefix = "model." if published and not any(key.startswith("model.") for key in keys) else ""
     return {prefix + key: key for key in keys}
@@ -161,9 +159,9 @@ def _check_keys(
     missing = [key for key in shapes if key not in found]
     unexpected = [key for key in found if key not in shapes and key not in other]
     misshapen = [
-        f"{key} {list(checkpoint.shape(found[key]))} should be {list(shape)}"
+        f"{key} {list(checkpoint.entries[found[key]].shape)} should be {list(shape)}"
         for key, shape in shapes.items()
-        if key in found and checkpoint.shape(found[key]) != shape
+        if key in found and checkpoint.entries[found[key]].shape != shape
     ]
     for word, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen)):
         if keys:
@@ -197,6 +195,13 @@ def _index_file(folder: Path) -> Path | None:
         if (folder / f"{name}.index.json").is_file():
             return folder / f"{name}.index.json"
     return None
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
+    handle = _open(file)
+    for key in handle.keys():  # noqa: SIM118 (no mapping)
+        part = handle.get_slice(key)
+        yield key, Entry(file, tuple(part.get_shape()), part.get_dtype())
 
 
 def _open(file: Path) -> Any:

@@ -25,11 +25,20 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not meminfo.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min(int(free.split()[1]) * 1024, _container_memory())
+
+
+def _container_memory() -> int:
+    """Bytes left under a container's limit (control groups, version 2); a very large number where there is none."""
+    group = Path("/sys/fs/cgroup")
+    if not (group / "memory.max").is_file() or (group / "memory.max").read_text().strip() == "max":
+        return sys.maxsize
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / "memory.current").read_text()) - int(statistics["file"])  # cached files make room when asked
+    return max(int((group / "memory.max").read_text()) - used, 0)
 
 
 def release_cached(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from zimage.errors import ConfigError, RequestError
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
-from zimage.nn.layers import RMSNorm
+from zimage.nn.layers import RMSNorm, TokenEmbedding
 
 PREFIX = "model."
 
@@ -107,7 +107,7 @@ class Qwen3Decoder(nn.Module):
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
