@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -61,7 +62,8 @@ def run_side(side: str, folder: Path, size: int, steps: int, dtype: str) -> dict
             PROMPT,
             out.name,
         ]
-        subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ZIMAGE_BENCH_STARTED": str(time.monotonic())}
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads(out.read())
 
 

@@ -20,11 +20,18 @@ class RMSNorm(nn.Module):
 class WideningLinear(nn.Linear):
     """A Linear whose weight stays as stored (bf16) and is widened to the input's dtype when used.
 
-    For processors that compute in fp32 only: the same values as a model cast to fp32, at half its memory.
+    For processors that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
     """
 
+    PIECE = 2 << 20  # weights widened at a time: small enough to stay in the cache until they are multiplied
+
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        rows = max(1, self.PIECE // self.in_features)
+        scratch = x.new_empty(min(rows, self.out_features), self.in_features)
+        out = [F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in self.weight.split(rows)]
+        out = torch.cat(out, dim=-1)
+        return out if self.bias is None else out + self.bias
 
 
 class TokenEmbedding(nn.Embedding):
