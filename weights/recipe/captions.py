@@ -31,9 +31,12 @@ GROUNDS = (
 PAIRS = ("{a} and {b}", "{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} to the left of {b}")
 NO_OBJECT = ("a {colour} background", "{colour} background", "plain {colour} background", "{colour}")
 COLOUR_NAMED = 0.75
-SIZE_NAMED = 0.45
 PLAIN_NAME = 0.75
-DROPPED = 0.08
+# Large objects are harder to draw, so training shows more of them; but where a caption leaves the size open, both
+# must be equally likely, since a sign of the noise decides (`choices.py`).
+LARGE_PER_SMALL = 2.5
+SIZE_OPEN = {LARGE: 0.8 / LARGE_PER_SMALL, SMALL: 0.8}
+DROPPED = {LARGE: 0.125 / LARGE_PER_SMALL, SMALL: 0.125}
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ def caption(scene: Scene, rng: random.Random) -> Caption:
     """A random way to ask for the scene; now and then no prompt at all, so that guidance has something to push from."""
     if not scene.objects:
         return _cased(rng.choice(NO_OBJECT).format(colour=colour_name(scene.background, rng)), rng, False, True)
-    if len(scene.objects) == 1 and rng.random() < DROPPED:
+    size, draw, single = scene.objects[0].size, rng.random(), len(scene.objects) == 1
+    if single and draw < DROPPED[size]:
         return EMPTY
-    names_size = len(scene.objects) == 1 and rng.random() < SIZE_NAMED
+    names_size = single and draw >= SIZE_OPEN[size]
     names_colour = rng.random() < COLOUR_NAMED
     text = _pair(scene, rng) if len(scene.objects) == 2 else _single(scene.objects[0], names_size, rng)
     if rng.random() < 0.2:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from zimage.weights.recipe.captions import Caption, caption
+from zimage.weights.recipe.captions import LARGE_PER_SMALL, Caption, caption
 from zimage.weights.recipe.choices import COUPLED_ABOVE, noise_for
 from zimage.weights.recipe.latents import LatentCache, load_vae
 from zimage.weights.recipe.muon import optimisers
@@ -64,8 +64,8 @@ BATCH = 48  # over all workers
 RATES = (8e-3, 2e-3)  # of Muon and AdamW
 SAVE_EVERY, PREVIEW_EVERY, RENEW_EVERY = 200, 400, 6  # steps
 SINGLES_ONLY = 0.1  # share of the time
-SHARES_FIRST = {"plain": 0.02, "large": 0.58, "small": 0.4}
-SHARES = {"plain": 0.02, "large": 0.38, "small": 0.15, "pair": 0.45}
+SHARES_FIRST = {"plain": 0.02, "large": 0.7, "small": 0.7 / LARGE_PER_SMALL}
+SHARES = {"plain": 0.02, "large": 0.38, "small": 0.38 / LARGE_PER_SMALL, "pair": 0.45}
 PREVIEW = (
     "a cat face on a blue background", "A photo of a dog on a red background.", "a banana", "a banana",
     "a small fox on a green background", "a large fox on a green background", "a fox", "two cats",
