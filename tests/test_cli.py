@@ -177,3 +177,14 @@ def test_an_uninstalled_clone_says_how_to_install(tmp_path):
     assert process.stderr.startswith("error: not installed yet (")
     assert "pip install -c constraints.txt -e ." in process.stderr
     assert process.stderr.count("\n") == 1
+
+
+def test_words_the_demo_has_not_learned_are_hinted_at():
+    from zimage.cli.hints import unknown_words
+    from zimage.weights import DEMO
+
+    assert unknown_words(DEMO, ["a cat on a blue background"]) is None
+    hint = unknown_words(DEMO, ["a zebra and a tigre on a blue background"])
+    assert hint.startswith("hint: this model has not learned 'zebra', 'tigre'; near: tiger")
+    assert "cat" in hint
+    assert unknown_words(DEMO.parent, ["a zebra"]) is None, "models without a vocabulary get no hints"

@@ -18,8 +18,10 @@ def unknown_words(folder: Path, prompts: list[str]) -> str | None:
     if not unknown:
         return None
     near = dict.fromkeys(m for w in unknown for m in difflib.get_close_matches(w, known, n=1, cutoff=0.75))
-    offers = list(near) + [name for name in vocabulary["objects"] if name not in near]
+    objects, colours = vocabulary["objects"], vocabulary["colours"]
+    examples = [name for name in objects if name not in near][:6]
     return (
-        f"hint: this model has not learned {', '.join(map(repr, unknown[:5]))}; it knows {', '.join(offers[:8])} "
-        f"and {len(vocabulary['objects'])} objects in all, on {', '.join(vocabulary['colours'])}"
+        f"hint: this model has not learned {', '.join(map(repr, unknown[:5]))}; "
+        + (f"near: {', '.join(near)}; " if near else "")
+        + f"it knows {len(objects)} objects ({', '.join(examples)} …) on {', '.join(colours)}"
     )
