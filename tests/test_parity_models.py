@@ -5,6 +5,7 @@ import torch
 from tiny import DIT, KL, QWEN, VOCAB, WAN, arguments, randomised, relative_error
 from torch import Tensor, nn
 
+from bench import weights as full_weights
 from zimage import flow
 from zimage.dit import ZImageDiT
 from zimage.text import Qwen3
@@ -192,28 +193,7 @@ def test_bf16_is_no_less_exact_than_the_reference(part):
 def full_size() -> dict:
     """name → (reference on meta, our model on meta, tensors in a published file)."""
     diffusers, transformers = references.diffusers, references.transformers
-    qwen = {
-        **QWEN,
-        "vocab_size": 151936,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
-    dit = {
-        **DIT,
-        "dim": 3840,
-        "n_layers": 30,
-        "n_refiner_layers": 2,
-        "n_heads": 30,
-        "n_kv_heads": 30,
-        "cap_feat_dim": 2560,
-        "axes_dims": [32, 48, 48],
-        "axes_lens": [1536, 512, 512],
-    }
-    kl = {**KL, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+    qwen, dit, kl = full_weights.TEXT_ENCODER, full_weights.TRANSFORMER, full_weights.VAE
     wan = {**WAN, "base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
     with torch.device("meta"):
         return {
