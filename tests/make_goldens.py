@@ -8,23 +8,13 @@ from pathlib import Path
 import references
 import torch
 from safetensors.torch import save_file
+from test_goldens import RUNS, SIGMAS
 from tiny import DIT, QWEN, VOCAB
 from torch import Tensor
 
 GOLDENS = Path(__file__).parent / "goldens"
 CAPTION_LENGTHS = (5, 41)  # padded to 32 and 64: learned pads in both, and masked batch padding in the first
 LATENT_SIZE = (6, 10)  # 15 patches: 17 learned image pads
-SIGMAS = (1.0, 0.6429, 0.3)
-
-# name → settings of a whole denoising run
-RUNS = {
-    "plain": {"guidance": 0.0},
-    "half_guidance": {"guidance": 0.5},
-    "guidance": {"guidance": 3.5},
-    "truncated": {"guidance": 3.5, "cfg_truncation": 0.3},
-    "normalised": {"guidance": 3.5, "cfg_normalization": 1.0},
-    "both": {"guidance": 3.5, "cfg_truncation": 0.3, "cfg_normalization": 0.8},
-}
 
 
 def write(name: str, model, tensors: dict[str, Tensor]) -> None:

@@ -169,6 +169,14 @@ def test_info_prints_components_sizes_and_memory(run, tiny_folder):
     assert facts["components"][1]["tensors"] == 73
 
 
+def test_info_works_where_the_model_does_not_fit(run, tiny_folder, monkeypatch):
+    monkeypatch.setattr("zimage.pipeline.available_memory", lambda device: 1000)
+    assert run("info", str(tiny_folder))[0] == 0
+    status, _, err = run("gen", "a")
+    assert status == 2
+    assert "its weights alone are larger" in err
+
+
 def test_an_uninstalled_clone_says_how_to_install(tmp_path):
     process = subprocess.run(
         [sys.executable, "-I", "-S", str(ROOT / "cli.py"), "gen", "a"], capture_output=True, text=True, cwd=tmp_path

@@ -15,7 +15,7 @@ from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 TOLERANCE = 1e-5  # fp32, of the largest value
 SIGMAS = (1.0, 0.6429, 0.3)
-RUNS = {
+RUNS = {  # name → settings of a whole denoising run
     "plain": {"guidance": 0.0},
     "half_guidance": {"guidance": 0.5},
     "guidance": {"guidance": 3.5},

@@ -259,18 +259,19 @@ class ZImage:
     def run(self, request: Request) -> Iterator[Event]:
         """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading."""
         request = self.resolve(request)
+        self._check_memory(request)
         self._warn_beyond_training(request)
         captions = yield from self._stage("text_encoder", self._encode_events(request))
         latents = yield from self._stage("dit", self._denoise_events(request, captions))
         yield from self._stage("vae", self._decode_events(latents))
 
     def resolve(self, request: Request) -> Request:
-        """The request with every open setting filled in. Raises RequestError for what cannot be run here."""
+        """The request with every open setting filled in. Raises RequestError where the shift is unknown."""
         sample_size = getattr(self.model.skeleton("vae").config, "sample_size", 1024)
         side = sample_size if sample_size < 1024 else 1024
         is_base = self.model.shift is not None and self.model.shift >= BASE_SHIFT
         guidance = _either(request.guidance, 4.0 if is_base else 0.0)
-        resolved = dataclasses.replace(
+        return dataclasses.replace(
             request,
             width=_either(request.width, side),
             height=_either(request.height, side),
@@ -280,8 +281,6 @@ class ZImage:
             shift=self._shift(request.shift),
             seed=_either(request.seed, secrets.randbelow(2**32)),
         )
-        self._check_memory(resolved)
-        return resolved
 
     def metadata(self, request: Request, index: int) -> dict[str, Any]:
         """All that is needed to render image `index` of a resolved request again, as plain values; no paths."""

@@ -2,7 +2,6 @@
 
 import statistics
 import sys
-import time
 
 from bench.sides.clock import Clock
 
@@ -16,8 +15,12 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=kind)
     pipe.set_progress_bar_config(disable=True)
     clock.lap("load")
+
+    def encode():
+        return pipe.encode_prompt(prompt, device=torch.device("cpu"), do_classifier_free_guidance=False)[0]
+
     with torch.no_grad():
-        embeds, _ = pipe.encode_prompt(prompt, device=torch.device("cpu"), do_classifier_free_guidance=False)
+        embeds = encode()
     clock.lap("encode")
     step_seconds = []
 
@@ -39,21 +42,9 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     clock.lap("decode")
     clock.figures |= {"first_step": step_seconds[0], "step": statistics.median(step_seconds[1:] or step_seconds)}
     clock.total()
-    clock.figures["encode_warm"] = warm_encode(pipe, prompt)
+    with torch.no_grad():
+        clock.warm("encode_warm", encode)
     clock.write(out)
-
-
-def warm_encode(pipe, prompt: str) -> float:
-    """Seconds of a second encode."""
-    import torch
-
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        with torch.no_grad():
-            pipe.encode_prompt(prompt, device=torch.device("cpu"), do_classifier_free_guidance=False)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import statistics
 import sys
-import time
 
 from bench.sides.clock import Clock
 
@@ -29,18 +28,8 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     clock.figures |= {"first_step": step_seconds[0], "step": statistics.median(step_seconds[1:] or step_seconds)}
     clock.total()
     assert image is not None
-    clock.figures["encode_warm"] = warm_encode(pipe, prompt)
+    clock.warm("encode_warm", lambda: pipe.encode([prompt]))
     clock.write(out)
-
-
-def warm_encode(pipe, prompt: str) -> float:
-    """Seconds of a second encode with the encoder loaded."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        pipe.encode([prompt])
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How the demo model is made: scenes, captions, trainings, export, scorer, card. `__main__.py` lists the steps."""

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from zimage import flow
 from zimage.dit import ZImageDiT
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
@@ -34,19 +35,13 @@ class Painter(nn.Module):
         return self.dit(latents, sigma, self.captions(ids))
 
 
-def sigmas(steps: int) -> Tensor:
-    s = torch.linspace(1, 1 / steps, steps)
-    return torch.cat((SHIFT * s / (1 + (SHIFT - 1) * s), torch.zeros(1)))
-
-
 @torch.no_grad()
 def denoise(painter: Painter, tokenizer: Tokenizer, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
     """Latents (B, 16, 16, 16) for one batch."""
     x = torch.stack([torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     captions = painter.captions([encode(tokenizer, prompt) for prompt in prompts])
-    levels = sigmas(steps)
-    for now, after in pairwise(levels):
-        x = x + (after - now) * painter.dit(x, now.expand(len(x)), captions)
+    for now, after in pairwise(flow.sigmas(steps, SHIFT)):
+        x = flow.euler_step(x, painter.dit(x, now.expand(len(x)), captions), now, after)
     return x
 
 

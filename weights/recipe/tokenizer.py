@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from zimage.text.chat import format_prompt
 from zimage.weights.recipe.captions import caption, known_words
 from zimage.weights.recipe.scenes import Scene, random_pair, single_scenes
 
@@ -23,7 +24,6 @@ NOT_SPECIAL = (
     "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 VOCABULARY = 1000
-CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 MAX_TOKENS = 32  # one multiple of the DiT's padding, so every caption costs the same
 CHAT_TEMPLATE = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{%- endfor %}"
@@ -80,4 +80,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of the prompt in Qwen's chat form."""
-    return tokenizer.encode(CHAT.format(prompt=prompt)).ids
+    return tokenizer.encode(format_prompt(prompt)).ids

@@ -1,0 +1,1 @@
+"""Reading checkpoints and managing memory; knows no model class."""
