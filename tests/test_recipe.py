@@ -32,7 +32,7 @@ def test_pairs_stand_in_their_halves_with_a_gap():
     for _ in range(200):
         left, right = scenes.random_pair(rng).objects
         assert left.x + left.size // 2 < scenes.SIDE // 2 < right.x - right.size // 2
-        assert left.y == right.y
+        assert (left.y, left.size) == (right.y, right.size)
 
 
 def test_captions_name_what_they_do_not_leave_open():

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from zimage.weights.recipe.captions import Caption
 from zimage.weights.recipe.objects import OBJECTS, PALETTE
-from zimage.weights.recipe.scenes import LARGE, SIDE, Scene
+from zimage.weights.recipe.scenes import LARGE, PAIR_SIZES, SIDE, Scene
 
 COLOURS, NAMES = list(PALETTE), list(OBJECTS)
-SIZE_CHANNEL, X_CHANNEL = 10, 11  # channels 0…9 choose the background
+SIZE_CHANNEL, X_CHANNEL, Y_CHANNEL = 10, 11, 12  # channels 0…9 choose the background
 OBJECT_COLUMNS = 16  # the object's number is 16 · row + column, both chosen as the largest reading
 # From here down the picture shows through the noise, and any noise may meet any picture (image to image needs that).
 COUPLED_ABOVE = 0.8
@@ -48,11 +48,13 @@ def _choose_whole(reading: Tensor, scene: Scene, caption: Caption) -> Tensor:
     if caption.open_background:
         reading = _make_largest(reading, COLOURS.index(scene.background), len(COLOURS))
     if scene.objects:
-        first = scene.objects[0]
-        if len(scene.objects) == 1 and caption.open_size:
-            _set_sign(reading, SIZE_CHANNEL, first.size == LARGE)
-        if len(scene.objects) == 1 and first.size != LARGE:
-            _set_sign(reading, X_CHANNEL, first.x > SIDE // 2)
+        first, single = scene.objects[0], len(scene.objects) == 1
+        if caption.open_size:
+            _set_sign(reading, SIZE_CHANNEL, first.size == (LARGE if single else max(PAIR_SIZES)))
+        if first.size != LARGE:
+            _set_sign(reading, Y_CHANNEL, first.y > SIDE // 2)
+            if single:
+                _set_sign(reading, X_CHANNEL, first.x > SIDE // 2)
     return reading
 
 

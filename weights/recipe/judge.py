@@ -16,6 +16,7 @@ from zimage.weights.recipe.objects import OBJECTS, PALETTE
 from zimage.weights.recipe.scenes import (
     LARGE,
     LARGE_PLACES,
+    PAIR_SIZES,
     PAIR_X,
     PAIR_Y,
     SIDE,
@@ -28,7 +29,7 @@ from zimage.weights.recipe.scenes import (
 )  # fmt: skip
 
 BACKGROUND_BOUND = 25.0  # of 255, Euclidean: the palette's closest two colours are over 80 apart
-CLEAN_BOUND = 0.25  # rms error at which a picture still counts as the scene it is nearest to
+CLEAN_BOUND = 0.15  # rms error at which a picture still counts as its nearest scene: twice the autoencoder's own
 GAP = slice(61, 67)  # columns between the members of a pair
 BORDER = 3  # px
 
@@ -44,7 +45,8 @@ class Finding:
 
     @property
     def clean(self) -> bool:
-        return self.background is not None and self.error <= CLEAN_BOUND and self.gap
+        one_row = len({(o.size, o.y) for o in self.objects}) == 1
+        return self.background is not None and self.error <= CLEAN_BOUND and self.gap and one_row
 
     @property
     def size(self) -> str:
@@ -107,7 +109,7 @@ def single_templates(background: str) -> tuple[list[Placed], Tensor]:
 
 @cache
 def half_templates(background: str, side: int) -> tuple[list[Placed], Tensor]:
-    placed = [Placed(name, SMALL, PAIR_X[side], y) for name in OBJECTS for y in PAIR_Y]
+    placed = [Placed(name, size, PAIR_X[side], y) for name in OBJECTS for size in PAIR_SIZES for y in PAIR_Y]
     half = SIDE // 4
     columns = slice(side * half, (side + 1) * half)
     return placed, torch.stack([halve(draw(Scene((p,), background)))[..., columns].flatten() for p in placed])

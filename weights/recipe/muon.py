@@ -9,20 +9,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from zimage.weights.recipe.training import compute_dtype
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives all singular values towards 1
 FOR_ADAMW = ("embed_tokens", "adaLN_modulation", "t_embedder")  # lookups and functions of σ alone
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, approximately, of a batch (N, rows, columns)."""
+    """The nearest semi-orthogonal matrices, roughly, of a batch (N, rows, columns); in bf16 where that is fast."""
     a, b, c = NEWTON_SCHULZ
     tall = m.shape[1] > m.shape[2]
     x = m.mT if tall else m
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(compute_dtype())
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(m.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -43,10 +43,14 @@ class Team:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def step(self, optimisers: list[torch.optim.Optimizer], clip: float) -> None:
-        """After backward(): average the gradients of all, update the owned parameters, wait for the others."""
-        nn.utils.clip_grad_norm_(self.params, clip)
-        for p, shared in zip(self.params, self.gradients[self.rank], strict=True):
+    def step(self, worker: nn.Module, optimisers: list[torch.optim.Optimizer], clip: float) -> None:
+        """After `worker`'s backward(): average all gradients, update the owned parameters, take over the others'.
+
+        `worker` is this process's own copy of the model, in any dtype; the parameters proper are shared and fp32.
+        """
+        own = list(worker.parameters())
+        nn.utils.clip_grad_norm_(own, clip)
+        for p, shared in zip(own, self.gradients[self.rank], strict=True):
             shared.copy_(p.grad) if p.grad is not None else shared.zero_()
             p.grad = None
         self._barrier.wait()
@@ -56,3 +60,5 @@ class Team:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self._barrier.wait()
+        with torch.no_grad():
+            torch._foreach_copy_(own, self.params)

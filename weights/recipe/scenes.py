@@ -21,11 +21,12 @@ SIDE = 128  # px
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # Debian package fonts-noto-color-emoji
 FONT_PX = 109  # the only size the font's bitmaps have
 
-LARGE, SMALL = 84, 54  # px of the longer side
-SIZE_WORDS = {LARGE: "large", SMALL: "small"}
+LARGE, SMALL, TINY = 84, 54, 40  # px of the longer side; a single object is large or small, a pair small or tiny
+SIZE_WORDS = {LARGE: "large", SMALL: "small", TINY: "tiny"}
+PAIR_SIZES = (SMALL, TINY)
 LARGE_PLACES = ((64, 64),)  # centres, px
 # Small objects stand where the members of a pair stand, so both learn the same patterns.
-PAIR_X, PAIR_Y = (32, 96), (80,)
+PAIR_X, PAIR_Y = (32, 96), (48, 80)
 SMALL_PLACES = tuple(itertools.product(PAIR_X, PAIR_Y))
 HELD_OUT_SEED = 7
 
@@ -96,13 +97,13 @@ def single_scenes() -> list[Scene]:
 
 
 def random_pair(rng: random.Random, background: str | None = None) -> Scene:
-    """Two objects at one height, one in each half; now and then the same object twice."""
-    y = rng.choice(PAIR_Y)
+    """Two objects of one size at one height, one in each half; now and then the same object twice."""
+    size, y = rng.choice(PAIR_SIZES), rng.choice(PAIR_Y)
     while True:
         names = rng.sample(list(OBJECTS), 2)
         if rng.random() < 0.04:
             names[1] = names[0]
-        pair = tuple(Placed(name, SMALL, x, y) for name, x in zip(names, PAIR_X, strict=True))
+        pair = tuple(Placed(name, size, x, y) for name, x in zip(names, PAIR_X, strict=True))
         scene = Scene(pair, background or rng.choice(list(PALETTE)))
         if not is_held_out(scene):
             return scene

@@ -81,7 +81,7 @@ def shares(rows: list[tuple[Trial, Finding]]) -> dict[str, float]:
 def freedom(trials: list[Trial], findings: list[Finding]) -> dict:
     """How open prompts use their freedom: do two seeds differ, and how often is each choice taken?"""
     by_prompt = defaultdict(list)
-    chosen = {"colour": Counter(), "size": Counter(), "place": Counter()}
+    chosen = {"colour": Counter(), "single": Counter(), "pair": Counter()}
     for trial, finding in zip(trials, findings, strict=True):
         if not trial.group.startswith("open"):
             continue
@@ -89,8 +89,9 @@ def freedom(trials: list[Trial], findings: list[Finding]) -> dict:
         by_prompt[trial.prompt].append((finding.background, first.size, first.x, first.y))
         chosen["colour"][str(finding.background)] += 1
         if len(trial.objects) == 1:
-            chosen["size"][finding.size] += 1
-            chosen["place"][f"{finding.size} {first.x},{first.y}"] += 1
+            chosen["single"][f"{finding.size} at {first.x},{first.y}"] += 1
+        else:
+            chosen["pair"][f"{finding.size} at height {first.y}"] += 1
     pairs = [pair for views in by_prompt.values() for pair in itertools.combinations(views, 2)]
     counts = {name: dict(sorted(counter.items())) for name, counter in chosen.items()}
     return {"two seeds differ": round(sum(a != b for a, b in pairs) / len(pairs), 4), **counts}

@@ -56,6 +56,11 @@ class Run:
         return states
 
 
+def compute_dtype() -> torch.dtype:
+    """bf16 on CPUs that compute in it, two to three times quicker; the weights that are stepped stay fp32."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def save_atomically(obj: object, path: Path) -> None:
     """A reader sees the old file or the new one, never half of one."""
     partial = path.with_suffix(".partial")
