@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
+from zimage.vae.tiling import OFF, STRIP_BYTES, Tiling
 
 NORM_EPS = 1e-6
 
@@ -66,20 +67,33 @@ class AutoencoderKL(nn.Module):
         """About the peak of decoding one image: five maps of the second width at full size."""
         return 5 * self.config.block_out_channels[1] * pixels * dtype.itemsize
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def tiled_bytes(self, pixels: int, dtype: torch.dtype) -> int:
+        """About the peak of decoding one image in exact strips: two maps at full size and what a strip takes."""
+        first, second = self.config.block_out_channels[:2]
+        return (first + second) * pixels * dtype.itemsize + STRIP_BYTES
+
+    def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, each (B, 16, h, w), unscaled."""
-        mean, logvar = self.encoder(self._input(images)).chunk(2, dim=1)
+        mean, logvar = tiling.encode(self.encoder, self._input(images), self.spatial_factor).chunk(2, dim=1)
         return mean, logvar
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode, not a draw."""
-        mean, _ = self.moments(images)
+    def encode(
+        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+    ) -> Tensor:
+        """Scaled latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode, not a draw.
+
+        Tiles as `Tiling` describes them.
+        """
+        mean, _ = self.moments(images, Tiling(tile_mode, tile_size, tile_overlap))
         return (mean.float() - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of scaled latents (B, 16, h, w)."""
-        z = latents.float() / self.config.scaling_factor + self.config.shift_factor
-        return self.decoder(self._input(z)).float().clamp(-1, 1)
+    def decode(
+        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+    ) -> Tensor:
+        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of scaled latents (B, 16, h, w); tiles as in `Tiling`."""
+        tiling = Tiling(tile_mode, tile_size, tile_overlap)
+        z = self._input(latents.float() / self.config.scaling_factor + self.config.shift_factor)
+        return tiling.decode(self.decoder, z, self.spatial_factor).float().clamp(-1, 1)
 
     def _input(self, x: Tensor) -> Tensor:
         # Convolutions and GroupNorm are about a quarter faster on a CPU (and on tensor cores) with channels innermost.
@@ -99,12 +113,21 @@ class Encoder(nn.Module):
         self.conv_norm_out = group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
+    @property
+    def norm_out(self) -> nn.GroupNorm:
+        return self.conv_norm_out
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Residual blocks and downsamplers, before the mid block."""
+        for block in self.down_blocks:
+            yield from (*block.resnets, *block.downsamplers)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
+        for layer in self.layers():
+            x = layer(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 2·16, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2·16, h, w)
 
 
 class Decoder(nn.Module):
@@ -120,11 +143,20 @@ class Decoder(nn.Module):
         self.conv_norm_out = group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
+    @property
+    def norm_out(self) -> nn.GroupNorm:
+        return self.conv_norm_out
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Residual blocks and upsamplers, after the mid block."""
+        for block in self.up_blocks:
+            yield from (*block.resnets, *block.upsamplers)
+
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
+        for layer in self.layers():
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
 class DownBlock(nn.Module):
@@ -135,11 +167,6 @@ class DownBlock(nn.Module):
         )
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.downsamplers):
-            x = block(x)
-        return x
-
 
 class UpBlock(nn.Module):
     def __init__(self, config: AutoencoderKLConfig, c_in: int, c_out: int, upsample: bool):
@@ -148,11 +175,6 @@ class UpBlock(nn.Module):
             ResnetBlock(config, c_in if j == 0 else c_out, c_out) for j in range(config.layers_per_block + 1)
         )
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
-        return x
 
 
 class MidBlock(nn.Module):

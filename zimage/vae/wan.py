@@ -19,6 +19,7 @@ from zimage.errors import CheckpointError, ConfigError
 from zimage.kernels.norm import rms_norm
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
+from zimage.vae.tiling import OFF, STRIP_BYTES, Tiling
 
 NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
 
@@ -89,22 +90,35 @@ class AutoencoderKLWan(nn.Module):
         """
         return 12 * self.config.base_dim * pixels * dtype.itemsize
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def tiled_bytes(self, pixels: int, dtype: torch.dtype) -> int:
+        """About the peak of decoding one image in exact strips: two maps at full size and what a strip takes."""
+        return 2 * self.config.base_dim * pixels * dtype.itemsize + STRIP_BYTES
+
+    def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, each (B, 16, h, w), not standardised."""
-        mean, logvar = self.quant_conv(self.encoder(self._input(images))).chunk(2, dim=1)
+        encoded = tiling.encode(self.encoder, self._input(images), self.spatial_factor)
+        mean, logvar = self.quant_conv(encoded.to(self.quant_conv.weight.dtype)).chunk(2, dim=1)
         return mean, logvar
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Standardised latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode."""
-        mean, _ = self.moments(images)
+    def encode(
+        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+    ) -> Tensor:
+        """Standardised latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode.
+
+        Tiles as `Tiling` describes them.
+        """
+        mean, _ = self.moments(images, Tiling(tile_mode, tile_size, tile_overlap))
         center, spread = self._statistics(mean)
         return (mean.float() - center) / spread
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of standardised latents (B, 16, h, w)."""
+    def decode(
+        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+    ) -> Tensor:
+        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of standardised latents (B, 16, h, w); tiles as in `Tiling`."""
+        tiling = Tiling(tile_mode, tile_size, tile_overlap)
         center, spread = self._statistics(latents)
-        z = self._input(latents.float() * spread + center)
-        return self.decoder(self.post_quant_conv(z)).float().clamp(-1, 1)
+        z = self.post_quant_conv(self._input(latents.float() * spread + center))
+        return tiling.decode(self.decoder, z, self.spatial_factor).float().clamp(-1, 1)
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every key of a published file with its 3-D shape, those of the unused time_conv included."""
@@ -189,6 +203,10 @@ class Resample(nn.Module):
         conv = nn.Conv2d(width, width // 2, 3, padding=1)
         return cls(nn.Upsample(scale_factor=2.0, mode="nearest"), conv, (width, 2 * width) if temporal else None)
 
+    @property
+    def conv(self) -> nn.Conv2d:
+        return self.resample[1]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.resample(x)
 
@@ -217,10 +235,14 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, 3)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """Residual blocks and resamplers, before the mid block."""
+        return iter(self.down_blocks)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
+        for layer in self.layers():
+            x = layer(x)
         x = self.mid_block(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2·16, h, w)
 
@@ -239,10 +261,15 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], config.out_channels, 3)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """Residual blocks and resamplers, after the mid block."""
+        for block in self.up_blocks:
+            yield from (*block.resnets, *block.upsamplers)
+
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
+        for layer in self.layers():
+            x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
@@ -251,11 +278,6 @@ class UpBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out) for j in range(layers + 1))
         self.upsamplers = nn.ModuleList([] if temporal is None else [Resample.up(c_out, temporal)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
-        return x
 
 
 class MidBlock(nn.Module):

@@ -1,0 +1,263 @@
+"""Decoding and encoding in strips: exactly what the whole pass gives, in a fraction of its memory.
+
+A strip is a band of rows over the full width. Every layer is walked strip by strip from one stored map to the next:
+
+    rows of x, one more above and below → norm, SiLU → 3 × 3 convolution → rows of the next map
+                                                                        └→ its statistics, for the norm after it
+
+so that only stored maps have full size, two at a time, and everything between them is as small as a strip. GroupNorm
+needs the statistics of a whole map: they are gathered while the map is written. The mid block, whose attention sees
+every position, runs whole, at the resolution of the latents. A convolution may write over its own input, since the
+rows that the next strip still needs are carried along.
+
+Shapes: C channels, H × W positions. Maps are (1, C, H, W) with the channels innermost.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zimage.errors import RequestError
+from zimage.kernels.group_norm import channel_statistics, normalise
+from zimage.vae.blend import blend
+
+Rows = Callable[[Tensor], Tensor]
+STRIP_VALUES = 4 << 20  # values of a strip when no height is asked for: small enough to stay near the processor
+MODES = ("exact", "blend", "off")
+STRIP_BYTES = 12 * 4 * STRIP_VALUES  # a few strips in fp32 live at a time
+BLEND_TILE = 512  # px
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a picture is cut for the VAE; `size` and `overlap` in pixels. Raises RequestError.
+
+    "off" runs it whole, "exact" in strips of `size` rows, "blend" in tiles of `size` × `size` with `overlap`.
+    """
+
+    mode: str = "off"
+    size: int | None = None
+    overlap: int = 64
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise RequestError(f"tile_mode {self.mode!r} is not known; use {', '.join(MODES)}")
+        if self.size is not None and self.size < 8:
+            raise RequestError(f"tile_size {self.size} is too small; the least is 8")
+        if self.mode == "blend" and not 0 <= self.overlap < (self.size or BLEND_TILE):
+            raise RequestError(
+                f"tile_overlap {self.overlap} must be from 0 to below the tile_size {self.size or BLEND_TILE}"
+            )
+
+    def decode(self, decoder: nn.Module, z: Tensor, factor: int) -> Tensor:
+        """decoder(z) of unscaled latents (B, 16, h, w) at `factor` pixels per latent."""
+        if self.mode == "off":
+            return decoder(z)
+        if self.mode == "blend":
+            return blend(decoder, z, *self._in_steps_of(factor))
+        walk = StripWalk(decoder, z.shape[2] * factor, self.size)
+        return torch.cat([walk.decode(sample) for sample in z.split(1)])
+
+    def encode(self, encoder: nn.Module, images: Tensor, factor: int) -> Tensor:
+        """encoder(images) of pictures (B, 3, H, W)."""
+        if self.mode == "off":
+            return encoder(images)
+        if self.mode == "blend":
+            tile, overlap = self._in_steps_of(factor)
+            return blend(encoder, images, tile * factor, overlap * factor)
+        walk = StripWalk(encoder, images.shape[2], self.size)
+        return torch.cat([walk.encode(image) for image in images.split(1)])
+
+    def _in_steps_of(self, factor: int) -> tuple[int, int]:
+        """Tile and overlap in latents; at least one latent of every tile is not overlap."""
+        tile = max((self.size or BLEND_TILE) // factor, 2)
+        return tile, min(self.overlap // factor, tile - 1)
+
+
+OFF = Tiling()
+
+
+class Statistics:
+    """Mean and variance of each channel of a map, gathered over its strips (Chan, Golub & LeVeque 1979)."""
+
+    def __init__(self, needed: bool = True) -> None:
+        self.needed = needed  # False: no norm reads them, so none are taken
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.deviation: Tensor | float = 0.0  # sum of squared differences from the mean
+
+    def add(self, rows: Tensor) -> None:
+        if not self.needed:
+            return
+        mean, variance = (part.double() for part in channel_statistics(rows))
+        count = rows.numel() // rows.shape[1]
+        total = self.count + count
+        shift = mean - self.mean
+        self.mean = self.mean + shift * (count / total)
+        self.deviation = self.deviation + variance * count + shift**2 * (self.count * count / total)
+        self.count = total
+
+    def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel's group, (C,) fp32."""
+        means = self.mean.view(groups, -1)
+        mean = means.mean(dim=1, keepdim=True)
+        spread = self.deviation.view(groups, -1) / self.count + (means - mean) ** 2
+        variance = spread.mean(dim=1, keepdim=True)
+        return tuple(part.expand_as(means).flatten().float() for part in (mean, variance))
+
+
+@dataclass
+class Map:
+    values: Tensor  # (1, C, H, W)
+    statistics: Statistics
+
+
+class StripWalk:
+    """Runs an encoder or a decoder layer by layer in strips of at most `height` rows of the picture's `pixels`.
+
+    Maps of lower resolution have proportionally lower strips. Without `height` strips have a fixed number of values.
+    """
+
+    def __init__(self, stack: nn.Module, pixels: int, height: int | None):
+        self.stack, self.pixels, self.height = stack, pixels, height
+        self.needs_statistics = any(isinstance(module, nn.GroupNorm) for module in stack.modules())
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Picture (1, 3, H, W) of unscaled latents (1, 16, h, w)."""
+        decoder = self.stack
+        x = self._whole(decoder.mid_block(decoder.conv_in(z)))
+        for layer in decoder.layers():
+            x = self._layer(layer, x)
+        return self._head(x)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Moments (1, 2·16, h, w) of a picture (1, 3, H, W)."""
+        encoder = self.stack
+        x = self._convolve(image, encoder.conv_in)
+        for layer in encoder.layers():
+            x = self._layer(layer, x)
+        return self._head(self._whole(encoder.mid_block(x.values)))
+
+    def _whole(self, values: Tensor) -> Map:
+        x = Map(values, Statistics(self.needs_statistics))
+        x.statistics.add(values)
+        return x
+
+    def _layer(self, layer: nn.Module, x: Map) -> Map:
+        if hasattr(layer, "norm1"):
+            return self._residual(layer, x)
+        return self._halve(layer.conv, x.values) if layer.conv.stride == (2, 2) else self._double(layer.conv, x.values)
+
+    def _head(self, x: Map) -> Tensor:
+        return self._convolve(x.values, self.stack.conv_out, activation(self.stack.norm_out, x)).values
+
+    def _residual(self, block: nn.Module, x: Map) -> Map:
+        h = self._convolve(x.values, block.conv1, activation(block.norm1, x))
+        skip = block.conv_shortcut or (lambda rows: rows)
+        return self._convolve(h.values, block.conv2, activation(block.norm2, h), h.values, x.values, skip)
+
+    def _convolve(
+        self,
+        x: Tensor,
+        conv: nn.Conv2d,
+        before: Rows = lambda rows: rows,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
+        skip: Rows = lambda rows: rows,
+    ) -> Map:
+        """conv(before(x)) + skip(residual), 3 × 3; `out` may be `x` itself."""
+        out = new_map(x, conv.out_channels, x.shape[2], x.shape[3]) if out is None else out
+        statistics = Statistics(self.needs_statistics)
+        for top, end, window in windows(x, self._rows(x, conv), before):
+            rows = F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
+            if residual is not None:
+                rows += skip(residual[:, :, top:end])
+            out[:, :, top:end] = rows
+            statistics.add(rows)
+        return Map(out, statistics)
+
+    def _halve(self, conv: nn.Conv2d, x: Tensor) -> Map:
+        """3 × 3 at stride 2 with one row and column of zeros at the bottom and right, as the reference was trained."""
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        out, statistics = new_map(x, conv.out_channels, height, width), Statistics(self.needs_statistics)
+        step = max(1, self._rows(x, conv) // 2)
+        for top in range(0, height, step):
+            end = min(top + step, height)
+            band = x[:, :, 2 * top : 2 * end + 1]
+            rows = F.conv2d(
+                F.pad(band, (0, 1, 0, 2 * (end - top) + 1 - band.shape[2])), conv.weight, conv.bias, stride=2
+            )
+            out[:, :, top:end] = rows
+            statistics.add(rows)
+        return Map(out, statistics)
+
+    def _double(self, conv: nn.Conv2d, x: Tensor) -> Map:
+        """Nearest × 2, then 3 × 3, as four 2 × 2 convolutions of the small map: 4/9 of the products, no doubled map."""
+        height, width = x.shape[2:]
+        out, statistics = new_map(x, conv.out_channels, 2 * height, 2 * width), Statistics(self.needs_statistics)
+        weight, bias = phase_weights(conv.weight), conv.bias.repeat(4)
+        for top, end, window in windows(x, max(1, self._rows(x, conv) // 4), lambda rows: rows):
+            phases = F.conv2d(window, weight, bias, padding=(0, 1)).chunk(4, dim=1)  # each (1, C, rows + 1, W + 1)
+            for i, phase in enumerate(phases):
+                row, column = divmod(i, 2)
+                part = phase[:, :, row : row + end - top, column : column + width]
+                out[:, :, 2 * top + row : 2 * end : 2, column::2] = part
+            statistics.add(out[:, :, 2 * top : 2 * end])
+        return Map(out, statistics)
+
+    def _rows(self, x: Tensor, conv: nn.Conv2d) -> int:
+        """Rows of a strip of `x`."""
+        if self.height is None:
+            return max(1, STRIP_VALUES // (max(x.shape[1], conv.out_channels) * x.shape[3]))
+        return max(1, self.height * x.shape[2] // self.pixels)
+
+
+def activation(norm: nn.Module, x: Map) -> Rows:
+    """norm and SiLU for rows of `x`: a GroupNorm takes the statistics of all of `x`, other norms look at one pixel."""
+    if not isinstance(norm, nn.GroupNorm):
+        return lambda rows: F.silu(norm(rows))
+    mean, variance = x.statistics.of_groups(norm.num_groups)
+    return lambda rows: normalise(rows, mean, variance, norm.weight, norm.bias, norm.eps)
+
+
+def windows(x: Tensor, height: int, before: Rows) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (top, end, rows top − 1 … end of before(x)), zeros beyond the borders; each row passes `before` once.
+
+    Rows top … end − 1 of `x` may be overwritten once they were yielded.
+    """
+    carried = torch.zeros_like(before(x[:, :, :1]))  # what lies above the first row
+    ready = 0
+    for top in range(0, x.shape[2], height):
+        end = min(top + height, x.shape[2])
+        parts = [carried]
+        if ready < x.shape[2]:
+            parts.append(before(x[:, :, ready : end + 1]))
+        if end == x.shape[2]:
+            parts.append(torch.zeros_like(carried[:, :, :1]))
+        window = torch.cat(parts, dim=2)
+        carried, ready = window[:, :, -2:].clone(), end + 1
+        yield top, end, window
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """Kernels (4·O, I, 2, 2) of the four phases (row, column) of nearest × 2 followed by a 3 × 3 kernel (O, I, 3, 3).
+
+    An even row of the doubled map meets the small rows above (tap 0) and at (taps 1 and 2) its place, an odd one those
+    at (taps 0 and 1) and below (tap 2); columns alike.
+    """
+    first, middle, last = weight.float().unbind(dim=2)
+    by_row = [torch.stack(pair, dim=2) for pair in ((first, middle + last), (first + middle, last))]
+    phases = []
+    for rows in by_row:
+        first, middle, last = rows.unbind(dim=3)
+        phases += [torch.stack(pair, dim=3) for pair in ((first, middle + last), (first + middle, last))]
+    return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def new_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty(
+        (1, channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
