@@ -66,7 +66,7 @@ def test_stored_dtype_does_not_matter_where_values_are_exact(tiny_folder, folder
 def test_weights_widened_late_give_the_same_pixels_from_half_the_memory(folder, tiny_folder, monkeypatch):
     for part in ("transformer", "text_encoder"):
         rewrite(folder, part, lambda t: {k: v.bfloat16() for k, v in t.items()})
-    monkeypatch.setattr("zimage.pipeline.KEEP_SHARE", 0.0)  # as on a machine where nothing fits
+    monkeypatch.setattr("zimage.plan.KEEP_SHARE", 0.0)  # as on a machine where nothing fits
     pipe = zimage.ZImage.load(folder, dtype="fp32", device="cpu")
     assert pipe.dit.layers[0].feed_forward.w1.weight.dtype == torch.bfloat16
     assert pipe.generate("a cat", **SETTINGS).images[0].tobytes() == render(tiny_folder)

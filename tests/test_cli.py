@@ -143,7 +143,8 @@ def test_interrupting_leaves_nothing_half_written(tiny_folder, tmp_path):
     process = subprocess.Popen(
         [*command, "--width", "256"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(4)
+    assert "1000 steps" in process.stderr.readline()  # the settings, printed when the render begins
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -170,7 +171,7 @@ def test_info_prints_components_sizes_and_memory(run, tiny_folder):
 
 
 def test_info_works_where_the_model_does_not_fit(run, tiny_folder, monkeypatch):
-    monkeypatch.setattr("zimage.pipeline.available_memory", lambda device: 1000)
+    monkeypatch.setattr("zimage.plan.available_memory", lambda device: 1000)
     assert run("info", str(tiny_folder))[0] == 0
     status, _, err = run("gen", "a")
     assert status == 2

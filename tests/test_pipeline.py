@@ -227,3 +227,27 @@ def test_nan_weights_are_named(tiny_folder):
 def test_a_missing_folder_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="not a folder"):
         zimage.ZImage.load(tmp_path / "nowhere")
+
+
+def test_where_the_whole_does_not_fit_strips_decode_the_same_picture(tiny_folder, monkeypatch):
+    """Chosen when the request is resolved, and recorded, so that the same request gives the same pixels elsewhere."""
+    whole = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")
+    request = whole.resolve(zimage.Request("a", seed=1, width=64, height=64, steps=1))
+    assert request.tile_mode == "off"
+    weights = sum(map(whole.plan.weight_bytes, whole.model.components))
+    monkeypatch.setattr("zimage.plan.available_memory", lambda device: 2 * weights + 1_000_000)
+    tight = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="keep")
+    assert tight.resolve(zimage.Request("a", width=1024, height=1024)).tile_mode == "exact"
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr("zimage.plan.available_memory", lambda device: 0)
+    torch.testing.assert_close(tight.decode(latents), whole.decode(latents, tile_mode="off"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tile_mode": "strips"}, {"tile_size": 8}, {"tile_size": 100}, {"tile_mode": "blend", "tile_overlap": 512}],
+    ids=str,
+)
+def test_unusable_tile_settings_are_refused(settings):
+    with pytest.raises(RequestError, match="tile_"):
+        zimage.Request("a", **settings)

@@ -29,8 +29,9 @@ from zimage.components import ModelFolder, choose_device, choose_dtype, load_com
 from zimage.dit import ZImageDiT
 from zimage.errors import NonFiniteError, RequestError
 from zimage.image import to_pil
+from zimage.plan import MemoryPlan
 from zimage.runtime.checkpoint import non_finite_weights
-from zimage.runtime.memory import Prefetch, available_memory, release_cached
+from zimage.runtime.memory import Prefetch, release_cached
 from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request
 from zimage.text import Qwen3
 from zimage.text.chat import format_prompt
@@ -42,7 +43,6 @@ __all__ = ["Event", "Result", "ZImage", "load_component"]
 log = logging.getLogger("zimage")
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
-KEEP_SHARE = 0.5  # all stages stay loaded when their weights fit in this share of the free memory
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,7 @@ class ZImage:
 
     def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, residency: str):
         self.model, self.device, self.dtype = model, device, dtype
-        room = KEEP_SHARE * available_memory(device)
-        wide = {name: c.weight_bytes(dtype) for name, c in model.components.items()}
-        # A CPU without bf16 arithmetic runs bf16 files in fp32; casting them whole would double their memory.
-        self._widen_late = {
-            name
-            for name, c in model.components.items()
-            if device.type == "cpu" and wide[name] > max(room, 1.5 * c.checkpoint.stored_bytes())
-        }
-        weights = sum(self.weight_bytes(name) for name in model.components)
-        self.keeps_loaded = residency == "keep" or (residency == "auto" and weights <= room)
+        self.plan = MemoryPlan(model, device, dtype, residency)
         self._loaded: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
 
@@ -131,10 +122,6 @@ class ZImage:
         """Tokens of the longest caption inside the trained positions."""
         return self.model.skeleton("dit").config.max_caption_tokens
 
-    def weight_bytes(self, name: str) -> int:
-        """Bytes that the weights of a component take when loaded."""
-        return self.model.components[name].weight_bytes(self.dtype, name in self._widen_late)
-
     def release(self, *names: str) -> None:
         """Let go of loaded parts (all, when none is named); they load again when next used."""
         with self._lock:
@@ -146,10 +133,10 @@ class ZImage:
         with self._lock:
             if name not in self._loaded:
                 log.debug("loading %s", name)
-                if not self.keeps_loaded:
+                if not self.plan.keeps_loaded:
                     self._loaded.clear()  # also when stages are called one by one
                     release_cached(self.device)
-                late = name in self._widen_late
+                late = self.plan.widens_late(name)
                 self._loaded[name] = self.model.components[name].load(self.device, self.dtype, late)
             return self._loaded[name]
 
@@ -206,10 +193,18 @@ class ZImage:
         return latents
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of latents (B, 16, h, w); each image runs alone."""
+    def decode(
+        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str | None = None
+    ) -> Tensor:
+        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of latents (B, 16, h, w); each image runs alone.
+
+        `tile_mode` "exact" gives the same picture strip by strip, "blend" a similar one of overlapping tiles; without
+        it, strips are used where the whole does not fit in memory. Sizes in pixels; raises RequestError.
+        """
         vae = self.vae
-        images = [vae.decode(sample[None].to(self.device)) for sample in latents]
+        height, width = (side * vae.spatial_factor for side in latents.shape[-2:])
+        mode = tile_mode or self.plan.tile_mode(width, height, list(self._loaded))
+        images = [vae.decode(sample[None].to(self.device), tile_size, tile_overlap, mode) for sample in latents]
         return _finite(torch.cat(images), "the VAE", vae)
 
     def _steps(
@@ -259,11 +254,11 @@ class ZImage:
     def run(self, request: Request) -> Iterator[Event]:
         """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading."""
         request = self.resolve(request)
-        self._check_memory(request)
+        self.plan.check(request, list(self._loaded))
         self._warn_beyond_training(request)
         captions = yield from self._stage("text_encoder", self._encode_events(request))
         latents = yield from self._stage("dit", self._denoise_events(request, captions))
-        yield from self._stage("vae", self._decode_events(latents))
+        yield from self._stage("vae", self._decode_events(request, latents))
 
     def resolve(self, request: Request) -> Request:
         """The request with every open setting filled in. Raises RequestError where the shift is unknown."""
@@ -271,15 +266,17 @@ class ZImage:
         side = sample_size if sample_size < 1024 else 1024
         is_base = self.model.shift is not None and self.model.shift >= BASE_SHIFT
         guidance = _either(request.guidance, 4.0 if is_base else 0.0)
+        width, height = _either(request.width, side), _either(request.height, side)
         return dataclasses.replace(
             request,
-            width=_either(request.width, side),
-            height=_either(request.height, side),
+            width=width,
+            height=height,
             steps=_either(request.steps, 30 if is_base else 8),
             guidance=guidance,
             negative=request.negative if guidance == 0 else _either(request.negative, ""),
             shift=self._shift(request.shift),
             seed=_either(request.seed, secrets.randbelow(2**32)),
+            tile_mode=_either(request.tile_mode, self.plan.tile_mode(width, height, list(self._loaded))),
         )
 
     def metadata(self, request: Request, index: int) -> dict[str, Any]:
@@ -305,7 +302,7 @@ class ZImage:
             return (yield from events)
         finally:
             prefetch.stop()
-            if not self.keeps_loaded:
+            if not self.plan.keeps_loaded:
                 self.release(name)
 
     def _encode_events(self, request: Request) -> Generator[Event, None, dict[str, Tensor]]:
@@ -335,10 +332,11 @@ class ZImage:
             finished += latents.split(1)
         return finished
 
-    def _decode_events(self, latents: list[Tensor]) -> Iterator[Event]:
+    def _decode_events(self, request: Request, latents: list[Tensor]) -> Iterator[Event]:
+        tiles = (request.tile_size, request.tile_overlap, request.tile_mode)
         for i, sample in enumerate(latents):
             yield Event("decode", 0, 1, i, len(latents))
-            image = to_pil(self.decode(sample))[0]
+            image = to_pil(self.decode(sample, *tiles))[0]
             yield Event("decode", 1, 1, i, len(latents), image=image)
 
     # ------------------------------------------------------------------ checks
@@ -350,31 +348,6 @@ class ZImage:
                 f"{self.model.folder} has no scheduler/scheduler_config.json; give the shift (3 for Turbo, 6 for Base)"
             )
         return shift
-
-    def stage_bytes(self, request: Request) -> dict[str, int]:
-        """Estimated peak of each stage of a resolved request: weights held meanwhile plus activations."""
-        weights = {name: self.weight_bytes(name) for name in self.model.components}
-        pixels = request.width * request.height
-        image_tokens = pixels // SIZE_MULTIPLE**2
-        work = {
-            "text_encoder": 0,
-            "dit": self.model.skeleton("dit").activation_bytes(image_tokens, self.dtype) * request.batch_size,
-            "vae": self.model.skeleton("vae").activation_bytes(pixels, self.dtype),
-        }
-        held = sum(weights.values())
-        return {name: work[name] + (held if self.keeps_loaded else weights[name]) for name in work}
-
-    def _check_memory(self, request: Request) -> None:
-        """Refuse a size whose peak exceeds the memory, with the figures."""
-        stage, peak = max(self.stage_bytes(request).items(), key=lambda item: item[1])
-        free = available_memory(self.device) + sum(self.weight_bytes(name) for name in list(self._loaded))
-        if peak > free:
-            too_large = self.weight_bytes(stage) > free
-            raise RequestError(
-                f"{request.width}×{request.height} needs about {peak / 1e9:.1f} GB in the {stage} stage; "
-                f"{free / 1e9:.1f} GB are free on {self.device}; "
-                + ("its weights alone are larger" if too_large else "choose a smaller size")
-            )
 
     def _warn_beyond_training(self, request: Request) -> None:
         longest = self.model.skeleton("dit").config.axes_lens[1] * SIZE_MULTIPLE

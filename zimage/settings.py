@@ -17,6 +17,9 @@ from zimage.errors import RequestError
 SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384
 MAX_SEED = 2**63 - 1
+TILE_MODES = ("exact", "blend", "off")
+BLEND_TILE = 512  # px of a blended tile's side, unless another is named
+TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 SIDE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 
 
@@ -74,9 +77,23 @@ class Request:
         minimum=1,
         maximum=1024,
     )
+    tile_mode: str | None = setting(
+        None,
+        "How the picture is cut for decoding: exact strips, blended tiles or not at all. "
+        "Default: exact where the whole does not fit in memory, else off.",
+        choices=TILE_MODES,
+    )
+    tile_size: int | None = setting(
+        None, "Height of exact strips or side of blended tiles in pixels. Default: by the map; blend: 512.", **TILE
+    )
+    tile_overlap: int = setting(64, "Overlap of blended tiles in pixels.", minimum=0, maximum=MAX_SIDE)
 
     def __post_init__(self):
         check_fields(self)
+        if self.tile_mode == "blend" and self.tile_overlap >= (self.tile_size or BLEND_TILE):
+            raise RequestError(
+                f"tile_overlap {self.tile_overlap} must be below the tile_size {self.tile_size or BLEND_TILE}"
+            )
         if not self.prompts:
             raise RequestError("prompt: the list is empty; give at least one prompt")
         if self.negative is not None and self.guidance == 0:

@@ -65,8 +65,8 @@ def describe(pipe: Any) -> dict[str, Any]:
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "stage_bytes": pipe.stage_bytes(request),
-        "keeps_loaded": pipe.keeps_loaded,
+        "stage_bytes": pipe.plan.stage_bytes(request),
+        "keeps_loaded": pipe.plan.keeps_loaded,
     }
 
 
@@ -80,7 +80,7 @@ def _describe_component(component: Any, pipe: Any) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in component.skeleton.parameters()),
         "disk_bytes": checkpoint.stored_bytes(),
         "stored": ", ".join(f"{dtype}" for dtype, _ in stored.most_common()),
-        "memory_bytes": pipe.weight_bytes(component.name),
+        "memory_bytes": pipe.plan.weight_bytes(component.name),
     }
 
 

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.group_norm import channel_statistics, normalise
+from zimage.settings import BLEND_TILE, TILE_MODES
 from zimage.vae.blend import blend
 
 Rows = Callable[[Tensor], Tensor]
 STRIP_VALUES = 4 << 20  # values of a strip when no height is asked for: small enough to stay near the processor
-MODES = ("exact", "blend", "off")
 STRIP_BYTES = 12 * 4 * STRIP_VALUES  # a few strips in fp32 live at a time
-BLEND_TILE = 512  # px
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Tiling:
     overlap: int = 64
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise RequestError(f"tile_mode {self.mode!r} is not known; use {', '.join(MODES)}")
+        if self.mode not in TILE_MODES:
+            raise RequestError(f"tile_mode {self.mode!r} is not known; use {', '.join(TILE_MODES)}")
         if self.size is not None and self.size < 8:
             raise RequestError(f"tile_size {self.size} is too small; the least is 8")
         if self.mode == "blend" and not 0 <= self.overlap < (self.size or BLEND_TILE):
