@@ -1,5 +1,6 @@
-"""Options of the suite: `--full` adds the tests of full-size models."""
+"""Options of the suite: `--full` adds the tests of full-size models. Kernels run in Triton's interpreter off a GPU."""
 
+import emulate  # noqa: F401 - before anything that imports zimage
 import pytest
 import tiny
 import torch

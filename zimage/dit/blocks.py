@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from zimage.dit.rope import Rotation
-from zimage.kernels.rope import rotate_pairs
+from zimage.kernels.gated_residual import gated_residual
+from zimage.kernels.layer_norm import layer_norm_scale
+from zimage.kernels.norm import rms_norm_scale
+from zimage.kernels.qk_norm_rope import qk_norm_rope
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
 from zimage.nn.layers import RMSNorm
@@ -37,11 +40,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
         heads = (-1, self.head_dim)
-        q = self.norm_q(self.to_q(x).unflatten(-1, heads))  # (B, L, H, D)
-        k = self.norm_k(self.to_k(x).unflatten(-1, heads))
-        v = self.to_v(x).unflatten(-1, heads)
-        out = attention(rotate_pairs(q, *rotation), rotate_pairs(k, *rotation), v, mask)
-        return self.to_out[0](out.flatten(2))
+        q, k, v = (project(x).unflatten(-1, heads) for project in (self.to_q, self.to_k, self.to_v))  # (B, L, H, D)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotation, self.norm_q.eps)
+        return self.to_out[0](attention(q, k, v, mask).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -84,9 +85,19 @@ class Block(nn.Module):
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, mask))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         m = modulation
-        attended = self.attention(self.attention_norm1(x) * m.scale_msa, rotation, mask)
-        x = x + m.gate_msa * self.attention_norm2(attended)
-        return x + m.gate_mlp * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * m.scale_mlp))
+        attended = self.attention(scaled(self.attention_norm1, x, m.scale_msa), rotation, mask)
+        x = gated(self.attention_norm2, x, attended, m.gate_msa)
+        return gated(self.ffn_norm2, x, self.feed_forward(scaled(self.ffn_norm1, x, m.scale_mlp)), m.gate_mlp)
+
+
+def scaled(norm: RMSNorm, x: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) · scale in one pass."""
+    return rms_norm_scale(x, norm.weight, scale, norm.eps)
+
+
+def gated(norm: RMSNorm, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate · norm(branch) in one pass."""
+    return gated_residual(x, branch, norm.weight, gate, norm.eps)
 
 
 class TimeEmbedder(nn.Module):
@@ -121,4 +132,4 @@ class FinalLayer(nn.Module):
         return 1 + self.adaLN_modulation(time).unsqueeze(1)
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self.linear(self.norm_final(x) * scale)
+        return self.linear(layer_norm_scale(x, scale, self.norm_final.eps))

@@ -1,0 +1,72 @@
+"""The closing half of a sandwich: a branch is normed, gated and added to the stream.
+
+Shapes: B batch, L tokens, C channels.
+"""
+
+import torch
+from torch import Tensor
+
+from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.norm import rms_norm
+
+ROWS = 16  # tokens per program: weight and gate are read once for all of them
+
+
+def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """x + gate · rms_norm(branch) of x, branch (B, L, C) and gate (B or 1, 1, C)."""
+    run = launch if fuses(x, branch, weight, gate) else reference
+    return run(x, branch, weight, gate, eps)
+
+
+def reference(x, branch, weight, gate, eps):
+    return x + gate * rms_norm(branch, weight, eps)
+
+
+@jit
+def _kernel(
+    x_ptr,
+    branch_ptr,
+    weight_ptr,
+    gate_ptr,
+    out_ptr,
+    length,
+    channels,
+    gate_stride,
+    eps,
+    ROWS: constexpr,
+    BLOCK: constexpr,
+):
+    """ROWS tokens of one sample."""
+    first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    present = column < channels
+    weight = tl.load(weight_ptr + column, mask=present, other=0.0).to(tl.float32)
+    weight *= tl.load(gate_ptr + batch * gate_stride + column, mask=present, other=0.0).to(tl.float32)
+    for i in range(ROWS):
+        there = present & (first + i < length)
+        place = (batch * length + first + i) * channels + column
+        branch = tl.load(branch_ptr + place, mask=there, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(branch * branch, axis=0) / channels + eps)
+        tl.store(out_ptr + place, (x + branch * inverse * weight).to(out_ptr.dtype.element_ty), mask=there)
+
+
+def launch(x, branch, weight, gate, eps):
+    x, branch = x.contiguous(), branch.contiguous()
+    out = torch.empty_like(x)
+    B, L, C = x.shape
+    stride = gate.stride(0) if len(gate) > 1 else 0
+    grid = (-(-L // ROWS), B)
+    _kernel[grid](x, branch, weight, gate, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    return out
+
+
+SPEC = Spec(
+    name="gated_residual",
+    reference=reference,
+    launch=launch,
+    inputs=lambda make, B, L, C, gates=1: (make(B, L, C), make(B, L, C), make(C), make(gates, 1, C), 1e-5),
+    cases=({"B": 2, "L": 17, "C": 24, "gates": 2}, {"B": 1, "L": 3, "C": 192}, {"B": 2, "L": 16, "C": 40}),
+    model={"B": 1, "L": 4128, "C": 3840},
+    least_bytes=lambda x, branch, weight, gate, eps: 3 * bytes_of(x) + bytes_of(weight, gate),
+)

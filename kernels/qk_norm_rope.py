@@ -1,0 +1,129 @@
+"""RMS norm of every query and key head, then rotary position embedding on interleaved pairs: the DiT's form.
+
+(Qwen3 rotates halves: see `zimage.text.qwen3`.) Shapes: B batch, L tokens, H heads, D head size.
+"""
+
+import torch
+from torch import Tensor
+
+from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.norm import rms_norm
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Normed and rotated q and k (B, L, H, D), which may be views of a packed tensor and may be written over.
+
+    Weights (D,); `cos`, `sin` (B or 1, L, D/2) fp32. The norm (Zhang & Sennrich 2019) is weight · x / √(mean(x²) + eps)
+    per head; each pair (x₂ₖ, x₂ₖ₊₁) then turns by its angle (Su et al. 2021). fp32 inside.
+    """
+    run = launch if fuses(q, k, q_weight, k_weight) else reference
+    return run(q, k, q_weight, k_weight, cos, sin, eps)
+
+
+def reference(q, k, q_weight, k_weight, cos, sin, eps):
+    q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of `x` (B, L, H, D) by its angle, in fp32 as the official code does, cast back to x's dtype."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, L, H, D/2)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+@jit
+def _norm_rope(x_ptr, weight_ptr, cos, sin, head_stride, heads, eps, D: constexpr, BLOCK_H: constexpr):
+    """All heads of one token, in place."""
+    head, dim = tl.arange(0, BLOCK_H), tl.arange(0, D)
+    place = x_ptr + head[:, None] * head_stride + dim[None, :]
+    present = head[:, None] < heads
+    x = tl.load(place, mask=present, other=0.0).to(tl.float32)
+    # Pairs by split and join, not by strided loads: global accesses stay 128 bits wide.
+    even, odd = tl.split(tl.reshape(x, (BLOCK_H, D // 2, 2)))
+    even_weight, odd_weight = tl.split(tl.reshape(tl.load(weight_ptr + dim).to(tl.float32), (D // 2, 2)))
+    scale = tl.rsqrt(tl.sum(even * even + odd * odd, axis=1) / D + eps)[:, None]
+    even, odd = even * scale * even_weight[None, :], odd * scale * odd_weight[None, :]
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    tl.store(place, tl.reshape(turned, (BLOCK_H, D)).to(x_ptr.dtype.element_ty), mask=present)
+
+
+@jit
+def _kernel(
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    table_batch_stride,
+    q_heads,
+    k_heads,
+    eps,
+    D: constexpr,
+    BLOCK_Q: constexpr,
+    BLOCK_K: constexpr,
+):
+    """One program per token: its row of the table is read once for all heads of q and k."""
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = batch * table_batch_stride + token * (D // 2) + tl.arange(0, D // 2)
+    cos, sin = tl.load(cos_ptr + row)[None, :], tl.load(sin_ptr + row)[None, :]
+    q_place = q_ptr + batch * q_batch_stride + token * q_token_stride
+    k_place = k_ptr + batch * k_batch_stride + token * k_token_stride
+    _norm_rope(q_place, q_weight_ptr, cos, sin, q_head_stride, q_heads, eps, D, BLOCK_Q)
+    _norm_rope(k_place, k_weight_ptr, cos, sin, k_head_stride, k_heads, eps, D, BLOCK_K)
+
+
+def launch(q, k, q_weight, k_weight, cos, sin, eps):
+    B, L, _, D = q.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _kernel[(L, B)](
+        q,
+        k,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        cos.stride(0) if len(cos) > 1 else 0,
+        q.shape[2],
+        k.shape[2],
+        eps,
+        D,
+        power_of_two(q.shape[2]),
+        power_of_two(k.shape[2]),
+        num_warps=4,
+    )
+    return q, k
+
+
+def _inputs(make, B: int, L: int, H: int, D: int, packed: int = 0, tables: int = 1) -> tuple:
+    qkv = make(B, L, 3, H, D)
+    q, k = (qkv[:, :, 0], qkv[:, :, 1]) if packed else (make(B, L, H, D), make(B, L, H, D))
+    angle = make(tables, L, D // 2).float() * 3
+    return q, k, make(D), make(D), angle.cos(), angle.sin(), 1e-5
+
+
+SPEC = Spec(
+    name="qk_norm_rope",
+    reference=reference,
+    launch=launch,
+    inputs=_inputs,
+    cases=(
+        {"B": 1, "L": 5, "H": 3, "D": 16, "packed": 1},
+        {"B": 2, "L": 3, "H": 4, "D": 64, "tables": 2},
+        {"B": 1, "L": 2, "H": 30, "D": 128},
+    ),
+    model={"B": 1, "L": 4128, "H": 30, "D": 128},
+    least_bytes=lambda q, k, wq, wk, cos, sin, eps: 2 * bytes_of(q, k) + bytes_of(wq, wk, cos, sin),
+    in_place=(0, 1),
+)

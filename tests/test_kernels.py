@@ -1,0 +1,221 @@
+"""Every kernel against its reference, without a GPU: numbers and memory in the interpreter, machine code by compiling.
+
+On a machine with a GPU the numbers come from the GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs the extra `triton`")
+from kernel_checks import interpreter, load
+
+from zimage import kernels
+from zimage.kernels import specs
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+COARSE = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # results that are levels
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITIES = (80, 89, 90, 120)
+SPECS = {spec.name: spec for spec in specs()}
+off_gpu = pytest.mark.skipif(ON_GPU, reason="the interpreter was not chosen: there is a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trustworthy_interpreter():
+    if not ON_GPU:
+        interpreter.install()
+
+
+def arguments(spec, sizes, dtype, seed: int = 0) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    return spec.inputs(lambda *shape: torch.randn(shape, generator=generator).to(dtype).to(DEVICE), **sizes)
+
+
+def clones(args: tuple) -> tuple:
+    """Copies that keep the strides, so that views of packed tensors stay views."""
+    memory: dict[int, Tensor] = {}
+
+    def clone(value):
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        copy = memory.setdefault(storage.data_ptr(), storage.clone())
+        return torch.empty(0, dtype=value.dtype, device=value.device).set_(
+            copy, value.storage_offset(), value.shape, value.stride()
+        )
+
+    return tuple(map(clone, args))
+
+
+def results(value) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.fixture
+def nan_filled(monkeypatch):
+    """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def agree(launched, spec, args, dtype) -> None:
+    """As near to float64 as the reference is, overall, and no element off by more than two roundings."""
+    wide = tuple(a.double() if isinstance(a, Tensor) else a for a in clones(args))
+    expected, truths = results(spec.reference(*clones(args))), results(spec.reference(*wide))
+    for ours, theirs, truth in zip(results(launched), expected, truths, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if ours.dtype in COARSE:
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            continue
+        error, own = ((value.double() - truth).abs() for value in (ours, theirs))
+        assert not error.isnan().any()
+        size = truth.square().mean().sqrt()
+        assert rms(error) <= 1.1 * rms(own) + 5e-7 * size, f"{rms(error):.2e}, the reference's {rms(own):.2e}"
+        unit = torch.finfo(dtype).eps if spec.rounds_once and dtype.itemsize == 2 else 5e-7
+        assert (error <= unit * (truth.abs() + size)).all(), f"{float((error / (truth.abs() + size)).max()):.1e}"
+
+
+def rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
+
+
+CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, spec in SPECS.items() for i in range(len(spec.cases))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_numbers_and_memory(name, case, dtype, nan_filled):
+    """As the reference, every element written, nothing touched outside the tensors, no two programs in conflict."""
+    spec = SPECS[name]
+    args = arguments(spec, spec.cases[case], dtype)
+    given = clones(args)
+    if ON_GPU:
+        launched = spec.launch(*given)
+    else:
+        with interpreter.watch():
+            launched = spec.launch(*given)
+    agree(launched, spec, args, dtype)
+    for i, (before, after) in enumerate(zip(args, given, strict=True)):
+        if isinstance(before, Tensor) and i not in spec.in_place:
+            assert torch.equal(before, after), f"argument {i} was changed"
+
+
+@off_gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_traffic_is_compulsory(name):
+    """Bytes of one program times the grid, at the published sizes, within a tenth of what must move."""
+    spec = SPECS[name]
+    args = spec.inputs(lambda *shape: torch.zeros(shape, dtype=torch.bfloat16), **spec.model)
+    with interpreter.watch(only=1, races=False) as seen:
+        spec.launch(*args)
+    (grid,) = seen.grids
+    programs = torch.tensor(grid).prod().item()
+    moved = programs * (seen.traffic.loaded + seen.traffic.stored)
+    least = spec.least_bytes(*args)
+    print(f"{name}: {moved / 1e6:.1f} MB moved, {least / 1e6:.1f} MB compulsory, ratio {moved / least:.3f}")
+    assert 0.999 <= moved / least <= 1.1
+
+
+# ------------------------------------------------------------------ machine code
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory):
+    """Reports of all kernels for each capability."""
+    return {capability: compiled(tmp_path_factory.mktemp("triton"), capability) for capability in CAPABILITIES}
+
+
+def compiled(cache: Path, capability: int, *files: Path) -> list[dict]:
+    """What kernel_checks.compiled says, from a process of its own that does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kernel_checks.compiled", str(capability), *map(str, files)],
+        cwd=Path(__file__).parent,
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_machine_code(machine_code, capability):
+    """No spills, no local memory, wide accesses, shared memory and occupancy that a 4090 has."""
+    reports = machine_code[capability]
+    assert {r["op"] for r in reports} == {n for n, s in SPECS.items() if s.least_capability <= capability}
+    for report in reports:
+        print(
+            f"{report['op']:20} {report['target']:8} {report['registers']:4} registers, {report['shared']:6} B shared, "
+            f"occupancy {report['occupancy']:.0%}, {report['memory']}"
+        )
+        fault = unfit(report, SPECS[report["op"]].stores_little)
+        assert fault is None, f"{report['op']} on {report['target']}: {fault}"
+
+
+def unfit(report: dict, stores_little: bool) -> str | None:
+    """What is wrong with a kernel's machine code, or None."""
+    memory = report["memory"]
+    if report["stack"] or report["spills"] or any(kind.startswith(("LDL", "STL")) for kind in memory):
+        return "spills or local memory"
+    wide = [kind for kind in memory if ".128" in kind]
+    needed = ("LDG",) if stores_little else ("LDG", "STG")
+    if not all(any(kind.startswith(access) for kind in wide) for access in needed):
+        return f"no 128-bit accesses: {memory}"
+    if report["shared"] > 99 * 1024:
+        return "too much shared memory"
+    if report["occupancy"] < 1 / 3:
+        return f"occupancy {report['occupancy']:.0%}"
+    return None
+
+
+# ------------------------------------------------------------------ the checks themselves
+
+
+def broken(tmp_path: Path, name: str, old: str, new: str) -> Path:
+    """A copy of a kernel's file with a fault planted in it."""
+    source = (Path(kernels.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    assert source.count(old) >= 1, f"{old!r} is no longer in {name}.py"
+    file = tmp_path / f"broken_{name}.py"
+    file.write_text(source.replace(old, new), encoding="utf-8")
+    return file
+
+
+FAULTS = {
+    "wrong number": ("norm", "/ channels + eps", "/ BLOCK + eps", AssertionError, "the reference's"),
+    "past the end": ("norm", "present & (first + i < length)", "present", Exception, "outside|address"),
+    "two programs, one place": ("norm", "tl.program_id(0) * ROWS,", "tl.program_id(0) * 9,", Exception, "address|read"),
+    "never written": ("swiglu", "-(-C // BLOCK))]", "C // BLOCK)]", AssertionError, None),
+    "bf16 as integers": ("swiglu", "other=0.0).to(tl.float32)", "other=0.0)", Exception, "bit patterns"),
+}
+
+
+@off_gpu
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, tmp_path, nan_filled):
+    name, old, new, kind, says = FAULTS[fault]
+    spec = load(broken(tmp_path, name, old, new)).SPEC
+    args = arguments(spec, spec.cases[0], torch.bfloat16)
+    with pytest.raises(kind, match=says), interpreter.watch():
+        agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
+
+
+MACHINE_FAULTS = {
+    "slow sine": ("qk_norm_rope", "tl.load(cos_ptr + row)[None, :]", "tl.cos(tl.load(cos_ptr + row))[None, :]"),
+    "strided pairs": ("swiglu", "tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "2 * tl.arange(0, BLOCK)"),
+}
+
+
+@pytest.mark.parametrize("fault", MACHINE_FAULTS)
+def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
+    (report,) = compiled(tmp_path, 89, broken(tmp_path, *MACHINE_FAULTS[fault]))
+    assert unfit(report, stores_little=False) is not None
