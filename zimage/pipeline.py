@@ -12,6 +12,7 @@ Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 
 import dataclasses
 import logging
+import os
 import secrets
 import threading
 import time
@@ -29,6 +30,9 @@ from zimage.components import ModelFolder, choose_device, choose_dtype, load_com
 from zimage.dit import ZImageDiT
 from zimage.errors import NonFiniteError, RequestError
 from zimage.image import to_pil
+from zimage.nn.attention import choose_attention, use_attention
+from zimage.nn.compile import compile_blocks
+from zimage.nn.quant import check_precision, quantise
 from zimage.plan import MemoryPlan
 from zimage.runtime.checkpoint import non_finite_weights
 from zimage.runtime.memory import Prefetch, release_cached
@@ -77,9 +81,12 @@ class Result:
 class ZImage:
     """A model, loaded when it is first needed. May be used from several threads at once."""
 
-    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, residency: str):
-        self.model, self.device, self.dtype = model, device, dtype
-        self.plan = MemoryPlan(model, device, dtype, residency)
+    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
+        self.model, self.device, self.dtype, self.settings = model, device, dtype, settings
+        self.plan = MemoryPlan(model, device, dtype, settings)
+        wanted = settings.attention or os.environ.get("ZIMAGE_ATTENTION", "auto")
+        self.attention, self._attend = choose_attention(wanted, device, dtype)
+        check_precision(settings.precision, device)
         self._loaded: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
 
@@ -89,18 +96,18 @@ class ZImage:
         path: str | Path | None = None,
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
-        residency: str = "auto",
+        **settings: Any,
     ) -> "ZImage":
         """Open a model folder in the published layout; without `path`, the bundled demo model.
 
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
-        `residency`: "keep" all stages loaded, load each "stage" in its turn, or "auto" by the free memory.
-        Raises CheckpointError or RequestError.
+        Further keywords are fields of LoadSettings: attention, precision, compile, residency ("keep" all stages
+        loaded, load each "stage" in its turn, or "auto" by the free memory). Raises CheckpointError or RequestError.
         """
-        LoadSettings(device=device, residency=residency)
+        checked = LoadSettings.from_mapping({"device": device, **settings})
         place = choose_device(device)
         model = ModelFolder(DEMO if path is None else Path(path).expanduser())
-        return cls(model, place, choose_dtype(dtype, place), residency)
+        return cls(model, place, choose_dtype(dtype, place), checked)
 
     # ------------------------------------------------------------------ parts
 
@@ -136,9 +143,18 @@ class ZImage:
                 if not self.plan.keeps_loaded:
                     self._loaded.clear()  # also when stages are called one by one
                     release_cached(self.device)
-                late = self.plan.widens_late(name)
-                self._loaded[name] = self.model.components[name].load(self.device, self.dtype, late)
+                self._loaded[name] = self._prepared(name)
             return self._loaded[name]
+
+    def _prepared(self, name: str) -> nn.Module:
+        """Load a plain module, then transform it, in this order."""
+        module = self.model.components[name].load(self.device, self.dtype, self.plan.widens_late(name))
+        if name == "dit" and self.settings.precision != "bf16":
+            quantise(module, self.settings.precision)
+        use_attention(module, self._attend)
+        if name == "dit" and self.settings.compile:
+            compile_blocks(module)
+        return module
 
     # ------------------------------------------------------------------ stages
 
@@ -289,6 +305,9 @@ class ZImage:
             "request": dataclasses.asdict(single),
             "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "dtype": str(self.dtype).removeprefix("torch."),
+            "precision": self.settings.precision,
+            "attention": self.attention,
+            "compile": self.settings.compile,
             "device": self.device.type,
             "torch": torch.__version__,
         }

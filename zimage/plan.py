@@ -9,8 +9,9 @@ import torch
 
 from zimage.components import ModelFolder
 from zimage.errors import RequestError
+from zimage.nn.quant import quantised_bytes
 from zimage.runtime.memory import available_memory
-from zimage.settings import BLEND_TILE, SIZE_MULTIPLE, Request
+from zimage.settings import BLEND_TILE, SIZE_MULTIPLE, LoadSettings, Request
 
 KEEP_SHARE = 0.5  # all stages stay loaded when their weights fit in this share of the free memory
 
@@ -18,8 +19,8 @@ KEEP_SHARE = 0.5  # all stages stay loaded when their weights fit in this share 
 class MemoryPlan:
     """`keeps_loaded`: all stages' weights stay; otherwise each is loaded in its turn."""
 
-    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, residency: str):
-        self.model, self.device, self.dtype = model, device, dtype
+    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
+        self.model, self.device, self.dtype, self.precision = model, device, dtype, settings.precision
         room = KEEP_SHARE * available_memory(device)
         wide = {name: c.weight_bytes(dtype) for name, c in model.components.items()}
         # A CPU without bf16 arithmetic runs bf16 files in fp32; casting them whole would double their memory.
@@ -29,7 +30,7 @@ class MemoryPlan:
             if device.type == "cpu" and wide[name] > max(room, 1.5 * c.checkpoint.stored_bytes())
         }
         weights = sum(map(self.weight_bytes, model.components))
-        self.keeps_loaded = residency == "keep" or (residency == "auto" and weights <= room)
+        self.keeps_loaded = settings.residency == "keep" or (settings.residency == "auto" and weights <= room)
 
     def widens_late(self, name: str) -> bool:
         """Whether a component's weights stay as stored and are widened when used."""
@@ -37,6 +38,8 @@ class MemoryPlan:
 
     def weight_bytes(self, name: str) -> int:
         """Bytes that the weights of a component take when loaded."""
+        if name == "dit" and self.precision != "bf16":
+            return quantised_bytes(self.model.skeleton("dit"), self.precision, self.dtype)
         return self.model.components[name].weight_bytes(self.dtype, self.widens_late(name))
 
     def stage_bytes(self, request: Request) -> dict[str, int]:

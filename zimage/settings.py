@@ -10,13 +10,15 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from zimage.errors import RequestError
 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384
 MAX_SEED = 2**63 - 1
+SDPA = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
+ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
 TILE_MODES = ("exact", "blend", "off")
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
@@ -39,8 +41,23 @@ def setting(
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, **bounds})
 
 
+class Settings:
+    """What settings dataclasses share."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """From plain values, as JSON holds them; an unknown name is an error that offers the nearest."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names)
+                raise RequestError(f"there is no setting {key!r}; {hint}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class Request:
+class Request(Settings):
     """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.resolve` fills it in).
 
     `prompt` may be a list; `seed` a single number, one per prompt, or one per image. Raises RequestError by the
@@ -121,20 +138,9 @@ class Request:
             return given
         return [(seed + k) % (MAX_SEED + 1) for seed in given for k in range(self.images)]
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "Request":
-        """From plain values, as JSON holds them; an unknown name is an error that offers the nearest."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names)
-                raise RequestError(f"there is no setting {key!r}; {hint}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
-class LoadSettings:
+class LoadSettings(Settings):
     """How a model is loaded. Raises RequestError by the field's name."""
 
     model: str | None = setting(None, "Model folder in the published layout. Default: the bundled demo model.")
@@ -142,6 +148,17 @@ class LoadSettings:
     dtype: str | None = setting(
         None, "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.", choices=("bf16", "fp32")
     )
+    attention: str | None = setting(
+        None,
+        "Attention backend; sage is lossy. Default: the environment's ZIMAGE_ATTENTION, else auto.",
+        choices=ATTENTIONS,
+    )
+    precision: str = setting(
+        "bf16",
+        "Matrix products of the DiT: bf16 (as --dtype says), int8 or fp8, with scales per token and channel.",
+        choices=("bf16", "int8", "fp8"),
+    )
+    compile: bool = setting(False, "Compile the DiT's blocks: some seconds once, then quicker steps.")
     residency: str = setting(
         "auto",
         "keep all weights in memory between stages, load each stage in its turn, or decide by the memory there is.",
@@ -184,7 +201,7 @@ def _scalar_types(accepted: Any) -> tuple[type, ...]:
 def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: Any) -> None:
     name, m = field.name, field.metadata
     numbers = (int, float) if float in accepted else accepted
-    if not isinstance(value, numbers) or isinstance(value, bool):
+    if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
         kind = " or ".join(t.__name__ for t in accepted)
         raise RequestError(f"{name} {value!r} is a {type(value).__name__}; it should be of type {kind}")
     if m["choices"] and value not in m["choices"]:
@@ -192,6 +209,8 @@ def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: A
     if isinstance(value, str):
         if not value.isascii() and value != value.encode(errors="ignore").decode():
             raise RequestError(f"{name} is not valid text; it must be encoded in UTF-8")
+        return
+    if isinstance(value, bool):
         return
     if value != value:
         raise RequestError(f"{name} is not a number")

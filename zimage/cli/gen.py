@@ -58,7 +58,7 @@ def gen(
     progress.show("starting")
     from zimage.pipeline import ZImage  # torch: only now, so that --help and usage errors are quick
 
-    pipe = ZImage.load(loading.model, loading.device, loading.dtype, loading.residency)
+    pipe = ZImage.load(loading.model, **given(options, LoadSettings, skip=("model",)))
     request = pipe.resolve(request)
     if not (quiet or as_json):
         _introduce(progress, pipe, request, is_demo=loading.model is None)
@@ -151,7 +151,7 @@ def _read_origin(source: Path | None) -> dict[str, Any]:
 
 def _warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
     """The same pixels need the same model, dtype, device and versions."""
-    for key in ("model", "dtype", "device", "version", "torch"):
+    for key in ("model", "dtype", "precision", "attention", "compile", "device", "version", "torch"):
         before = origin.get(key)
         if before is not None and before != now[key]:
             click.echo(f"warning: {key} was {_plain(before)}, now {_plain(now[key])}: pixels may differ", err=True)

@@ -20,9 +20,9 @@ def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable:
     return decorate
 
 
-def given(values: dict[str, Any], settings: type) -> dict[str, Any]:
+def given(values: dict[str, Any], settings: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Of all option values those that belong to `settings` and were given."""
-    names = {field.name for field, _ in fields(settings)}
+    names = {field.name for field, _ in fields(settings)} - set(skip)
     found = {name: value for name, value in values.items() if name in names and value not in (None, ())}
     return {name: _single(value) for name, value in found.items()}
 
@@ -31,6 +31,8 @@ def _option(field: Any, kinds: tuple[type, ...]) -> Callable:
     names = [n for n in (field.metadata["flag"], "--" + field.name.replace("_", "-")) if n]
     default = "" if field.default in (None, "") else f" Default: {field.default}."
     choices = field.metadata["choices"]
+    if kinds[-1] is bool:
+        return click.option(*names, field.name, is_flag=True, default=None, help=field.metadata["help"])
     return click.option(
         *names,
         field.name,

@@ -14,7 +14,7 @@ from zimage.kernels.layer_norm import layer_norm_scale
 from zimage.kernels.norm import rms_norm_scale
 from zimage.kernels.qk_norm_rope import qk_norm_rope
 from zimage.kernels.swiglu import swiglu
-from zimage.nn.attention import attention
+from zimage.nn.attention import Padding, attention
 from zimage.nn.layers import RMSNorm
 
 MODULATION_WIDTH = 256
@@ -37,12 +37,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(self.head_dim, eps)
         self.norm_k = RMSNorm(self.head_dim, eps)
+        self.attend = attention
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, padding: Padding | None) -> Tensor:
         heads = (-1, self.head_dim)
         q, k, v = (project(x).unflatten(-1, heads) for project in (self.to_q, self.to_k, self.to_v))  # (B, L, H, D)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotation, self.norm_q.eps)
-        return self.to_out[0](attention(q, k, v, mask).flatten(2))
+        return self.to_out[0](self.attend(q, k, v, padding).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -79,13 +80,13 @@ class Block(nn.Module):
         return BlockModulation(1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, modulation: BlockModulation | None = None
+        self, x: Tensor, rotation: Rotation, padding: Padding | None = None, modulation: BlockModulation | None = None
     ) -> Tensor:
         if modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, mask))
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, padding))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         m = modulation
-        attended = self.attention(scaled(self.attention_norm1, x, m.scale_msa), rotation, mask)
+        attended = self.attention(scaled(self.attention_norm1, x, m.scale_msa), rotation, padding)
         x = gated(self.attention_norm2, x, attended, m.gate_msa)
         return gated(self.ffn_norm2, x, self.feed_forward(scaled(self.ffn_norm1, x, m.scale_mlp)), m.gate_mlp)
 

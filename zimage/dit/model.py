@@ -24,6 +24,7 @@ from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder
 from zimage.dit.patch import patchify, unpatchify
 from zimage.dit.rope import Rotation, caption_positions, image_positions, rotation
 from zimage.errors import ConfigError, RequestError
+from zimage.nn.attention import Padding
 from zimage.nn.config import read_architecture
 from zimage.nn.layers import RMSNorm
 
@@ -100,12 +101,12 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Context:
-    """All that stays the same over the steps of one batch: caption tokens, rotations, mask."""
+    """All that stays the same over the steps of one batch: caption tokens, rotations, padding."""
 
     tokens: Tensor  # (B, Lp, dim), refined captions
     image_rotation: Rotation  # of Np tokens
     rotation: Rotation  # of the joint sequence [image, caption], Np + Lp tokens
-    mask: Tensor | None  # (B, 1, 1, Np + Lp), False on batch padding; None when all captions have one padded length
+    padding: Padding | None  # of the joint sequences; None when all captions have one padded length
 
 
 class ContextRefiner(nn.Module):
@@ -137,9 +138,9 @@ class ContextRefiner(nn.Module):
         lengths = [_padded(len(caption)) for caption in captions]
         tokens = torch.stack([self._embed(c, n, max(lengths)) for c, n in zip(captions, lengths, strict=True)])
         turn = self._rotation(caption_positions(max(lengths))[None])
-        mask = _key_mask(0, lengths, tokens.device)
+        padding = Padding.of(lengths, tokens.device)
         for block in self.context_refiner:
-            tokens = self._run(block, tokens, turn, mask)
+            tokens = self._run(block, tokens, turn, padding)
         return tokens, lengths
 
     def _embed(self, caption: Tensor, length: int, batch_length: int) -> Tensor:
@@ -235,7 +236,7 @@ class ZImageDiT(ContextRefiner):
             tokens=tokens,
             image_rotation=Rotation(*(part[:, :padded] for part in joint)),
             rotation=joint,
-            mask=_key_mask(padded, lengths, tokens.device),
+            padding=Padding.of([padded + length for length in lengths], tokens.device),
         )
 
     def velocity(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
@@ -246,7 +247,7 @@ class ZImageDiT(ContextRefiner):
             image = self._run(block, image, context.image_rotation, None, m)
         x = torch.cat((image, context.tokens), dim=1)  # (B, Np + Lp, dim)
         for block, m in zip(self.layers, modulation.layers, strict=True):
-            x = self._run(block, x, context.rotation, context.mask, m)
+            x = self._run(block, x, context.rotation, context.padding, m)
         patches = self.final_layer(x[:, : (h // PATCH) * (w // PATCH)], modulation.final)
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
@@ -269,12 +270,3 @@ def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleLi
 
 def _padded(length: int) -> int:
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
-
-
-def _key_mask(image_length: int, caption_lengths: list[int], device: torch.device) -> Tensor | None:
-    """(B, 1, 1, image_length + longest caption), False on batch padding; None when there is none."""
-    longest = max(caption_lengths)
-    if min(caption_lengths) == longest:
-        return None
-    real = torch.arange(image_length + longest) < image_length + torch.tensor(caption_lengths)[:, None]
-    return real[:, None, None, :].to(device)

@@ -137,13 +137,14 @@ class Qwen3Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        self.attend = attention
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         heads = (-1, self.head_dim)
         q = rotate_halves(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *turn)  # (B, L, H, D)
         k = rotate_halves(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *turn)  # (B, L, G, D)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(attention(q, k, v, causal=True).flatten(2))
+        return self.o_proj(self.attend(q, k, v, causal=True).flatten(2))
 
 
 class Qwen3MLP(nn.Module):

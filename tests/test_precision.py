@@ -1,0 +1,103 @@
+"""Transformations of the plain DiT: int8 and fp8 products, regional compilation."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import zimage
+from zimage.dit import ZImageDiT
+from zimage.errors import RequestError
+from zimage.nn.compile import compile_blocks
+from zimage.nn.quant import QuantisedLinear, quantisable, quantise, quantised_bytes
+
+LAYERS_OF_A_BLOCK = 7
+
+
+def build(layers: int = 6) -> ZImageDiT:
+    return (
+        tiny.randomised(ZImageDiT.from_config({**tiny.DIT, "n_layers": layers}), seed=81).eval().requires_grad_(False)
+    )
+
+
+def inputs(captions=(7,), size=(4, 6)):
+    generator = torch.Generator().manual_seed(82)
+    texts = [torch.randn(n, tiny.DIT["cap_feat_dim"], generator=generator) for n in captions]
+    return torch.randn(len(captions), 16, *size, generator=generator), torch.full((len(captions),), 0.7), texts
+
+
+def relative(ours, exact) -> float:
+    return float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.int8, 0.015), (torch.float8_e4m3fn, 0.05)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_layer(dtype, limit, bias):
+    """Near the plain product, per token: a token with huge values does not spoil the others'."""
+    torch.manual_seed(83)
+    linear = nn.Linear(96, 64, bias=bias)
+    x = torch.randn(2, 5, 96)
+    x[0, 0] *= 1000
+    with torch.no_grad():
+        exact, ours = linear(x), QuantisedLinear(linear, dtype)(x)
+    assert ours.shape == exact.shape
+    assert relative(ours, exact) < limit
+    assert relative(ours[1], exact[1]) < limit
+
+
+def test_a_row_of_zeros_stays_zero():
+    with torch.no_grad():
+        out = QuantisedLinear(nn.Linear(16, 8, bias=False), torch.int8)(torch.zeros(3, 16))
+    assert out.abs().max() == 0
+
+
+@pytest.mark.parametrize(("precision", "blocks", "limit"), [("int8", 8, 0.06), ("fp8", 4, 0.2)])
+def test_a_whole_model(precision, blocks, limit):
+    """All block products but those kept at the ends for fp8; no embedder, modulation or final layer."""
+    model = build()
+    exact = model(*inputs())
+    expected = quantised_bytes(model, precision, torch.float32)
+    quantise(model, precision)
+    replaced = [name for name, m in model.named_modules() if isinstance(m, QuantisedLinear)]
+    assert len(replaced) == blocks * LAYERS_OF_A_BLOCK
+    assert all(name.startswith(("layers.", "noise_refiner.", "context_refiner.")) for name in replaced)
+    assert not any("adaLN" in name for name in replaced)
+    held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantisedLinear) for b in m.buffers())]
+    assert sum(t.numel() * t.element_size() for t in held) == expected
+    assert 0 < relative(model(*inputs()), exact) < limit
+    assert not list(quantisable(model, precision))
+
+
+def test_through_the_pipeline(tiny_folder):
+    plain = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")
+    coarse = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", precision="int8")
+    assert coarse.plan.weight_bytes("dit") < plain.plan.weight_bytes("dit")
+    settings = {"seed": 1, "width": 64, "height": 64, "steps": 2}
+    result = coarse.generate("a", **settings)
+    assert result.metadata[0]["precision"] == "int8"
+    assert result.images[0].tobytes() != plain.generate("a", **settings).images[0].tobytes()
+
+
+def test_fp8_needs_a_card_that_has_it(tiny_folder, monkeypatch, caplog):
+    zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", precision="fp8")
+    assert "no faster" in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    from zimage.nn.quant import check_precision
+
+    with pytest.raises(RequestError, match=r"8\.9"):
+        check_precision("fp8", torch.device("cuda"))
+
+
+def test_compiled_blocks_serve_every_length():
+    """One compilation per kind of block; a prompt of another length or another size adds none."""
+    model, compiled = build(layers=3), build(layers=3)
+    compile_blocks(compiled)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    torch.testing.assert_close(compiled(*inputs()), model(*inputs()), rtol=0, atol=1e-5)
+    first = counters["stats"]["unique_graphs"]
+    for other in (inputs((40,)), inputs((70,)), inputs((7,), (8, 10)), inputs((100,), (2, 4))):
+        torch.testing.assert_close(compiled(*other), model(*other), rtol=0, atol=1e-5)
+    assert first <= 3
+    assert counters["stats"]["unique_graphs"] == first
+    assert not counters["graph_break"]

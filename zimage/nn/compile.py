@@ -1,0 +1,26 @@
+"""Regional compilation: the forward of a transformer block is compiled once and serves all blocks of its kind.
+
+The number of tokens is dynamic, everything else static, so that neither another prompt nor another size compiles anew.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = 1  # the axis of a block's activations and of its rotation tables
+
+
+def compile_blocks(dit: nn.Module) -> None:
+    """Compile the DiT's blocks in place; the first use of each kind takes some seconds."""
+    blocks = (*dit.context_refiner, *dit.noise_refiner, *dit.layers)
+    compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
+    for block in blocks:
+        block.forward = partial(_run, compiled, block)
+
+
+def _run(compiled: Callable[..., Tensor], block: nn.Module, x: Tensor, rotation: tuple[Tensor, ...], *rest) -> Tensor:
+    for tensor in (x, *rotation):
+        torch._dynamo.maybe_mark_dynamic(tensor, TOKENS)
+    return compiled(block, x, rotation, *rest)

@@ -1,0 +1,95 @@
+"""int8 and fp8 matrix products in place of a plain model's Linear layers: a transformation, made after loading.
+
+Weights get one scale per output channel once, activations one per token at every call (W8A8, dynamic):
+
+    x ≈ s_x · q_x,  W ≈ s_W · q_W  ⇒  x·Wᵀ ≈ s_x · s_Wᵀ · (q_x·q_Wᵀ), the product in int32 or fp32
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from zimage.errors import RequestError
+from zimage.kernels.quantise import quantise_rows
+
+log = logging.getLogger("zimage")
+
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# Small, sensitive to error, or both; names of modules in the DiT.
+SKIPPED = r"x_embedder|cap_embedder|t_embedder|adaLN_modulation|final_layer"
+ENDS_KEPT = {"int8": 0, "fp8": 2}  # joint blocks at either end that stay as they are: e4m3 has three bits of mantissa
+FP8_CAPABILITY = (8, 9)
+
+
+class QuantisedLinear(nn.Module):
+    """A Linear with an int8 or fp8 weight (out, in); inference only."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        weight, scale = quantise_rows(linear.weight.detach(), dtype)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.view(1, -1))  # (1, out) fp32
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, row_scale = quantise_rows(x.reshape(-1, self.in_features), self.weight.dtype)
+        out = product(rows, row_scale, self.weight, self.scale, x.dtype)
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(row_scale · rows) · (scaleᵀ · weight)ᵀ in `dtype`: rows (N, in), weight (out, in), scales (N, 1), (1, out)."""
+    if rows.dtype is torch.int8:
+        return (torch._int_mm(rows, weight.t()).float() * row_scale * scale).to(dtype)
+    if rows.is_cuda:
+        return torch._scaled_mm(rows, weight.t(), row_scale, scale, out_dtype=dtype)
+    # Without fp8 arithmetic: the same rounded values, multiplied in `dtype` (e4m3 fits in bf16 without loss).
+    return (rows.to(dtype) @ weight.to(dtype).t() * row_scale * scale).to(dtype)
+
+
+def quantise(dit: nn.Module, precision: str) -> None:
+    """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models."""
+    for owner, name, linear in list(quantisable(dit, precision)):
+        setattr(owner, name, QuantisedLinear(linear, DTYPES[precision]))
+
+
+def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(owner, attribute, layer) of every Linear that is replaced."""
+    kept = _kept_blocks(dit, precision)
+    for path, module in dit.named_modules():
+        if re.search(SKIPPED, path) or any(path == block or path.startswith(block + ".") for block in kept):
+            continue
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and not re.search(SKIPPED, f"{path}.{name}"):
+                yield module, name, child
+
+
+def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
+    """Bytes of the DiT's weights once quantised; a model on meta will do."""
+    replaced = {id(linear.weight): linear.out_features for _, _, linear in quantisable(dit, precision)}
+    return sum(
+        p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * dtype.itemsize for p in dit.parameters()
+    )
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises RequestError where the device cannot compute so; warns where it only imitates it."""
+    if precision != "fp8":
+        return
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise RequestError("precision fp8 needs a GPU of compute capability 8.9 (RTX 4090) or newer; use int8 or bf16")
+    if device.type != "cuda":
+        log.warning(
+            "precision fp8 on %s: rounded to fp8 but multiplied as before; no faster, for looking at quality", device
+        )
+
+
+def _kept_blocks(dit: nn.Module, precision: str) -> list[str]:
+    ends, count = ENDS_KEPT[precision], len(dit.layers)
+    indices = [i for i in range(count) if i < ends or i >= count - ends]
+    return [f"layers.{i}" for i in indices]
