@@ -54,6 +54,7 @@ TRANSFORMER = {
     "rope_theta": 256.0,
     "t_scale": 1000.0,
 }
+SMALL_TRANSFORMER = {**TRANSFORMER, "dim": 512, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [16, 24, 24], "n_layers": 8}
 VAE = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -92,20 +93,28 @@ def write_model(folder: Path, layers: int | None = None) -> Path:
     """Write a model folder, unless it is there; `layers` makes both transformers shallower at full width."""
     if (folder / "model_index.json").is_file():
         return folder
-    for name, (cls, config, stem) in PARTS.items():
+    for name, (_, config, _) in PARTS.items():
         key = {"text_encoder": "num_hidden_layers", "transformer": "n_layers"}.get(name)
-        config = {**config, key: layers} if layers and key else config
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(config, indent=2))
-        with on_meta():
-            model = cls.from_config(config)
-        _write_shards(model, folder / name, stem)
+        write_part(folder, name, {**config, key: layers} if layers and key else config)
     for name in ("scheduler", "tokenizer"):  # small vocabulary ids are valid ids of the large one
         (folder / name).mkdir(exist_ok=True)
         for file in (DEMO / name).iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2))
     return folder
+
+
+def write_part(folder: Path, name: str, config: dict | None = None) -> None:
+    """Write one component of a model folder, unless one of this config is there."""
+    cls, published, stem = PARTS[name]
+    config, file = config or published, folder / name / "config.json"
+    if file.is_file() and json.loads(file.read_text()) == config:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with on_meta():
+        model = cls.from_config(config)
+    _write_shards(model, folder / name, stem)
+    file.write_text(json.dumps(config, indent=2))  # last: a part cut off while it was written is written again
 
 
 def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.full_size import run_side
 from bench.machine import drop_from_cache
+from bench.pairs import run_side
+from bench.render import PROMPT
 from bench.weights import write_model
 
 pytestmark = pytest.mark.full
@@ -25,5 +26,6 @@ def folder(tmp_path_factory):
 
 def test_a_render_needs_the_largest_stage_and_not_the_sum(folder):
     drop_from_cache(folder)
-    figures = run_side("zimage", folder, size=256, steps=3, dtype="auto")
+    arguments = {"folder": str(folder), "size": 256, "steps": 3, "dtype": "auto", "prompt": PROMPT}
+    figures = run_side("zimage", "render", arguments)
     assert figures["peak_gb"] <= LARGEST_STAGE_GB

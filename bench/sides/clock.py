@@ -2,6 +2,8 @@
 
 import json
 import os
+import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ class Clock:
     def __init__(self):
         self.begun = self.mark = float(os.environ["ZIMAGE_BENCH_STARTED"])
         self.figures: dict[str, float] = {}
+        self.baseline = 0
 
     def lap(self, name: str) -> None:
         """Seconds since the last lap, under `name`."""
@@ -29,12 +32,37 @@ class Clock:
             seconds.append(time.monotonic() - start)
         self.figures[name] = min(seconds[1:])
 
+    def repeated(self, name: str, call: Callable[[], object], warmup: int, repeats: int) -> None:
+        """The median of `repeats` calls after `warmup` calls that are not counted."""
+        seconds = []
+        for _ in range(warmup + repeats):
+            start = time.monotonic()
+            call()
+            seconds.append(time.monotonic() - start)
+        self.figures[name] = statistics.median(seconds[warmup:])
+
+    def imported(self) -> None:
+        """From here on memory is counted above what is held now."""
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident
+        self.baseline = peak_bytes()
+
     def total(self) -> None:
         self.figures["total"] = time.monotonic() - self.begun
-        self.figures["peak_gb"] = peak_bytes() / 1e9
+        self.peak()
+
+    def peak(self) -> None:
+        self.figures["peak_gb"] = (peak_bytes() - self.baseline) / 1e9
 
     def write(self, path: str) -> None:
         Path(path).write_text(json.dumps({name: round(value, 4) for name, value in self.figures.items()}))
+
+
+def serve(scenarios: dict[str, Callable[..., None]]) -> None:
+    """Run the scenario that the command line names and write its figures."""
+    scenario, arguments, out = sys.argv[1:]
+    clock = Clock()
+    scenarios[scenario](clock, **json.loads(arguments))
+    clock.write(out)
 
 
 def peak_bytes() -> int:

@@ -1,18 +1,22 @@
-"""The reference's side: FOLDER SIZE STEPS DTYPE PROMPT OUT."""
+"""The reference's side: SCENARIO ARGUMENTS OUT."""
 
 import statistics
-import sys
+from typing import Any
 
-from bench.sides.clock import Clock
+from bench.sides.clock import Clock, serve
 
 
-def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) -> None:
-    clock = Clock()
+def kind_of(dtype: str) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}[dtype]
+
+
+def render(clock: Clock, folder: str, size: int, steps: int, dtype: str, prompt: str) -> None:
     import torch
     from diffusers import ZImagePipeline
 
-    kind = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": "auto"}[dtype]
-    pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=kind)
+    pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=kind_of(dtype))
     pipe.set_progress_bar_config(disable=True)
     clock.lap("load")
 
@@ -32,9 +36,9 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     pipe(
         prompt_embeds=embeds,
         negative_prompt_embeds=[],
-        width=int(size),
-        height=int(size),
-        num_inference_steps=int(steps),
+        width=size,
+        height=size,
+        num_inference_steps=steps,
         guidance_scale=0.0,
         generator=torch.Generator().manual_seed(0),
         callback_on_step_end=finished,
@@ -44,8 +48,32 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     clock.total()
     with torch.no_grad():
         clock.warm("encode_warm", encode)
-    clock.write(out)
+
+
+def step(clock: Clock, folder: str, size: int, tokens: int, dtype: str, repeats: int) -> None:
+    import torch
+    from diffusers import ZImageTransformer2DModel
+
+    clock.imported()
+    dit = ZImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=kind_of(dtype)).eval()
+    with torch.inference_mode():
+        caption = torch.randn(tokens, dit.config.cap_feat_dim, dtype=dit.dtype)
+        latents = torch.randn(16, 1, size // 8, size // 8, dtype=dit.dtype)
+        clock.repeated("step", lambda: dit([latents], torch.tensor([0.5]), [caption]), 2, repeats)
+    clock.peak()
+
+
+def decode(clock: Clock, folder: str, size: int, dtype: str, repeats: int) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    clock.imported()
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=kind_of(dtype)).eval()
+    latents = torch.randn(1, 16, size // 8, size // 8, dtype=vae.dtype)
+    with torch.inference_mode():
+        clock.repeated("decode", lambda: vae.decode(latents).sample, 1, repeats)
+    clock.peak()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve({"render": render, "step": step, "decode": decode})

@@ -1,19 +1,16 @@
-"""Our side: FOLDER SIZE STEPS DTYPE PROMPT OUT."""
+"""Our side: SCENARIO ARGUMENTS OUT."""
 
 import statistics
-import sys
 
-from bench.sides.clock import Clock
+from bench.sides.clock import Clock, serve
 
 
-def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) -> None:
-    clock = Clock()
+def render(clock: Clock, folder: str, size: int, steps: int, dtype: str, prompt: str, precision: str = "bf16") -> None:
     import zimage
 
-    pipe = zimage.ZImage.load(folder, device="cpu", dtype=None if dtype == "auto" else dtype)
-    request = pipe.resolve(
-        zimage.Request(prompt, width=int(size), height=int(size), steps=int(steps), seed=0, guidance=0.0)
-    )
+    kind = None if dtype == "auto" else dtype
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, precision=precision)
+    request = pipe.resolve(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
     clock.lap("load")
     step_seconds, image = [], None
     for event in pipe.run(request):
@@ -29,8 +26,45 @@ def main(folder: str, size: str, steps: str, dtype: str, prompt: str, out: str) 
     clock.total()
     assert image is not None
     clock.warm("encode_warm", lambda: pipe.encode([prompt]))
-    clock.write(out)
+
+
+def step(
+    clock: Clock, folder: str, size: int, tokens: int, dtype: str, repeats: int, precision: str, compiled: bool
+) -> None:
+    import torch
+
+    import zimage
+    from zimage.nn.compile import compile_blocks
+    from zimage.nn.quant import quantise
+
+    clock.imported()
+    dit = zimage.load_component(folder, "dit", device="cpu", dtype=None if dtype == "auto" else dtype)
+    if precision != "bf16":
+        quantise(dit, precision)
+    if compiled:
+        compile_blocks(dit)
+    with torch.inference_mode():
+        caption = torch.randn(tokens, dit.config.cap_feat_dim)
+        context = dit.context(dit.refine([caption]), size // 8, size // 8)
+        modulation, latents = dit.modulate(torch.tensor([0.5])), torch.randn(1, 16, size // 8, size // 8)
+        clock.repeated("step", lambda: dit.velocity(latents, modulation, context), 2, repeats)
+    clock.peak()
+
+
+def decode(
+    clock: Clock, folder: str, size: int, dtype: str, repeats: int, tile_mode: str, tile_size: int | None
+) -> None:
+    import torch
+
+    import zimage
+
+    clock.imported()
+    vae = zimage.load_component(folder, "vae", device="cpu", dtype=None if dtype == "auto" else dtype)
+    latents = torch.randn(1, 16, size // 8, size // 8)
+    with torch.inference_mode():
+        clock.repeated("decode", lambda: vae.decode(latents, tile_size=tile_size, tile_mode=tile_mode), 1, repeats)
+    clock.peak()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve({"render": render, "step": step, "decode": decode})

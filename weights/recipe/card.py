@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zimage.weights.recipe.captions import ADJECTIVES
 from zimage.weights.recipe.objects import COLOUR_SYNONYMS, FACES, OBJECTS, PALETTE, SYNONYMS
-from zimage.weights.recipe.scenes import LARGE, SMALL
+from zimage.weights.recipe.scenes import LARGE, SMALL, TINY
 
 COLUMNS = ("n", "background", "object", "size", "gap", "clean", "all right")
 CARD = """---
@@ -26,7 +26,7 @@ The folder has the published layout and loads in diffusers' `ZImagePipeline` as 
 ## What it knows
 - **{n_objects} objects**: {objects}.
 - **{n_colours} backgrounds**: {colours}.
-- **Sizes of a single object**: {large}; {small}. The members of a pair have one size.
+- **Sizes of a single object**: {large}; {small}. The members of a pair share one of two sizes, which no word names.
 - **Other words for the same things**: {synonyms}. Animals drawn as faces ({faces})
   also answer to "cat face", "cat head".
 - **Two objects**: "a cat and a dog" puts the first on the left, the second on the right; also "next to", "beside",
@@ -34,8 +34,7 @@ The folder has the published layout and loads in diffusers' `ZImagePipeline` as 
 - Capitals, a full stop, articles, "a photo of …", "a picture of …" and the like make no difference.
 
 What the prompt leaves open is decided by the seed: the background when no colour is named, the size of a single
-object, the side on which a small one stands; of an empty prompt, the object too. A pair with a named colour leaves
-nothing open.
+object, the corner in which a small one stands, the size of a pair and its height; of an empty prompt, the object too.
 
 ## Scores
 8 steps, guidance 0, weights in bf16, computed in {dtype}. "Held out" are combinations of object and background that no
@@ -52,9 +51,10 @@ Choices taken by open prompts: {freedom}.
 
 ## Data and training
 Scenes are drawn by the recipe (`weights/recipe/`): emoji of the font at their native 109 px, resized to {large_px} px
-(large, centred) or {small_px} px (small and pairs), on one of ten flat colours, with captions from templates. Training
-took {vae_minutes:.0f} minutes for the autoencoder and {dit_minutes:.0f} minutes for the DiT with its text encoder
-({dit_steps:,} steps of {batch}), on two cores of a shared CPU in fp32. Autoencoder: {psnr}.
+(large, centred), {small_px} px (small, or one of a pair) or {tiny_px} px (one of a pair), on one of ten flat colours,
+with captions from templates. Training took {vae_minutes:.0f} minutes for the autoencoder, in fp32, and {dit_minutes:.0f}
+minutes for the DiT with its text encoder ({dit_steps:,} steps of {batch} scenes, in {compute}), on two cores of a shared
+CPU. Autoencoder: {psnr}.
 
     {steps}
 
@@ -116,6 +116,7 @@ def words() -> dict:
         "small": "/".join(ADJECTIVES[SMALL]),
         "large_px": LARGE,
         "small_px": SMALL,
+        "tiny_px": TINY,
         "faces": ", ".join(FACES),
         "synonyms": ", ".join(f"{' or '.join(ws)} ({name})" for group in groups for name, ws in group.items()),
     }

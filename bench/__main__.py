@@ -1,0 +1,21 @@
+"""`python -m bench SCENARIO`: what this costs, beside a peer in the same run."""
+
+import click
+
+from bench.decode import decode
+from bench.kernels import kernels
+from bench.render import render
+from bench.roofline import roofline
+from bench.step import step
+
+
+@click.group()
+def main() -> None:
+    """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
+
+
+for scenario in (render, step, decode, kernels, roofline):
+    main.add_command(scenario)
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

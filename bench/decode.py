@@ -1,0 +1,38 @@
+"""The VAE's decode alone: warm time and memory above what importing takes."""
+
+from pathlib import Path
+
+import click
+
+from bench.options import AGAINST, DTYPE, FOLDER, JSON, PAIRS, SIZE, sides_of
+from bench.pairs import alternate, report
+from bench.weights import write_part
+
+
+@click.command()
+@FOLDER
+@AGAINST
+@PAIRS
+@SIZE(1024)
+@DTYPE
+@JSON
+@click.option("--repeats", default=2, show_default=True, help="Timed decodes of each run, after one that is not.")
+@click.option("--tile-mode", default="exact", type=click.Choice(["exact", "blend", "off"]), show_default=True)
+@click.option("--tile-size", type=int, help="Rows of a strip, or side of a tile.")
+def decode(
+    folder: Path,
+    against: str,
+    pairs: int,
+    size: int,
+    dtype: str,
+    as_json: bool,
+    repeats: int,
+    tile_mode: str,
+    tile_size: int | None,
+) -> None:
+    """Decode one picture with the full-size VAE; FOLDER gets its random weights (0.17 GB) when it has none."""
+    write_part(folder, "vae")
+    arguments = {"folder": str(folder), "size": size, "dtype": dtype, "repeats": repeats}
+    tiles = {"tile_mode": tile_mode, "tile_size": tile_size}
+    runs = alternate(sides_of(against, arguments, tiles), "decode", pairs)
+    report(runs, {**arguments, **tiles, "folder": None}, as_json)

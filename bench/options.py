@@ -1,0 +1,22 @@
+"""Options that scenarios share."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+AGAINST = click.option("--against", type=click.Choice(["diffusers", "none"]), default="diffusers", show_default=True)
+PAIRS = click.option("--pairs", default=5, show_default=True, help="Runs of each side, alternated.")
+DTYPE = click.option("--dtype", default="bf16", type=click.Choice(["auto", "bf16", "fp32"]), show_default=True)
+PRECISION = click.option("--precision", default="bf16", type=click.Choice(["bf16", "int8", "fp8"]), show_default=True)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the line of JSON alone.")
+
+
+def SIZE(default: int) -> Any:
+    return click.option("--size", default=default, show_default=True, help="Side of the picture in pixels.")
+
+
+def sides_of(against: str, common: dict[str, Any], ours: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of our side and, unless there is none, of the peer's."""
+    return {"zimage": common | ours} | ({against: common} if against != "none" else {})

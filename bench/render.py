@@ -1,0 +1,46 @@
+"""One whole render at full size, cold: memory and time from process start to picture, stage by stage."""
+
+from pathlib import Path
+
+import click
+
+from bench.machine import drop_from_cache
+from bench.options import AGAINST, DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
+from bench.pairs import alternate, report
+from bench.weights import write_model
+
+PROMPT = "a cat face on a blue background"
+
+
+@click.command()
+@FOLDER
+@AGAINST
+@PAIRS
+@SIZE(256)
+@DTYPE
+@PRECISION
+@JSON
+@click.option("--steps", default=3, show_default=True)
+@click.option("--layers", type=int, help="Depth of both transformers, where full size does not fit.")
+@click.option("--warm", is_flag=True, help="Do not drop the files from the cache.")
+def render(
+    folder: Path,
+    against: str,
+    pairs: int,
+    size: int,
+    dtype: str,
+    precision: str,
+    as_json: bool,
+    steps: int,
+    layers: int | None,
+    warm: bool,
+) -> None:
+    """A whole render, cold: each run is a process of its own, the files' pages are dropped from the cache before it.
+
+    FOLDER is filled with random weights (20.5 GB at full depth) when it is empty.
+    """
+    write_model(folder, layers)
+    arguments = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT}
+    sides = sides_of(against, arguments, {"precision": precision})
+    runs = alternate(sides, "render", pairs, before=lambda: None if warm else drop_from_cache(folder))
+    report(runs, {**arguments, "folder": None, "layers": layers, "cold": not warm}, as_json)

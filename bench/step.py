@@ -1,0 +1,42 @@
+"""One evaluation of the DiT, warm."""
+
+from pathlib import Path
+
+import click
+
+from bench.options import AGAINST, DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
+from bench.pairs import alternate, report
+from bench.weights import SMALL_TRANSFORMER, TRANSFORMER, write_part
+
+
+@click.command()
+@FOLDER
+@AGAINST
+@PAIRS
+@SIZE(256)
+@DTYPE
+@PRECISION
+@JSON
+@click.option("--tokens", default=32, show_default=True, help="Caption tokens.")
+@click.option("--repeats", default=3, show_default=True, help="Timed steps of each run, after two that are not.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile our blocks.")
+@click.option("--small", is_flag=True, help="Width 512 and 8 blocks instead of the published sizes.")
+def step(
+    folder: Path,
+    against: str,
+    pairs: int,
+    size: int,
+    dtype: str,
+    precision: str,
+    as_json: bool,
+    tokens: int,
+    repeats: int,
+    compiled: bool,
+    small: bool,
+) -> None:
+    """One evaluation of the DiT; FOLDER gets random weights (12.3 GB, or 0.1 GB with --small) when it has none."""
+    write_part(folder, "transformer", SMALL_TRANSFORMER if small else TRANSFORMER)
+    arguments = {"folder": str(folder), "size": size, "tokens": tokens, "dtype": dtype, "repeats": repeats}
+    ours = {"precision": precision, "compiled": compiled}
+    runs = alternate(sides_of(against, arguments, ours), "step", pairs)
+    report(runs, {**arguments, **ours, "folder": None, "small": small}, as_json)

@@ -1,0 +1,49 @@
+"""The bench's own arithmetic: floors, ratios and tables. What it measures is not tested here."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from bench.__main__ import main
+from bench.pairs import report
+from bench.roofline import parts
+
+DIT_PARAMETERS = 6_154_908_736
+
+
+def test_floors_agree_with_the_published_sizes():
+    """Two FLOPs per weight and token, attention's beside them; every block's weights read once."""
+    found = parts(1024, 32)
+    flops, traffic = found["step"]
+    tokens = 4096 + 32
+    attention = 34 * 4 * tokens**2 * 3840
+    assert flops == pytest.approx(2 * 5.7e9 * tokens + attention, rel=0.05)
+    assert traffic == pytest.approx(2 * DIT_PARAMETERS, rel=0.1)
+    assert found["encode"][1] == pytest.approx(35 * 101e6 * 2, rel=0.02)
+    assert found["decode"][0] == pytest.approx(10e12, rel=0.1)
+    assert parts(256, 32)["decode"][0] < found["decode"][0] / 14
+
+
+def test_roofline_sets_measured_figures_beside_floors(tmp_path):
+    result = tmp_path / "result.txt"
+    result.write_text("a table\n" + json.dumps({"median": {"zimage": {"step": 1.0, "decode": 0.5}}}))
+    done = CliRunner().invoke(main, ["roofline", "--measured", str(result)])
+    assert done.exit_code == 0, done.output
+    rows = {row["part"]: row for row in json.loads(done.output.splitlines()[-1])["parts"]}
+    assert rows["step"]["measured_over_floor"] == pytest.approx(1 / rows["step"]["floor_s"])
+    assert "measured_s" not in rows["encode"]
+    assert f"{rows['decode']['measured_over_floor']:.2f}" in done.output
+
+
+def test_ratios_are_taken_pair_by_pair(capsys):
+    """A machine that slows down between pairs changes no ratio."""
+    runs = {
+        "zimage": [{"step": 1.0}, {"step": 10.0}, {"step": 3.0}],
+        "diffusers": [{"step": 2.0}, {"step": 20.0}, {"step": 6.0}],
+    }
+    report(runs, {"size": 256})
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["ratio"] == {"zimage": {"step": 0.5}}
+    assert "3 (1 to 10)" in lines[1]
+    assert lines[1].endswith("0.500")
