@@ -16,7 +16,6 @@ from zimage.weights.recipe.objects import COLOUR_SYNONYMS, OBJECTS, PALETTE, SYN
 from zimage.weights.recipe.sample import SHIFT, Painter
 from zimage.weights.recipe.scenes import SIZE_WORDS
 from zimage.weights.recipe.train_dit import BATCH, DIT_CONFIG, TEXT_CONFIG
-from zimage.weights.recipe.training import compute_dtype
 
 MODEL_INDEX = {
     "_class_name": "ZImagePipeline",
@@ -58,7 +57,7 @@ def export(work: Path, folder: Path) -> None:
     vae_seconds = torch.load(work / "vae.pt", weights_only=True)["spent"]
     training = {"vae_minutes": vae_seconds / 60, "psnr": vae["psnr"]}
     training |= {"dit_minutes": trained["spent"] / 60, "dit_steps": trained["step"], "batch": BATCH}
-    training["compute"] = str(compute_dtype()).removeprefix("torch.")
+    training["compute"] = trained["compute"]
     write_json(new / "training.json", training)
     for kept in ("README.md", "scores.json"):
         if (folder / kept).exists():

@@ -172,7 +172,12 @@ def resume(run: Run, painter: Painter, opts: list[torch.optim.Optimizer], averag
 
 
 def save(run: Run, painter: Painter, opts: list[torch.optim.Optimizer], average: Average) -> None:
-    run.save(model=painter.state_dict(), average=average.weights, optimisers=[opt.state_dict() for opt in opts])
+    run.save(
+        model=painter.state_dict(),
+        average=average.weights,
+        optimisers=[opt.state_dict() for opt in opts],
+        compute=str(compute_dtype()).removeprefix("torch."),
+    )
 
 
 def report(run: Run, losses: list[float], average: Average, cache: LatentCache, tokenizer: Tokenizer) -> None:
