@@ -4,6 +4,7 @@ import click
 
 from bench.decode import decode
 from bench.kernels import kernels
+from bench.profile import profile
 from bench.render import render
 from bench.roofline import roofline
 from bench.step import step
@@ -14,7 +15,7 @@ def main() -> None:
     """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, step, decode, kernels, roofline):
+for scenario in (render, step, decode, kernels, roofline, profile):
     main.add_command(scenario)
 
 if __name__ == "__main__":

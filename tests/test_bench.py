@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from bench.__main__ import main
 from bench.pairs import report
+from bench.profile import SCENARIOS
 from bench.roofline import parts
 
 DIT_PARAMETERS = 6_154_908_736
@@ -47,3 +48,25 @@ def test_ratios_are_taken_pair_by_pair(capsys):
     assert json.loads(lines[-1])["ratio"] == {"zimage": {"step": 0.5}}
     assert "3 (1 to 10)" in lines[1]
     assert lines[1].endswith("0.500")
+
+
+def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_folder):
+    output = tmp_path / "profile.json"
+    arguments = ["--model", str(tiny_folder), "--repeat", "1", "--device", "cpu", "--output", str(output)]
+    done = CliRunner().invoke(main, ["profile", *arguments, "--sweep", "precision=bf16,int8", "--sweep", "dtype=fp32"])
+    assert done.exit_code == 0, done.output
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["settings"]["precision"] for run in runs] == ["bf16", "int8"]
+    for run in runs:
+        assert list(run["median"]) == SCENARIOS
+        assert run["median"]["encode_medium"]["tokens"] > run["median"]["encode_short"]["tokens"]
+        assert run["median"]["full_generation"]["total_s"] > run["median"]["full_generation"]["denoise_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [(["--tests", "encode_shrt"], "encode_short"), (["--sweep", "dtype"], "KEY=VALUE")]
+)
+def test_profile_names_what_is_wrong(arguments, says):
+    done = CliRunner().invoke(main, ["profile", *arguments])
+    assert done.exit_code == 2
+    assert says in done.output
