@@ -102,14 +102,14 @@ def card(model: Path, limits: tuple[str, ...]) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.argument("prompts", nargs=-1)
 def sheet(model: Path, output: Path, prompts: tuple[str, ...]) -> None:
-    """Render PROMPTS (default: the preview's), one seed each, on one sheet."""
+    """Render PROMPTS (default: those of the README), one seed each, on one sheet."""
     from zimage.weights.recipe.export import load_folder
+    from zimage.weights.recipe.prompts import SHOWN
     from zimage.weights.recipe.sample import render
     from zimage.weights.recipe.scenes import sheet as arrange
-    from zimage.weights.recipe.train_dit import PREVIEW
 
-    texts = prompts or PREVIEW
-    arrange(render(*load_folder(model, torch.float32), texts, range(len(texts))), 8).save(output)
+    texts = prompts or SHOWN
+    arrange(render(*load_folder(model, torch.float32), texts, range(len(texts))), 6, labels=texts).save(output)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,15 @@ from zimage.weights.recipe.objects import OBJECTS, PALETTE, article
 from zimage.weights.recipe.scenes import held_out
 
 SEED = 2026
+SHOWN = (
+    "a cat face on a blue background", "a banana", "a banana", "a small fox on a green background",
+    "a large fox on a green background", "an owl, white background", "a cat and a dog on a yellow background",
+    "a dog and a cat on a yellow background", "two cats", "a robot next to a ghost",
+    "a rocket beside the moon, black background", "a house and a tree on an orange background",
+    "A photo of a pizza.", "a dragon on a red background", "a sunflower, pink background",
+    "a tiny penguin", "a guitar with a crown", "a lion to the left of an elephant",
+)  # fmt: skip
+"""What the contact sheet shows; repeated prompts show what the seed decides."""
 
 
 @dataclass(frozen=True)

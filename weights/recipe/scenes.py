@@ -7,6 +7,8 @@ whole number of tokens away from every other.
 
 import itertools
 import random
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +31,7 @@ LARGE_PLACES = ((64, 64),)  # centres, px
 PAIR_X, PAIR_Y = (32, 96), (48, 80)
 SMALL_PLACES = tuple(itertools.product(PAIR_X, PAIR_Y))
 HELD_OUT_SEED = 7
+LABEL_SIZE, LABEL_LINES, LABEL_COLUMNS = 12, 2, 22  # px, and letters in a line below a picture of a sheet
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,16 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(array.numpy())
 
 
-def sheet(pictures: list[Tensor], columns: int = 12, gap: int = 4) -> Image.Image:
-    """A contact sheet, row by row."""
+def sheet(pictures: list[Tensor], columns: int = 12, gap: int = 4, labels: Sequence[str] = ()) -> Image.Image:
+    """A contact sheet, row by row; labels, when given, stand below their pictures."""
     rows = -(-len(pictures) // columns)
-    step = SIDE + gap
-    canvas = Image.new("RGB", (columns * step + gap, rows * step + gap), (90, 90, 90))
+    across, down = SIDE + gap, SIDE + gap + (LABEL_LINES * LABEL_SIZE + gap if labels else 0)
+    canvas = Image.new("RGB", (columns * across + gap, rows * down + gap), (90, 90, 90))
+    write, font = ImageDraw.Draw(canvas), ImageFont.load_default(LABEL_SIZE)
     for i, picture in enumerate(pictures):
-        canvas.paste(to_image(picture), (gap + i % columns * step, gap + i // columns * step))
+        x, y = gap + i % columns * across, gap + i // columns * down
+        canvas.paste(to_image(picture), (x, y))
+        if labels:
+            text = "\n".join(textwrap.wrap(labels[i], LABEL_COLUMNS)[:LABEL_LINES])
+            write.multiline_text((x + SIDE / 2, y + SIDE), text, "white", font, anchor="ma", align="center", spacing=1)
     return canvas
