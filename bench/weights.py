@@ -132,7 +132,9 @@ def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
         save_file({key: _random(key, shape) for key, shape in shard.items()}, folder / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        size = sum(2 * shape.numel() for shard in shards for shape in shard.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}  # diffusers insists on the metadata
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _random(key: str, shape: torch.Size) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
-from zimage.kernels.norm import rms_norm
+from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 ROWS = 16  # tokens per program: weight and gate are read once for all of them
 
@@ -19,6 +19,8 @@ def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps:
 
 
 def reference(x, branch, weight, gate, eps):
+    if x.dtype in HALF:
+        return scaled_by_rms(branch, weight.float() * gate, eps).add_(x).to(x.dtype)
     return x + gate * rms_norm(branch, weight, eps)
 
 

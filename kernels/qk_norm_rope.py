@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
-from zimage.kernels.norm import rms_norm
+from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 
 def qk_norm_rope(
@@ -23,15 +23,21 @@ def qk_norm_rope(
 
 
 def reference(q, k, q_weight, k_weight, cos, sin, eps):
-    q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+    return tuple(_norm_turned(x, w, cos, sin, eps) for x, w in ((q, q_weight), (k, k_weight)))
+
+
+def _norm_turned(x, weight, cos, sin, eps):
+    normed = scaled_by_rms(x, weight.float(), eps) if x.dtype in HALF else rms_norm(x, weight, eps)
+    return rotate_pairs(normed, cos, sin).to(x.dtype)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of `x` (B, L, H, D) by its angle, in fp32 as the official code does, cast back to x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, L, H, D/2)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    """Turn each pair of `x` (B, L, H, D) by its angle, in fp32 as the official code does."""
+    pairs, cos, sin = x.float().unflatten(-1, (-1, 2)), cos.unsqueeze(2), sin.unsqueeze(2)
+    if not torch.compiler.is_compiling():  # one pass; compilers see through the plain form only
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    even, odd = pairs.unbind(-1)  # each (B, L, H, D/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 @jit

@@ -4,11 +4,15 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
+from tiny import KL
 
+from bench import weights
 from bench.__main__ import main
 from bench.pairs import report
 from bench.profile import SCENARIOS
 from bench.roofline import parts
+from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
 
@@ -35,6 +39,16 @@ def test_roofline_sets_measured_figures_beside_floors(tmp_path):
     assert rows["step"]["measured_over_floor"] == pytest.approx(1 / rows["step"]["floor_s"])
     assert "measured_s" not in rows["encode"]
     assert f"{rows['decode']['measured_over_floor']:.2f}" in done.output
+
+
+def test_sharded_weights_have_the_index_that_diffusers_wants(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    weights._write_shards(AutoencoderKL.from_config(KL), tmp_path, "model")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {name: safe_open(tmp_path / name, "pt") for name in set(index["weight_map"].values())}
+    assert len(files) > 1
+    tensors = [files[name].get_tensor(key) for key, name in index["weight_map"].items()]
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in tensors)
 
 
 def test_ratios_are_taken_pair_by_pair(capsys):

@@ -219,3 +219,22 @@ MACHINE_FAULTS = {
 def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
     (report,) = compiled(tmp_path, 89, broken(tmp_path, *MACHINE_FAULTS[fault]))
     assert unfit(report, stores_little=False) is not None
+
+
+@pytest.mark.parametrize("name", ["rms_norm_scale", "gated_residual", "swiglu", "qk_norm_rope"])
+def test_references_differentiate_in_half_precision_and_agree_when_compiled(name):
+    """They take other passes in bf16 than in fp32, write over their intermediate maps, and turn pairs differently."""
+    spec = SPECS[name]
+    exact, half = (arguments(spec, spec.cases[0], dtype) for dtype in (torch.float32, torch.bfloat16))
+
+    def gradients(args: tuple, run) -> list[Tensor]:
+        leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) and a.dtype != torch.bool else a for a in args]
+        outputs = results(run(*leaves))
+        sum((out.float() ** 2).sum() for out in outputs).backward()
+        return [*outputs, *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor))]
+
+    wanted = gradients(exact, spec.reference)
+    compiled = torch.compile(spec.reference, backend="aot_eager", fullgraph=True)
+    for run, args, allowed in ((spec.reference, half, 0.03), (compiled, half, 0.03), (compiled, exact, 1e-5)):
+        for found, want in zip(gradients(args, run), wanted, strict=True):
+            assert (found.float() - want).norm() <= allowed * want.norm()

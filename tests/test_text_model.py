@@ -5,6 +5,7 @@ import torch
 from tiny import QWEN, VOCAB, randomised, relative_error
 
 from zimage.errors import ConfigError, RequestError
+from zimage.nn.layers import NarrowLinear
 from zimage.text import Qwen3
 
 LAYERS = QWEN["num_hidden_layers"]
@@ -103,3 +104,12 @@ def test_every_parameter_gets_a_finite_gradient():
         assert weight.grad is not None, name
         assert weight.grad.isfinite().all(), name
         assert weight.grad.any(), name
+
+
+@pytest.mark.parametrize("rows", [1, 24, 65])
+def test_a_narrow_product_is_the_ordinary_one(rows):
+    torch.manual_seed(0)
+    layer, x = NarrowLinear(96, 80, bias=False).bfloat16(), torch.randn(1, rows, 96).bfloat16()
+    exact = x.double() @ layer.weight.double().T
+    assert layer(x).shape == exact.shape
+    assert torch.allclose(layer(x).double(), exact, rtol=2**-8, atol=2**-8), "one rounding to bf16 of an fp32 sum"

@@ -13,6 +13,7 @@ from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.nn.config import read_architecture
 from zimage.runtime.checkpoint import Checkpoint, check_fit, load_weights, on_meta, read_json
+from zimage.runtime.memory import keep_freed_memory
 from zimage.text import Qwen3, Tokenizer
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
@@ -60,6 +61,8 @@ class Component:
 
         `widen_late`: matrices stay as stored and are widened to `dtype` when used.
         """
+        if device.type == "cpu":
+            keep_freed_memory()
         model = self._build()
         load_weights(model, self.checkpoint, dtype, device, widen_late)
         return model

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage.kernels.norm import rms_norm
+from zimage.kernels.norm import HALF, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +15,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class NarrowLinear(nn.Linear):
+    """A Linear for few rows at a time, as a text encoder has: the same products, the weight as their left factor.
+
+    Half-precision products on a CPU first repack their right factor, every time. A weight of 50 MB times 24 tokens is
+    a quarter faster when the tokens are what is repacked (21 and 27 GB/s of weights read).
+    """
+
+    ROWS = 64  # from about here on there is nothing to gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        if x.device.type != "cpu" or x.dtype not in HALF or rows > self.ROWS or self.bias is not None:
+            return super().forward(x)
+        return (self.weight @ x.reshape(rows, -1).t()).t().view(*x.shape[:-1], -1)  # transposed in memory
 
 
 class WideningLinear(nn.Linear):

@@ -10,11 +10,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
 MADV_DONTNEED = 4
 MADV_POPULATE_READ = 22  # Linux 5.14: read the pages and map them, without the faults
 PAGE = mmap.PAGESIZE
@@ -41,10 +43,23 @@ def _container_memory() -> int:
     return max(int((group / "memory.max").read_text()) - used, 0)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next activation, until `release_cached`. For the whole process.
+
+    By default every map of more than some 100 KB is new memory from the kernel, zeroed page by page when first written:
+    8 % of a full-size step.
+    """
+    if sys.platform == "linux" and hasattr(_libc(), "mallopt"):
+        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
+            _libc().mallopt(option, size)
+
+
 def release_cached(device: torch.device) -> None:
-    """Hand freed GPU memory back, so that the next stage and other programs can have it."""
+    """Hand freed memory back, so that the next stage and other programs can have it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif sys.platform == "linux" and hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
 
 
 class Prefetch:
@@ -89,5 +104,6 @@ def _madvise(address: int, length: int, advice: int) -> None:
         _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
 
 
+@cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)

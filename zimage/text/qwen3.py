@@ -15,7 +15,7 @@ from zimage.errors import ConfigError, RequestError
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
-from zimage.nn.layers import RMSNorm, TokenEmbedding
+from zimage.nn.layers import NarrowLinear, RMSNorm, TokenEmbedding
 
 PREFIX = "model."
 
@@ -131,10 +131,10 @@ class Qwen3Attention(nn.Module):
         D = config.head_dim
         queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
         self.head_dim = D
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = NarrowLinear(config.hidden_size, queries, bias=False)
+        self.k_proj = NarrowLinear(config.hidden_size, keys, bias=False)
+        self.v_proj = NarrowLinear(config.hidden_size, keys, bias=False)
+        self.o_proj = NarrowLinear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.attend = attention
@@ -150,9 +150,9 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = NarrowLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = NarrowLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = NarrowLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
