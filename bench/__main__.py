@@ -8,6 +8,7 @@ from bench.profile import profile
 from bench.render import render
 from bench.roofline import roofline
 from bench.step import step
+from bench.tables import tables
 
 
 @click.group()
@@ -15,7 +16,7 @@ def main() -> None:
     """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, step, decode, kernels, roofline, profile):
+for scenario in (render, step, decode, kernels, roofline, profile, tables):
     main.add_command(scenario)
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,12 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }
+
+
+def command_line() -> str:
+    """How this run was started, with FOLDER for the place of the weights."""
+    arguments = ["FOLDER" if Path(argument).is_dir() else argument for argument in sys.argv[1:] if argument != "--json"]
+    return shlex.join(["python", "-m", "bench", *arguments])
 
 
 def drop_from_cache(folder: Path) -> None:

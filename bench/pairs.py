@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.machine import describe_machine
+from bench.machine import command_line, describe_machine
 
 Runs = dict[str, list[dict[str, float]]]
 
@@ -51,7 +51,8 @@ def report(runs: Runs, settings: dict[str, Any], as_json: bool = False) -> None:
             cells = [f"{medians[s][f]:.3g} ({spread[s][f][0]:.3g} to {spread[s][f][1]:.3g})" for s in runs]
             shares = "".join(f"{ratio[f]:>9.3f}" for ratio in ratios.values())
             print(f"{f:14}" + "".join(f"{c:>28}" for c in cells) + shares)
-    print(json.dumps({"machine": describe_machine(), **settings, "median": medians, "spread": spread, "ratio": ratios}))
+    about = {"machine": describe_machine(), "command": command_line(), **settings}
+    print(json.dumps({**about, "median": medians, "spread": spread, "ratio": ratios}))
 
 
 def _paired(ours: list[dict], theirs: list[dict], figure: str) -> float:

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from tiny import KL
 
-from bench import weights
+from bench import tables, weights
 from bench.__main__ import main
 from bench.pairs import report
 from bench.profile import SCENARIOS
@@ -49,6 +49,19 @@ def test_sharded_weights_have_the_index_that_diffusers_wants(tmp_path, monkeypat
     assert len(files) > 1
     tensors = [files[name].get_tensor(key) for key, name in index["weight_map"].items()]
     assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in tensors)
+
+
+def test_tables_come_from_saved_results(tmp_path, monkeypatch, capsys):
+    runs = {"zimage": [{"step": 2.0, "peak_gb": 12.5}], "diffusers": [{"step": 4.0, "peak_gb": 12.5}]}
+    report(runs, {"size": 256}, as_json=True)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "step.json").write_text(capsys.readouterr().out)
+    text = tables.filled("before\n<!-- result: step -->\nold\n<!-- end -->\nafter")
+    assert "| a step, warm | 2 (2 to 2) | 4 (4 to 4) | 0.50 |" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter")
+    assert tables.filled(text) == text
 
 
 def test_ratios_are_taken_pair_by_pair(capsys):

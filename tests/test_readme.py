@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.tables import filled
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL = 'pip install -c constraints.txt -e . && python cli.py gen "a cat face on a blue background"'
@@ -42,6 +44,10 @@ def test_the_first_command_draws_a_picture(tmp_path):
 def test_help_blocks_are_current(command):
     block = re.search(rf"<!-- help: {command} -->\n```text\n(.*?)```\n<!-- end -->", README, re.DOTALL)[1]
     assert block == python(ROOT / "cli.py", command, "--help").stdout, f"run: zimage {command} --help at 100 columns"
+
+
+def test_result_tables_are_current():
+    assert filled(README) == README, "run: python -m bench tables"
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

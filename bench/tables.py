@@ -1,0 +1,64 @@
+"""The README's tables from the results that scenarios saved: no figure there is typed by hand."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"<!-- result: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+LABELS = {
+    "total": "process start to decoded picture",
+    "load": "imports, checks",
+    "encode": "encode, cold",
+    "encode_warm": "encode, warm",
+    "first_step": "first step, cold",
+    "step": "a step, warm",
+    "decode": "decode",
+    "peak_gb": "**peak memory**, GB",
+}
+
+
+@click.command()
+@click.argument("document", type=click.Path(path_type=Path, exists=True), default=Path("README.md"))
+def tables(document: Path) -> None:
+    """Fill every block `<!-- result: NAME -->` of DOCUMENT from bench/results/NAME.json."""
+    document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """`text` with the table of each block made anew."""
+    return BLOCK.sub(lambda block: f"<!-- result: {block[1]} -->\n{table(read(block[1]))}<!-- end -->", text)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A saved result: what `python -m bench SCENARIO … --json > bench/results/NAME.json` wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(result: dict[str, Any]) -> str:
+    """Medians with least and most of every side and the ratio to the last side, and below them how to get them."""
+    medians, spread, sides = result["median"], result["spread"], list(result["median"])
+    ratios = result["ratio"]
+    header = ["seconds", *sides, *(f"{side} / {sides[-1]}" for side in ratios)]
+    lines = [_row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    for figure in (name for name in LABELS if name in medians[sides[0]]):
+        cells = [f"{_short(medians[side][figure])} ({_range(spread[side][figure])})" for side in sides]
+        lines.append(_row([LABELS[figure], *cells, *(f"{ratio[figure]:.2f}" for ratio in ratios.values())]))
+    machine = result["machine"]
+    how = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, PyTorch {machine['torch']}"
+    return "\n".join([*lines, "", f"`{result['command']}` ({how}, commit {machine['commit']})", ""])
+
+
+def _range(ends: list[float]) -> str:
+    return " to ".join(map(_short, ends))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
