@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import zimage
 from zimage.errors import CheckpointError
+from zimage.runtime.checkpoint import Checkpoint
 
 SETTINGS = {"seed": 1, "steps": 2, "width": 64, "height": 48}
 
@@ -79,6 +81,29 @@ def test_weights_of_the_right_dtype_are_views_of_the_file(tiny_folder):
         ranges = [line.split() for line in maps if line.rstrip().endswith("diffusion_pytorch_model.safetensors")]
     spans = [tuple(int(x, 16) for x in columns[0].split("-")) for columns in ranges]
     assert any(start <= mapped < end for start, end in spans)
+
+
+def test_weights_are_not_read_before_they_are_used(tiny_folder):
+    """One touched page a tensor made the kernel read a third of the DiT before the first block could run."""
+    dit = zimage.load_component(tiny_folder, "dit", dtype="fp32")
+    assert dit.x_pad_token.is_cpu
+    smaps = Path("/proc/self/smaps").read_text().split("transformer/diffusion_pytorch_model.safetensors")[1:]
+    resident = [line.split()[1] for part in smaps for line in part.splitlines()[:6] if line.startswith("Rss:")]
+    assert resident
+    assert set(resident) == {"0"}
+
+
+def test_unaligned_and_unknown_tensors(tmp_path):
+    """A writer may leave a header of any length; a kind of number that is not implemented is named."""
+    content = torch.arange(6, dtype=torch.float32)
+    file = tmp_path / "model.safetensors"
+    header = '{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'
+    for length in (len(header), len(header) + 1):
+        file.write_bytes(length.to_bytes(8, "little") + header.ljust(length).encode() + content.numpy().tobytes())
+        assert torch.equal(Checkpoint(tmp_path).reader()("a"), content.view(2, 3))
+    file.write_bytes(len(header).to_bytes(8, "little") + header.replace("F32", "I32").encode() + bytes(24))
+    with pytest.raises(CheckpointError, match="a is stored as I32"):
+        Checkpoint(tmp_path)
 
 
 def test_components_load_alone_and_agree(tiny_folder):
