@@ -21,6 +21,10 @@ class ConfigError(CheckpointError):
     """A `config.json` that lacks a needed key or asks for something that is not implemented."""
 
 
+class FetchError(ZImageError):
+    """A transfer that failed; what has arrived is kept, and the same command goes on from there."""
+
+
 class NonFiniteError(ZImageError):
     """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
 

@@ -1,0 +1,219 @@
+"""Fetching a published model: only what a render needs, resumed after an interruption, verified, then put in place.
+
+Files arrive in `.zimage-partial` inside the folder and get their names only once size and hash are the hub's.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from zimage.errors import CheckpointError, FetchError, RequestError
+from zimage.weights.hub import Hub, Listing, Remote
+from zimage.weights.manifest import Progress, Record, find_known, hash_file, read_record, silent
+
+REPOSITORIES = {"turbo": "Tongyi-MAI/Z-Image-Turbo", "base": "Tongyi-MAI/Z-Image"}
+PARTIAL = ".zimage-partial"
+# Never a pickle, nothing outside the folder: what is not named here is not fetched, whatever a repository lists.
+NEEDED = re.compile(
+    r"model_index\.json|scheduler/[\w.-]+\.json|tokenizer/[\w.-]+\.(json|txt|jinja)"
+    r"|(text_encoder|transformer|vae)/[\w.-]+\.(json|safetensors)"
+)
+ESSENTIAL = ("text_encoder/config.json", "transformer/config.json", "vae/config.json")
+SPARE = 64 << 20  # bytes left free on the disk
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that is in its place: `transferred` bytes were needed for it."""
+
+    path: str
+    size: int
+    transferred: int
+    hash_known: bool
+
+    @property
+    def state(self) -> str:
+        came = "fetched" if self.transferred else "was there"
+        return f"{came}, {'verified' if self.hash_known else 'only its size verified: the hub gives no hash'}"
+
+
+def fetch(
+    repository: str,
+    folder: Path,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    progress: Progress = silent,
+) -> Iterator[Fetched]:
+    """Bring `folder` to what `repository` holds, file by file. Raises FetchError, CheckpointError or RequestError.
+
+    Files that are there already are hashed and not transferred again. Ended early, by whatever, it can be called again.
+    """
+    hub = Hub(repository, endpoint)
+    listing = hub.listing(revision)
+    files = _needed(repository, listing, check_known=revision is None)
+    _make(folder)
+    missing = []
+    for file in files:
+        if _is_there(folder, file, progress):
+            yield _recorded(folder, repository, listing, file, transferred=0, progress=progress)
+        else:
+            missing.append(file)
+    _check_space(folder, missing)
+    for file in missing:
+        transferred = _transfer(hub, listing, folder, file, progress)
+        yield _recorded(folder, repository, listing, file, transferred, progress)
+    if (folder / PARTIAL).is_dir():
+        shutil.rmtree(folder / PARTIAL)
+
+
+def _needed(repository: str, listing: Listing, check_known: bool) -> list[Remote]:
+    files = [file for file in listing.files if NEEDED.fullmatch(file.path)]
+    absent = [path for path in ESSENTIAL if path not in {file.path for file in files}]
+    if absent:
+        raise FetchError(f"{repository} is not a model in the published layout: it has no {absent[0]}")
+    for file in files if check_known else ():
+        _check_known(repository, file)
+    return files
+
+
+def _check_known(repository: str, file: Remote) -> None:
+    """The hub's word against the project's, where it has one."""
+    known = find_known(file.path, repository)
+    for name in ("size", "sha256") if known else ():
+        ours, theirs = getattr(known, name), getattr(file, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise CheckpointError(
+                f"{repository}: {file.path} has the {name} {theirs} where {ours} is on record; "
+                "to take it all the same, name its --revision"
+            )
+
+
+def _make(folder: Path) -> None:
+    if not folder.parent.is_dir():
+        raise RequestError(f"the folder {str(folder.parent)!r} does not exist; make it first")
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{str(folder)!r} is a file; name a folder with --to")
+    folder.mkdir(exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"the folder {str(folder)!r} cannot be written to")
+
+
+def _is_there(folder: Path, file: Remote, progress: Progress) -> bool:
+    """Whether the file is in place with the hub's size and hash. Raises RequestError where another is in its place."""
+    path = folder / file.path
+    if not path.exists():
+        return False
+    if path.is_file() and path.stat().st_size == file.size and _differs(path, file, progress) is None:
+        return True
+    record = read_record(folder)
+    if record is None or file.path not in record.files:
+        raise RequestError(
+            f"{path} is in the way: it is not the hub's, and no fetch put it there; remove it, or name another folder"
+        )
+    return False  # fetched once, then damaged or replaced upstream
+
+
+def _differs(path: Path, file: Remote, progress: Progress) -> str | None:
+    """What is wrong with a file's content, or None."""
+    hashes = hash_file(path, progress)
+    if file.sha256 is not None:
+        return None if hashes.sha256 == file.sha256 else f"its sha256 is {hashes.sha256}, the hub's {file.sha256}"
+    if file.blob is not None:
+        return None if hashes.blob == file.blob else f"its git hash is {hashes.blob}, the hub's {file.blob}"
+    return None
+
+
+def _check_space(folder: Path, missing: list[Remote]) -> None:
+    needed = sum(file.size - _size(_partial(folder, file)) for file in missing)
+    free = shutil.disk_usage(folder).free - SPARE
+    if missing and needed > free:
+        raise FetchError(
+            f"{needed / 1e9:.2f} GB are to be fetched and {max(free, 0) / 1e9:.2f} GB are free at {folder}; "
+            "make room, or name a folder on another disk with --to"
+        )
+
+
+def _transfer(hub: Hub, listing: Listing, folder: Path, file: Remote, progress: Progress) -> int:
+    """Fetch what is missing of a file, verify it and give it its name; returns the bytes transferred."""
+    partial = _partial(folder, file)
+    partial.parent.mkdir(exist_ok=True)
+    with partial.open("ab") as stream, _alone(stream, file.path):
+        if partial.stat().st_size > file.size:
+            stream.truncate(0)
+        begin = partial.stat().st_size
+        if begin < file.size:
+            hub.read(file, listing.commit, _Watched(stream, file, progress), begin)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _verify(partial, file, progress)
+    (folder / file.path).parent.mkdir(exist_ok=True)
+    os.replace(partial, folder / file.path)
+    return file.size - begin
+
+
+def _verify(partial: Path, file: Remote, progress: Progress) -> None:
+    size = partial.stat().st_size
+    wrong = f"{size} bytes came, {file.size} should" if size != file.size else _differs(partial, file, progress)
+    if wrong:
+        partial.unlink()
+        raise CheckpointError(f"{file.path} arrived damaged ({wrong}) and was dropped; run the same command again")
+
+
+def _recorded(
+    folder: Path, repository: str, listing: Listing, file: Remote, transferred: int, progress: Progress
+) -> Fetched:
+    record = read_record(folder) or Record(folder, repository, listing.commit, {})
+    record.repository, record.revision = repository, listing.commit
+    sha256 = file.sha256 or hash_file(folder / file.path, progress).sha256
+    record.files[file.path] = {"size": file.size, "sha256": sha256}
+    record.write()
+    return Fetched(file.path, file.size, transferred, hash_known=bool(file.sha256 or file.blob))
+
+
+def _partial(folder: Path, file: Remote) -> Path:
+    """Named after its content as well, so that parts of two revisions are never joined."""
+    mark = (file.sha256 or file.blob or str(file.size))[:16]
+    return folder / PARTIAL / f"{file.path.replace('/', '--')}.{mark}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextlib.contextmanager
+def _alone(stream: BinaryIO, path: str) -> Iterator[None]:
+    """Two fetches that append to one file would spoil it."""
+    if os.name == "posix":
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"{path} is being fetched into this folder by another process; wait for it") from None
+    yield
+
+
+class _Watched:
+    """A file that tells how much of it has been written."""
+
+    def __init__(self, stream: BinaryIO, file: Remote, progress: Progress):
+        self.stream, self.file, self.progress = stream, file, progress
+
+    def write(self, data: bytes) -> int:
+        count = self.stream.write(data)
+        self.progress(f"fetching {self.file.path}", self.stream.tell(), self.file.size)
+        return count
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.stream.seek(offset, whence)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self.stream.truncate(size)

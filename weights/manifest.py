@@ -1,0 +1,121 @@
+"""What is on record about weight files: the project's list of published ones, and what a fetch verified.
+
+`manifest.json` names the published files and what is known of each; null is not known, and nothing in it is a guess.
+A fetch leaves `.zimage-manifest.json` beside the files with the sizes and hashes that it verified.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage.errors import CheckpointError
+from zimage.runtime.checkpoint import read_json
+
+KNOWN = Path(__file__).parent / "manifest.json"
+RECORD = ".zimage-manifest.json"
+CHUNK = 4 << 20
+
+Progress = Callable[[str, int, int], None]  # what is at work, bytes done, bytes in all
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of nobody who watches."""
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A published file, or with `*` in its path the shards of one. None: not known."""
+
+    repository: str | None
+    path: str
+    role: str
+    layout: str | None
+    dtype: str | None
+    tensors: int | None
+    parameters: int | None
+    size: int | None
+    sha256: str | None
+
+
+def known_files() -> list[KnownFile]:
+    """The project's list."""
+    return [KnownFile(**entry) for entry in read_json(KNOWN)["files"]]
+
+
+def find_known(path: str, repository: str | None = None) -> KnownFile | None:
+    """The entry of a path in a repository; without a repository that of a single file by its name."""
+    for known in known_files():
+        if known.repository == repository and fnmatch.fnmatchcase(path, known.path):
+            return known
+    return None
+
+
+@dataclass
+class Record:
+    """What a fetch verified: path below the folder → size and sha256."""
+
+    folder: Path
+    repository: str
+    revision: str
+    files: dict[str, dict[str, Any]]
+
+    def write(self) -> None:
+        """Replace the record in one step, so that an interruption leaves the old one or the new one."""
+        content = {"repository": self.repository, "revision": self.revision, "files": self.files}
+        temporary = self.folder / f"{RECORD}.{os.getpid()}.part"
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self.folder / RECORD)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a folder, if a fetch left one. Raises CheckpointError where it is damaged."""
+    if not (folder / RECORD).is_file():
+        return None
+    content = read_json(folder / RECORD)
+    try:
+        files = {
+            str(path): {"size": int(about["size"]), "sha256": str(about["sha256"])}
+            for path, about in content["files"].items()
+        }
+        return Record(folder, str(content["repository"]), str(content["revision"]), files)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{folder / RECORD} is damaged; remove it and fetch again") from None
+
+
+def find_record(path: Path) -> Record | None:
+    """The record of the model folder that `path` is, or lies in."""
+    for folder in (path, *path.absolute().parents[:2]):
+        record = read_record(folder)
+        if record is not None:
+            return record
+    return None
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Of a file's whole content: sha256, and the hash by which git knows a file."""
+
+    sha256: str
+    blob: str
+
+
+def hash_file(path: Path, progress: Progress = silent) -> Hashes:
+    """Read a file once, in pieces."""
+    size, done = path.stat().st_size, 0
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            sha256.update(chunk)
+            if size <= CHUNK:  # git's hash is asked for small files only: large ones have a sha256
+                blob.update(chunk)
+            done += len(chunk)
+            progress(f"hashing {path.name}", done, size)
+    return Hashes(sha256.hexdigest(), blob.hexdigest())
