@@ -14,7 +14,7 @@ FOLDERS = {"zimage": ROOT / "zimage", "zimage.kernels": ROOT / "kernels", "zimag
 # What each part may import of the project, besides itself and the leaves.
 LEAVES = {"errors", "settings", "version", "flow", "image"}
 MAY_IMPORT = {
-    "cli": {"pipeline"},
+    "cli": {"pipeline", "weights"},
     "pipeline": {"components", "plan", "dit", "text", "vae", "runtime", "nn", "weights"},
     "plan": {"components", "runtime", "nn"},
     "components": {"dit", "text", "vae", "runtime", "nn"},
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "runtime": {"nn"},
     "nn": {"kernels"},
     "kernels": set(),
-    "weights": {"dit", "text", "vae"},
+    "weights": {"components", "dit", "text", "vae", "runtime"},
 }
 
 

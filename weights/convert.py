@@ -1,0 +1,263 @@
+"""From one layout and dtype to another, streamed: what comes out is planned from shapes, then copied piece by piece."""
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage.components import SUBFOLDERS, Component
+from zimage.errors import CheckpointError, RequestError
+from zimage.runtime.checkpoint import Checkpoint
+from zimage.runtime.layouts import Layout, fused_name, layout, split_names
+from zimage.runtime.memory import forget_pages
+from zimage.runtime.stored import DTYPES, Maps, Stored
+from zimage.weights.manifest import Progress, silent
+from zimage.weights.parts import find_parts, open_part
+from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
+
+# What is written: part → (prefix of its keys, layout). Folders and files, but for `diffusers` files only.
+TARGETS: dict[str, dict[str, tuple[str, str]]] = {
+    "diffusers": {"text_encoder": ("", "transformers"), "dit": ("", "diffusers"), "vae": ("", "diffusers")},
+    "native": {"dit": ("", "native")},
+    "ldm": {"vae": ("", "ldm")},
+    "transformers": {"text_encoder": ("", "transformers")},
+    "bare": {"text_encoder": ("", "bare")},
+    "all-in-one": {
+        "dit": ("model.diffusion_model.", "native"),
+        "text_encoder": ("text_encoders.qwen3_4b.transformer.", "transformers"),
+        "vae": ("vae.", "ldm"),
+    },
+}
+STORED_AS = {"bf16": "BF16", "fp32": "F32", "fp16": "F16"}
+STEMS = {"text_encoder": "model", "dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+EXTRAS = (
+    "model_index.json",
+    "vocabulary.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "text_encoder/generation_config.json",
+)
+PIECE = 16 << 20  # values copied at a time
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: the file or folder, its parts, tensors and bytes of weights."""
+
+    path: Path
+    layout: str
+    parts: tuple[str, ...]
+    tensors: int
+    nbytes: int
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str = "keep",
+    dtype: str = "keep",
+    part: str | None = None,
+    configs: Path | None = None,
+    shard_size: int = DEFAULT_SHARD,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Converted:
+    """Write the weights of `source` at `target`, which ends in .safetensors or is a folder.
+
+    to: a key of TARGETS, or "keep". part: only this one. configs: a model folder with the config.json, tokenizer and
+    schedule that loose files lack. Raises RequestError, CheckpointError or ConfigError before anything is written, but
+    for values that the dtype cannot hold; nothing is left at `target` where it fails.
+    """
+    found = find_parts(source)
+    _check_configs(source, configs)
+    to = _kept(source, found) if to == "keep" else to
+    _check_target(source, target, to, force)
+    chosen = _chosen(source, list(found), to, part, target)
+    components = {name: open_part(name, found[name], configs) for name in chosen}
+    plans = {name: list(_planned(component, *TARGETS[to][name], dtype)) for name, component in components.items()}
+    tensors = [tensor for plan in plans.values() for tensor in plan]
+    size = sum(tensor.nbytes for tensor in tensors)
+    check_space(target.absolute().parent, size)
+    with placing(target, force) as temporary:
+        if _is_file(target):
+            write_file(temporary, tensors, progress)
+        else:
+            extras = source if source.is_dir() else configs
+            _write_folder(temporary, components, plans, dtype, extras, shard_size, progress)
+    return Converted(target, to, tuple(plans), len(tensors), size)
+
+
+def _check_configs(source: Path, configs: Path | None) -> None:
+    if configs is not None and source.is_dir():
+        raise RequestError(f"--configs is for loose files; {source} is a folder, which has its own")
+    if configs is not None and not configs.is_dir():
+        raise RequestError(f"--configs {configs} is not a folder; name a model folder")
+
+
+def _kept(source: Path, found: Mapping[str, Path]) -> str:
+    """The target that is as the source."""
+    if source.is_dir():
+        return "diffusers"
+    if len(found) > 1:
+        return "all-in-one"
+    (part,) = found
+    name = _layout_name(part, source)
+    fitting = [to for to, parts in TARGETS.items() if parts.get(part) == ("", name)]
+    if not fitting:
+        raise RequestError(f"{source} is in layout {name}, which is not written; use --layout {' or '.join(TARGETS)}")
+    return fitting[-1]
+
+
+def _layout_name(part: str, file: Path) -> str:
+    """The name of the layout in which a file holds a part."""
+    found = Checkpoint.of_file(file, part).layout
+    return found.name if found else "diffusers"
+
+
+def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
+    """Everything about the place that can be refused before a file is opened."""
+    if to != "diffusers" and not _is_file(target):
+        raise RequestError(f"the layout {to} is a single file; name one that ends in .safetensors, not {str(target)!r}")
+    if not target.absolute().parent.is_dir():
+        raise RequestError(f"the folder {str(target.parent)!r} does not exist; make it first")
+    inside, around = source.resolve(), target.resolve()
+    if inside == around or (target.exists() and target.samefile(source)):
+        raise RequestError(f"{target} is what is read; name another place")
+    if inside in around.parents:
+        raise RequestError(f"{target} lies inside {source}; name a place outside of it")
+    if around in inside.parents:
+        raise RequestError(f"{source} lies inside {target}, which would be replaced; name another place")
+    if target.exists():
+        _check_replaceable(target, force)
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    if not force:
+        raise RequestError(f"{target} exists; use --force to replace it, or another name")
+    if target.is_dir() == _is_file(target):
+        kind, other = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise RequestError(f"{target} is a {kind}, which --force does not replace by a {other}; remove it yourself")
+    marks = ("model_index.json", "config.json", *(f"{folder}/config.json" for folder in SUBFOLDERS.values()))
+    if target.is_dir() and not any((target / mark).is_file() for mark in marks) and any(target.iterdir()):
+        raise RequestError(f"{target} is not a model's folder, so --force does not replace it; remove it yourself")
+
+
+def _chosen(source: Path, found: list[str], to: str, part: str | None, target: Path) -> list[str]:
+    """The parts that are written."""
+    names = [name for name in found if name in TARGETS[to] and part in (None, name)]
+    if not names:
+        wanted = part or " or ".join(TARGETS[to])
+        raise RequestError(f"{source} holds {' and '.join(found)}; the layout {to} needs {wanted}")
+    if to == "diffusers" and _is_file(target) and len(names) > 1:
+        raise RequestError(f"{source} holds {' and '.join(names)}: write a folder, or choose one with --part")
+    return names
+
+
+def _is_file(target: Path) -> bool:
+    return target.suffix == ".safetensors"
+
+
+def _planned(component: Component, prefix: str, name: str, dtype: str) -> Iterator[Planned]:
+    """What the target holds of a part, in the source's order: q, k and v in one matrix where the layout has it so."""
+    target, entries, maps = layout(component.name, name), component.checkpoint.entries, Maps()
+    if name == "ldm" and component.config.get("_class_name") != "AutoencoderKL":
+        raise RequestError(f"the layout ldm has no names for a {component.config.get('_class_name')}; use diffusers")
+    last, done = target.last_index(entries), set()
+    for key in entries:
+        fused = fused_name(key) if target.fused else None
+        own = fused or key
+        if own not in done:
+            done.add(own)
+            sources = [entries[each] for each in split_names(fused)] if fused else [entries[key]]
+            yield _tensor(prefix + _foreign(target, own, last), _shape(target, own, sources), sources, dtype, maps)
+
+
+def _foreign(target: Layout, key: str, last: int) -> str:
+    name = target.foreign(key, last)
+    if target.canonical(name, last) != key:
+        raise CheckpointError(f"{key} has no name in the layout {target.name}")
+    return name
+
+
+def _shape(target: Layout, key: str, sources: list[Stored]) -> tuple[int, ...]:
+    shape = sources[0].shape
+    if len(sources) > 1:
+        return (sum(source.shape[0] for source in sources), *shape[1:])
+    return (*shape, 1, 1) if re.search(target.flat, key) and len(shape) == 2 else shape
+
+
+def _tensor(name: str, shape: tuple[int, ...], sources: list[Stored], dtype: str, maps: Maps) -> Planned:
+    kinds = {source.dtype for source in sources}
+    if dtype == "keep" and (len(kinds) > 1 or any(source.packed for source in sources)):
+        raise RequestError(f"{name} is stored as {' and '.join(kinds)}, which cannot be kept; name a --dtype")
+    kind = sources[0].dtype if dtype == "keep" else STORED_AS[dtype]
+
+    def pieces() -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(_pieces(name, source, DTYPES[kind], maps) for source in sources)
+
+    return Planned(name, kind, shape, pieces)
+
+
+def _pieces(name: str, source: Stored, dtype: torch.dtype, maps: Maps) -> Iterator[Tensor]:
+    """A stored tensor's values as `dtype`, in order; what has been copied is let go of."""
+    value = source.read(maps)
+    if not source.packed:
+        for numbers in value.reshape(-1).split(PIECE):
+            yield _cast(name, numbers, dtype)
+            forget_pages(numbers)
+        return
+    step = max(1, PIECE // 4 // source.shape[1])  # widening takes several times the room
+    for begin in range(0, source.shape[0], step):
+        rows = value.rows(begin, min(begin + step, source.shape[0]))
+        yield _cast(name, rows.decode(), dtype)
+        forget_pages(rows.tensors()[0])  # the codes: only they are mapped as they are
+
+
+def _cast(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = numbers.to(dtype)
+    if dtype == torch.float16 and numbers.dtype != dtype and (cast.isinf() & numbers.isfinite()).any():
+        raise CheckpointError(f"{name} holds {numbers.abs().max():g}, beyond fp16's 65,504; use bf16")
+    return cast
+
+
+def _write_folder(
+    folder: Path,
+    components: Mapping[str, Component],
+    plans: Mapping[str, list[Planned]],
+    dtype: str,
+    extras: Path | None,
+    shard_size: int,
+    progress: Progress,
+) -> None:
+    """A model folder, or for a single part a component folder."""
+    folder.mkdir()
+    whole = len(components) > 1
+    for name, component in components.items():
+        inner = folder / SUBFOLDERS[name] if whole else folder
+        inner.mkdir(exist_ok=True)
+        _write_config(inner / "config.json", component.config, dtype)
+        write_shards(inner, STEMS[name], plans[name], shard_size, progress)
+    if whole and extras is not None:
+        _copy_extras(extras, folder)
+
+
+def _write_config(path: Path, config: Mapping[str, Any], dtype: str) -> None:
+    """The config as it was, but for the dtype that transformers notes in it."""
+    words = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+    noted = {key: words[dtype] for key in ("dtype", "torch_dtype") if key in config and dtype in words}
+    path.write_text(json.dumps({**config, **noted}, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_extras(source: Path, folder: Path) -> None:
+    for pattern in EXTRAS:
+        for file in source.glob(pattern):
+            if file.is_file() and not file.name.startswith("."):
+                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / file.relative_to(source))

@@ -1,0 +1,39 @@
+"""Which parts of a model a path holds, and where each lies."""
+
+from pathlib import Path
+
+from zimage.components import PARTS, SUBFOLDERS, VAE_CLASSES, Component
+from zimage.errors import CheckpointError
+from zimage.runtime.checkpoint import Checkpoint, parts_of, read_json
+
+
+def find_parts(path: Path) -> dict[str, Path]:
+    """Part → the component folder or file that holds it. Raises CheckpointError where there is none."""
+    if path.is_file():
+        found = dict.fromkeys(parts_of(path), path)
+    elif path.is_dir():
+        found = {part: path / SUBFOLDERS[part] for part in PARTS if (path / SUBFOLDERS[part]).is_dir()}
+        if not found and (path / "config.json").is_file():
+            found = {_part_of(path): path}
+    else:
+        raise CheckpointError(f"{path} does not exist; give a model folder, a component's folder or a weight file")
+    if not found:
+        raise CheckpointError(f"{path} holds no part of a model: no {', '.join(PARTS)}")
+    return {part: found[part] for part in PARTS if part in found}
+
+
+def open_part(part: str, path: Path, configs: Path | None = None) -> Component:
+    """A part, checked against its config: `configs` is a model folder that has the one of a loose file."""
+    if configs is None or path.is_dir():
+        return Component.open(part, path)
+    config = read_json(configs / SUBFOLDERS[part] / "config.json")
+    return Component(part, config, Checkpoint.of_file(path, part))
+
+
+def _part_of(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    kinds = {**dict.fromkeys(VAE_CLASSES, "vae"), "ZImageTransformer2DModel": "dit", "qwen3": "text_encoder"}
+    kind = config.get("_class_name") or config.get("model_type")
+    if kind not in kinds:
+        raise CheckpointError(f"{folder / 'config.json'} is of {kind!r}; known are {', '.join(kinds)}")
+    return kinds[kind]

@@ -1,0 +1,204 @@
+"""Are these weights whole? Headers, lengths, keys and shapes, and where asked or on record every value and hash."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zimage.components import PARTS, Model
+from zimage.errors import CheckpointError
+from zimage.runtime.checkpoint import read_json
+from zimage.runtime.memory import forget_pages
+from zimage.runtime.stored import DTYPES, NUMBERS, Maps
+from zimage.weights.headers import Header, Slot, read_header
+from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
+from zimage.weights.parts import find_parts, open_part
+
+PIECE = 64 << 20  # bytes looked at together
+LISTED = 5  # problems of a file that are named before the rest is counted
+KINDS = (".safetensors", ".gguf", ".json", ".txt", ".jinja")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass
+class Report:
+    """What was found out about a file, or about a part whose files are taken together."""
+
+    path: str
+    size: int | None = None
+    tensors: int | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "sound": not self.problems}
+
+
+def verify(path: Path, values: bool = False, hashes: bool = True, progress: Progress = silent) -> Iterator[Report]:
+    """A report per file, then one per part and one for the whole. Raises CheckpointError where there is nothing.
+
+    values: look for NaN and infinity in every tensor. hashes: compare those on record, which reads every file.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a model folder, a component's folder or a weight file")
+    record, wrong = find_record(path), False
+    for file in _files(path, record):
+        report = _check_file(file, path, record, values, hashes, progress)
+        wrong |= bool(report.problems) and file.suffix in (".safetensors", ".gguf")
+        yield report
+    if not wrong:  # else the parts would only say the same again
+        yield from _check_parts(path)
+
+
+def _files(path: Path, record: Record | None) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = {file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.suffix in KINDS + PICKLES}
+    recorded = {record.folder / name for name in record.files} if record else set()
+    mine = {file for file in recorded if path.absolute() in file.absolute().parents}
+    visible = {file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts)}
+    return sorted(visible | {path / file.absolute().relative_to(path.absolute()) for file in mine})
+
+
+def _check_file(file: Path, top: Path, record: Record | None, values: bool, hashes: bool, progress: Progress) -> Report:
+    report = Report(str(file.relative_to(top)) if file != top else file.name)
+    if not file.is_file():
+        report.problems.append("it is missing; fetch it again" if not file.exists() else "it should be a file")
+        return report
+    report.size = file.stat().st_size
+    if file.suffix in PICKLES:
+        report.notes.append("a pickle: not opened, and never loaded")
+    elif file.suffix == ".json":
+        _check_json(file, report)
+    elif file.suffix == ".safetensors" or (file == top and file.suffix not in KINDS):
+        _check_weights(file, report, values, progress)
+    _check_hash(file, report, record, hashes, progress)
+    return report
+
+
+def _check_json(file: Path, report: Report) -> None:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        report.problems.append(f"it cannot be read as JSON: {error}")
+
+
+def _check_weights(file: Path, report: Report, values: bool, progress: Progress) -> None:
+    header = read_header(file)
+    report.tensors = len(header.slots)
+    report.dtypes = dict(Counter(slot.dtype for slot in header.slots.values()))
+    _tell(report, header.problems)
+    if values and not header.problems:
+        _tell(report, list(_bad_values(file, header, progress)))
+        if not report.problems:
+            report.notes.append("all values finite")
+
+
+def _tell(report: Report, problems: list[str]) -> None:
+    report.problems += problems[:LISTED]
+    if len(problems) > LISTED:
+        report.problems.append(f"and {len(problems) - LISTED} more")
+
+
+def _bad_values(file: Path, header: Header, progress: Progress) -> Iterator[str]:
+    """Tensors that hold NaN or infinity, in the order of the file."""
+    maps, size = Maps(), file.stat().st_size
+    for name, slot in sorted(header.slots.items(), key=lambda item: item[1].begin):
+        if slot.dtype in NUMBERS:
+            count = sum(_count_bad(maps, file, slot, begin) for begin in range(slot.begin, slot.end, PIECE))
+            if count:
+                yield f"{name} holds {count:,} values that are NaN or infinite"
+        progress(f"reading {file.name}", slot.end, size)
+
+
+def _count_bad(maps: Maps, file: Path, slot: Slot, begin: int) -> int:
+    dtype = DTYPES[slot.dtype]
+    data = maps(file)[begin : min(begin + PIECE, slot.end)]
+    numbers = (data.clone() if begin % dtype.itemsize else data).view(dtype)
+    finite = torch.isfinite(numbers.float() if dtype.itemsize == 1 else numbers)
+    forget_pages(data)
+    return 0 if finite.all() else int((~finite).sum())
+
+
+def _check_hash(file: Path, report: Report, record: Record | None, hashes: bool, progress: Progress) -> None:
+    about = _recorded(file, record)
+    if about is None:
+        _compare_known(file, report, hashes, progress)
+    elif about["size"] != report.size:
+        report.problems.append(f"it has {report.size:,} bytes and was fetched with {about['size']:,}; fetch it again")
+    elif not hashes:
+        report.notes.append("hash not looked at")
+    elif (found := hash_file(file, progress).sha256) != about["sha256"]:
+        report.problems.append(f"its sha256 is {found} and was {about['sha256']} when fetched; fetch it again")
+    else:
+        report.notes.append("sha256 as fetched")
+
+
+def _recorded(file: Path, record: Record | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    return record.files.get(file.absolute().relative_to(record.folder.absolute()).as_posix())
+
+
+def _compare_known(file: Path, report: Report, hashes: bool, progress: Progress) -> None:
+    """A file that no fetch brought: only one of a published name and size is expected to be the published one."""
+    known = find_known(file.name)
+    if known is None or known.sha256 is None or known.size not in (None, report.size):
+        report.notes.append("hash not on record")
+    elif hashes and (found := hash_file(file, progress).sha256) != known.sha256:
+        report.problems.append(f"its sha256 is {found}; the published {known.path} has {known.sha256}")
+    else:
+        report.notes.append("sha256 as published" if hashes else "hash not looked at")
+
+
+def _check_parts(path: Path) -> Iterator[Report]:
+    """Keys and shapes against the config, and the parts of a whole folder against one another."""
+    try:
+        parts = find_parts(path)
+    except CheckpointError as error:
+        yield Report(str(path), problems=[str(error)])
+        return
+    sound = True
+    for part, place in parts.items():
+        report = _check_part(part, place)
+        sound &= not report.problems
+        yield report
+    if path.is_dir() and (len(parts) > 1 or (path / "model_index.json").is_file()) and sound:
+        yield _check_whole(path, parts)
+
+
+def _check_part(part: str, place: Path) -> Report:
+    report = Report(part)
+    try:
+        component = open_part(part, place)
+    except CheckpointError as error:
+        report.problems.append(str(error))
+        return report
+    report.tensors = len(component.checkpoint.entries)
+    report.size = component.checkpoint.stored_bytes()
+    report.dtypes = dict(Counter(entry.dtype for entry in component.checkpoint.entries.values()))
+    report.notes.append(f"keys and shapes fit {component.checkpoint.describes}")
+    return report
+
+
+def _check_whole(path: Path, parts: dict[str, Path]) -> Report:
+    report = Report("model")
+    absent = [part for part in PARTS if part not in parts]
+    if absent:
+        report.problems.append(f"it has no {' and no '.join(absent)}")
+        return report
+    try:
+        if (path / "model_index.json").is_file():
+            read_json(path / "model_index.json")
+        model = Model.of_folder(path)
+    except CheckpointError as error:
+        report.problems.append(str(error))
+        return report
+    shift = "no scheduler config" if model.shift is None else f"shift {model.shift:g}"
+    report.notes.append(f"the parts fit together; tokenizer of {model.tokenizer.vocab_size:,} entries, {shift}")
+    return report

@@ -1,0 +1,182 @@
+"""`weights`: fetch a published model, check one, write it in another layout or dtype."""
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zimage.cli.progress import Progress
+from zimage.errors import Cancelled, RequestError
+
+PATH = click.Path(path_type=Path)
+LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
+DTYPES = ("keep", "bf16", "fp32", "fp16")
+PARTS = ("text_encoder", "dit", "vae")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@click.group()
+def weights() -> None:
+    """Get model weights, check them, and convert them.
+
+    \b
+    zimage weights fetch turbo                     download Z-Image-Turbo (about 33 GB)
+    zimage weights verify Z-Image-Turbo            is every file whole?
+    zimage weights convert Z-Image-Turbo Small --dtype bf16
+    """
+
+
+@weights.command()
+@click.argument("model", type=click.Choice(("turbo", "base")))
+@click.option("--to", "folder", type=PATH, help="Folder to fill. Default: Z-Image-Turbo or Z-Image, here.")
+@click.option("--revision", metavar="STR", help="Branch, tag or commit. Default: the main branch.")
+@click.option("--endpoint", metavar="URL", help="Another hub, such as a mirror. Default: the library's (HF_ENDPOINT).")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str | None, quiet: bool) -> None:
+    """Download the published Z-Image-Turbo or Z-Image from the model hub (extra `hub`).
+
+    Only what a render needs is fetched. Every file is checked against the hub's size and hash before it gets its name.
+    An interrupted download goes on when the same command is run again; on a complete folder it checks every file.
+    """
+    from zimage.weights.fetch import REPOSITORIES, fetch
+
+    repository, watch, transferred, count = REPOSITORIES[model], Watch(quiet), 0, 0
+    folder = folder or Path(repository.rpartition("/")[2])
+    with _interruptible(watch, "what has arrived is kept: run the same command to go on"):
+        for file in fetch(repository, folder, revision, endpoint, watch):
+            transferred, count = transferred + file.transferred, count + 1
+            watch.note(f"{file.path}  {size_text(file.size)}  {file.state}")
+    watch.note(f"{folder}: {count} files, {size_text(transferred)} transferred; zimage gen PROMPT --model {folder}")
+
+
+@weights.command()
+@click.argument("path", type=PATH)
+@click.option("--values", is_flag=True, help="Look for NaN and infinity in every tensor; reads everything.")
+@click.option("--no-hashes", is_flag=True, help="Do not compare hashes, which reads everything that has one on record.")
+@click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
+@click.pass_context
+def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, as_json: bool) -> None:
+    """Check a model folder, a component's folder or a weight file: is anything damaged, missing or misshapen?
+
+    Headers and lengths, keys and shapes against the config, and hashes where a fetch recorded them. Exit status 1 when
+    something is wrong.
+    """
+    from zimage.weights.verify import verify
+
+    watch, reports = Watch(as_json), []
+    with _interruptible(watch, "not everything was checked"):
+        for report in verify(path, values, not no_hashes, watch):
+            reports.append(report)
+            if not as_json:
+                watch.close()
+                click.echo("\n".join(_lines(report)))
+    wrong = sum(bool(report.problems) for report in reports)
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "sound": not wrong, "reports": [r.as_dict() for r in reports]}))
+    else:
+        click.echo(f"{path}: " + (f"{wrong} of {len(reports)} checks found something wrong" if wrong else "sound"))
+    ctx.exit(1 if wrong else 0)
+
+
+@weights.command()
+@click.argument("source", metavar="IN", type=PATH)
+@click.argument("target", metavar="OUT", type=PATH)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="keep",
+    help="diffusers: a published folder, or one part's folder or file. One file each: native (ComfyUI's DiT), ldm "
+    "(VAE), transformers and bare (text encoder with and without `model.`), all-in-one. Default: as IN is.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Default: as stored.")
+@click.option("--part", type=click.Choice(PARTS), help="Write only this part. Default: all that the layout has.")
+@click.option("--configs", type=PATH, help="Model folder with the configs, tokenizer and schedule that IN lacks.")
+@click.option("--shard-size", metavar="SIZE", default="10G", help="Most bytes of a file in a folder. Default: 10G.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def convert(source: Path, target: Path, shard_size: str, quiet: bool, **options: Any) -> None:
+    """Write the weights IN at OUT, in another layout or dtype.
+
+    IN is a model folder, a component's folder or a weight file; OUT ends in .safetensors or is a folder. Tensors are
+    copied one by one, so memory stays far below the size of the file. OUT appears only once it is whole.
+
+    \b
+    zimage weights convert Z-Image-Turbo Small --dtype bf16
+    zimage weights convert Z-Image-Turbo dit.safetensors --layout native --dtype bf16
+    zimage weights convert all.safetensors Folder --layout diffusers --configs Z-Image-Turbo
+    """
+    limit = _bytes(shard_size)
+    from zimage.weights.convert import convert
+
+    watch, started = Watch(quiet), time.perf_counter()
+    with _interruptible(watch, f"nothing was changed at {target}"):
+        done = convert(source, target, options.pop("layout"), shard_size=limit, progress=watch, **options)
+    watch.note(
+        f"{done.path}: {' and '.join(done.parts)} as {done.layout}, {done.tensors} tensors, {size_text(done.nbytes)} "
+        f"in {time.perf_counter() - started:.1f} s"
+    )
+
+
+class Watch:
+    """Called by the tools as they go on: a line on a terminal, at most ten times a second, nothing in a pipe."""
+
+    def __init__(self, quiet: bool):
+        self.progress, self._next = Progress(quiet), 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.1
+            share = f"{done * 100 // total:3} %" if total else ""
+            self.progress.show(f"{what} {share} of {size_text(total)}")
+
+    def note(self, text: str) -> None:
+        """A line that stays, unless nobody wants to read."""
+        self.close()
+        if not self.progress.quiet:
+            print(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.progress.close()
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} bytes"
+
+
+@contextlib.contextmanager
+def _interruptible(watch: Watch, consequence: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Cancelled(f"interrupted; {consequence}") from None
+    finally:
+        watch.close()
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise RequestError(f"shard-size {text!r} is no size; write 5G or 500M")
+    return size
+
+
+def _lines(report: Any) -> Iterator[str]:
+    """A line for what was looked at, and one for every problem."""
+    facts = [size_text(report.size)] if report.size is not None else []
+    if report.tensors is not None:
+        facts.append(f"{report.tensors} tensors {' '.join(report.dtypes)}".rstrip())
+    yield f"{'WRONG' if report.problems else 'ok':6}{report.path}  {', '.join(facts + report.notes)}".rstrip()
+    for problem in report.problems:
+        yield f"      {' '.join(problem.split())}"
