@@ -78,7 +78,7 @@ def _text_encoder(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[
 
 def _vae(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, Any]:
     if "decoder.mid_block.resnets.0.norm1.gamma" in keys:
-        raise CheckpointError(f"{file}: a Wan VAE without its latents' mean and deviation; use a folder with config.json")
+        raise CheckpointError(f"{file}: a Wan VAE without its latents' mean and deviation; use a folder")
     levels = _count(keys, r"decoder\.up_blocks\.(\d+)\.")
     return {
         "_class_name": "AutoencoderKL",

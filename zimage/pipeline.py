@@ -106,7 +106,8 @@ class ZImage:
         all stages loaded, load each "stage" in its turn, or "auto" by the free memory). Raises CheckpointError or
         RequestError.
         """
-        checked = LoadSettings.from_mapping({"device": device, **settings})
+        plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
+        checked = LoadSettings.from_mapping({"device": device, **plain})
         place = choose_device(device)
         parts = {name: Path(value).expanduser() for name in PARTS if (value := getattr(checked, name))}
         given = checked.tokenizer and Path(checked.tokenizer).expanduser()
@@ -115,6 +116,11 @@ class ZImage:
         return cls(model, place, choose_dtype(dtype, place), checked)
 
     # ------------------------------------------------------------------ parts
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the small model that comes along."""
+        return self.model.origin == DEMO
 
     @property
     def text_encoder(self) -> Qwen3:
@@ -369,7 +375,8 @@ class ZImage:
         shift = _either(given, self.model.shift)
         if shift is None:
             raise RequestError(
-                f"{self.model.origin} has no schedule; give the shift (3 for Turbo, 6 for Base) or, for loose files, the variant"
+                f"{self.model.origin} has no schedule; give the shift (3 for Turbo, 6 for Base) "
+                "or, for loose files, the variant"
             )
         return shift
 

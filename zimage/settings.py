@@ -149,7 +149,7 @@ class LoadSettings(Settings):
     dit: str | None = setting(None, "DiT from a loose file (safetensors or GGUF) or component folder.")
     text_encoder: str | None = setting(None, "Text encoder from a loose file or component folder.")
     vae: str | None = setting(None, "VAE from a loose file or component folder.")
-    tokenizer: str | None = setting(None, "Folder with tokenizer.json. Default: the model's, or one beside the encoder.")
+    tokenizer: str | None = setting(None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.")
     variant: str | None = setting(
         None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base")
     )

@@ -167,12 +167,10 @@ def _plain(value: Any) -> str:
 
 
 def _introduce(progress: Progress, pipe: Any, request: Request) -> None:
-    from zimage.weights import DEMO
-
     r = dataclasses.asdict(request)
     for line in pipe.model.assumptions:
         progress.note(line)
-    if pipe.model.origin == DEMO:
+    if pipe.is_demo:
         progress.note(
             "model: the bundled demo, which draws simple scenes; for the real one: --model PATH/Z-Image-Turbo"
         )

@@ -22,7 +22,7 @@ def q4_0(b: Tensor) -> Tensor:
 
 
 def q4_k(b: Tensor) -> Tensor:
-    """d, dmin (f16), 12 bytes of scales and minima, 4 × 32 bytes: low halves are one group of 32, high halves the next."""
+    """d, dmin (f16), 12 bytes of scales and minima, 4 × 32 bytes: low halves are a group of 32, high ones the next."""
     codes = _halves(b[:, 16:].unflatten(1, (4, 32))).flatten(1, 2)  # (blocks, 8 groups, 32)
     return _scaled(b, codes)
 

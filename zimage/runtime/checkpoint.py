@@ -60,8 +60,8 @@ class Checkpoint:
         raw = _opened(file)
         found = recognise(raw)
         if part not in found:
-            holds = f"it holds {' and '.join(found)}" if found else f"its keys begin {_listing(list(raw)[:2] or ['nowhere'])}"
-            raise CheckpointError(f"{file} holds no {part}; {holds}")
+            holds = " and ".join(found) or f"keys that are not known: {_listing(list(raw) or ['none'])}"
+            raise CheckpointError(f"{file} holds no {part}; it holds {holds}")
         return cls(file, [file], _canonical(raw, *found[part]), found[part][1])
 
     def reader(self) -> Callable[[str], Any]:

@@ -61,9 +61,7 @@ def _packed(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, 
     raise CheckpointError(f"{where} is {weight.dtype} of an unknown meaning ({kind or 'no description of its format'})")
 
 
-def _scaled(
-    where: str, raw: Mapping[str, Stored], key: str, scale: str | None, label: str, rotated: int
-) -> Stored:
+def _scaled(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, label: str, rotated: int) -> Stored:
     codes = raw[key]
     if scale is None and len(codes.shape) != 2:
         return codes  # a norm or bias that was only cast

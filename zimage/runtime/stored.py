@@ -98,9 +98,7 @@ def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[s
         yield key, Stored(shape, name, end - begin, _reader(file, DTYPES.get(name, torch.uint8), shape, begin, end))
 
 
-def _reader(
-    file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int
-) -> Callable[[Maps], Tensor]:
+def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Callable[[Maps], Tensor]:
     def read(maps: Maps) -> Tensor:
         data = maps(file)[begin:end]
         if begin % dtype.itemsize:
