@@ -93,17 +93,14 @@ def test_weights_are_not_read_before_they_are_used(tiny_folder):
     assert set(resident) == {"0"}
 
 
-def test_unaligned_and_unknown_tensors(tmp_path):
-    """A writer may leave a header of any length; a kind of number that is not implemented is named."""
+def test_unaligned_tensors(tmp_path):
+    """A writer may leave a header of any length."""
     content = torch.arange(6, dtype=torch.float32)
     file = tmp_path / "model.safetensors"
     header = '{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'
     for length in (len(header), len(header) + 1):
         file.write_bytes(length.to_bytes(8, "little") + header.ljust(length).encode() + content.numpy().tobytes())
-        assert torch.equal(Checkpoint(tmp_path).reader()("a"), content.view(2, 3))
-    file.write_bytes(len(header).to_bytes(8, "little") + header.replace("F32", "I32").encode() + bytes(24))
-    with pytest.raises(CheckpointError, match="a is stored as I32"):
-        Checkpoint(tmp_path)
+        assert torch.equal(Checkpoint.of_folder(tmp_path, "vae").reader()("a"), content.view(2, 3))
 
 
 def test_components_load_alone_and_agree(tiny_folder):

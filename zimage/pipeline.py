@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zimage import flow
-from zimage.components import ModelFolder, choose_device, choose_dtype, load_component
+from zimage.components import PARTS, Model, choose_device, choose_dtype, load_component, open_model
 from zimage.dit import ZImageDiT
 from zimage.errors import NonFiniteError, RequestError
 from zimage.image import to_pil
@@ -81,7 +81,7 @@ class Result:
 class ZImage:
     """A model, loaded when it is first needed. May be used from several threads at once."""
 
-    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
         self.model, self.device, self.dtype, self.settings = model, device, dtype, settings
         self.plan = MemoryPlan(model, device, dtype, settings)
         wanted = settings.attention or os.environ.get("ZIMAGE_ATTENTION", "auto")
@@ -98,18 +98,29 @@ class ZImage:
         dtype: str | torch.dtype | None = None,
         **settings: Any,
     ) -> "ZImage":
-        """Open a model folder in the published layout; without `path`, the bundled demo model.
+        """Open a model folder in the published layout or an all-in-one file; without `path`, the bundled demo model.
 
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
-        Further keywords are fields of LoadSettings: attention, precision, compile, residency ("keep" all stages
-        loaded, load each "stage" in its turn, or "auto" by the free memory). Raises CheckpointError or RequestError.
+        Further keywords are fields of LoadSettings: dit, text_encoder, vae (each a loose file or a component folder,
+        alone or in the place of the model's own), tokenizer, variant, attention, precision, compile, residency ("keep"
+        all stages loaded, load each "stage" in its turn, or "auto" by the free memory). Raises CheckpointError or
+        RequestError.
         """
-        checked = LoadSettings.from_mapping({"device": device, **settings})
+        plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
+        checked = LoadSettings.from_mapping({"device": device, **plain})
         place = choose_device(device)
-        model = ModelFolder(DEMO if path is None else Path(path).expanduser())
+        parts = {name: Path(value).expanduser() for name in PARTS if (value := getattr(checked, name))}
+        given = checked.tokenizer and Path(checked.tokenizer).expanduser()
+        origin = None if path is None and parts else Path(DEMO if path is None else path).expanduser()
+        model = open_model(origin, parts, given, checked.variant)
         return cls(model, place, choose_dtype(dtype, place), checked)
 
     # ------------------------------------------------------------------ parts
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the small model that comes along."""
+        return self.model.origin == DEMO
 
     @property
     def text_encoder(self) -> Qwen3:
@@ -364,7 +375,8 @@ class ZImage:
         shift = _either(given, self.model.shift)
         if shift is None:
             raise RequestError(
-                f"{self.model.folder} has no scheduler/scheduler_config.json; give the shift (3 for Turbo, 6 for Base)"
+                f"{self.model.origin} has no schedule; give the shift (3 for Turbo, 6 for Base) "
+                "or, for loose files, the variant"
             )
         return shift
 

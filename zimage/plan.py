@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from zimage.components import ModelFolder
+from zimage.components import Model
 from zimage.errors import RequestError
 from zimage.nn.quant import quantised_bytes
 from zimage.runtime.memory import available_memory
@@ -19,7 +19,7 @@ KEEP_SHARE = 0.5  # all stages stay loaded when their weights fit in this share 
 class MemoryPlan:
     """`keeps_loaded`: all stages' weights stay; otherwise each is loaded in its turn."""
 
-    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
         self.model, self.device, self.dtype, self.precision = model, device, dtype, settings.precision
         room = KEEP_SHARE * available_memory(device)
         wide = {name: c.weight_bytes(dtype) for name, c in model.components.items()}

@@ -143,7 +143,16 @@ class Request(Settings):
 class LoadSettings(Settings):
     """How a model is loaded. Raises RequestError by the field's name."""
 
-    model: str | None = setting(None, "Model folder in the published layout. Default: the bundled demo model.")
+    model: str | None = setting(
+        None, "Model folder in the published layout, or an all-in-one file. Default: the bundled demo model."
+    )
+    dit: str | None = setting(None, "DiT from a loose file (safetensors or GGUF) or component folder.")
+    text_encoder: str | None = setting(None, "Text encoder from a loose file or component folder.")
+    vae: str | None = setting(None, "VAE from a loose file or component folder.")
+    tokenizer: str | None = setting(None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.")
+    variant: str | None = setting(
+        None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base")
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.")
     dtype: str | None = setting(
         None, "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.", choices=("bf16", "fp32")

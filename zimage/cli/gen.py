@@ -61,7 +61,7 @@ def gen(
     pipe = ZImage.load(loading.model, **given(options, LoadSettings, skip=("model",)))
     request = pipe.resolve(request)
     if not (quiet or as_json):
-        _introduce(progress, pipe, request, is_demo=loading.model is None)
+        _introduce(progress, pipe, request)
     _warn_of_differences(origin, pipe.metadata(request, 0))
 
     saved = []
@@ -166,9 +166,11 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-def _introduce(progress: Progress, pipe: Any, request: Request, is_demo: bool) -> None:
+def _introduce(progress: Progress, pipe: Any, request: Request) -> None:
     r = dataclasses.asdict(request)
-    if is_demo:
+    for line in pipe.model.assumptions:
+        progress.note(line)
+    if pipe.is_demo:
         progress.note(
             "model: the bundled demo, which draws simple scenes; for the real one: --model PATH/Z-Image-Turbo"
         )
@@ -178,6 +180,6 @@ def _introduce(progress: Progress, pipe: Any, request: Request, is_demo: bool) -
     )
     from zimage.cli.hints import unknown_words
 
-    hint = unknown_words(pipe.model.folder, request.prompts)
+    hint = unknown_words(pipe.model.origin, request.prompts)
     if hint:
         progress.note(hint)

@@ -8,12 +8,14 @@ Weights get one scale per output channel once, activations one per token at ever
 import logging
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.quantise import quantise_rows
+from zimage.nn.packed import PackedLinear, Scaled, rotate
 
 log = logging.getLogger("zimage")
 
@@ -25,21 +27,36 @@ FP8_CAPABILITY = (8, 9)
 
 
 class QuantisedLinear(nn.Module):
-    """A Linear with an int8 or fp8 weight (out, in); inference only."""
+    """A Linear with an int8 or fp8 weight (out, in); inference only.
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    The codes of a packed weight of the same dtype are taken as they are, so no second rounding is added.
+    """
+
+    def __init__(self, linear: nn.Linear | PackedLinear, dtype: torch.dtype):
         super().__init__()
-        weight, scale = quantise_rows(linear.weight.detach(), dtype)
+        weight, scale, self.rotated = _codes(linear, dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.view(1, -1))  # (1, out) fp32
+        self.register_buffer("scale", scale.expand(self.out_features, 1).reshape(1, -1))  # (1, out) fp32
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, row_scale = quantise_rows(x.reshape(-1, self.in_features), self.weight.dtype)
+        rows = x.reshape(-1, self.in_features)
+        rows = rotate(rows, self.rotated) if self.rotated else rows
+        rows, row_scale = quantise_rows(rows, self.weight.dtype)
         out = product(rows, row_scale, self.weight, self.scale, x.dtype)
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
+
+
+def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Codes (out, in), scale () or (out, 1), and the columns that are rotated together (0: none)."""
+    if not isinstance(linear, PackedLinear):
+        return *quantise_rows(linear.weight.detach(), dtype), 0
+    packed = linear.packed
+    if isinstance(packed, Scaled) and packed.codes.dtype == dtype:
+        return packed.codes, packed.scale, packed.rotated
+    return *quantise_rows(packed.decode(), dtype), 0
 
 
 def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,14 +75,14 @@ def quantise(dit: nn.Module, precision: str) -> None:
         setattr(owner, name, QuantisedLinear(linear, DTYPES[precision]))
 
 
-def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, Any]]:
     """(owner, attribute, layer) of every Linear that is replaced."""
     kept = _kept_blocks(dit, precision)
     for path, module in dit.named_modules():
         if re.search(SKIPPED, path) or any(path == block or path.startswith(block + ".") for block in kept):
             continue
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and not re.search(SKIPPED, f"{path}.{name}"):
+            if isinstance(child, nn.Linear | PackedLinear) and not re.search(SKIPPED, f"{path}.{name}"):
                 yield module, name, child
 
 

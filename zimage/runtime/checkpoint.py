@@ -1,27 +1,26 @@
-"""Published weights, in one safetensors file or sharded: memory-mapped, checked strictly, never copied needlessly."""
+"""The weights of one part, from folders and loose files: memory-mapped, checked strictly, never copied needlessly."""
 
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from zimage.errors import CheckpointError
 from zimage.nn.layers import WideningLinear
+from zimage.nn.packed import PackedEmbedding, PackedLinear, is_packed
+from zimage.runtime import gguf_file
+from zimage.runtime.layouts import Layout, recognise, split_names
 from zimage.runtime.memory import forget_pages
+from zimage.runtime.quantised import gathered
+from zimage.runtime.stored import Maps, Stored, stored_in
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 LISTED = 5  # how many keys an error names before it only counts
 
 
@@ -38,36 +37,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class Entry(NamedTuple):
-    """Where a tensor lies and what it is."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    begin: int  # first byte in the file
-    end: int
-
-
 class Checkpoint:
-    """The tensors of one component folder: known by name, not read, and not mapped before `reader` is asked for."""
+    """The tensors of one part by their canonical keys: known, not read, and not mapped before `reader` is asked for."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files = _weight_files(folder)
-        self.entries = {key: entry for file in self.files for key, entry in _entries(file)}
-        self._check_index()
+    def __init__(self, origin: Path, files: list[Path], entries: dict[str, Stored], layout: Layout | None):
+        self.origin, self.files, self.entries, self.layout = origin, files, entries, layout
 
-    def reader(self) -> Callable[[str], Tensor]:
-        """key → view of the mapped file, of which nothing is read before the view's values are.
+    @classmethod
+    def of_folder(cls, folder: Path, part: str) -> "Checkpoint":
+        """A component folder: one file, or shards with their index. Raises CheckpointError."""
+        files = _weight_files(folder)
+        raw: dict[str, Stored] = {}
+        for file in files:
+            raw |= _opened(file)
+        _check_index(folder, raw)
+        layout = recognise(raw).get(part, ("", None))
+        return cls(folder, files, _canonical(raw, *layout) if layout[1] else raw, layout[1])
+
+    @classmethod
+    def of_file(cls, file: Path, part: str) -> "Checkpoint":
+        """A loose file of any layout, or an all-in-one file that holds the part. Raises CheckpointError."""
+        raw = _opened(file)
+        found = recognise(raw)
+        if part not in found:
+            holds = " and ".join(found) or f"keys that are not known: {_listing(list(raw) or ['none'])}"
+            raise CheckpointError(f"{file} holds no {part}; it holds {holds}")
+        return cls(file, [file], _canonical(raw, *found[part]), found[part][1])
+
+    def reader(self) -> Callable[[str], Any]:
+        """key → view of the mapped file, or packed matrix of views; nothing is read before its values are.
 
         (The safetensors package touches every tensor that it hands out, and with each the kernel reads megabytes
         around it.) The mapping lives as long as the reader or one of its tensors.
         """
-        shards = {file: torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8) for file in self.files}
-        return lambda key: _view(shards[self.entries[key].file], self.entries[key])
+        maps = Maps()
+        return lambda key: self.entries[key].read(maps)
+
+    @property
+    def describes(self) -> str:
+        """What says of the model what the weights must fit."""
+        return "config.json" if self.origin.is_dir() else "the architecture that their shapes tell"
 
     def stored_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def fingerprint(self) -> str:
         """Twelve hex digits that tell checkpoints apart: file sizes, headers and sixteen samples of each file's bytes.
@@ -78,27 +90,61 @@ class Checkpoint:
         for file in self.files:
             size = file.stat().st_size
             with file.open("rb") as stream:
-                header = int.from_bytes(stream.read(8), "little")
+                header = min(int.from_bytes(stream.read(8), "little"), size - 8)
                 digest.update(size.to_bytes(8, "little") + stream.read(header))
                 for i in range(16):
                     stream.seek(8 + header + (size - 8 - header) * i // 16)
                     digest.update(stream.read(4096))
         return digest.hexdigest()[:12]
 
-    def _check_index(self) -> None:
-        """Every tensor that the index promises must be in the shard it names."""
-        index = _index_file(self.folder)
-        if index is None:
-            return
-        promised = read_json(index)["weight_map"]
-        missing = [key for key in promised if key not in self.entries]
-        if missing:
-            raise CheckpointError(f"{index}: {_listing(missing)} in none of the shards")
+
+def parts_of(file: Path) -> list[str]:
+    """The parts that a file holds, by its keys."""
+    return list(recognise(_opened(file)))
+
+
+def _opened(file: Path) -> dict[str, Stored]:
+    """A file's tensors, quantised weights gathered with their companions."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is not a file")
+    _refuse_pickles(file)
+    raw, metadata = gguf_file.stored_in(file) if gguf_file.is_gguf(file) else stored_in(file)
+    maps = Maps()
+    return gathered(file, raw, metadata, lambda key: raw[key].read(maps))
+
+
+def _refuse_pickles(file: Path) -> None:
+    with file.open("rb") as stream:
+        begins = stream.read(9)
+    # A safetensors file begins with any eight bytes, the length of its header, and the header's brace.
+    if begins[8:] != b"{" and (begins[:2] == b"PK" or re.match(rb"\x80[\x02-\x05]", begins)):
+        raise CheckpointError(f"{file} is a pickle, which can run code when opened; use a safetensors file")
+
+
+def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str, Stored]:
+    """The part behind `prefix` under canonical keys: fused matrices split into rows, 1 × 1 convolutions flat."""
+    own = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
+    others = [other for other, _ in recognise(raw).values() if other and other != prefix]
+    own = {key: value for key, value in own.items() if prefix or not key.startswith(tuple(others))}
+    last, entries = layout.last_index(own), {}
+    for key, stored in own.items():
+        names = split_names(key) if layout.fused else None
+        if key in layout.unused:
+            continue
+        if names and len(stored.shape) == 2 and stored.shape[0] % 3 == 0:
+            third = stored.shape[0] // 3
+            entries |= {name: stored.rows(i * third, (i + 1) * third) for i, name in enumerate(names)}
+            continue
+        name = layout.canonical(key, last)
+        if re.search(layout.flat, name) and stored.shape[2:] == (1, 1):
+            stored = stored.reshaped(*stored.shape[:2])
+        entries[name] = stored
+    return entries
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
     """Raise CheckpointError listing what is missing, unexpected or misshapen; `other_keys` belong to other modules."""
-    _check_keys(checkpoint, _stored_names(model, checkpoint), _published_shapes(model), set(other_keys))
+    _check_keys(checkpoint, _published_shapes(model), set(other_keys), _matrices(model))
 
 
 def load_weights(
@@ -107,18 +153,31 @@ def load_weights(
     """Give `model` (built on meta) the weights of a checkpoint that was found to fit, as `dtype` on `device`.
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
-    pages let go. With `widen_late` the matrices of Linear and Embedding layers stay as stored, and Linear layers widen
-    them when used. A model whose layout differs from the file's brings `published_shapes()` and `fold(key, tensor)`.
+    pages let go. Quantised matrices stay packed, and are widened when used. With `widen_late` so do plain matrices of
+    Linear and Embedding layers. A model whose layout differs from the file's brings `published_shapes()` and
+    `fold(key, tensor)`.
     """
-    stored, read = _stored_names(model, checkpoint), checkpoint.reader()
+    read = checkpoint.reader()
     kept = _late_matrices(model) if widen_late else set()
     for key in _published_shapes(model):
-        mapped = read(stored[key])
-        folded = model.fold(key, mapped) if hasattr(model, "fold") else (key, mapped)
+        value = read(key)
+        if is_packed(value):
+            _pack(model, key, value.to(device))
+            continue
+        folded = model.fold(key, value) if hasattr(model, "fold") else (key, value)
         if folded is not None:
             name, tensor = folded
-            _assign(model, name, _placed(tensor, mapped, tensor.dtype if name in kept else dtype, device))
+            _assign(model, name, _placed(tensor, value, tensor.dtype if name in kept else dtype, device))
     model.requires_grad_(False).eval()
+
+
+def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of the weights once loaded as `dtype`; a model on meta will do."""
+    packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed}
+    return sum(
+        packed[name].nbytes if name in packed else weight.numel() * dtype.itemsize
+        for name, weight in model.named_parameters()
+    )
 
 
 def non_finite_weights(model: nn.Module) -> list[str]:
@@ -156,30 +215,58 @@ def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     return {key: tuple(weight.shape) for key, weight in model.named_parameters()}
 
 
-def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Published key → key in this file: files saved from the bare Qwen3 decoder lack the prefix `model.`."""
-    keys = checkpoint.entries
-    published = all(key.startswith("model.") for key in _published_shapes(model))
-    prefix = "model." if published and not any(key.startswith("model.") for key in keys) else ""
-    return {prefix + key: key for key in keys}
+def _matrices(model: nn.Module) -> set[str]:
+    """Weights that may stay packed."""
+    layers = (nn.Linear, nn.Embedding)
+    return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, layers)}
+
+
+def _pack(model: nn.Module, key: str, packed: Any) -> None:
+    """Put a packed layer in the place of the layer that `key` is the weight of."""
+    path = key.removesuffix(".weight")
+    owner, _, name = path.rpartition(".")
+    layer = model.get_submodule(path)
+    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
+    setattr(model.get_submodule(owner), name, new)
 
 
 def _check_keys(
-    checkpoint: Checkpoint, found: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], other: set[str]
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], other: set[str], matrices: set[str]
 ) -> None:
-    complaints = []
-    missing = [key for key in shapes if key not in found]
-    unexpected = [key for key in found if key not in shapes and key not in other]
+    found, complaints = checkpoint.entries, []
+    fitting = [key for key in shapes if key in found and found[key].shape == shapes[key]]
     misshapen = [
-        f"{key} {list(checkpoint.entries[found[key]].shape)} should be {list(shape)}"
+        f"{key} {list(found[key].shape)} should be {list(shape)}"
         for key, shape in shapes.items()
-        if key in found and checkpoint.entries[found[key]].shape != shape
+        if key in found and found[key].shape != shape
     ]
-    for word, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen)):
+    lists = {
+        "missing": [key for key in shapes if key not in found],
+        "unexpected": [key for key in found if key not in shapes and key not in other],
+        "of the wrong shape": misshapen,
+        "of a kind of number that is not implemented": [
+            f"{key} ({found[key].dtype})"
+            for key in fitting
+            if not found[key].is_number or (found[key].packed and key not in matrices)
+        ],
+    }
+    for word, keys in lists.items():
         if keys:
             complaints.append(f"{len(keys)} tensors {word}: {_listing(keys)}")
     if complaints:
-        raise CheckpointError(f"{checkpoint.folder}: the weights do not fit config.json; " + "; ".join(complaints))
+        raise CheckpointError(
+            f"{checkpoint.origin}: the weights do not fit {checkpoint.describes}; " + "; ".join(complaints)
+        )
+
+
+def _check_index(folder: Path, raw: Mapping[str, Stored]) -> None:
+    """Every tensor that the index promises must be in the shard it names."""
+    index = _index_file(folder)
+    if index is None:
+        return
+    missing = [key for key in read_json(index)["weight_map"] if key not in raw]
+    if missing:
+        raise CheckpointError(f"{index}: {_listing(missing)} in none of the shards")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -207,31 +294,6 @@ def _index_file(folder: Path) -> Path | None:
         if (folder / f"{name}.index.json").is_file():
             return folder / f"{name}.index.json"
     return None
-
-
-def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
-    try:
-        with safe_open(file, framework="pt", device="cpu"):
-            pass  # the package checks the header: sizes against shapes, offsets against the file's length
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    for key, about in header.items():
-        if key != "__metadata__":
-            if about["dtype"] not in STORED_DTYPES:
-                raise CheckpointError(f"{file}: {key} is stored as {about['dtype']}, which is not implemented")
-            begin, end = (8 + length + offset for offset in about["data_offsets"])
-            yield key, Entry(file, tuple(about["shape"]), STORED_DTYPES[about["dtype"]], begin, end)
-
-
-def _view(file: Tensor, entry: Entry) -> Tensor:
-    """An entry's tensor as a view of its file's bytes; a copy where a careless writer left it unaligned."""
-    stored = file[entry.begin : entry.end]
-    if entry.begin % entry.dtype.itemsize:
-        stored = stored.clone()
-    return stored.view(entry.dtype).view(entry.shape)
 
 
 def _listing(names: list[str]) -> str:

@@ -1,0 +1,172 @@
+"""Matrices that stay quantised in memory and are widened piece by piece when used.
+
+A packed matrix (out, in) is codes and what turns them into numbers. `PackedLinear` multiplies with a few rows widened
+at a time, so the whole model never exists in bf16; `quantise` (see quant.py) can multiply some kinds as they are.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PIECE = 2 << 20  # values widened at a time: small enough to stay in the cache until they are multiplied
+HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+NVFP4_BLOCK = 16
+
+
+class Packed(Protocol):
+    """A quantised matrix. `shape` is that of its numbers."""
+
+    shape: tuple[int, int]
+
+    def rows(self, begin: int, end: int) -> Self:
+        """Rows begin … end − 1, without a copy."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+    def tensors(self) -> list[Tensor]:
+        """What it occupies."""
+
+    def decode(self) -> Tensor:
+        """The numbers (out, in), fp32."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """codes × scale: int8 or fp8 codes (out, in); scale fp32, () for all or (out, 1) per row.
+
+    With `rotated` the rows were turned in groups of that many columns by the regular Hadamard matrix (ConvRot):
+    codes × scale = W·Hᵀ, so W = codes × scale · H.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    rotated: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def rows(self, begin: int, end: int) -> "Scaled":
+        scale = self.scale[begin:end] if self.scale.ndim else self.scale
+        return replace(self, codes=self.codes[begin:end], scale=scale)
+
+    def to(self, device: torch.device) -> "Scaled":
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale]
+
+    def decode(self) -> Tensor:
+        numbers = self.codes.float() * self.scale
+        return rotate(numbers, self.rotated) if self.rotated else numbers
+
+
+@dataclass(frozen=True)
+class NVFP4:
+    """Two 4-bit floats (e2m1) per byte, the first in the high half; an e4m3 scale per 16 columns and one for all."""
+
+    codes: Tensor  # (out, in / 2) uint8
+    block_scale: Tensor  # (out, in / 16) fp8
+    scale: Tensor  # () fp32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], 2 * self.codes.shape[1]
+
+    def rows(self, begin: int, end: int) -> "NVFP4":
+        return replace(self, codes=self.codes[begin:end], block_scale=self.block_scale[begin:end])
+
+    def to(self, device: torch.device) -> "NVFP4":
+        return NVFP4(self.codes.to(device), self.block_scale.to(device), self.scale.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.block_scale, self.scale]
+
+    def decode(self) -> Tensor:
+        table = torch.tensor(E2M1, device=self.codes.device)
+        halves = torch.stack((self.codes >> 4, self.codes & 15), dim=-1)  # (out, in/2, 2)
+        numbers = table[halves.flatten(1).int()].unflatten(1, (-1, NVFP4_BLOCK))  # (out, in/16, 16)
+        return (numbers * (self.block_scale.float() * self.scale)[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of bytes that a library unpacks: `unpack` takes uint8 (out, bytes) and gives numbers (out, in), fp32."""
+
+    codes: Tensor
+    columns: int
+    unpack: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.columns
+
+    def rows(self, begin: int, end: int) -> "Blocks":
+        return replace(self, codes=self.codes[begin:end])
+
+    def to(self, device: torch.device) -> "Blocks":
+        return replace(self, codes=self.codes.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.codes]
+
+    def decode(self) -> Tensor:
+        return self.unpack(self.codes)
+
+
+def is_packed(value: Any) -> bool:
+    return isinstance(value, Scaled | NVFP4 | Blocks)
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight is packed; inference only."""
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.packed, self.bias = packed, bias
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        rows = max(1, PIECE // self.in_features)
+        pieces = (self.packed.rows(i, min(i + rows, self.out_features)) for i in range(0, self.out_features, rows))
+        out = torch.cat([F.linear(x, piece.decode().to(x.dtype)) for piece in pieces], dim=-1)
+        return out if self.bias is None else out + self.bias
+
+
+class PackedEmbedding(nn.Module):
+    """An Embedding whose table is packed: only the rows asked for are widened."""
+
+    def __init__(self, packed: Packed):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.packed = packed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [self.packed.rows(i, i + 1).decode() for i in ids.flatten().tolist()]
+        return torch.cat(rows).view(*ids.shape, -1)
+
+
+def rotate(x: Tensor, group: int) -> Tensor:
+    """x · H in groups of `group` columns (..., C), H the normalised regular Hadamard matrix, symmetric and orthogonal.
+
+    It is the Kronecker power of HADAMARD_4 / 2 (ConvRot, Huang et al. 2025), so it is applied factor by factor.
+    """
+    factor = torch.tensor(HADAMARD_4, dtype=x.dtype, device=x.device) / 2
+    shape, levels = x.shape, round(math.log(group, 4))
+    x = x.reshape(-1, *[4] * levels)
+    for axis in range(1, levels + 1):
+        x = (x.transpose(axis, -1) @ factor).transpose(axis, -1)
+    return x.reshape(shape)
+
+
+def unswizzled(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Block scales (rows, columns) out of cuBLAS's tiles of 128 × 4, each stored as 32 × 16."""
+    tiles = scales.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # tile row, tile column, r mod 32, r div 32, c
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)[:rows, :columns].contiguous()

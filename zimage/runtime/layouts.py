@@ -1,0 +1,167 @@
+"""The names that a part's tensors have in files of other tools, as tables that are read in both directions.
+
+Canonical names are those of the published folders (diffusers naming). A file's parts are recognised by its keys, never
+by its name: an all-in-one file holds several parts, each behind a prefix.
+
+In a pair of templates `{name}` stands for any text, `{i}` and `{j}` for numbers, and `{~i}` counts from the other end.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+Pair = tuple[str, str]  # canonical, foreign
+
+NATIVE_DIT: tuple[Pair, ...] = (
+    ("all_final_layer.2-1.{rest}", "final_layer.{rest}"),
+    ("all_x_embedder.2-1.{rest}", "x_embedder.{rest}"),
+    ("{block}.attention.to_out.0.{rest}", "{block}.attention.out.{rest}"),
+    ("{block}.attention.norm_q.{rest}", "{block}.attention.q_norm.{rest}"),
+    ("{block}.attention.norm_k.{rest}", "{block}.attention.k_norm.{rest}"),
+)
+LDM_VAE: tuple[Pair, ...] = (
+    ("encoder.down_blocks.{i}.resnets.{j}.conv_shortcut.{rest}", "encoder.down.{i}.block.{j}.nin_shortcut.{rest}"),
+    ("encoder.down_blocks.{i}.resnets.{j}.{rest}", "encoder.down.{i}.block.{j}.{rest}"),
+    ("encoder.down_blocks.{i}.downsamplers.0.conv.{rest}", "encoder.down.{i}.downsample.conv.{rest}"),
+    ("decoder.up_blocks.{i}.resnets.{j}.conv_shortcut.{rest}", "decoder.up.{~i}.block.{j}.nin_shortcut.{rest}"),
+    ("decoder.up_blocks.{i}.resnets.{j}.{rest}", "decoder.up.{~i}.block.{j}.{rest}"),
+    ("decoder.up_blocks.{i}.upsamplers.0.conv.{rest}", "decoder.up.{~i}.upsample.conv.{rest}"),
+    ("{side}.mid_block.resnets.0.{rest}", "{side}.mid.block_1.{rest}"),
+    ("{side}.mid_block.resnets.1.{rest}", "{side}.mid.block_2.{rest}"),
+    ("{side}.mid_block.attentions.0.group_norm.{rest}", "{side}.mid.attn_1.norm.{rest}"),
+    ("{side}.mid_block.attentions.0.to_q.{rest}", "{side}.mid.attn_1.q.{rest}"),
+    ("{side}.mid_block.attentions.0.to_k.{rest}", "{side}.mid.attn_1.k.{rest}"),
+    ("{side}.mid_block.attentions.0.to_v.{rest}", "{side}.mid.attn_1.v.{rest}"),
+    ("{side}.mid_block.attentions.0.to_out.0.{rest}", "{side}.mid.attn_1.proj_out.{rest}"),
+    ("{side}.conv_norm_out.{rest}", "{side}.norm_out.{rest}"),
+)
+GGUF_QWEN3: tuple[Pair, ...] = (
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("model.layers.{i}.self_attn.q_proj.weight", "blk.{i}.attn_q.weight"),
+    ("model.layers.{i}.self_attn.k_proj.weight", "blk.{i}.attn_k.weight"),
+    ("model.layers.{i}.self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
+    ("model.layers.{i}.self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
+    ("model.layers.{i}.self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
+    ("model.layers.{i}.self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+    ("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
+    ("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+    ("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
+    ("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
+    ("model.layers.{i}.mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+)
+BARE_QWEN3: tuple[Pair, ...] = (("model.{rest}", "{rest}"),)  # saved from the decoder alone
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tool names one part. Keys that no pair matches have the same name on both sides."""
+
+    name: str
+    part: str
+    signature: str  # a foreign key that no other layout of the part has
+    pairs: tuple[Pair, ...] = ()
+    fused: bool = False  # q, k and v of the DiT's attention in one matrix
+    flat: str = r"(?!)"  # canonical matrices that are stored as 1 × 1 convolutions
+    unused: frozenset[str] = field(default_factory=frozenset)  # foreign keys that carry nothing we need
+
+    def canonical(self, key: str, last: int = 0) -> str:
+        """A foreign key's canonical name; `last` is the highest index that `{~i}` counts from."""
+        return _renamed(key, [(foreign, own) for own, foreign in self.pairs], last)
+
+    def foreign(self, key: str, last: int = 0) -> str:
+        """A canonical key's name in this layout."""
+        return _renamed(key, self.pairs, last)
+
+    def last_index(self, keys: Iterable[str]) -> int:
+        """The highest index of the decoder's blocks among canonical or foreign keys."""
+        found = (re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", key) for key in keys)
+        return max((int(match[1]) for match in found if match), default=0)
+
+
+_LM_HEAD = frozenset({"lm_head.weight", "output.weight"})  # tied: the embeddings once more
+LAYOUTS = (
+    Layout("diffusers", "dit", "layers.0.attention.to_q.weight"),
+    Layout(
+        "native",
+        "dit",
+        "layers.0.attention.qkv.weight",
+        NATIVE_DIT,
+        fused=True,
+        unused=frozenset({"norm_final.weight"}),
+    ),
+    Layout("transformers", "text_encoder", "model.layers.0.self_attn.q_proj.weight", unused=_LM_HEAD),
+    Layout("bare", "text_encoder", "layers.0.self_attn.q_proj.weight", BARE_QWEN3, unused=_LM_HEAD),
+    Layout("gguf", "text_encoder", "blk.0.attn_q.weight", GGUF_QWEN3, unused=_LM_HEAD),
+    Layout("diffusers", "vae", "decoder.mid_block.resnets.0.conv1.weight"),
+    Layout(
+        "ldm",
+        "vae",
+        "decoder.mid.block_1.conv1.weight",
+        LDM_VAE,
+        flat=r"\.mid_block\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$",
+    ),
+)
+PREFIXES = {
+    "dit": ("", "model.diffusion_model.", "diffusion_model."),
+    "text_encoder": ("", "text_encoders.qwen3_4b.transformer."),
+    "vae": ("", "vae.", "first_stage_model."),
+}
+PARTS = tuple(PREFIXES)
+
+
+def layout(part: str, name: str) -> Layout:
+    """The layout of a part by name; raises KeyError."""
+    return {(known.part, known.name): known for known in LAYOUTS}[part, name]
+
+
+def recognise(keys: Mapping[str, object]) -> dict[str, tuple[str, Layout]]:
+    """Part → (prefix, layout) of every part that a file's keys hold."""
+    found = {}
+    for known in LAYOUTS:
+        for prefix in PREFIXES[known.part]:
+            if prefix + known.signature in keys:
+                found.setdefault(known.part, (prefix, known))
+    return found
+
+
+def split_names(fused: str) -> tuple[str, str, str] | None:
+    """Canonical names of the three matrices in a fused one, or None for any other key."""
+    if not fused.endswith(".attention.qkv.weight"):
+        return None
+    stem = fused.removesuffix("qkv.weight")
+    return f"{stem}to_q.weight", f"{stem}to_k.weight", f"{stem}to_v.weight"
+
+
+def fused_name(split: str) -> str | None:
+    """The fused matrix that a canonical q, k or v matrix is a third of, or None for any other key."""
+    match = re.fullmatch(r"(.*\.attention\.)to_([qkv])\.weight", split)
+    return f"{match[1]}qkv.weight" if match else None
+
+
+def _renamed(key: str, pairs: Iterable[Pair], last: int) -> str:
+    for old, new in pairs:
+        match = _pattern(old).fullmatch(key)
+        if match:
+            return "".join(_filled(new, match.groupdict(), last))
+    return key
+
+
+def _filled(template: str, values: Mapping[str, str], last: int) -> Iterator[str]:
+    for text, mirrored, name in re.findall(r"([^{]+)|\{(~?)(\w+)\}", template):
+        if not name:
+            yield text
+        else:
+            # One of the two sides says {~i}: its pattern and its filling both count from the other end.
+            value = values.get(name) or values[f"mirrored_{name}"]
+            yield str(last - int(value)) if mirrored or name not in values else value
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = []
+    for text, mirrored, name in re.findall(r"([^{]+)|\{(~?)(\w+)\}", template):
+        kind = r"\d+" if len(name) == 1 else ".+?" if name != "rest" else ".+"
+        parts.append(f"(?P<{'mirrored_' if mirrored else ''}{name}>{kind})" if name else re.escape(text))
+    return re.compile("".join(parts))

@@ -1,0 +1,121 @@
+"""Quantised weights as files hold them: a weight and its companion tensors become one packed matrix.
+
+Everywhere number = stored × scale. A companion that is present and ignored gives noise, so one that is not known here
+stays a tensor of its own, which the strict check then reports as unexpected.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zimage.errors import CheckpointError
+from zimage.nn.packed import NVFP4, NVFP4_BLOCK, Packed, Scaled, unswizzled
+from zimage.runtime.stored import Maps, Stored
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+MARKER = "scaled_fp8"  # an empty tensor: the file has Comfy's older form
+WEIGHT_SCALES = ("weight_scale", "scale_weight")
+INPUT_SCALES = ("input_scale", "scale_input")  # of activations, which are scaled by what they are instead
+DESCRIPTION = "comfy_quant"
+HEADER = "_quantization_metadata"
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4")
+
+
+def gathered(file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str], read: Any) -> dict[str, Stored]:
+    """`raw` tensors of a file with each quantised weight and its companions made one; raises CheckpointError.
+
+    `read(key)` gives a small tensor's values at once: scales' shapes and descriptions must be known before loading.
+    """
+    described = _described(file, raw, metadata, read)
+    tensors = {key: value for key, value in raw.items() if key.rpartition(".")[2] != MARKER}
+    for key in [key for key in raw if key.endswith(".weight")]:
+        module = key.removesuffix(".weight")
+        scale = next((f"{module}.{name}" for name in WEIGHT_SCALES if f"{module}.{name}" in raw), None)
+        about = described.get(module, {})
+        if raw[key].dtype not in (*FP8, "I8", "U8") and not about:
+            continue
+        tensors[key] = _packed(f"{file}: {key}", raw, key, scale, about)
+        for name in (*WEIGHT_SCALES, *INPUT_SCALES, DESCRIPTION, "weight_scale_2"):
+            tensors.pop(f"{module}.{name}", None)
+    return tensors
+
+
+def _packed(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, about: Mapping[str, Any]) -> Stored:
+    weight, kind = raw[key], about.get("format")
+    if kind is not None and kind not in FORMATS:
+        raise CheckpointError(f"{where} has the format {kind!r}; implemented are {', '.join(FORMATS)}")
+    if weight.dtype == "U8" and kind == "nvfp4":
+        return _nvfp4(where, raw, key)
+    if weight.dtype == "I8" and kind == "int8_tensorwise":
+        group = int(about.get("convrot_groupsize", 256)) if about.get("convrot") else 0
+        if group and (4 ** round(group.bit_length() / 2 - 0.5) != group or weight.shape[-1] % group):
+            raise CheckpointError(f"{where}: convrot_groupsize {group} does not fit {weight.shape[-1]} columns")
+        if scale is None:
+            raise CheckpointError(f"{where} is int8 without a weight_scale; the file is incomplete")
+        return _scaled(where, raw, key, scale, f"int8{' ConvRot' if group else ''}", group)
+    if weight.dtype in FP8 and kind in (None, "float8_e4m3fn", "float8_e5m2"):
+        return _scaled(where, raw, key, scale, "fp8 scaled" if scale else "fp8", 0)
+    raise CheckpointError(f"{where} is {weight.dtype} of an unknown meaning ({kind or 'no description of its format'})")
+
+
+def _scaled(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, label: str, rotated: int) -> Stored:
+    codes = raw[key]
+    if scale is None and len(codes.shape) != 2:
+        return codes  # a norm or bias that was only cast
+    factors = raw[scale].count if scale else 1
+    if len(codes.shape) != 2 or factors not in (1, codes.shape[0]):
+        raise CheckpointError(f"{where} {list(codes.shape)} has {factors} scales; 1 or one per row is known")
+
+    def read(maps: Maps) -> Packed:
+        factor = raw[scale].read(maps).float() if scale else torch.ones(())
+        return Scaled(codes.read(maps), factor.reshape(() if factors == 1 else (-1, 1)), rotated)
+
+    return Stored(codes.shape, label, codes.nbytes + 4 * factors, read, packed=True)
+
+
+def _nvfp4(where: str, raw: Mapping[str, Stored], key: str) -> Stored:
+    module = key.removesuffix(".weight")
+    codes, block, scale = raw[key], raw.get(f"{module}.weight_scale"), raw.get(f"{module}.weight_scale_2")
+    if block is None or scale is None or block.dtype not in FP8 or scale.count != 1 or len(codes.shape) != 2:
+        raise CheckpointError(f"{where} is nvfp4 and needs an fp8 weight_scale and one weight_scale_2")
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    if block.count != (-(-rows // 128) * 128) * (-(-columns // (4 * NVFP4_BLOCK)) * 4):
+        raise CheckpointError(f"{where} [{rows}, {columns}] has {block.count} block scales, which does not fit")
+
+    def read(maps: Maps) -> Packed:
+        blocks = unswizzled(block.read(maps), rows, -(-columns // NVFP4_BLOCK))
+        return NVFP4(codes.read(maps), blocks, scale.read(maps).float().reshape(()))
+
+    return Stored((rows, columns), "nvfp4", codes.nbytes + block.nbytes + 4, read, packed=True)
+
+
+def _described(
+    file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str], read: Any
+) -> dict[str, dict[str, Any]]:
+    """Module → what the file says of its format, from `comfy_quant` tensors or from the header."""
+    found = {}
+    if HEADER in metadata:
+        layers = _json(file, HEADER, metadata[HEADER]).get("layers")
+        if not isinstance(layers, dict) or not all(isinstance(about, dict) for about in layers.values()):
+            raise CheckpointError(f"{file}: {HEADER} should map layers to their formats")
+        found |= layers
+    for key, stored in raw.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf == DESCRIPTION:
+            if stored.dtype != "U8" or stored.count > 4096:
+                raise CheckpointError(f"{file}: {key} should be a short JSON text in bytes")
+            found[module] = _json(file, key, bytes(read(key).tolist()))
+    return found
+
+
+def _json(file: Path, name: str, text: str | bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: {name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: {name} should hold a JSON object, not {type(content).__name__}")
+    return content

@@ -1,0 +1,108 @@
+"""A tensor as a file holds it: known by name, shape and size, not read."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zimage.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class Maps:
+    """Files mapped into memory, each when first asked for; a mapping lives as long as this or one of its tensors."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Tensor] = {}
+
+    def __call__(self, file: Path) -> Tensor:
+        """The bytes of a file, none of them read yet."""
+        if file not in self._files:
+            self._files[file] = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+        return self._files[file]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """`read(maps)` gives a view of the mapped file, or a packed matrix made of such views."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it, or what a quantised matrix is
+    nbytes: int
+    read: Callable[[Maps], Any]
+    packed: bool = False
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its values mean what they are."""
+        return self.packed or self.dtype in NUMBERS
+
+    def rows(self, begin: int, end: int) -> "Stored":
+        """Rows begin … end − 1 of a matrix."""
+
+        def read(maps: Maps) -> Any:
+            whole = self.read(maps)
+            return whole[begin:end] if isinstance(whole, Tensor) else whole.rows(begin, end)
+
+        part = self.nbytes * (end - begin) // self.shape[0]
+        return replace(self, shape=(end - begin, *self.shape[1:]), nbytes=part, read=read)
+
+    def reshaped(self, *shape: int) -> "Stored":
+        return replace(self, shape=shape, read=lambda maps: self.read(maps).reshape(shape))
+
+
+def stored_in(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file, and its header's metadata. Raises CheckpointError."""
+    header, start = _header(file)
+    metadata = header.pop("__metadata__", None) or {}
+    return dict(_tensors(file, header, start)), metadata
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    try:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass  # the package checks the header: sizes against shapes, offsets against the file's length
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            return json.loads(stream.read(length)), 8 + length
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
+
+
+def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[str, Stored]]:
+    for key, about in header.items():
+        name, shape = about["dtype"], tuple(about["shape"])
+        begin, end = (start + offset for offset in about["data_offsets"])
+        # Kinds that no weight has may stand in a file, among what belongs to nobody; as weights they are refused.
+        yield key, Stored(shape, name, end - begin, _reader(file, DTYPES.get(name, torch.uint8), shape, begin, end))
+
+
+def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Callable[[Maps], Tensor]:
+    def read(maps: Maps) -> Tensor:
+        data = maps(file)[begin:end]
+        if begin % dtype.itemsize:
+            data = data.clone()  # a careless writer left it unaligned
+        return data.view(dtype).view(shape)
+
+    return read
