@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -85,9 +86,7 @@ def test_one_part_of_many(run, folder, states):
     assert "choose one with --part" in err
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [("fp32", torch.float32), ("fp16", torch.float16), ("keep", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("dtype", "kind"), [("fp32", "float32"), ("fp16", "float16"), ("keep", "bfloat16")])
 def test_dtypes(run, folder, states, dtype, kind):
     assert run(folder / "transformer", "out", "--dtype", dtype)[0] == 0
     (file,) = Path("out").glob("*.safetensors")
@@ -146,7 +145,7 @@ def test_nothing_is_replaced_unasked(run, folder):
         ("out", ["--layout", "native"], "is a single file"),
         ("model/inside", [], "lies inside"),
         ("model", ["--force"], "is what is read"),
-        (".", ["--force"], "would be replaced"),
+        (".", ["--force"], "is not a model's folder"),
         ("full", ["--force"], "is not a model's folder"),
         ("file", ["--force"], "does not replace by a folder"),
         ("out", ["--shard-size", "much"], "is no size"),
@@ -165,6 +164,13 @@ def test_what_cannot_work_is_one_line(run, folder, tmp_path, target, arguments, 
     assert words in err
     assert len(err.splitlines()) == 1
     assert (sorted(os.listdir()), sorted(os.listdir(folder))) == before
+
+
+def test_a_folder_is_not_replaced_by_its_own_part(run, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    status, err = run("model/vae", "model", "--force")
+    assert (status, "would be replaced" in err) == (2, True)
+    assert (tmp_path / "model" / "vae" / "config.json").is_file()
 
 
 def test_a_source_that_is_none(run, tmp_path):
@@ -211,7 +217,7 @@ def test_an_interruption_leaves_what_was_there(run, folder, monkeypatch, target)
         if next(calls) == 30:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("zimage.cli.weights.Watch.__call__", interrupted)
+    monkeypatch.setattr(sys.modules["zimage.cli.weights"].Watch, "__call__", interrupted)
     status, err = run(folder, target, "--part", "vae", "--dtype", "fp32", "--force")
     assert (status, f"nothing was changed at {target}" in err) == (130, True)
     assert state() == before
