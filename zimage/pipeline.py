@@ -35,7 +35,7 @@ from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
 from zimage.plan import MemoryPlan
 from zimage.runtime.checkpoint import non_finite_weights
-from zimage.runtime.memory import Prefetch, release_cached
+from zimage.runtime.memory import Prefetch, forget_pages, release_cached
 from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request
 from zimage.text import Qwen3
 from zimage.text.chat import format_prompt
@@ -161,7 +161,7 @@ class ZImage:
         """Load a plain module, then transform it, in this order."""
         module = self.model.components[name].load(self.device, self.dtype, self.plan.widens_late(name))
         if name == "dit" and self.settings.precision != "bf16":
-            quantise(module, self.settings.precision)
+            quantise(module, self.settings.precision, forget_pages)
         use_attention(module, self._attend)
         if name == "dit" and self.settings.compile:
             compile_blocks(module)

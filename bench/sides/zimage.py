@@ -36,11 +36,12 @@ def step(
     import zimage
     from zimage.nn.compile import compile_blocks
     from zimage.nn.quant import quantise
+    from zimage.runtime.memory import forget_pages
 
     clock.imported()
     dit = zimage.load_component(folder, "dit", device="cpu", dtype=None if dtype == "auto" else dtype)
     if precision != "bf16":
-        quantise(dit, precision)
+        quantise(dit, precision, forget_pages)
     if compiled:
         compile_blocks(dit)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ Weights get one scale per output channel once, activations one per token at ever
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.quantise import quantise_rows
-from zimage.nn.packed import PackedLinear, Scaled, rotate
+from zimage.nn.packed import PIECE, PackedLinear, Scaled, rotate
 
 log = logging.getLogger("zimage")
 
@@ -51,12 +51,18 @@ class QuantisedLinear(nn.Module):
 
 def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """Codes (out, in), scale () or (out, 1), and the columns that are rotated together (0: none)."""
-    if not isinstance(linear, PackedLinear):
-        return *quantise_rows(linear.weight.detach(), dtype), 0
-    packed = linear.packed
+    packed = getattr(linear, "packed", None)
     if isinstance(packed, Scaled) and packed.codes.dtype == dtype:
         return packed.codes, packed.scale, packed.rotated
-    return *quantise_rows(packed.decode(), dtype), 0
+    device = linear.weight.device if packed is None else packed.tensors()[0].device
+    codes = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device)
+    scale = torch.empty(linear.out_features, 1, device=device)
+    step = max(1, PIECE // linear.in_features)  # whole matrices in fp32 left holes in the heap: 24 GB at full size
+    for i in range(0, linear.out_features, step):
+        end = min(i + step, linear.out_features)
+        rows = linear.weight.detach()[i:end] if packed is None else packed.rows(i, end).decode()
+        codes[i:end], scale[i:end] = quantise_rows(rows, dtype)
+    return codes, scale, 0
 
 
 def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,10 +75,17 @@ def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtyp
     return (rows.to(dtype) @ weight.to(dtype).t() * row_scale * scale).to(dtype)
 
 
-def quantise(dit: nn.Module, precision: str) -> None:
-    """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models."""
-    for owner, name, linear in list(quantisable(dit, precision)):
+def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] = lambda weight: None) -> None:
+    """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models.
+
+    `discard` is called with each plain weight that is needed no more.
+    """
+    layers = list(quantisable(dit, precision))
+    while layers:
+        owner, name, linear = layers.pop(0)
         setattr(owner, name, QuantisedLinear(linear, DTYPES[precision]))
+        if not isinstance(linear, PackedLinear):
+            discard(linear.weight)
 
 
 def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, Any]]:

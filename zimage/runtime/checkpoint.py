@@ -21,6 +21,7 @@ from zimage.runtime.quantised import gathered
 from zimage.runtime.stored import Maps, Stored, stored_in
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+SHOWN = 120  # characters of a key in an error
 LISTED = 5  # how many keys an error names before it only counts
 
 
@@ -298,7 +299,12 @@ def _index_file(folder: Path) -> Path | None:
 
 def _listing(names: list[str]) -> str:
     rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(_shown, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _shown(name: str) -> str:
+    """A key as an error may print it: damaged files hold any."""
+    return name if name.isprintable() and 0 < len(name) <= SHOWN else ascii(name[:SHOWN])
 
 
 @contextlib.contextmanager

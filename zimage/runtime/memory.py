@@ -87,8 +87,9 @@ class Prefetch:
 
 def forget_pages(tensor: Tensor) -> None:
     """Drop the pages of a mapped tensor that was copied elsewhere and is not read again; they stay in the file."""
-    start, length = _pages(tensor)
-    _madvise(start, length, MADV_DONTNEED)
+    if tensor.device.type == "cpu":
+        start, length = _pages(tensor)
+        _madvise(start, length, MADV_DONTNEED)
 
 
 def _pages(tensor: Tensor) -> tuple[int, int]:
