@@ -66,6 +66,12 @@ def test_a_model_is_fetched_and_renders(run, hub, tmp_path):
     assert pipe.generate("a cat", steps=1, width=64, height=48, seed=1).images
 
 
+def test_a_login_is_told_to_the_hub_alone(run, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert run()[0] == 0
+    assert set(hub.told) == {("hub", "Bearer hf_secret"), ("storage", None)}
+
+
 def test_a_complete_folder_transfers_nothing(run, hub):
     assert run()[0] == 0
     hub.log.clear()

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.weights import PARTS
 from zimage.cli import main
 from zimage.weights.headers import read_header
 from zimage.weights.manifest import KNOWN, Record, find_known, hash_file, known_files
+from zimage.weights.parts import all_finite
 
 DIT = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -77,6 +79,17 @@ def test_values_that_are_no_numbers_are_named(run, folder, value):
     assert status == 1
     assert "layers.1.feed_forward.w1.weight holds 1 values that are NaN or infinite" in out
     assert re.search(rf"^WRONG +{DIT}", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_place_and_dtype_is_looked_at(dtype, value):
+    kind = getattr(torch, dtype)
+    assert all_finite(torch.randn(1000).to(kind))
+    for place in (0, 1, 17, 511, 998, 999):
+        numbers = torch.randn(1000).to(kind)
+        numbers[place] = value
+        assert all_finite(numbers) == bool(numbers.float().isfinite().all())  # e4m3 has no infinity
 
 
 def test_hashes_as_fetched(run, folder):
@@ -207,9 +220,14 @@ def test_the_manifest_knows_what_is_published_and_guesses_nothing():
     )
     assert find_known("transformer/config.bin", "Tongyi-MAI/Z-Image") is None
     assert find_known("qwen_3_4b.safetensors").tensors == 398
-    counts = {(f.role, f.layout): f.tensors for f in files if f.tensors}
-    assert counts[("dit", "diffusers")] == 521
-    assert counts[("dit", "native")] == 453
+    counts = {(f.role, f.layout): (f.tensors, f.parameters) for f in files if f.tensors}
+    for role, part in (("dit", "transformer"), ("text_encoder", "text_encoder"), ("vae", "vae")):
+        module, config, _ = PARTS[part]
+        with torch.device("meta"):
+            weights = list(module.from_config(config).parameters())
+        for layout in {layout for r, layout in counts if r == role}:
+            tensors = 453 if layout == "native" else len(weights)
+            assert counts[role, layout] == (tensors, sum(weight.numel() for weight in weights))
     for file in files:
         assert file.size is None or file.size > 0
         assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
@@ -221,5 +239,6 @@ def test_help_imports_nothing_heavy(command):
         "import sys\nfrom zimage.cli import main\nstatus = main(sys.argv[1:])\n"
         "print([m for m in ('torch', 'numpy', 'safetensors', 'huggingface_hub') if m in sys.modules], status)"
     )
+    assert main(["weights"]) == 0
     arguments = [sys.executable, "-c", code, "weights", *command, "--help"]
     assert subprocess.check_output(arguments, text=True).splitlines()[-1] == "[] 0"

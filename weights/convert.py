@@ -19,7 +19,7 @@ from zimage.runtime.layouts import Layout, fused_name, layout, split_names
 from zimage.runtime.memory import forget_pages
 from zimage.runtime.stored import DTYPES, Maps, Stored
 from zimage.weights.manifest import Progress, silent
-from zimage.weights.parts import find_parts, open_part
+from zimage.weights.parts import all_finite, find_parts, open_part
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
 
 # What is written: part → (prefix of its keys, layout). Folders and files, but for `diffusers` files only.
@@ -222,7 +222,7 @@ def _pieces(name: str, source: Stored, dtype: torch.dtype, maps: Maps) -> Iterat
 
 def _cast(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
     cast = numbers.to(dtype)
-    if dtype == torch.float16 and numbers.dtype != dtype and (cast.isinf() & numbers.isfinite()).any():
+    if dtype == torch.float16 and not all_finite(cast) and (cast.isinf() & numbers.isfinite()).any():
         raise CheckpointError(f"{name} holds {numbers.abs().max():g}, beyond fp16's 65,504; use bf16")
     return cast
 

@@ -16,7 +16,7 @@ from zimage.runtime.memory import forget_pages
 from zimage.runtime.stored import DTYPES, NUMBERS, Maps
 from zimage.weights.headers import Header, Slot, read_header
 from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
-from zimage.weights.parts import find_parts, open_part
+from zimage.weights.parts import all_finite, find_parts, open_part
 
 PIECE = 64 << 20  # bytes looked at together
 LISTED = 5  # problems of a file that are named before the rest is counted
@@ -120,9 +120,9 @@ def _count_bad(maps: Maps, file: Path, slot: Slot, begin: int) -> int:
     dtype = DTYPES[slot.dtype]
     data = maps(file)[begin : min(begin + PIECE, slot.end)]
     numbers = (data.clone() if begin % dtype.itemsize else data).view(dtype)
-    finite = torch.isfinite(numbers.float() if dtype.itemsize == 1 else numbers)
+    count = 0 if all_finite(numbers) else int((~torch.isfinite(numbers.float())).sum())
     forget_pages(data)
-    return 0 if finite.all() else int((~finite).sum())
+    return count
 
 
 def _check_hash(file: Path, report: Report, record: Record | None, hashes: bool, progress: Progress) -> None:

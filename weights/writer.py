@@ -86,6 +86,10 @@ def placing(target: Path, replace: bool) -> Iterator[Path]:
             raise RequestError(f"{target} has appeared meanwhile and is not replaced; use --force")
         _sync_all(temporary)
         _take_name(temporary, target)
+    except OSError as error:
+        if error.filename is None:  # a write that failed does not know where
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         _remove(temporary)
 

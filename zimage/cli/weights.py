@@ -21,8 +21,9 @@ PARTS = ("text_encoder", "dit", "vae")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
-@click.group()
-def weights() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def weights(ctx: click.Context) -> None:
     """Get model weights, check them, and convert them.
 
     \b
@@ -30,6 +31,8 @@ def weights() -> None:
     zimage weights verify Z-Image-Turbo            is every file whole?
     zimage weights convert Z-Image-Turbo Small --dtype bf16
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @weights.command()
@@ -39,10 +42,11 @@ def weights() -> None:
 @click.option("--endpoint", metavar="URL", help="Another hub, such as a mirror. Default: the library's (HF_ENDPOINT).")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str | None, quiet: bool) -> None:
-    """Download the published Z-Image-Turbo or Z-Image from the model hub (extra `hub`).
+    """Download a published model from the hub (extra `hub`).
 
-    Only what a render needs is fetched. Every file is checked against the hub's size and hash before it gets its name.
-    An interrupted download goes on when the same command is run again; on a complete folder it checks every file.
+    turbo is Z-Image-Turbo (about 33 GB), base is Z-Image (about 21 GB); only what a render needs is fetched. Every file
+    is checked against the hub's size and hash before it gets its name. An interrupted download goes on when the same
+    command is run again; on a complete folder it checks every file.
     """
     from zimage.weights.fetch import REPOSITORIES, fetch
 
@@ -62,10 +66,10 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
 @click.pass_context
 def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, as_json: bool) -> None:
-    """Check a model folder, a component's folder or a weight file: is anything damaged, missing or misshapen?
+    """Check weights: is anything damaged or missing?
 
-    Headers and lengths, keys and shapes against the config, and hashes where a fetch recorded them. Exit status 1 when
-    something is wrong.
+    PATH is a model folder, a component's folder or a weight file. Headers and lengths, keys and shapes against the
+    config, and hashes where a fetch recorded them. Exit status 1 when something is wrong.
     """
     from zimage.weights.verify import verify
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zimage.errors import CheckpointError
+from zimage.runtime.memory import forget_pages
 
 DTYPES = {
     "F64": torch.float64,
@@ -24,6 +25,9 @@ DTYPES = {
     "U8": torch.uint8,
 }
 NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+COPIED_AT_ONCE = 32 << 20  # bytes
 
 
 class Maps:
@@ -102,7 +106,16 @@ def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, 
     def read(maps: Maps) -> Tensor:
         data = maps(file)[begin:end]
         if begin % dtype.itemsize:
-            data = data.clone()  # a careless writer left it unaligned
+            data = _copied(data)  # a careless writer left it unaligned
         return data.view(dtype).view(shape)
 
     return read
+
+
+def _copied(data: Tensor) -> Tensor:
+    """A copy in memory, of whose original no more than a piece is held with it."""
+    copy = torch.empty_like(data)
+    for target, source in zip(copy.split(COPIED_AT_ONCE), data.split(COPIED_AT_ONCE), strict=True):
+        target.copy_(source)
+        forget_pages(source)
+    return copy
