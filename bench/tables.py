@@ -40,6 +40,8 @@ def read(name: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Medians with least and most of every side and the ratio to the last side, and below them how to get them."""
+    if "rows" in result:
+        return "\n".join([*_listed(result["rows"]), "", _source(result), ""])
     medians, spread, sides = result["median"], result["spread"], list(result["median"])
     ratios = result["ratio"]
     header = ["seconds", *sides, *(f"{side} / {sides[-1]}" for side in ratios)]
@@ -47,9 +49,21 @@ def table(result: dict[str, Any]) -> str:
     for figure in (name for name in LABELS if name in medians[sides[0]]):
         cells = [f"{_short(medians[side][figure])} ({_range(spread[side][figure])})" for side in sides]
         lines.append(_row([LABELS[figure], *cells, *(f"{ratio[figure]:.2f}" for ratio in ratios.values())]))
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def _listed(rows: list[dict[str, Any]]) -> list[str]:
+    """A table with a column per entry of the rows."""
+    names = list(rows[0])
+    values = [_row([str(row[name]) for name in names]) for row in rows]
+    return [_row(names), _row(["---", *["--:"] * (len(names) - 1)]), *values]
+
+
+def _source(result: dict[str, Any]) -> str:
+    """How to get the figures, and what these were measured on."""
     machine = result["machine"]
     how = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, PyTorch {machine['torch']}"
-    return "\n".join([*lines, "", f"`{result['command']}` ({how}, commit {machine['commit']})", ""])
+    return f"`{result['command']}` ({how}, commit {machine['commit']})"
 
 
 def _range(ends: list[float]) -> str:

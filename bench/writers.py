@@ -1,0 +1,129 @@
+"""Weights as other tools name and quantise them, written by those tools where they are on PyPI.
+
+comfy-kitchen writes scaled fp8, int8 ConvRot and nvfp4, `gguf` writes GGUF; what no tool writes is written by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zimage.runtime.layouts import layout
+
+State = Mapping[str, Tensor]
+
+
+def renamed(part: str, name: str, state: State, prefix: str = "") -> dict[str, Tensor]:
+    """The part as the layout `name` has it: other keys, fused q, k and v, 1 × 1 convolutions."""
+    known = layout(part, name)
+    last, out = known.last_index(state), {}
+    for key, value in state.items():
+        if known.fused and ".attention.to_q." in key:
+            fused = torch.cat([state[key.replace("to_q", f"to_{x}")] for x in "qkv"])
+            out[prefix + key.replace("to_q", "qkv")] = fused
+        elif not (known.fused and (".attention.to_k." in key or ".attention.to_v." in key)):
+            flat = known.name == "ldm" and ".attentions.0.to_" in key and value.ndim == 2
+            out[prefix + known.foreign(key, last)] = value[:, :, None, None] if flat else value
+    return out
+
+
+def save(tensors: State, file: Path, metadata: dict[str, str] | None = None) -> Path:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata)
+    return file
+
+
+def is_matrix(key: str) -> bool:
+    """Whether formats quantise it: the matrices of attention and feed-forward."""
+    return re.search(r"\.(attention\.(to_\w|to_out\.0|qkv|out)|feed_forward\.w\d)\.weight$", key) is not None
+
+
+Quantiser = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # suffix → tensor, and the numbers they stand for
+
+
+def quantised(state: State, quantise: Quantiser) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file's tensors with the blocks' matrices quantised, and the state that a perfect reader finds in it."""
+    file, numbers = {}, {}
+    for key, value in state.items():
+        if not is_matrix(key):
+            file[key] = numbers[key] = value
+            continue
+        parts, numbers[key] = quantise(value)
+        file |= {key.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
+    return file, numbers
+
+
+def described(text: dict[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8)
+
+
+def cast_fp8(weight: Tensor):
+    codes = weight.to(torch.float8_e4m3fn)
+    return {"weight": codes}, codes.float()
+
+
+def _fp8(weight: Tensor, per_row: bool = False) -> tuple[Tensor, Tensor]:
+    largest = weight.float().abs().amax(dim=1, keepdim=True) if per_row else weight.float().abs().max()
+    scale = largest / 448
+    return (weight.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def old_comfy_fp8(weight: Tensor):
+    codes, scale = _fp8(weight)
+    return {"weight": codes, "scale_weight": scale, "scale_input": torch.ones(())}, codes.float() * scale
+
+
+def lightx2v_fp8(weight: Tensor):
+    codes, scale = _fp8(weight, per_row=True)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+
+def new_comfy_fp8(weight: Tensor):
+    from comfy_kitchen.tensor import TensorCoreFP8Layout as tool
+
+    codes, params = tool.quantize(weight.float())
+    about = described({"format": "float8_e4m3fn"})
+    return {"weight": codes, "weight_scale": params.scale, "comfy_quant": about}, tool.dequantize(codes, params)
+
+
+def int8_convrot(weight: Tensor):
+    from comfy_kitchen.tensor import TensorWiseINT8Layout as tool
+
+    group = max(size for size in (4, 16, 64, 256) if weight.shape[1] % size == 0)
+    codes, params = tool.quantize(weight.float(), per_channel=True, convrot=True, convrot_groupsize=group)
+    about = described({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group})
+    return {"weight": codes, "weight_scale": params.scale, "comfy_quant": about}, tool.dequantize(codes, params)
+
+
+def nvfp4(weight: Tensor):
+    from comfy_kitchen.tensor import TensorCoreNVFP4Layout as tool
+
+    codes, params = tool.quantize(weight.float())
+    parts = {"weight": codes, "weight_scale": params.block_scale, "weight_scale_2": params.scale}
+    return parts | {"comfy_quant": described({"format": "nvfp4"})}, tool.dequantize(codes, params)
+
+
+def write_gguf(file: Path, architecture: str, state: State, kind: str, quantise: Callable[[str], bool]) -> State:
+    """A GGUF file written by the package; returns the numbers that it holds."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, architecture)
+    target, numbers = gguf.GGMLQuantizationType[kind], {}
+    for key, value in state.items():
+        data = value.float().numpy()
+        if quantise(key):
+            codes = gguf.quants.quantize(data, target)
+            writer.add_tensor(key, codes, raw_dtype=target)
+            numbers[key] = torch.from_numpy(gguf.quants.dequantize(codes, target))
+        else:
+            writer.add_tensor(key, data)
+            numbers[key] = value
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return numbers
