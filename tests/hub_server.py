@@ -26,6 +26,7 @@ class FakeHub:
     break_after: dict[str, int] = field(default_factory=dict)  # bytes after which the line goes dead, then 503
     stall_after: dict[str, int] = field(default_factory=dict)  # bytes after which nothing comes any more
     status: dict[str, int] = field(default_factory=dict)  # path → status to answer with
+    ranges: bool = True  # whether a Range is heeded
     hashes: bool = True  # whether the listing states them
     told: list[tuple[str, str | None]] = field(default_factory=list)  # by place: the Authorization that came along
     released: threading.Event = field(default_factory=threading.Event)
@@ -126,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers["ETag"]}
         if path in self.hub.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
+        wanted = wanted if self.hub.ranges else None
         begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
         if wanted:
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"

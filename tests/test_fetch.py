@@ -98,6 +98,22 @@ def test_an_interrupted_transfer_goes_on_where_it_broke_off(run, hub, tmp_path):
     assert (tmp_path / "model" / DIT).read_bytes() == hub.files[DIT]
 
 
+def test_a_hub_that_cannot_go_on_sends_all_again(run, hub, tmp_path):
+    hub.break_after[DIT] = 20_000
+    run()
+    hub.status.clear()
+    hub.ranges = False
+    assert run()[0] == 0
+    assert (tmp_path / "model" / DIT).read_bytes() == hub.files[DIT]
+
+
+def test_a_hub_that_falls_silent_is_left_after_some_tries(run, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.stall_after[DIT] = 20_000
+    status, err = run()
+    assert (status, "cannot be reached" in err.splitlines()[-1]) == (1, True)
+
+
 def test_a_short_break_is_bridged_at_once(run, hub, tmp_path):
     hub.break_after[DIT] = 20_000
     hub.status = type("Forgetful", (dict,), {"__setitem__": lambda *_: None})()
@@ -105,7 +121,8 @@ def test_a_short_break_is_bridged_at_once(run, hub, tmp_path):
     assert hub.transfers().count(DIT) == 2
 
 
-def test_ctrl_c_keeps_what_arrived(hub, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_arrived(hub, tmp_path, sent):
     hub.stall_after[DIT] = 200_000
     code = (
         "import sys, huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 4096\n"
@@ -120,7 +137,7 @@ def test_ctrl_c_keeps_what_arrived(hub, tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.splitlines()[-1].startswith("error: interrupted; what has arrived is kept")

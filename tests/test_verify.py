@@ -205,6 +205,15 @@ def test_loose_files(run, made, tmp_path):
     assert run(tmp_path / "none")[0] == 1
 
 
+def test_a_loose_file_of_unusual_shapes_needs_the_config(run, tiny_folder, tmp_path):
+    dit = loose.save(loose.renamed("dit", "native", load_file(tiny_folder / DIT)), tmp_path / "dit.safetensors")
+    status, out = run(dit)
+    assert (status, "heads of size 32" in out) == (1, True)
+    status, out = run(dit, "--configs", tiny_folder)
+    assert (status, "keys and shapes fit the given config" in out) == (0, True)
+    assert run(tiny_folder, "--configs", tiny_folder)[0] == 2
+
+
 def test_pickles_are_named_and_left_alone(run, folder):
     (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n(S'false'\ntR.")
     status, out = run(folder)

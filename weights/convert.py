@@ -19,7 +19,7 @@ from zimage.runtime.layouts import Layout, fused_name, layout, split_names
 from zimage.runtime.memory import forget_pages
 from zimage.runtime.stored import DTYPES, Maps, Stored
 from zimage.weights.manifest import Progress, silent
-from zimage.weights.parts import all_finite, find_parts, open_part
+from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
 
 # What is written: part → (prefix of its keys, layout). Folders and files, but for `diffusers` files only.
@@ -76,7 +76,7 @@ def convert(
     for values that the dtype cannot hold; nothing is left at `target` where it fails.
     """
     found = find_parts(source)
-    _check_configs(source, configs)
+    check_configs(source, configs)
     to = _kept(source, found) if to == "keep" else to
     _check_target(source, target, to, force)
     chosen = _chosen(source, list(found), to, part, target)
@@ -92,13 +92,6 @@ def convert(
             extras = source if source.is_dir() else configs
             _write_folder(temporary, components, plans, dtype, extras, shard_size, progress)
     return Converted(target, to, tuple(plans), len(tensors), size)
-
-
-def _check_configs(source: Path, configs: Path | None) -> None:
-    if configs is not None and source.is_dir():
-        raise RequestError(f"--configs is for loose files; {source} is a folder, which has its own")
-    if configs is not None and not configs.is_dir():
-        raise RequestError(f"--configs {configs} is not a folder; name a model folder")
 
 
 def _kept(source: Path, found: Mapping[str, Path]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zimage.components import PARTS, SUBFOLDERS, VAE_CLASSES, Component
-from zimage.errors import CheckpointError
+from zimage.errors import CheckpointError, RequestError
 from zimage.runtime.checkpoint import Checkpoint, parts_of, read_json
 
 
@@ -23,6 +23,14 @@ def find_parts(path: Path) -> dict[str, Path]:
     if not found:
         raise CheckpointError(f"{path} holds no part of a model: no {', '.join(PARTS)}")
     return {part: found[part] for part in PARTS if part in found}
+
+
+def check_configs(path: Path, configs: Path | None) -> None:
+    """Raise RequestError where `configs` cannot be what says of `path` how it is built."""
+    if configs is not None and path.is_dir():
+        raise RequestError(f"--configs is for loose files; {path} is a folder, which has its own")
+    if configs is not None and not configs.is_dir():
+        raise RequestError(f"--configs {configs} is not a folder; name a model folder")
 
 
 def open_part(part: str, path: Path, configs: Path | None = None) -> Component:

@@ -16,7 +16,7 @@ from zimage.runtime.memory import forget_pages
 from zimage.runtime.stored import DTYPES, NUMBERS, Maps
 from zimage.weights.headers import Header, Slot, read_header
 from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
-from zimage.weights.parts import all_finite, find_parts, open_part
+from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
 
 PIECE = 64 << 20  # bytes looked at together
 LISTED = 5  # problems of a file that are named before the rest is counted
@@ -39,11 +39,15 @@ class Report:
         return {**asdict(self), "sound": not self.problems}
 
 
-def verify(path: Path, values: bool = False, hashes: bool = True, progress: Progress = silent) -> Iterator[Report]:
+def verify(
+    path: Path, values: bool = False, hashes: bool = True, configs: Path | None = None, progress: Progress = silent
+) -> Iterator[Report]:
     """A report per file, then one per part and one for the whole. Raises CheckpointError where there is nothing.
 
     values: look for NaN and infinity in every tensor. hashes: compare those on record, which reads every file.
+    configs: a model folder with the config.json that a loose file's shapes are held against.
     """
+    check_configs(path, configs)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a model folder, a component's folder or a weight file")
     record, wrong = find_record(path), False
@@ -52,7 +56,7 @@ def verify(path: Path, values: bool = False, hashes: bool = True, progress: Prog
         wrong |= bool(report.problems) and file.suffix in (".safetensors", ".gguf")
         yield report
     if not wrong:  # else the parts would only say the same again
-        yield from _check_parts(path)
+        yield from _check_parts(path, configs)
 
 
 def _files(path: Path, record: Record | None) -> list[Path]:
@@ -156,7 +160,7 @@ def _compare_known(file: Path, report: Report, hashes: bool, progress: Progress)
         report.notes.append("sha256 as published" if hashes else "hash not looked at")
 
 
-def _check_parts(path: Path) -> Iterator[Report]:
+def _check_parts(path: Path, configs: Path | None) -> Iterator[Report]:
     """Keys and shapes against the config, and the parts of a whole folder against one another."""
     try:
         parts = find_parts(path)
@@ -165,24 +169,24 @@ def _check_parts(path: Path) -> Iterator[Report]:
         return
     sound = True
     for part, place in parts.items():
-        report = _check_part(part, place)
+        report = _check_part(part, place, configs)
         sound &= not report.problems
         yield report
     if path.is_dir() and (len(parts) > 1 or (path / "model_index.json").is_file()) and sound:
         yield _check_whole(path, parts)
 
 
-def _check_part(part: str, place: Path) -> Report:
+def _check_part(part: str, place: Path, configs: Path | None) -> Report:
     report = Report(part)
     try:
-        component = open_part(part, place)
+        component = open_part(part, place, configs)
     except CheckpointError as error:
         report.problems.append(str(error))
         return report
     report.tensors = len(component.checkpoint.entries)
     report.size = component.checkpoint.stored_bytes()
     report.dtypes = dict(Counter(entry.dtype for entry in component.checkpoint.entries.values()))
-    report.notes.append(f"keys and shapes fit {component.checkpoint.describes}")
+    report.notes.append(f"keys and shapes fit {'the given config' if configs else component.checkpoint.describes}")
     return report
 
 

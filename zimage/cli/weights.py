@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -63,9 +64,10 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
 @click.argument("path", type=PATH)
 @click.option("--values", is_flag=True, help="Look for NaN and infinity in every tensor; reads everything.")
 @click.option("--no-hashes", is_flag=True, help="Do not compare hashes, which reads everything that has one on record.")
+@click.option("--configs", type=PATH, help="Model folder with the configs of a loose file of unusual shapes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
 @click.pass_context
-def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, as_json: bool) -> None:
+def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, configs: Path | None, as_json: bool) -> None:
     """Check weights: is anything damaged or missing?
 
     PATH is a model folder, a component's folder or a weight file. Headers and lengths, keys and shapes against the
@@ -75,7 +77,7 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, as_jso
 
     watch, reports = Watch(as_json), []
     with _interruptible(watch, "not everything was checked"):
-        for report in verify(path, values, not no_hashes, watch):
+        for report in verify(path, values, not no_hashes, configs, watch):
             reports.append(report)
             if not as_json:
                 watch.close()
@@ -160,11 +162,14 @@ def size_text(size: int) -> str:
 
 @contextlib.contextmanager
 def _interruptible(watch: Watch, consequence: str) -> Iterator[None]:
+    """Ctrl-C and a polite kill both leave things tidy, and say in which state."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         raise Cancelled(f"interrupted; {consequence}") from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         watch.close()
 
 
