@@ -179,6 +179,15 @@ def test_damage_after_the_fetch_is_repaired_by_another(run, hub, tmp_path):
     assert hub.transfers() == [DIT]
 
 
+def test_files_of_another_revision_are_not_mixed_in(run, hub, tmp_path):
+    assert run()[0] == 0
+    hub.files["transformer/diffusion_pytorch_model-00001-of-00001.safetensors"] = hub.files.pop(DIT)
+    status, err = run()
+    assert (status, "was fetched at revision c0ffee" in err) == (2, True)
+    (tmp_path / "model" / DIT).unlink()
+    assert run()[0] == 0
+
+
 def test_files_of_others_are_never_replaced(run, hub, tmp_path):
     (tmp_path / "model" / "vae").mkdir(parents=True)
     (tmp_path / "model" / "vae" / "config.json").write_text("mine")

@@ -115,7 +115,7 @@ def _layout_name(part: str, file: Path) -> str:
 
 
 def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
-    """Everything about the place that can be refused before a file is opened."""
+    """Everything about the place that can be refused before anything is written."""
     if to != "diffusers" and not _is_file(target):
         raise RequestError(f"the layout {to} is a single file; name one that ends in .safetensors, not {str(target)!r}")
     if not target.absolute().parent.is_dir():

@@ -57,6 +57,7 @@ def fetch(
     listing = hub.listing(revision)
     files = _needed(repository, listing, check_known=revision is None)
     _make(folder)
+    _check_stale(folder, files)
     missing = []
     for file in files:
         if _is_there(folder, file, progress):
@@ -101,6 +102,18 @@ def _make(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise RequestError(f"the folder {str(folder)!r} cannot be written to")
+
+
+def _check_stale(folder: Path, files: list[Remote]) -> None:
+    """Files of another revision beside this one's would make a mixture: an old index still names old shards."""
+    record = read_record(folder)
+    listed = {file.path for file in files}
+    for path in record.files if record else ():
+        if path not in listed and (folder / path).exists():
+            raise RequestError(
+                f"{folder / path} was fetched at revision {record.revision[:12]} and is not part of this one; "
+                "remove it, or name another folder with --to"
+            )
 
 
 def _is_there(folder: Path, file: Remote, progress: Progress) -> bool:
