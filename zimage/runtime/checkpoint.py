@@ -93,7 +93,7 @@ class Checkpoint:
         promised = read_json(index)["weight_map"]
         missing = [key for key in promised if key not in self.entries]
         if missing:
-            raise CheckpointError(f"{index}: {_listing(missing)} in none of the shards")
+            raise CheckpointError(f"{index}: {listing(missing)} in none of the shards")
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
@@ -177,7 +177,7 @@ def _check_keys(
     ]
     for word, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen)):
         if keys:
-            complaints.append(f"{len(keys)} tensors {word}: {_listing(keys)}")
+            complaints.append(f"{len(keys)} tensors {word}: {listing(keys)}")
     if complaints:
         raise CheckpointError(f"{checkpoint.folder}: the weights do not fit config.json; " + "; ".join(complaints))
 
@@ -198,7 +198,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} shards are missing: {_listing(absent)}")
+        raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} shards are missing: {listing(absent)}")
     return files
 
 
@@ -234,7 +234,8 @@ def _view(file: Tensor, entry: Entry) -> Tensor:
     return stored.view(entry.dtype).view(entry.shape)
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     rest = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
