@@ -124,8 +124,8 @@ def test_from_warns_when_something_differs(run, tmp_path, tiny_folder):
         (["gen", "--file", "absent.txt"], 2, "cannot be read"),
         (["gen", "a", "--file", "absent.txt"], 2, "not both"),
         (["gen", "--from", "absent.png"], 2, "cannot be read as a picture"),
-        (["gen", "a", "--model", "nowhere"], 1, "is not a folder"),
-        (["info", "nowhere"], 1, "is not a folder"),
+        (["gen", "a", "--model", "nowhere"], 1, "is neither a folder"),
+        (["info", "nowhere"], 1, "is neither a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(run, tmp_path, arguments, status, words):

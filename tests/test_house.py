@@ -15,7 +15,8 @@ FOLDERS = {"zimage": ROOT / "zimage", "zimage.kernels": ROOT / "kernels", "zimag
 LEAVES = {"errors", "settings", "version", "flow", "image"}
 MAY_IMPORT = {
     "cli": {"pipeline", "weights"},
-    "pipeline": {"components", "plan", "dit", "text", "vae", "runtime", "nn", "weights"},
+    "pipeline": {"components", "plan", "loras", "dit", "text", "vae", "runtime", "nn", "weights"},
+    "loras": {"components", "runtime", "nn"},
     "plan": {"components", "runtime", "nn"},
     "components": {"architecture", "dit", "text", "vae", "runtime", "nn"},
     "architecture": {"runtime"},

@@ -225,7 +225,7 @@ def test_nan_weights_are_named(tiny_folder):
 
 
 def test_a_missing_folder_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="neither a folder"):
         zimage.ZImage.load(tmp_path / "nowhere")
 
 

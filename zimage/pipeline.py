@@ -30,13 +30,14 @@ from zimage.components import PARTS, Model, choose_device, choose_dtype, load_co
 from zimage.dit import ZImageDiT
 from zimage.errors import NonFiniteError, RequestError
 from zimage.image import to_pil
+from zimage.loras import Loras
 from zimage.nn.attention import choose_attention, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
 from zimage.plan import MemoryPlan
 from zimage.runtime.checkpoint import non_finite_weights
 from zimage.runtime.memory import Prefetch, forget_pages, release_cached
-from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request
+from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request, split_lora
 from zimage.text import Qwen3
 from zimage.text.chat import format_prompt
 from zimage.version import __version__
@@ -89,6 +90,10 @@ class ZImage:
         check_precision(settings.precision, device)
         self._loaded: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
+        mergeable = settings.precision == "bf16" and not self.plan.widens_late("dit")
+        self.lora = Loras(model.components["dit"], device, dtype, self._loaded, self._lock, mergeable)
+        for text in settings.lora or []:
+            self.lora.add(*split_lora(text))
 
     @classmethod
     def load(
@@ -103,8 +108,8 @@ class ZImage:
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
         Further keywords are fields of LoadSettings: dit, text_encoder, vae (each a loose file or a component folder,
         alone or in the place of the model's own), tokenizer, variant, attention, precision, compile, residency ("keep"
-        all stages loaded, load each "stage" in its turn, or "auto" by the free memory). Raises CheckpointError or
-        RequestError.
+        all stages loaded, load each "stage" in its turn, or "auto" by the free memory), lora (a list of "PATH:SCALE";
+        later `pipe.lora` adds and removes). Raises CheckpointError or RequestError.
         """
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
         checked = LoadSettings.from_mapping({"device": device, **plain})
@@ -162,6 +167,8 @@ class ZImage:
         module = self.model.components[name].load(self.device, self.dtype, self.plan.widens_late(name))
         if name == "dit" and self.settings.precision != "bf16":
             quantise(module, self.settings.precision, forget_pages)
+        if name == "dit":
+            self.lora.apply(module)
         use_attention(module, self._attend)
         if name == "dit" and self.settings.compile:
             compile_blocks(module)
@@ -317,6 +324,7 @@ class ZImage:
             "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "dtype": str(self.dtype).removeprefix("torch."),
             "precision": self.settings.precision,
+            "lora": [adapter.describe() for adapter in self.lora.list()],
             "attention": self.attention,
             "compile": self.settings.compile,
             "device": self.device.type,

@@ -20,6 +20,7 @@ MAX_SEED = 2**63 - 1
 SDPA = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
 ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
 TILE_MODES = ("exact", "blend", "off")
+MAX_LORA_SCALE = 100.0
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 SIDE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
@@ -30,15 +31,16 @@ def setting(
     help: str,
     *,
     flag: str | None = None,
+    metavar: str | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
     multiple: int | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A run setting: a dataclass field that knows its help text, bounds and command-line flag."""
+    """A run setting: a dataclass field that knows its help text, its bounds, its flag and the name of its value."""
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, **bounds})
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "metavar": metavar, **bounds})
 
 
 class Settings:
@@ -173,15 +175,47 @@ class LoadSettings(Settings):
         "keep all weights in memory between stages, load each stage in its turn, or decide by the memory there is.",
         choices=("auto", "keep", "stage"),
     )
+    lora: list[str] | None = setting(
+        None, "LoRA file (.safetensors) and its scale, else 1; several add up. Default: none.", metavar="PATH[:SCALE]"
+    )
 
     def __post_init__(self):
         check_fields(self)
+        for text in self.lora or []:
+            split_lora(text)
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError."""
+    path, _, last = text.rpartition(":")
+    try:
+        scale = float(last)
+    except ValueError:
+        path = ""
+    if not path:
+        return text, 1.0
+    check_lora_scale(scale)
+    return path, scale
+
+
+def check_lora_scale(scale: Any) -> None:
+    """Raise RequestError unless `scale` is a number that may be meant."""
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise RequestError(f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number")
+    if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
+        raise RequestError(f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}")
 
 
 def fields(cls: type) -> list[tuple[dataclasses.Field, tuple[type, ...]]]:
-    """Each field with the plain types its value may have, lists and None left out."""
+    """Each field with the plain types that its value, or each in its list of values, may have."""
     hints = typing.get_type_hints(cls)
     return [(field, _scalar_types(hints[field.name])) for field in dataclasses.fields(cls)]
+
+
+def list_fields(cls: type) -> dict[str, bool]:
+    """The fields that take a list → whether they also take a single value without one."""
+    hints = typing.get_type_hints(cls)
+    return {name: _takes_one(hint) for name, hint in hints.items() if _list_types(hint)}
 
 
 def check_fields(settings: Any) -> None:
@@ -192,19 +226,35 @@ def check_fields(settings: Any) -> None:
 
 
 def _check(field: dataclasses.Field, accepted: Any, value: Any) -> None:
-    args = typing.get_args(accepted)
     if value is None:
-        if types.NoneType not in args:
+        if types.NoneType not in _members(accepted):
             raise RequestError(f"{field.name}: a value is needed")
         return
-    many = isinstance(value, list) and any(typing.get_origin(a) is list for a in args)
+    many = isinstance(value, list) and bool(_list_types(accepted))
+    if not many and not _takes_one(accepted):
+        raise RequestError(f"{field.name} {value!r} is a {type(value).__name__}; it should be a list")
     for item in value if many else [value]:
         _check_scalar(field, _scalar_types(accepted), item)
 
 
 def _scalar_types(accepted: Any) -> tuple[type, ...]:
-    args = typing.get_args(accepted) or (accepted,)
-    return tuple(a for a in args if a is not types.NoneType and typing.get_origin(a) is None)
+    """The types of a single value; where only lists are accepted, of what is in them."""
+    plain = tuple(m for m in _members(accepted) if m is not types.NoneType and typing.get_origin(m) is None)
+    return plain or _list_types(accepted)
+
+
+def _list_types(accepted: Any) -> tuple[type, ...]:
+    """The types of what a list may hold; none where no list is accepted."""
+    return next((typing.get_args(m) for m in _members(accepted) if typing.get_origin(m) is list), ())
+
+
+def _takes_one(accepted: Any) -> bool:
+    return any(m is not types.NoneType and typing.get_origin(m) is None for m in _members(accepted))
+
+
+def _members(accepted: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(accepted) in (typing.Union, types.UnionType)
+    return typing.get_args(accepted) if is_union else (accepted,)
 
 
 def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: Any) -> None:

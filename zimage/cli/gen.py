@@ -151,7 +151,7 @@ def _read_origin(source: Path | None) -> dict[str, Any]:
 
 def _warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
     """The same pixels need the same model, dtype, device and versions."""
-    for key in ("model", "dtype", "precision", "attention", "compile", "device", "version", "torch"):
+    for key in ("model", "dtype", "precision", "lora", "attention", "compile", "device", "version", "torch"):
         before = origin.get(key)
         if before is not None and before != now[key]:
             click.echo(f"warning: {key} was {_plain(before)}, now {_plain(now[key])}: pixels may differ", err=True)
@@ -163,6 +163,8 @@ def _warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 1  # the axis of a block's activations and of its rotation tables
+KINDS = 64  # compilations of a block: by its modulation, and by which of its layers have branches of which ranks
 
 
 def compile_blocks(dit: nn.Module) -> None:
     """Compile the DiT's blocks in place; the first use of each kind takes some seconds."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)  # of the whole process
     blocks = (*dit.context_refiner, *dit.noise_refiner, *dit.layers)
     compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
     for block in blocks:

@@ -61,7 +61,7 @@ class Checkpoint:
         raw = _opened(file)
         found = recognise(raw)
         if part not in found:
-            holds = " and ".join(found) or f"keys that are not known: {_listing(list(raw) or ['none'])}"
+            holds = " and ".join(found) or f"keys that are not known: {listing(list(raw) or ['none'])}"
             raise CheckpointError(f"{file} holds no {part}; it holds {holds}")
         return cls(file, [file], _canonical(raw, *found[part]), found[part][1])
 
@@ -253,7 +253,7 @@ def _check_keys(
     }
     for word, keys in lists.items():
         if keys:
-            complaints.append(f"{len(keys)} tensors {word}: {_listing(keys)}")
+            complaints.append(f"{len(keys)} tensors {word}: {listing(keys)}")
     if complaints:
         raise CheckpointError(
             f"{checkpoint.origin}: the weights do not fit {checkpoint.describes}; " + "; ".join(complaints)
@@ -267,7 +267,7 @@ def _check_index(folder: Path, raw: Mapping[str, Stored]) -> None:
         return
     missing = [key for key in read_json(index)["weight_map"] if key not in raw]
     if missing:
-        raise CheckpointError(f"{index}: {_listing(missing)} in none of the shards")
+        raise CheckpointError(f"{index}: {listing(missing)} in none of the shards")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -286,7 +286,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} shards are missing: {_listing(absent)}")
+        raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} shards are missing: {listing(absent)}")
     return files
 
 
@@ -297,7 +297,8 @@ def _index_file(folder: Path) -> Path | None:
     return None
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     rest = len(names) - LISTED
     return ", ".join(map(_shown, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
 

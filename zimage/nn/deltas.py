@@ -1,0 +1,129 @@
+"""What an adapter adds to the weight of a Linear layer, kept as the factors that were trained.
+
+Shapes: W and ΔW (O, I), R the rank. `like` and `weight` give the dtype and device that a matrix is computed in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Delta:
+    """One layer's ΔW. `rows` is the part of it that belongs to one of several layers that were trained as one."""
+
+    shape: tuple[int, int]
+
+    def rows(self, first: int, last: int) -> Self:
+        raise NotImplementedError
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """(O, I)"""
+        raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What is to be added to this weight (O, I) at strength 1."""
+        return self.matrix(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Delta):
+    """LoRA (Hu et al. 2021): ΔW = scale · up · down, with w = up (O, R), down (R, I)."""
+
+    w: tuple[Tensor, Tensor]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        up, down = self.w
+        return up.shape[0], down.shape[1]
+
+    def rows(self, first: int, last: int) -> Self:
+        up, down = self.w
+        return replace(self, w=(up[first:last], down))
+
+    def matrix(self, like: Tensor) -> Tensor:
+        up, down = self.w
+        return (self.scale * up.to(like)) @ down.to(like)  # the small factor is the one to scale
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Delta):
+    """LoKr (Yeh et al. 2023): ΔW = scale · w1 ⊗ w2, of which rows `first` to `last` are meant.
+
+    Each factor is a matrix by itself or the two whose product it is.
+    """
+
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+    scale: float = 1.0
+    first: int = 0
+    last: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        height = self.w1[0].shape[0] * self.w2[0].shape[0]
+        return len(range(height)[self.first : self.last]), self.w1[-1].shape[1] * self.w2[-1].shape[1]
+
+    def rows(self, first: int, last: int) -> Self:
+        return replace(self, first=self.first + first, last=self.first + last)
+
+    def matrix(self, like: Tensor) -> Tensor:
+        return self.scale * torch.kron(product(self.w1, like), product(self.w2, like))[self.first : self.last]
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard(Delta):
+    """LoHa (Hyeon-Woo et al. 2022): ΔW = scale · (w1_a · w1_b) ∘ (w2_a · w2_b)."""
+
+    w1: tuple[Tensor, Tensor]
+    w2: tuple[Tensor, Tensor]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w1[0].shape[0], self.w1[1].shape[1]
+
+    def rows(self, first: int, last: int) -> Self:
+        (a1, b1), (a2, b2) = self.w1, self.w2
+        return replace(self, w1=(a1[first:last], b1), w2=(a2[first:last], b2))
+
+    def matrix(self, like: Tensor) -> Tensor:
+        return self.scale * product(self.w1, like) * product(self.w2, like)
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed(Delta):
+    """DoRA (Liu et al. 2024): W + ΔW = magnitude · (W + inner) / ‖W + inner‖, so that ΔW depends on W.
+
+    The norm is a row's for a magnitude (O, 1), a column's for (1, I). A strength s moves W by s · ΔW.
+    """
+
+    inner: Delta
+    magnitude: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    @property
+    def per_row(self) -> bool:
+        return self.magnitude.shape[1] == 1
+
+    def rows(self, first: int, last: int) -> Self:
+        if not self.per_row:
+            raise ValueError("a norm per column cannot be taken of some of the rows")
+        return replace(self, inner=self.inner.rows(first, last), magnitude=self.magnitude[first:last])
+
+    def change(self, weight: Tensor) -> Tensor:
+        moved = weight + self.inner.matrix(weight)
+        norm = moved.norm(dim=1 if self.per_row else 0, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
+        return moved * (self.magnitude.to(weight) / norm) - weight
+
+
+def product(factors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """One matrix, or the product of two."""
+    matrices = [factor.to(like) for factor in factors]
+    return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]

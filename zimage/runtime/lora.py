@@ -1,0 +1,156 @@
+"""LoRA files: opened, checked whole, and given as the deltas of named layers.
+
+Recognised are LoRA, LoKr and LoHa, each also with DoRA's magnitudes; ΔW = alpha / rank · (product of the factors).
+"""
+
+import hashlib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zimage.errors import CheckpointError
+from zimage.nn.deltas import Decomposed, Delta, Hadamard, Kronecker, LowRank
+from zimage.runtime.checkpoint import listing
+from zimage.runtime.lora_keys import Group, grouped, layer_names
+from zimage.runtime.peft import PeftConfig
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+# Each form and its factors, a factor being a matrix or the product of two: (out, rank) and (rank, in).
+LOKR_FACTORS = [[(f"lokr_{w}",), (f"lokr_{w}_a", f"lokr_{w}_b")] for w in ("w1", "w2")]
+FORMS: list[tuple[type, tuple[tuple[str, ...], ...]]] = [
+    (LowRank, (("lora_B", "lora_A"),)),
+    (Hadamard, (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))),
+    *((Kronecker, factors) for factors in itertools.product(*LOKR_FACTORS)),
+]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """`deltas`: path of a linear layer → its ΔW at strength 1. `fingerprint`: twelve hex digits of the content."""
+
+    name: str
+    fingerprint: str
+    deltas: dict[str, Delta]
+
+
+def read_lora(file: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraFile:
+    """The deltas that a safetensors file holds for layers of these shapes (out, in).
+
+    Raises CheckpointError, on one line, where the file is missing, damaged, not safetensors or not for these layers:
+    every key must be understood and every tensor fit.
+    """
+    try:
+        stored = _opened(file)
+        groups = grouped(list(stored.keys()), layer_names(shapes))
+        config = PeftConfig.find(file, stored.metadata() or {})
+        deltas = _deltas(stored, groups, shapes, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"LoRA {file}: {' '.join(str(error).splitlines())}") from error  # a key may hold any text
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return LoraFile(file.name, digest[:12], deltas)
+
+
+def _opened(file: Path) -> Any:
+    if file.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"a {file.suffix} file is a pickle, which may run code when it is opened; give a .safetensors file"
+        )
+    try:
+        if not file.is_file():
+            raise CheckpointError("this is a folder; give a file" if file.is_dir() else "there is no such file")
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"this is not a whole safetensors file ({error}); fetch it again") from error
+
+
+def _deltas(
+    stored: Any, groups: list[Group], shapes: Mapping[str, tuple[int, int]], config: PeftConfig | None
+) -> dict[str, Delta]:
+    """The deltas of all layers; raises CheckpointError listing what does not fit."""
+    deltas, misfits = {}, []
+    for group in groups:
+        sizes = [shapes[layer] for layer in group.layers]
+        whole = (sum(out for out, _ in sizes), sizes[0][1])
+        delta = _delta(group, {role: _tensor(stored, key) for role, key in group.keys.items()}, config)
+        if delta.shape != whole:
+            misfits.append(f"{group.module} {list(delta.shape)} should be {list(whole)}")
+            continue
+        ends = list(itertools.accumulate(out for out, _ in sizes))
+        for layer, first, last in zip(group.layers, [0, *ends], ends, strict=False):
+            deltas[layer] = delta if len(sizes) == 1 else delta.rows(first, last)
+    if misfits:
+        raise CheckpointError(f"{len(misfits)} of {len(groups)} layers do not fit: {listing(misfits)}")
+    return deltas
+
+
+def _tensor(stored: Any, key: str) -> Tensor:
+    """A copy in memory, since a trainer may write its file anew while the deltas are in use."""
+    try:
+        tensor = stored.get_tensor(key).clone()
+    except SafetensorError as error:
+        raise CheckpointError(f"{key} cannot be read: {error}") from error
+    if not tensor.is_floating_point() and not key.endswith(".alpha"):
+        raise CheckpointError(f"{key} is stored as {tensor.dtype}; it should be a kind of float")
+    if not torch.isfinite(tensor.float()).all():
+        raise CheckpointError(f"{key} holds NaN or infinity")
+    return tensor
+
+
+def _delta(group: Group, parts: dict[str, Tensor], config: PeftConfig | None) -> Delta:
+    """The delta of one module from its tensors."""
+    alpha, magnitude = parts.pop("alpha", None), parts.pop("dora_scale", None)
+    form, names = next(((form, names) for form, names in FORMS if parts.keys() == set(sum(names, ()))), (None, ()))
+    if form is None:
+        raise CheckpointError(
+            f"{group.module} has {', '.join(sorted(group.keys))}; it should have lora_A and lora_B, "
+            "lokr_w1 and lokr_w2 or hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b"
+        )
+    factors = [tuple(parts[name] for name in factor) for factor in names]
+    rank = _rank(group, factors)
+    delta = form(*factors, scale=_scale(group, alpha, rank, config))
+    if form is Hadamard and delta.shape != LowRank(delta.w2).shape:
+        raise CheckpointError(f"{group.module}: the two products of a LoHa should have the same shape")
+    return delta if magnitude is None else _decomposed(group, delta, magnitude)
+
+
+def _rank(group: Group, factors: list[tuple[Tensor, ...]]) -> int | None:
+    """The size between the two matrices of a factor, where one is a product."""
+    shapes = ", ".join(str(list(matrix.shape)) for factor in factors for matrix in factor)
+    if any(matrix.ndim != 2 for factor in factors for matrix in factor):
+        raise CheckpointError(f"{group.module}: tensors of shapes {shapes} should be matrices")
+    ranks = {size for factor in factors if len(factor) == 2 for size in (factor[0].shape[1], factor[1].shape[0])}
+    if len(ranks) > 1 or 0 in ranks:
+        raise CheckpointError(f"{group.module}: matrices of shapes {shapes} should share one rank above 0")
+    return ranks.pop() if ranks else None
+
+
+def _scale(group: Group, alpha: Tensor | None, rank: int | None, config: PeftConfig | None) -> float:
+    """alpha / rank by the file's tensor, else by PEFT's settings, else 1; a LoKr of whole matrices has no rank."""
+    if alpha is None:
+        return 1.0 if config is None else config.scale(group.module, rank)
+    if alpha.numel() != 1 or alpha.item() == 0:
+        raise CheckpointError(f"{group.keys['alpha']} {alpha.tolist()} should be one number other than 0")
+    return 1.0 if rank is None else alpha.item() / rank
+
+
+def _decomposed(group: Group, delta: Delta, magnitude: Tensor) -> Decomposed:
+    out, into = delta.shape
+    if tuple(magnitude.shape) not in ((out,), (out, 1), (1, into)):
+        raise CheckpointError(
+            f"{group.keys['dora_scale']} {list(magnitude.shape)} should be {[out]}, {[out, 1]} or {[1, into]}"
+        )
+    decomposed = Decomposed(delta, magnitude[:, None] if magnitude.ndim == 1 else magnitude)
+    if len(group.layers) > 1 and not decomposed.per_row:
+        raise CheckpointError(
+            f"{group.keys['dora_scale']} is a norm per column of q, k and v together, which is not implemented; "
+            "a norm per row is"
+        )
+    return decomposed
