@@ -231,7 +231,7 @@ NEW = torch.ones(4, 64)
         (lambda t: t.update({f"transformer.{Q}.alpha": torch.tensor(math.inf)}), "NaN or infinity"),
         (lambda t: t.update({f"transformer.{Q}.alpha": torch.ones(2)}), "should be one number"),
         (lambda t: t.update({f"transformer.{Q}.dora_scale": torch.ones(3)}), "should be [64], [64, 1] or [1, 64]"),
-        (lambda t: t.update({"a\nkey": NEW}), "not understood: 'a key"),
+        (lambda t: t.update({"a\nkey": NEW}), "not understood: 'a\\nkey'"),
         (lambda t: t.clear(), "none of its 0 keys"),
         (lambda t: (t.clear(), t.update({"double_blocks.0.img_attn.qkv.lora_A.weight": NEW})), "trained for Z-Image"),
         (lambda t: (t.clear(), t.update({"layers.0.attention.to_q.weight": NEW})), "none of its 1 keys"),
