@@ -33,9 +33,9 @@ def command_line() -> str:
     return shlex.join(["python", "-m", "bench", *arguments])
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Ask the kernel to forget the cached pages of every file in `folder`; needs no privileges."""
-    for file in folder.rglob("*"):
+def drop_from_cache(*folders: Path) -> None:
+    """Ask the kernel to forget the cached pages of every file in these folders; needs no privileges."""
+    for file in (file for folder in folders for file in folder.rglob("*")):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)
             os.fsync(handle)

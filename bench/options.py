@@ -17,6 +17,8 @@ def SIZE(default: int) -> Any:
     return click.option("--size", default=default, show_default=True, help="Side of the picture in pixels.")
 
 
-def sides_of(against: str, common: dict[str, Any], ours: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def sides_of(
+    against: str, common: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Arguments of our side and, unless there is none, of the peer's."""
-    return {"zimage": common | ours} | ({against: common} if against != "none" else {})
+    return {"zimage": common | ours} | ({against: common | (theirs or {})} if against != "none" else {})

@@ -40,7 +40,8 @@ def run_side(module: str, scenario: str, arguments: dict[str, Any]) -> dict[str,
 
 def report(runs: Runs, settings: dict[str, Any], as_json: bool = False) -> None:
     """A table of medians (least to most), ratios of each side to the last one, then everything as a line of JSON."""
-    figures = list(next(iter(runs.values()))[0])
+    common = set.intersection(*(set(rs[0]) for rs in runs.values()))  # not every peer tells everything
+    figures = [f for f in next(iter(runs.values()))[0] if f in common]
     medians = {side: {f: statistics.median(r[f] for r in rs) for f in figures} for side, rs in runs.items()}
     spread = {side: {f: [min(r[f] for r in rs), max(r[f] for r in rs)] for f in figures} for side, rs in runs.items()}
     *ours, peer = runs

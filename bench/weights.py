@@ -16,6 +16,7 @@ from zimage.runtime.checkpoint import on_meta
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 from zimage.weights import DEMO
+from zimage.weights.convert import convert
 
 TEXT_ENCODER = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -78,6 +79,7 @@ PARTS = {
     "transformer": (ZImageDiT, TRANSFORMER, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, VAE, "diffusion_pytorch_model"),
 }
+SINGLES = {"dit": "native", "text_encoder": "transformers", "vae": "ldm"}  # part → layout
 SHARD_BYTES = 4_000_000_000
 INDEX = {
     "_class_name": "ZImagePipeline",
@@ -115,6 +117,17 @@ def write_part(folder: Path, name: str, config: dict | None = None) -> None:
         model = cls.from_config(config)
     _write_shards(model, folder / name, stem)
     file.write_text(json.dumps(config, indent=2))  # last: a part cut off while it was written is written again
+
+
+def write_singles(folder: Path) -> dict[str, str]:
+    """The parts of a model folder as single files beside it, under the names their users have; part → path."""
+    beside = folder.absolute().with_name(f"{folder.absolute().name}-single")
+    beside.mkdir(exist_ok=True)
+    files = {part: beside / f"{part}.safetensors" for part in SINGLES}
+    for part, file in files.items():
+        if not file.is_file():
+            convert(folder, file, SINGLES[part], part=part)
+    return {part: str(file) for part, file in files.items()}
 
 
 def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:

@@ -1,10 +1,12 @@
 """The bench's own arithmetic: floors, ratios and tables. What it measures is not tested here."""
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import KL
 
 from bench import tables, weights
@@ -97,3 +99,37 @@ def test_profile_names_what_is_wrong(arguments, says):
     done = CliRunner().invoke(main, ["profile", *arguments])
     assert done.exit_code == 2
     assert says in done.output
+
+
+SDCPP = """#!/bin/sh
+for word; do [ "$previous" = -o ] && : > "$word"; previous=$word; done
+echo "$@" > "$0.said"
+echo "[INFO ] model.cpp:1 - loading tensors completed, taking 0.50s (process: 0.1s)"
+echo "[INFO ] stable-diffusion.cpp:2 - get_learned_condition completed, taking 250 ms"
+echo "[INFO ] stable-diffusion.cpp:3 - sampling completed, taking 3.00s"
+echo "[INFO ] stable-diffusion.cpp:4 - decode_first_stage completed, taking 0.75s"
+"""
+
+
+def test_another_implementation_runs_on_the_same_weights_in_single_files(tmp_path, tiny_folder):
+    """A stand-in for stable-diffusion.cpp: the files it is given are whole, its log is read, its memory counted."""
+    folder, binary = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "sd-cli"
+    binary.write_text(SDCPP)
+    binary.chmod(0o755)
+    arguments = [str(folder), "--against", "sdcpp", "--sdcpp", str(binary), "--pairs", "1", "--size", "64"]
+    done = CliRunner().invoke(main, ["render", *arguments, "--steps", "2", "--dtype", "fp32"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output.splitlines()[-1])
+    theirs = result["median"]["sdcpp"]
+    assert (theirs["load"], theirs["encode"], theirs["step"], theirs["decode"]) == (0.5, 0.25, 1.5, 0.75)
+    assert 0 < theirs["peak_gb"] < 1
+    assert set(result["ratio"]["zimage"]) == {*theirs}
+    said = (tmp_path / "sd-cli.said").read_text().split()
+    native = load_file(said[said.index("--diffusion-model") + 1])
+    assert "layers.0.attention.qkv.weight" in native
+
+
+def test_a_peers_binary_must_be_named(tmp_path):
+    done = CliRunner().invoke(main, ["render", str(tmp_path), "--against", "sdcpp"])
+    assert done.exit_code == 2
+    assert "--sdcpp BINARY" in done.output
