@@ -22,6 +22,7 @@ PROMPT = "a cat face on a blue background"
 @JSON
 @click.option("--steps", default=3, show_default=True)
 @click.option("--layers", type=int, help="Depth of both transformers, where full size does not fit.")
+@click.option("--memory", type=float, help="Our side's budget in GB. Default: by the free memory.")
 @click.option("--warm", is_flag=True, help="Do not drop the files from the cache.")
 def render(
     folder: Path,
@@ -33,6 +34,7 @@ def render(
     as_json: bool,
     steps: int,
     layers: int | None,
+    memory: float | None,
     warm: bool,
 ) -> None:
     """A whole render, cold: each run is a process of its own, the files' pages are dropped from the cache before it.
@@ -41,6 +43,6 @@ def render(
     """
     write_model(folder, layers)
     arguments = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT}
-    sides = sides_of(against, arguments, {"precision": precision})
+    sides = sides_of(against, arguments, {"precision": precision, "memory": memory})
     runs = alternate(sides, "render", pairs, before=lambda: None if warm else drop_from_cache(folder))
-    report(runs, {**arguments, "folder": None, "layers": layers, "cold": not warm}, as_json)
+    report(runs, {**arguments, "folder": None, "layers": layers, "memory": memory, "cold": not warm}, as_json)

@@ -1,10 +1,10 @@
 """The parts of a model folder: which module each one is, how it is found, checked and loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -12,8 +12,17 @@ from torch import nn
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.nn.config import read_architecture
-from zimage.runtime.checkpoint import Checkpoint, check_fit, load_weights, on_meta, read_json
+from zimage.runtime.checkpoint import (
+    Checkpoint,
+    check_fit,
+    late_matrices,
+    load_weights,
+    on_meta,
+    read_json,
+    stored_names,
+)
 from zimage.runtime.memory import keep_freed_memory
+from zimage.settings import LoadSettings
 from zimage.text import Qwen3, Tokenizer
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
@@ -40,6 +49,13 @@ class SchedulerConfig:
     }
 
 
+class BlockBytes(NamedTuple):
+    """What a block takes that is streamed instead of loaded."""
+
+    loaded: int  # its weights as they are used
+    source: int  # of those that are cast: as they are stored
+
+
 class Component:
     """One part of a model folder, opened and checked but not loaded."""
 
@@ -56,16 +72,76 @@ class Component:
             return self.checkpoint.stored_bytes()
         return sum(weight.numel() for weight in self.skeleton.parameters()) * dtype.itemsize
 
-    def load(self, device: torch.device, dtype: torch.dtype, widen_late: bool = False) -> nn.Module:
+    def unread_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
+        """Of `weight_bytes`, on a CPU, what stays on disk: weights that are views of the file and no render reads."""
+        read = {id(weight) for weight in self.skeleton.read_order()}
+        unread = 0
+        for name, weight in self.skeleton.named_parameters():
+            stored = self._stored_dtype(name)
+            if id(weight) not in read and stored == self._wanted_dtype(name, dtype, widen_late):
+                unread += weight.numel() * stored.itemsize
+        return unread
+
+    def is_viewed(self, dtype: torch.dtype, widen_late: bool = False) -> bool:
+        """Whether most of the weights, once loaded on a CPU, are views of the file."""
+        names = [name for name, _ in self.skeleton.named_parameters()]
+        views = sum(self._stored_dtype(n) == self._wanted_dtype(n, dtype, widen_late) for n in names)
+        return 2 * views > len(names)
+
+    def block_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> list[BlockBytes]:
+        """The size of each block that can be streamed, in the order of `blocks()`; 0 where a render runs none."""
+        if not hasattr(self.skeleton, "blocks"):
+            return []
+        read = {id(weight) for weight in self.skeleton.read_order()}
+        names = {id(w): name for name, w in self.skeleton.named_parameters() if id(w) in read}
+        sizes = []
+        for _, weights in self.skeleton.blocks():
+            loaded = source = 0
+            for weight in (w for w in weights if id(w) in names):
+                stored = self._stored_dtype(names[id(weight)])
+                wanted = self._wanted_dtype(names[id(weight)], dtype, widen_late)
+                loaded += weight.numel() * wanted.itemsize if stored else 0
+                source += weight.numel() * stored.itemsize if stored not in (None, wanted) else 0
+            sizes.append(BlockBytes(loaded, source))
+        return sizes
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, widen_late: bool = False, streamed: Sequence[int] = ()
+    ) -> nn.Module:
         """A module with its weights: on the CPU views of the mapped file where the dtype agrees.
 
-        `widen_late`: matrices stay as stored and are widened to `dtype` when used.
+        `widen_late`: matrices stay as stored and are widened to `dtype` when used. `streamed`: blocks whose weights
+        are left in the file; `runtime.offload.stream` brings them when they run.
         """
         if device.type == "cpu":
             keep_freed_memory()
         model = self._build()
-        load_weights(model, self.checkpoint, dtype, device, widen_late)
+        away = self._weights_of(model, streamed) if streamed else ()
+        load_weights(model, self.checkpoint, dtype, device, widen_late, away)
         return model
+
+    def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        chosen = [weights for i, (_, weights) in enumerate(model.blocks()) if i in blocks]
+        return {names[id(w)] for weights in chosen for w in weights if self._stored_dtype(names[id(w)])}
+
+    def _stored_dtype(self, name: str) -> torch.dtype | None:
+        """Of a weight that can be a view of the file; None where loading has to copy it."""
+        key = self._keys.get(name)
+        mapped = key is not None and not hasattr(self.skeleton, "fold") and self.checkpoint.is_mapped(key)
+        return self.checkpoint.entries[key].dtype if mapped else None
+
+    def _wanted_dtype(self, name: str, dtype: torch.dtype, widen_late: bool) -> torch.dtype:
+        stored = self._stored_dtype(name) if widen_late and name in self._matrices else None
+        return stored or dtype
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return stored_names(self.skeleton, self.checkpoint)
+
+    @cached_property
+    def _matrices(self) -> set[str]:
+        return late_matrices(self.skeleton)
 
     def _build(self) -> nn.Module:
         with on_meta():
@@ -155,7 +231,24 @@ def read_shift(folder: Path) -> float | None:
     return float(shift)
 
 
-def choose_device(name: str) -> torch.device:
+class Place(NamedTuple):
+    """Where a part runs, and what it computes in."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_places(settings: LoadSettings, dtype: str | torch.dtype | None) -> dict[str, Place]:
+    """The place of each part: its own device, where one is named, and the dtype that suits it. Raises RequestError."""
+    places = {}
+    for part in ("text_encoder", "dit", "vae"):
+        field = f"{part}_device" if getattr(settings, f"{part}_device") else "device"
+        device = choose_device(getattr(settings, field), field)
+        places[part] = Place(device, choose_dtype(dtype, device))
+    return places
+
+
+def choose_device(name: str, setting: str = "device") -> torch.device:
     """A device by name; "auto" takes a GPU where there is one. Raises RequestError for one this machine lacks."""
     if name == "auto":
         if torch.cuda.is_available():
@@ -164,15 +257,17 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RequestError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps") from None
+        raise RequestError(f"{setting} {name!r} is not known; use auto, cpu, cuda, cuda:N or mps") from None
     present = {
         "cpu": True,
         "cuda": (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type):
-        raise RequestError(f"device {name!r} is not on this machine; use auto or cpu")
-    return device
+        raise RequestError(f"{setting} {name!r} is not on this machine; use auto or cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from zimage.errors import CheckpointError
-from zimage.nn.layers import WideningLinear
+from zimage.errors import CheckpointError, NonFiniteError
+from zimage.nn.layers import StreamedLinear, WideningLinear
 from zimage.runtime.memory import forget_pages
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -66,6 +66,11 @@ class Checkpoint:
         shards = {file: torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8) for file in self.files}
         return lambda key: _view(shards[self.entries[key].file], self.entries[key])
 
+    def is_mapped(self, key: str) -> bool:
+        """Whether a tensor can be a view of the file; a careless writer may leave one unaligned."""
+        entry = self.entries[key]
+        return entry.begin % entry.dtype.itemsize == 0
+
     def stored_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 
@@ -98,26 +103,39 @@ class Checkpoint:
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
     """Raise CheckpointError listing what is missing, unexpected or misshapen; `other_keys` belong to other modules."""
-    _check_keys(checkpoint, _stored_names(model, checkpoint), _published_shapes(model), set(other_keys))
+    _check_keys(checkpoint, stored_names(model, checkpoint), _published_shapes(model), set(other_keys))
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, widen_late: bool = False
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    widen_late: bool = False,
+    away: Collection[str] = (),
 ) -> None:
     """Give `model` (built on meta) the weights of a checkpoint that was found to fit, as `dtype` on `device`.
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
     pages let go. With `widen_late` the matrices of Linear and Embedding layers stay as stored, and Linear layers widen
-    them when used. A model whose layout differs from the file's brings `published_shapes()` and `fold(key, tensor)`.
+    them when used. Weights named in `away` stay views of the file, whatever the dtype and the device: their attribute
+    `wanted` says what they are to be when used. A model whose layout differs from the file's brings
+    `published_shapes()` and `fold(key, tensor)`.
     """
-    stored, read = _stored_names(model, checkpoint), checkpoint.reader()
-    kept = _late_matrices(model) if widen_late else set()
+    stored, read = stored_names(model, checkpoint), checkpoint.reader()
+    kept = late_matrices(model) if widen_late else set()
+    if widen_late:
+        _widen_linears(model)
     for key in _published_shapes(model):
         mapped = read(stored[key])
         folded = model.fold(key, mapped) if hasattr(model, "fold") else (key, mapped)
         if folded is not None:
             name, tensor = folded
-            _assign(model, name, _placed(tensor, mapped, tensor.dtype if name in kept else dtype, device))
+            wanted = tensor.dtype if name in kept else dtype
+            if name in away:
+                _leave(model, name, tensor, wanted)
+            else:
+                _assign(model, name, _placed(tensor, mapped, wanted, device))
     model.requires_grad_(False).eval()
 
 
@@ -126,15 +144,26 @@ def non_finite_weights(model: nn.Module) -> list[str]:
     return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 
-def _late_matrices(model: nn.Module) -> set[str]:
-    """Names of the weights that stay as stored; their Linear layers are made to widen them."""
-    names = set()
-    for path, module in model.named_modules():
+def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
+    """`values`, or NonFiniteError that names the weights at fault where there are such."""
+    if torch.isfinite(values).all():
+        return values
+    broken = non_finite_weights(model)
+    if broken:
+        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; fetch the weights again")
+    raise NonFiniteError(f"{source} produced NaN or infinity though its weights are finite; try dtype fp32")
+
+
+def late_matrices(model: nn.Module) -> set[str]:
+    """Names of the weights that stay as stored where they are widened late."""
+    modules = model.named_modules()
+    return {f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear | nn.Embedding)}
+
+
+def _widen_linears(model: nn.Module) -> None:
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = WideningLinear
-        if isinstance(module, nn.Linear | nn.Embedding):
-            names.add(f"{path}.weight")
-    return names
 
 
 def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -144,10 +173,20 @@ def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.de
     return placed
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
+    """Returns the module that owns the weight."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    return owner
+
+
+def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> None:
+    """A weight that is not loaded but comes and goes; its plain Linear can be told by its class."""
+    owner = _assign(model, name, stored)
+    getattr(owner, name.rpartition(".")[2]).wanted = wanted
+    if type(owner) is nn.Linear:
+        owner.__class__ = StreamedLinear
 
 
 def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
@@ -156,7 +195,7 @@ def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     return {key: tuple(weight.shape) for key, weight in model.named_parameters()}
 
 
-def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Published key → key in this file: files saved from the bare Qwen3 decoder lack the prefix `model.`."""
     keys = checkpoint.entries
     published = all(key.startswith("model.") for key in _published_shapes(model))
