@@ -29,4 +29,5 @@ def memory(
     sides = {f"zimage+{budget:g} GB": common | {"memory": budget} for budget in map(float, budgets.split(","))}
     sides["zimage+default"] = common
     runs = alternate(sides, "render", pairs, before=lambda: None if warm else drop_from_cache(folder))
+    runs = {name.split("+")[1]: figures for name, figures in runs.items()}
     report(runs, {**common, "folder": None, "cold": not warm}, as_json)
