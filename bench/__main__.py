@@ -5,6 +5,7 @@ import click
 from bench.decode import decode
 from bench.formats import formats
 from bench.kernels import kernels
+from bench.memory import memory
 from bench.profile import profile
 from bench.render import render
 from bench.roofline import roofline
@@ -17,7 +18,7 @@ def main() -> None:
     """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, step, decode, formats, kernels, roofline, profile, tables):
+for scenario in (render, memory, step, decode, formats, kernels, roofline, profile, tables):
     main.add_command(scenario)
 
 if __name__ == "__main__":

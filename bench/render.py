@@ -22,6 +22,7 @@ PROMPT = "a cat face on a blue background"
 @JSON
 @click.option("--steps", default=3, show_default=True)
 @click.option("--layers", type=int, help="Depth of both transformers, where full size does not fit.")
+@click.option("--memory", type=float, help="Our side's budget in GB. Default: by the free memory.")
 @click.option("--warm", is_flag=True, help="Do not drop the files from the cache.")
 @click.option(
     "--sdcpp", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="sd-cli, for --against sdcpp."
@@ -36,6 +37,7 @@ def render(
     as_json: bool,
     steps: int,
     layers: int | None,
+    memory: float | None,
     warm: bool,
     sdcpp: Path | None,
 ) -> None:
@@ -49,7 +51,7 @@ def render(
     write_model(folder, layers)
     arguments = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT}
     theirs = {"binary": str(sdcpp.absolute()), "files": write_singles(folder)} if sdcpp else {}
-    sides = sides_of(against, arguments, {"precision": precision}, theirs)
+    sides = sides_of(against, arguments, {"precision": precision, "memory": memory}, theirs)
     folders = {folder, *(Path(file).parent for file in theirs.get("files", {}).values())}
     runs = alternate(sides, "render", pairs, before=lambda: None if warm else drop_from_cache(*folders))
-    report(runs, {**arguments, "folder": None, "layers": layers, "cold": not warm}, as_json)
+    report(runs, {**arguments, "folder": None, "layers": layers, "memory": memory, "cold": not warm}, as_json)

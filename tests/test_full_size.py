@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from test_memory import measure
 
 from bench.machine import drop_from_cache
 from bench.pairs import run_side
@@ -16,6 +17,7 @@ from bench.weights import write_model
 pytestmark = pytest.mark.full
 
 LARGEST_STAGE_GB = 13.5
+BUDGETS = (4, 6, 8)
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +31,11 @@ def test_a_render_needs_the_largest_stage_and_not_the_sum(folder):
     arguments = {"folder": str(folder), "size": 256, "steps": 3, "dtype": "auto", "prompt": PROMPT}
     figures = run_side("zimage", "render", arguments)
     assert figures["peak_gb"] <= LARGEST_STAGE_GB
+
+
+def test_budgets_are_kept_and_change_no_pixel(folder):
+    runs = {budget: measure(folder, "bf16", budget, size=256, threads=2) for budget in (*BUDGETS, None)}
+    for budget, run in runs.items():
+        assert run["planned"] == pytest.approx(run["peak"], rel=0.1)
+        assert run["peak"] <= (1.1 * budget if budget else LARGEST_STAGE_GB) * 1e9
+    assert len({run["pixels"] for run in runs.values()}) == 1

@@ -1,10 +1,10 @@
 """The parts of a model: which module each one is, how it is found, checked and loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -13,16 +13,25 @@ from zimage.architecture import ASSUMED, architecture
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.nn.config import read_architecture
-from zimage.runtime.checkpoint import Checkpoint, check_fit, load_weights, loaded_bytes, on_meta, parts_of, read_json
+from zimage.places import PARTS, choose_device, choose_dtype
+from zimage.runtime.checkpoint import (
+    Checkpoint,
+    check_fit,
+    late_matrices,
+    load_weights,
+    loaded_bytes,
+    on_meta,
+    parts_of,
+    read_json,
+)
 from zimage.runtime.memory import keep_freed_memory
+from zimage.settings import LoadSettings
 from zimage.text import Qwen3, Tokenizer
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 SUBFOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "context_refiner": "transformer", "vae": "vae"}
-PARTS = ("text_encoder", "dit", "vae")
 VARIANTS = {"turbo": 3.0, "base": 6.0}  # the schedule's shift, which loose files do not carry
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLWan": AutoencoderKLWan}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,13 @@ class SchedulerConfig:
         "stochastic_sampling": (False,),
         "shift_terminal": (None,),
     }
+
+
+class BlockBytes(NamedTuple):
+    """What a block takes that is streamed instead of loaded."""
+
+    loaded: int  # its weights as they are used
+    source: int  # of those that are cast: as they are stored
 
 
 class Component:
@@ -66,16 +82,80 @@ class Component:
             return self.checkpoint.stored_bytes()
         return loaded_bytes(self.skeleton, self.checkpoint, dtype)
 
-    def load(self, device: torch.device, dtype: torch.dtype, widen_late: bool = False) -> nn.Module:
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether some of the weights are quantised and stay so."""
+        return any(entry.packed for entry in self.checkpoint.entries.values())
+
+    def unread_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
+        """Of `weight_bytes`, on a CPU, what stays on disk: weights that are views of the file and no render reads."""
+        read = {id(weight) for weight in self.skeleton.read_order()}
+        unread = 0
+        for name, weight in self.skeleton.named_parameters():
+            if id(weight) not in read and self._is_view(name, dtype, widen_late):
+                unread += self.checkpoint.entries[name].nbytes
+        return unread
+
+    def is_viewed(self, dtype: torch.dtype, widen_late: bool = False) -> bool:
+        """Whether most of the weights, once loaded on a CPU, are views of the file."""
+        names = [name for name, _ in self.skeleton.named_parameters()]
+        return 2 * sum(self._is_view(name, dtype, widen_late) for name in names) > len(names)
+
+    def block_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> list[BlockBytes]:
+        """The size of each block that can be streamed, in the order of `blocks()`; 0 where a render runs none."""
+        if not hasattr(self.skeleton, "blocks"):
+            return []
+        read = {id(weight) for weight in self.skeleton.read_order()}
+        names = {id(w): name for name, w in self.skeleton.named_parameters() if id(w) in read}
+        return [
+            self._block_bytes([names[id(w)] for w in weights if id(w) in names], dtype, widen_late)
+            for _, weights in self.skeleton.blocks()
+        ]
+
+    def _block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes:
+        loaded = source = 0
+        for entry, name in ((self.checkpoint.entries[n], n) for n in names if self._can_be_view(n)):
+            if self._is_view(name, dtype, widen_late):
+                loaded += entry.nbytes
+            else:
+                loaded += entry.count * dtype.itemsize
+                source += entry.nbytes
+        return BlockBytes(loaded, source)
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, widen_late: bool = False, streamed: Sequence[int] = ()
+    ) -> nn.Module:
         """A module with its weights: on the CPU views of the mapped file where the dtype agrees.
 
-        `widen_late`: matrices stay as stored and are widened to `dtype` when used.
+        `widen_late`: matrices stay as stored and are widened to `dtype` when used. `streamed`: blocks whose weights
+        are left in the file; `runtime.offload.stream` brings them when they run.
         """
         if device.type == "cpu":
             keep_freed_memory()
         model = self._build()
-        load_weights(model, self.checkpoint, dtype, device, widen_late)
+        away = self._weights_of(model, streamed) if streamed else ()
+        load_weights(model, self.checkpoint, dtype, device, widen_late, away)
         return model
+
+    def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        chosen = [weights for i, (_, weights) in enumerate(model.blocks()) if i in blocks]
+        return {names[id(w)] for weights in chosen for w in weights if self._can_be_view(names[id(w)])}
+
+    def _can_be_view(self, name: str) -> bool:
+        """Whether a weight is a view of the file before it is cast; one that loading has to copy is not."""
+        return not hasattr(self.skeleton, "fold") and self.checkpoint.entries[name].aligned
+
+    def _is_view(self, name: str, dtype: torch.dtype, widen_late: bool) -> bool:
+        """Whether a weight stays a view of the file when it is loaded on a CPU."""
+        entry = self.checkpoint.entries.get(name)
+        if entry is None or not self._can_be_view(name):
+            return False
+        return entry.packed or entry.kind == dtype or (widen_late and name in self._matrices)
+
+    @cached_property
+    def _matrices(self) -> set[str]:
+        return late_matrices(self.skeleton)
 
     def _build(self) -> nn.Module:
         with on_meta():
@@ -151,18 +231,22 @@ class Model:
             )
 
 
-def open_model(
-    path: Path | None, parts: Mapping[str, Path], tokenizer: Path | None = None, variant: str | None = None
-) -> Model:
-    """A model from a folder or an all-in-one file, with `parts` in the place of its own; or from `parts` alone."""
-    if path is None:
-        return Model.of_parts(parts, tokenizer, variant)
+def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> Model:
+    """A folder or an all-in-one file, with the settings' parts in the place of its own; or a model of parts alone.
+
+    `default` is opened where neither is given. Raises CheckpointError, ConfigError or RequestError.
+    """
+    parts = {name: Path(value).expanduser() for name in PARTS if (value := getattr(settings, name))}
+    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else None
+    if path is None and parts:
+        return Model.of_parts(parts, tokenizer, settings.variant)
+    path = Path(default if path is None else path).expanduser()
     if path.is_file():
-        return Model.of_parts(dict.fromkeys(parts_of(path), path) | dict(parts), tokenizer, variant)
-    if not (parts or tokenizer or variant):
+        return Model.of_parts(dict.fromkeys(parts_of(path), path) | parts, tokenizer, settings.variant)
+    if not (parts or tokenizer or settings.variant):
         return Model.of_folder(path)
     own = {name: path / SUBFOLDERS[name] for name in PARTS}
-    return Model.of_parts(own | dict(parts), tokenizer or path / "tokenizer", variant)
+    return Model.of_parts(own | parts, tokenizer or path / "tokenizer", settings.variant)
 
 
 def load_component(
@@ -216,39 +300,6 @@ def read_shift(folder: Path) -> float | None:
     if not shift > 0:
         raise ConfigError(f"{path}: shift = {shift} must be above 0")
     return float(shift)
-
-
-def choose_device(name: str) -> torch.device:
-    """A device by name; "auto" takes a GPU where there is one. Raises RequestError for one this machine lacks."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RequestError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps") from None
-    present = {
-        "cpu": True,
-        "cuda": (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not present.get(device.type):
-        raise RequestError(f"device {name!r} is not on this machine; use auto or cpu")
-    return device
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations: bf16 where the device computes in it, unless one is named."""
-    if dtype is None:
-        native = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return torch.bfloat16 if native else torch.float32
-    chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if chosen in (torch.float16, "fp16", "float16"):
-        raise RequestError("dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32")
-    if chosen not in (torch.bfloat16, torch.float32, torch.float64):
-        raise RequestError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}")
-    return chosen
 
 
 def _module_class(name: str, config: Mapping[str, Any]) -> type:

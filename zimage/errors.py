@@ -29,6 +29,10 @@ class NonFiniteError(ZImageError):
     """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
 
 
+class OutOfMemory(ZImageError):
+    """The device ran out of memory all the same: something else took it, or the plan reckoned too little."""
+
+
 class Cancelled(ZImageError):
     """A render was interrupted on purpose."""
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from zimage.components import Component
 from zimage.errors import RequestError
-from zimage.nn.adapters import adapt, linear_shapes
+from zimage.nn.adapters import adapt, is_plain, linear_shapes
 from zimage.nn.deltas import Decomposed
 from zimage.runtime.lora import LoraFile, read_lora
 from zimage.runtime.memory import Prefetch, forget_pages
@@ -128,7 +128,7 @@ class Loras:
         """Make the layers at `paths` carry what the adapters have for them."""
         read, wanted = self._dit.checkpoint.reader(), [a for a in adapters.values() if a.scale != 0]
         stacks = {path: [(a.file.deltas[path], a.scale) for a in wanted if path in a.file.deltas] for path in paths}
-        plain = [p for p, stack in stacks.items() if stack and self._mergeable and not self._is_packed(p)]
+        plain = [path for path, stack in stacks.items() if stack and is_plain(dit, path, self._dtype)]
         merged = {path: read(f"{path}.weight") for path in plain}
         prefetch = Prefetch(merged.values())
         try:

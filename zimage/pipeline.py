@@ -17,26 +17,28 @@ import secrets
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from zimage import flow
-from zimage.components import PARTS, Model, choose_device, choose_dtype, load_component, open_model
+from zimage.components import Model, load_component, open_model
 from zimage.dit import ZImageDiT
-from zimage.errors import NonFiniteError, RequestError
+from zimage.errors import RequestError
+from zimage.events import Event, Result
 from zimage.image import to_pil
 from zimage.loras import Loras
 from zimage.nn.attention import choose_attention, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
+from zimage.places import Place, choose_places, device_names
 from zimage.plan import MemoryPlan
-from zimage.runtime.checkpoint import non_finite_weights
-from zimage.runtime.memory import Prefetch, forget_pages, release_cached
+from zimage.runtime.checkpoint import finite
+from zimage.runtime.memory import Prefetch, forget_pages, out_of_memory_in, release_cached
+from zimage.runtime.offload import resident_weights, stop_streaming, stream, streamed_blocks
+from zimage.schedule import Schedule
 from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request, split_lora
 from zimage.text import Qwen3
 from zimage.text.chat import format_prompt
@@ -50,48 +52,23 @@ log = logging.getLogger("zimage")
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 
 
-@dataclass(frozen=True)
-class Event:
-    """One step of a render. Step 0 says that a stage begins, step = total that it is done.
-
-    `stage` is "load", "encode", "denoise" or "decode"; `index` of `count` counts components, prompts or images.
-    `latents` (B, 16, h, w) come with denoising steps, `image` with each finished picture.
-    """
-
-    stage: str
-    step: int
-    total: int
-    index: int = 0
-    count: int = 1
-    detail: str = ""
-    latents: Tensor | None = None
-    image: Image.Image | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """Pictures in order, prompt by prompt, with the seed of each, the request as it was run, and seconds per stage."""
-
-    images: list[Image.Image]
-    seeds: list[int]
-    request: Request
-    timings: dict[str, float]
-    metadata: list[dict[str, Any]] = field(repr=False)
-
-
 class ZImage:
     """A model, loaded when it is first needed. May be used from several threads at once."""
 
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, settings: LoadSettings):
-        self.model, self.device, self.dtype, self.settings = model, device, dtype, settings
-        self.plan = MemoryPlan(model, device, dtype, settings)
+    def __init__(self, model: Model, places: dict[str, Place], settings: LoadSettings):
+        self.model, self.places, self.settings = model, places, settings
+        self.device, self.dtype = places["dit"]
+        self.plan = MemoryPlan(model, places, settings)
         wanted = settings.attention or os.environ.get("ZIMAGE_ATTENTION", "auto")
-        self.attention, self._attend = choose_attention(wanted, device, dtype)
-        check_precision(settings.precision, device)
+        # A backend that is named is meant for the DiT; parts on another device take what runs there.
+        chosen = {n: choose_attention(wanted if p == places["dit"] else "auto", *p) for n, p in places.items()}
+        self.attention, self._attend = chosen["dit"][0], {name: attend for name, (_, attend) in chosen.items()}
+        check_precision(settings.precision, self.device)
         self._loaded: dict[str, nn.Module] = {}
+        self._schedule: Schedule | None = None  # of the latest request
         self._lock = threading.Lock()
         mergeable = settings.precision == "bf16" and not self.plan.widens_late("dit")
-        self.lora = Loras(model.components["dit"], device, dtype, self._loaded, self._lock, mergeable)
+        self.lora = Loras(model.components["dit"], self.device, self.dtype, self._loaded, self._lock, mergeable)
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
 
@@ -106,19 +83,14 @@ class ZImage:
         """Open a model folder in the published layout or an all-in-one file; without `path`, the bundled demo model.
 
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
-        Further keywords are fields of LoadSettings: dit, text_encoder, vae (each a loose file or a component folder,
-        alone or in the place of the model's own), tokenizer, variant, attention, precision, compile, residency ("keep"
-        all stages loaded, load each "stage" in its turn, or "auto" by the free memory), lora (a list of "PATH:SCALE";
-        later `pipe.lora` adds and removes). Raises CheckpointError or RequestError.
+        Further keywords are the fields of LoadSettings, which says what each does: loose files (dit, text_encoder,
+        vae, tokenizer, variant), devices of single parts, attention, precision, compile, memory, residency, lora.
+        `device` and `dtype` of the pipeline are the DiT's. Raises CheckpointError or RequestError.
         """
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
         checked = LoadSettings.from_mapping({"device": device, **plain})
-        place = choose_device(device)
-        parts = {name: Path(value).expanduser() for name in PARTS if (value := getattr(checked, name))}
-        given = checked.tokenizer and Path(checked.tokenizer).expanduser()
-        origin = None if path is None and parts else Path(DEMO if path is None else path).expanduser()
-        model = open_model(origin, parts, given, checked.variant)
-        return cls(model, place, choose_dtype(dtype, place), checked)
+        places = choose_places(checked, dtype)
+        return cls(open_model(path, checked, default=DEMO), places, checked)
 
     # ------------------------------------------------------------------ parts
 
@@ -148,30 +120,41 @@ class ZImage:
     def release(self, *names: str) -> None:
         """Let go of loaded parts (all, when none is named); they load again when next used."""
         with self._lock:
-            for name in names or tuple(self._loaded):
-                self._loaded.pop(name, None)
-        release_cached(self.device)
+            self._let_go(names or tuple(self._loaded))
 
     def _part(self, name: str) -> Any:
         with self._lock:
-            if name not in self._loaded:
+            schedule = self._schedule or self.schedule(self.resolve(Request("", seed=0, shift=1.0)))
+            needed = schedule.stages[name].streamed
+            if name not in self._loaded or streamed_blocks(self._loaded[name]) < len(needed):
                 log.debug("loading %s", name)
-                if not self.plan.keeps_loaded:
-                    self._loaded.clear()  # also when stages are called one by one
-                    release_cached(self.device)
-                self._loaded[name] = self._prepared(name)
+                if name not in schedule.kept:  # also when stages are called one by one
+                    here = self.places[name].device
+                    self._let_go([n for n in self._loaded if self.places[n].device == here])
+                with out_of_memory_in(name):
+                    self._loaded[name] = self._prepared(name, needed)
             return self._loaded[name]
 
-    def _prepared(self, name: str) -> nn.Module:
+    def _let_go(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self._loaded:
+                stop_streaming(self._loaded.pop(name))
+        for device in dict.fromkeys(self.places[name].device for name in names):
+            release_cached(device)
+
+    def _prepared(self, name: str, streamed: Sequence[int]) -> nn.Module:
         """Load a plain module, then transform it, in this order."""
-        module = self.model.components[name].load(self.device, self.dtype, self.plan.widens_late(name))
+        device, dtype = self.places[name]
+        module = self.model.components[name].load(device, dtype, self.plan.widens_late(name), streamed)
         if name == "dit" and self.settings.precision != "bf16":
             quantise(module, self.settings.precision, forget_pages)
         if name == "dit":
             self.lora.apply(module)
-        use_attention(module, self._attend)
+        use_attention(module, self._attend[name])
         if name == "dit" and self.settings.compile:
             compile_blocks(module)
+        if streamed:
+            stream(module, streamed, device)
         return module
 
     # ------------------------------------------------------------------ stages
@@ -180,22 +163,24 @@ class ZImage:
         """Token ids of the formatted prompt."""
         return self.model.tokenizer.encode(format_prompt(prompt))
 
+    @out_of_memory_in("text_encoder")
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> list[Tensor]:
         """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone."""
         model = self.text_encoder
         captions = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            ids = torch.tensor([self.tokenize(prompt)], device=self.device)
+            ids = torch.tensor([self.tokenize(prompt)], device=self.places["text_encoder"].device)
             if ids.shape[1] > self.max_caption_tokens:
                 log.warning(
                     "the prompt has %d tokens; the model was trained for at most %d",
                     ids.shape[1],
                     self.max_caption_tokens,
                 )
-            captions.append(_finite(model(ids)[0], "the text encoder", model))
+            captions.append(finite(model(ids)[0], "the text encoder", model))
         return captions
 
+    @out_of_memory_in("dit")
     def denoise(
         self,
         captions: Sequence[Tensor],
@@ -226,6 +211,7 @@ class ZImage:
         *_, latents = self._steps(captions, negative, noise, request)
         return latents
 
+    @out_of_memory_in("vae")
     @torch.no_grad()
     def decode(
         self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str | None = None
@@ -235,11 +221,11 @@ class ZImage:
         `tile_mode` "exact" gives the same picture strip by strip, "blend" a similar one of overlapping tiles; without
         it, strips are used where the whole does not fit in memory. Sizes in pixels; raises RequestError.
         """
-        vae = self.vae
+        vae, device = self.vae, self.places["vae"].device
         height, width = (side * vae.spatial_factor for side in latents.shape[-2:])
         mode = tile_mode or self.plan.tile_mode(width, height, list(self._loaded))
-        images = [vae.decode(sample[None].to(self.device), tile_size, tile_overlap, mode) for sample in latents]
-        return _finite(torch.cat(images), "the VAE", vae)
+        images = [vae.decode(sample[None].to(device), tile_size, tile_overlap, mode) for sample in latents]
+        return finite(torch.cat(images), "the VAE", vae)
 
     def _steps(
         self,
@@ -253,9 +239,9 @@ class ZImage:
         sigmas = flow.sigmas(request.steps, request.shift)
         with torch.no_grad():
             modulation = dit.modulate(sigmas[:-1])
-            positive_context = dit.context(dit.refine(captions), *noise.shape[-2:])
+            positive_context = dit.context(dit.refine(self._at_dit(captions)), *noise.shape[-2:])
             if request.guidance > 0:
-                negative_context = dit.context(dit.refine(negative), *noise.shape[-2:])
+                negative_context = dit.context(dit.refine(self._at_dit(negative)), *noise.shape[-2:])
             latents = noise.to(self.device, torch.float32)
         for i in range(request.steps):
             with torch.no_grad():
@@ -267,8 +253,12 @@ class ZImage:
                     velocity = flow.guide(velocity, opposite, scale, request.cfg_normalization)
                 latents = flow.euler_step(latents, velocity, sigmas[i], sigmas[i + 1])
             if i in (0, request.steps - 1):  # each look is a device sync; a bad weight shows at once
-                _finite(latents, "the DiT", dit)
+                finite(latents, "the DiT", dit)
             yield latents
+
+    def _at_dit(self, captions: Sequence[Tensor]) -> list[Tensor]:
+        """Captions come from where the text encoder runs."""
+        return [caption.to(self.device, self.dtype) for caption in captions]
 
     # ------------------------------------------------------------------ whole renders
 
@@ -288,7 +278,7 @@ class ZImage:
     def run(self, request: Request) -> Iterator[Event]:
         """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading."""
         request = self.resolve(request)
-        self.plan.check(request, list(self._loaded))
+        self._schedule = self.check(request)
         self._warn_beyond_training(request)
         captions = yield from self._stage("text_encoder", self._encode_events(request))
         latents = yield from self._stage("dit", self._denoise_events(request, captions))
@@ -300,18 +290,25 @@ class ZImage:
         side = sample_size if sample_size < 1024 else 1024
         is_base = self.model.shift is not None and self.model.shift >= BASE_SHIFT
         guidance = _either(request.guidance, 4.0 if is_base else 0.0)
-        width, height = _either(request.width, side), _either(request.height, side)
-        return dataclasses.replace(
+        resolved = dataclasses.replace(
             request,
-            width=width,
-            height=height,
+            width=_either(request.width, side),
+            height=_either(request.height, side),
             steps=_either(request.steps, 30 if is_base else 8),
             guidance=guidance,
             negative=request.negative if guidance == 0 else _either(request.negative, ""),
             shift=self._shift(request.shift),
             seed=_either(request.seed, secrets.randbelow(2**32)),
-            tile_mode=_either(request.tile_mode, self.plan.tile_mode(width, height, list(self._loaded))),
         )
+        return dataclasses.replace(resolved, tile_mode=self.schedule(resolved).tile_mode)
+
+    def schedule(self, request: Request) -> Schedule:
+        """What will be in memory when a resolved request runs, whether it fits or not."""
+        return self.plan.schedule(request, self._longest(request), list(self._loaded))
+
+    def check(self, request: Request) -> Schedule:
+        """The same; raises RequestError, with the figures and what would fit, for a request that does not fit."""
+        return self.plan.check(request, self._longest(request), list(self._loaded))
 
     def metadata(self, request: Request, index: int) -> dict[str, Any]:
         """All that is needed to render image `index` of a resolved request again, as plain values; no paths."""
@@ -327,20 +324,21 @@ class ZImage:
             "lora": [adapter.describe() for adapter in self.lora.list()],
             "attention": self.attention,
             "compile": self.settings.compile,
-            "device": self.device.type,
+            "device": device_names(self.places),
             "torch": torch.__version__,
         }
 
     def _stage(self, name: str, events: Iterator[Event]) -> Generator[Event, None, Any]:
-        """Run one stage's events with its part loaded and read ahead; afterwards let it go unless all are kept."""
+        """Run one stage's events with its part loaded and read ahead; afterwards let it go unless it is kept."""
         yield Event("load", 0, 1, detail=name)
-        prefetch = Prefetch(self._part(name).read_order())
+        kept, prefetch = name in self._schedule.kept, Prefetch(resident_weights(self._part(name)))
         try:
             yield Event("load", 1, 1, detail=name)
-            return (yield from events)
+            with out_of_memory_in(name):
+                return (yield from events)
         finally:
             prefetch.stop()
-            if not self.plan.keeps_loaded:
+            if not kept:
                 self.release(name)
 
     def _encode_events(self, request: Request) -> Generator[Event, None, dict[str, Tensor]]:
@@ -388,22 +386,15 @@ class ZImage:
             )
         return shift
 
+    def _longest(self, request: Request) -> int:
+        """Tokens of the longest text of a request."""
+        return max(len(self.tokenize(text)) for text in [*request.prompts, request.negative or ""])
+
     def _warn_beyond_training(self, request: Request) -> None:
         longest = self.model.skeleton("dit").config.axes_lens[1] * SIZE_MULTIPLE
-        side = max(request.width, request.height)
-        if side > longest:
+        if (side := max(request.width, request.height)) > longest:
             log.warning("a side of %d px is past the %d px the model was trained for", side, longest)
 
 
 def _either(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
-    """`values`, or NonFiniteError that names the weights at fault where there are such."""
-    if torch.isfinite(values).all():
-        return values
-    broken = non_finite_weights(model)
-    if broken:
-        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; fetch the weights again")
-    raise NonFiniteError(f"{source} produced NaN or infinity though its weights are finite; try dtype fp32")

@@ -99,7 +99,7 @@ class Request(Settings):
     tile_mode: str | None = setting(
         None,
         "How the picture is cut for decoding: exact strips, blended tiles or not at all. "
-        "Default: exact where the whole does not fit in memory, else off.",
+        "Default: exact where the whole would take more than 3 GB or does not fit in memory, else off.",
         choices=TILE_MODES,
     )
     tile_size: int | None = setting(
@@ -156,6 +156,9 @@ class LoadSettings(Settings):
         None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base")
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.")
+    text_encoder_device: str | None = setting(None, "Where the text encoder runs. Default: as --device.")
+    dit_device: str | None = setting(None, "Where the DiT runs. Default: as --device.")
+    vae_device: str | None = setting(None, "Where the VAE runs. Default: as --device.")
     dtype: str | None = setting(
         None, "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.", choices=("bf16", "fp32")
     )
@@ -177,6 +180,13 @@ class LoadSettings(Settings):
     )
     lora: list[str] | None = setting(
         None, "LoRA file (.safetensors) and its scale, else 1; several add up. Default: none.", metavar="PATH[:SCALE]"
+    )
+    memory: float | None = setting(
+        None,
+        "GB (10⁹ bytes) a render may take on its device; on the CPU the whole process. What does not fit is loaded "
+        "stage by stage, decoded in strips, streamed block by block. Default: by the free memory.",
+        above=0,
+        maximum=1_000_000,
     )
 
     def __post_init__(self):

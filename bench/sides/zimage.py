@@ -5,11 +5,20 @@ import statistics
 from bench.sides.clock import Clock, serve
 
 
-def render(clock: Clock, folder: str, size: int, steps: int, dtype: str, prompt: str, precision: str = "bf16") -> None:
+def render(
+    clock: Clock,
+    folder: str,
+    size: int,
+    steps: int,
+    dtype: str,
+    prompt: str,
+    precision: str = "bf16",
+    memory: float | None = None,
+) -> None:
     import zimage
 
     kind = None if dtype == "auto" else dtype
-    pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, precision=precision)
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, precision=precision, memory=memory)
     request = pipe.resolve(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
     clock.lap("load")
     step_seconds, image = [], None

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from zimage.cli.options import given, options_of
+from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
 from zimage.errors import RequestError
 from zimage.settings import LoadSettings, Request
@@ -35,6 +36,7 @@ FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
 @options_of(Request, skip=("prompt",))
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the files' names, warnings and errors.")
 def gen(
     prompt: tuple[str, ...],
@@ -42,6 +44,7 @@ def gen(
     source: Path | None,
     output: str | None,
     as_json: bool,
+    verbose: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -62,6 +65,8 @@ def gen(
     request = pipe.resolve(request)
     if not (quiet or as_json):
         _introduce(progress, pipe, request)
+    if verbose:
+        show_plan(pipe, request)
     _warn_of_differences(origin, pipe.metadata(request, 0))
 
     saved = []

@@ -6,24 +6,35 @@ from typing import Any
 
 import click
 
-from zimage.settings import LoadSettings
+from zimage.cli.options import given, options_of
+from zimage.cli.plan import plan_facts, plan_lines
+from zimage.settings import LoadSettings, Request
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--device", default="auto", metavar="STR", help="Device the memory is reckoned for.")
-@click.option("--dtype", type=click.Choice(("bf16", "fp32")), help="Weights as loaded. Default: as `gen` would choose.")
+@click.option("--plan", "with_plan", is_flag=True, help="Show what will be in memory in each stage of a render.")
+@options_of(Request, only=("width", "height", "batch_size"))
+@options_of(LoadSettings, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def info(model: str | None, device: str, dtype: str | None, as_json: bool) -> None:
+def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> None:
     """Show the components, sizes, dtypes and memory of MODEL (default: the bundled demo)."""
-    LoadSettings(model=model, device=device, dtype=dtype)
+    LoadSettings(model=model, **given(options, LoadSettings))
+    size = given(options, Request)
+    Request("", **size)
     from zimage.pipeline import ZImage
 
-    pipe = ZImage.load(model, device, dtype)
-    facts = describe(pipe)
+    pipe = ZImage.load(model, **given(options, LoadSettings))
+    facts = describe(pipe, size)
     if as_json:
         click.echo(json.dumps(facts))
         return
+    _print(facts)
+    if with_plan:
+        click.echo("\n".join(plan_lines(pipe, _request(pipe, size))))
+
+
+def _print(facts: dict[str, Any]) -> None:
     click.echo(f"{facts['name']}  fingerprint {facts['fingerprint']}")
     click.echo(f"{'':14}{'class':26}{'tensors':>8}{'parameters':>16}{'on disk':>10}  {'stored as':18}{'in memory':>10}")
     for c in facts["components"]:
@@ -38,18 +49,16 @@ def info(model: str | None, device: str, dtype: str | None, as_json: bool) -> No
     )
     click.echo(
         f"memory        {facts['dtype']} on {facts['device']}: "
-        + ", ".join(f"{stage} {_size(size)}" for stage, size in facts["stage_bytes"].items())
-        + (" (all stages stay loaded)" if facts["keeps_loaded"] else " (one stage at a time)")
+        + ", ".join(f"{name} {_size(stage['peak'])}" for name, stage in facts["plan"]["stages"].items())
+        + (" (all stages stay loaded)" if len(facts["plan"]["kept"]) == len(facts["components"]) else "")
     )
 
 
-def describe(pipe: Any) -> dict[str, Any]:
-    """All that `info` prints, as plain values."""
-    from zimage.settings import Request
-
+def describe(pipe: Any, size: dict[str, int]) -> dict[str, Any]:
+    """All that `info` prints, as plain values; the plan for a picture of `size`, where one is given."""
     components = [_describe_component(c, pipe) for c in pipe.model.components.values()]
     known_shift = pipe.model.shift is not None
-    request = pipe.resolve(Request(prompt="", shift=None if known_shift else 3.0, seed=0))
+    request = _request(pipe, {})
     return {
         "name": pipe.model.name,
         "fingerprint": pipe.model.fingerprint,
@@ -65,9 +74,13 @@ def describe(pipe: Any) -> dict[str, Any]:
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "stage_bytes": pipe.plan.stage_bytes(request),
-        "keeps_loaded": pipe.plan.keeps_loaded,
+        "plan": plan_facts(pipe, _request(pipe, size)),
     }
+
+
+def _request(pipe: Any, size: dict[str, int]) -> Request:
+    """A resolved request, short of what it draws."""
+    return pipe.resolve(Request(prompt="", shift=3.0 if pipe.model.shift is None else None, seed=0, **size))
 
 
 def _describe_component(component: Any, pipe: Any) -> dict[str, Any]:

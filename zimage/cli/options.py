@@ -8,13 +8,13 @@ import click
 from zimage.settings import fields, list_fields
 
 
-def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable:
+def options_of(settings: type, skip: tuple[str, ...] = (), only: tuple[str, ...] | None = None) -> Callable:
     """A decorator that adds one option per field of a settings dataclass; options not given stay None."""
 
     def decorate(command: Callable) -> Callable:
         repeatable = list_fields(settings)
         for field, kinds in reversed(fields(settings)):
-            if field.name not in skip:
+            if field.name not in skip and (only is None or field.name in only):
                 command = _option(field, kinds, field.name in repeatable)(command)
         return command
 

@@ -195,9 +195,20 @@ class ZImageDiT(ContextRefiner):
         yield from first
         yield from blocks
 
-    def activation_bytes(self, image_tokens: int, dtype: torch.dtype) -> int:
-        """About the peak of one evaluation for one image: the feed-forward's hidden maps and a few of width dim."""
-        tokens = image_tokens + self.config.max_caption_tokens
+    def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+        """The modules that run one after another, in that order, each with the weights that its forward reads.
+
+        The modulations' are not among them: `modulate` reads those of all blocks before the first step.
+        """
+        for block in (*self.context_refiner, *self.noise_refiner, *self.layers):
+            yield block, [weight for name, weight in block.named_parameters() if "adaLN" not in name]
+
+    def activation_bytes(self, image_tokens: int, dtype: torch.dtype, caption_tokens: int | None = None) -> int:
+        """About the peak of one evaluation for one image: the feed-forward's hidden maps and a few of width dim.
+
+        Without `caption_tokens`, for the longest caption there is.
+        """
+        tokens = image_tokens + (self.config.max_caption_tokens if caption_tokens is None else _padded(caption_tokens))
         return tokens * (2 * int(self.config.dim / 3 * 8) + 8 * self.config.dim) * dtype.itemsize
 
     def forward(self, latents: Tensor, sigma: Tensor, captions: Sequence[Tensor]) -> Tensor:

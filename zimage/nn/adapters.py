@@ -95,6 +95,12 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
+def is_plain(model: nn.Module, path: str, dtype: torch.dtype) -> bool:
+    """Whether deltas are merged into the layer at `path`: a Linear whose weight stays in memory in `dtype`."""
+    layer = model.get_submodule(path)
+    return type(layer) is nn.Linear and layer.weight.dtype == dtype
+
+
 def adapt(
     model: nn.Module,
     path: str,
@@ -109,7 +115,7 @@ def adapt(
     """
     layer = model.get_submodule(path)
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    if type(base) is nn.Linear and base.weight.dtype == dtype:
+    if is_plain(model, path, dtype):
         base.weight = nn.Parameter(merged(original().to(device), stack, dtype), requires_grad=False)
         return
     if any(isinstance(delta, Decomposed) for delta, _ in stack):

@@ -3,6 +3,7 @@
 The number of tokens is dynamic, everything else static, so that neither another prompt nor another size compiles anew.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -19,10 +20,12 @@ def compile_blocks(dit: nn.Module) -> None:
     blocks = (*dit.context_refiner, *dit.noise_refiner, *dit.layers)
     compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
     for block in blocks:
-        block.forward = partial(_run, compiled, block)
+        block.forward = partial(_run, compiled, weakref.ref(block))  # a cycle would outlive the model
 
 
-def _run(compiled: Callable[..., Tensor], block: nn.Module, x: Tensor, rotation: tuple[Tensor, ...], *rest) -> Tensor:
+def _run(
+    compiled: Callable[..., Tensor], block: "weakref.ref[nn.Module]", x: Tensor, rotation: tuple[Tensor, ...], *rest
+) -> Tensor:
     for tensor in (x, *rotation):
         torch._dynamo.maybe_mark_dynamic(tensor, TOKENS)
-    return compiled(block, x, rotation, *rest)
+    return compiled(block(), x, rotation, *rest)

@@ -33,6 +33,13 @@ class NarrowLinear(nn.Linear):
         return (self.weight @ x.reshape(rows, -1).t()).t().view(*x.shape[:-1], -1)  # transposed in memory
 
 
+class StreamedLinear(nn.Linear):
+    """A Linear whose weight is in memory only while its block runs: whatever is written into it would be lost.
+
+    What changes weights leaves it alone and adds its branch when the layer runs.
+    """
+
+
 class WideningLinear(nn.Linear):
     """A Linear whose weight stays as stored (bf16) and is widened to the input's dtype when used.
 

@@ -153,6 +153,11 @@ class PackedEmbedding(nn.Module):
         return torch.cat(rows).view(*ids.shape, -1)
 
 
+def packed_codes(module: nn.Module) -> list[Tensor]:
+    """The codes of a packed layer, on a CPU a view of the file; nothing for other modules."""
+    return [module.packed.codes] if isinstance(module, PackedLinear) else []
+
+
 def rotate(x: Tensor, group: int) -> Tensor:
     """x · H in groups of `group` columns (..., C), H the normalised regular Hadamard matrix, symmetric and orthogonal.
 

@@ -4,15 +4,15 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zimage.errors import CheckpointError
-from zimage.nn.layers import WideningLinear
+from zimage.errors import CheckpointError, NonFiniteError
+from zimage.nn.layers import StreamedLinear, WideningLinear
 from zimage.nn.packed import PackedEmbedding, PackedLinear, is_packed
 from zimage.runtime import gguf_file
 from zimage.runtime.layouts import Layout, recognise, split_names
@@ -78,6 +78,10 @@ class Checkpoint:
     def describes(self) -> str:
         """What says of the model what the weights must fit."""
         return "config.json" if self.origin.is_dir() else "the architecture that their shapes tell"
+
+    def is_mapped(self, key: str) -> bool:
+        """Whether a tensor can be a view of the file; a careless writer may leave one unaligned."""
+        return self.entries[key].aligned
 
     def stored_bytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
@@ -145,21 +149,29 @@ def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str,
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
     """Raise CheckpointError listing what is missing, unexpected or misshapen; `other_keys` belong to other modules."""
-    _check_keys(checkpoint, _published_shapes(model), set(other_keys), _matrices(model))
+    _check_keys(checkpoint, _published_shapes(model), set(other_keys), late_matrices(model))
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, widen_late: bool = False
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    widen_late: bool = False,
+    away: Collection[str] = (),
 ) -> None:
     """Give `model` (built on meta) the weights of a checkpoint that was found to fit, as `dtype` on `device`.
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
     pages let go. Quantised matrices stay packed, and are widened when used. With `widen_late` so do plain matrices of
-    Linear and Embedding layers. A model whose layout differs from the file's brings `published_shapes()` and
-    `fold(key, tensor)`.
+    Linear and Embedding layers. Weights named in `away` stay views of the file, whatever the dtype and the device:
+    their attribute `wanted` says what they are to be when used. A model whose layout differs from the file's brings
+    `published_shapes()` and `fold(key, tensor)`.
     """
     read = checkpoint.reader()
-    kept = _late_matrices(model) if widen_late else set()
+    kept = late_matrices(model) if widen_late else set()
+    if widen_late:
+        _widen_linears(model)
     for key in _published_shapes(model):
         value = read(key)
         if is_packed(value):
@@ -168,7 +180,11 @@ def load_weights(
         folded = model.fold(key, value) if hasattr(model, "fold") else (key, value)
         if folded is not None:
             name, tensor = folded
-            _assign(model, name, _placed(tensor, value, tensor.dtype if name in kept else dtype, device))
+            wanted = tensor.dtype if name in kept else dtype
+            if name in away:
+                _leave(model, name, tensor, wanted)
+            else:
+                _assign(model, name, _placed(tensor, value, wanted, device))
     model.requires_grad_(False).eval()
 
 
@@ -186,15 +202,26 @@ def non_finite_weights(model: nn.Module) -> list[str]:
     return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 
-def _late_matrices(model: nn.Module) -> set[str]:
-    """Names of the weights that stay as stored; their Linear layers are made to widen them."""
-    names = set()
-    for path, module in model.named_modules():
+def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
+    """`values`, or NonFiniteError that names the weights at fault where there are such."""
+    if torch.isfinite(values).all():
+        return values
+    broken = non_finite_weights(model)
+    if broken:
+        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; fetch the weights again")
+    raise NonFiniteError(f"{source} produced NaN or infinity though its weights are finite; try dtype fp32")
+
+
+def late_matrices(model: nn.Module) -> set[str]:
+    """Names of the weights that stay as stored where they are widened late."""
+    modules = model.named_modules()
+    return {f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear | nn.Embedding)}
+
+
+def _widen_linears(model: nn.Module) -> None:
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = WideningLinear
-        if isinstance(module, nn.Linear | nn.Embedding):
-            names.add(f"{path}.weight")
-    return names
 
 
 def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -204,22 +231,26 @@ def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.de
     return placed
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
+    """Returns the module that owns the weight."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    return owner
+
+
+def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> None:
+    """A weight that is not loaded but comes and goes; its plain Linear can be told by its class."""
+    owner = _assign(model, name, stored)
+    getattr(owner, name.rpartition(".")[2]).wanted = wanted
+    if type(owner) is nn.Linear:
+        owner.__class__ = StreamedLinear
 
 
 def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     if hasattr(model, "published_shapes"):
         return model.published_shapes()
     return {key: tuple(weight.shape) for key, weight in model.named_parameters()}
-
-
-def _matrices(model: nn.Module) -> set[str]:
-    """Weights that may stay packed."""
-    layers = (nn.Linear, nn.Embedding)
-    return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, layers)}
 
 
 def _pack(model: nn.Module, key: str, packed: Any) -> None:

@@ -4,17 +4,21 @@ Weights on the CPU are views of memory-mapped files. Read lazily they arrive 4 K
 speed and while the processor waits; announced in the order of use they stream in ahead of the computation.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from zimage.errors import OutOfMemory
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
 MADV_DONTNEED = 4
@@ -25,12 +29,47 @@ PAGE = mmap.PAGESIZE
 def available_memory(device: torch.device) -> int:
     """Bytes that can be used on `device` without pushing anything else out."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
     return min(int(free.split()[1]) * 1024, _container_memory())
+
+
+def process_memory() -> int:
+    """Bytes of this process that are resident now, pages of mapped files included."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * PAGE if statm.is_file() else 0
+
+
+@contextlib.contextmanager
+def out_of_memory_in(stage: str) -> Iterator[None]:
+    """Turn running out of memory inside into one line: an OutOfMemory that names the stage and what was asked for."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        raise OutOfMemory(
+            f"out of memory in the {stage} stage"
+            + (f", allocating {_readable(asked[1])}" if asked else "")
+            + "; set memory (--memory GB) below what is free, or choose a smaller size"
+        ) from None
+
+
+def _is_shortage(error: Exception) -> bool:
+    """PyTorch has a class for it on GPUs only."""
+    shortages = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, shortages) or "can't allocate memory" in str(error)
+
+
+def _readable(size: str) -> str:
+    """PyTorch counts in bytes on a CPU."""
+    number, unit = size.split()
+    return f"{int(number) / 1e9:.3g} GB" if unit == "bytes" else size
 
 
 def _container_memory() -> int:
@@ -63,10 +102,15 @@ def release_cached(device: torch.device) -> None:
 
 
 class Prefetch:
-    """Brings mapped weights into memory from another thread, in the order given; `stop` ends it early."""
+    """Brings mapped weights into memory from another thread, in the order given; `stop` ends it early.
 
-    def __init__(self, tensors: Iterable[Tensor]):
-        self._ranges = [_pages(t) for t in tensors if t.device.type == "cpu" and t.numel()]
+    `after`: begin when that one is done, since two at once would share the disk.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], after: "Prefetch | None" = None):
+        self._after = after
+        self._tensors = [t for t in tensors if t.device.type == "cpu" and t.numel()]  # held: so they stay mapped
+        self._ranges = [_pages(t) for t in self._tensors]
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="zimage-prefetch", daemon=True)
         self._thread.start()
@@ -76,7 +120,14 @@ class Prefetch:
         self._stopped.set()
         self._thread.join()
 
+    def finish(self) -> None:
+        """Returns when all has been read."""
+        self._thread.join()
+
     def _work(self) -> None:
+        if self._after is not None:
+            self._after.finish()
+            self._after = None
         chunk = 32 << 20  # small enough to stop soon, large enough to stream
         for start, length in self._ranges:
             for offset in range(0, length, chunk):

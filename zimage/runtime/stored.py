@@ -52,6 +52,12 @@ class Stored:
     nbytes: int
     read: Callable[[Maps], Any]
     packed: bool = False
+    aligned: bool = True  # what is not must be copied out of the file
+
+    @property
+    def kind(self) -> torch.dtype | None:
+        """The dtype of what `read` gives, or None for a packed matrix."""
+        return None if self.packed else DTYPES.get(self.dtype)
 
     @property
     def count(self) -> int:
@@ -99,7 +105,9 @@ def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[s
         name, shape = about["dtype"], tuple(about["shape"])
         begin, end = (start + offset for offset in about["data_offsets"])
         # Kinds that no weight has may stand in a file, among what belongs to nobody; as weights they are refused.
-        yield key, Stored(shape, name, end - begin, _reader(file, DTYPES.get(name, torch.uint8), shape, begin, end))
+        dtype = DTYPES.get(name, torch.uint8)
+        read = _reader(file, dtype, shape, begin, end)
+        yield key, Stored(shape, name, end - begin, read, aligned=begin % dtype.itemsize == 0)
 
 
 def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Callable[[Maps], Tensor]:

@@ -1,0 +1,38 @@
+"""What a render tells its consumer while it runs, and what it gives back in the end."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from zimage.settings import Request
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a render. Step 0 says that a stage begins, step = total that it is done.
+
+    `stage` is "load", "encode", "denoise" or "decode"; `index` of `count` counts components, prompts or images.
+    `latents` (B, 16, h, w) come with denoising steps, `image` with each finished picture.
+    """
+
+    stage: str
+    step: int
+    total: int
+    index: int = 0
+    count: int = 1
+    detail: str = ""
+    latents: Tensor | None = None
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures in order, prompt by prompt, with the seed of each, the request as it was run, and seconds per stage."""
+
+    images: list[Image.Image]
+    seeds: list[int]
+    request: Request
+    timings: dict[str, float]
+    metadata: list[dict[str, Any]] = field(repr=False)

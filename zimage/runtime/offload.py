@@ -1,0 +1,237 @@
+"""Streaming: blocks whose weights are in memory only while they run, the next one's on their way meanwhile.
+
+    block      0         1         2         0      (of a model whose every block is streamed)
+    weights    bring ──→ bring ──→ bring ──→ bring
+    next one   announce 1   2         0         1
+    after it   let go 0     1         2         0
+
+At most two blocks' weights are in memory at a time. On a CPU they are pages of the mapped file, read ahead by another
+thread and unmapped afterwards (the page cache keeps them where there is room); what is stored in another dtype is cast
+in its turn. On a GPU they are copied from page-locked memory into two buffers in turn, by a stream of their own, while
+the other buffer's block computes. Values and kernels are those of resident weights, so results are the same bits.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zimage.nn.packed import packed_codes
+from zimage.runtime.memory import Prefetch, forget_pages
+
+ALIGNMENT = 256  # bytes, of a weight within a buffer: what a GPU's allocator gives
+
+
+def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> None:
+    """Stream the blocks `indices` of `model.blocks()`, whose weights were left as they are stored, in place."""
+    blocks = list(model.blocks())
+    weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
+    codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
+    carrier = MappedBlocks(weights, codes) if device.type == "cpu" else CopiedBlocks(weights, device)
+    model.streaming = Streaming(carrier, len(indices))
+    for turn, i in enumerate(indices):
+        block = blocks[i][0]
+        inner = vars(block).get("forward") or partial(_forward, weakref.ref(block))
+        block.forward = partial(_run, model.streaming, turn, inner)
+
+
+def stop_streaming(model: nn.Module) -> None:
+    """Let go of what was read ahead; the model may run again."""
+    if hasattr(model, "streaming"):
+        model.streaming.stop()
+
+
+def streamed_blocks(model: nn.Module) -> int:
+    """How many blocks of a loaded model are streamed."""
+    return model.streaming.count if hasattr(model, "streaming") else 0
+
+
+def resident_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that stay in memory, in the order in which a run reads them."""
+    return (weight for weight in model.read_order() if not hasattr(weight, "wanted"))
+
+
+def _forward(block: "weakref.ref[nn.Module]", *args: Any, **kwargs: Any) -> Any:
+    """Holding the block itself would be a cycle, and its pages stay mapped until Python looks for such."""
+    module = block()
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _run(streaming: "Streaming", turn: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with streaming.turn(turn):
+        return forward(*args, **kwargs)
+
+
+class Streaming:
+    """Whose turn it is. One block runs at a time: threads that share a model alternate, and memory stays bounded."""
+
+    def __init__(self, carrier: Any, count: int):
+        self.carrier, self.count = carrier, count
+        self._lock = threading.Lock()
+        # Which block ran after which: the file's order at first, then what is seen. A step begins anew after the last.
+        self._after: dict[int, int] = {i: i + 1 for i in range(count - 1)}
+        self._last: int | None = None
+
+    @contextmanager
+    def turn(self, i: int) -> Iterator[None]:
+        """The weights of streamed block `i` are there inside."""
+        with self._lock:
+            if self._last is not None:
+                self._after[self._last] = i
+            self._last = i
+            try:
+                self.carrier.bring(i)
+                following = self._after.get(i, i)
+                if following != i:
+                    self.carrier.announce(following)
+                yield
+            finally:
+                self.carrier.let_go(i)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._last = None  # the next run begins elsewhere
+            self.carrier.stop()
+
+
+class MappedBlocks:
+    """Weights of blocks on a CPU: views of mapped files, or cast from such in their turn.
+
+    `codes` are tensors of packed matrices, which stay what they are: their pages come and go.
+    """
+
+    def __init__(self, weights: list[list[nn.Parameter]], codes: list[list[Tensor]]):
+        self.weights, self.codes = weights, codes
+        self.stored = [[weight.data for weight in block] for block in weights]
+        self._ahead: tuple[int, Prefetch] | None = None  # the block that was announced
+        self._reading: Prefetch | None = None  # of the block that runs
+
+    def bring(self, i: int) -> None:
+        if self._ahead is not None and self._ahead[0] == i:
+            self._reading, self._ahead = self._ahead[1], None
+        if self._reading is not None and any(w.wanted != s.dtype for w, s in self._pairs(i)):
+            self._reading.finish()  # or it would bring back what is dropped here
+        for weight, stored in self._pairs(i):
+            if weight.wanted != stored.dtype:
+                weight.data = stored.to(weight.wanted)
+                forget_pages(stored)
+
+    def announce(self, i: int) -> None:
+        """Read block `i` once the block that runs now has been read; one announced before and not run is dropped."""
+        if self._ahead is None or self._ahead[0] != i:
+            self.stop()
+            self._ahead = (i, Prefetch(self.stored[i] + self.codes[i], after=self._reading))
+
+    def let_go(self, i: int) -> None:
+        if self._reading is not None:
+            self._reading.stop()
+            self._reading = None
+        for weight, stored in self._pairs(i):
+            weight.data = stored
+            forget_pages(stored)
+        for code in self.codes[i]:
+            forget_pages(code)
+
+    def stop(self) -> None:
+        if self._ahead is not None:
+            i, prefetch = self._ahead
+            prefetch.stop()
+            self._ahead = None
+            for stored in self.stored[i] + self.codes[i]:
+                forget_pages(stored)
+
+    def _pairs(self, i: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return zip(self.weights[i], self.stored[i], strict=True)
+
+
+class CopiedBlocks:
+    """Weights of blocks on a GPU: page-locked copies on the host, two buffers on the device, a stream that copies.
+
+    `runtime` has CUDA's Stream, Event, stream and current_stream. A copy into a buffer waits for the event `free`,
+    recorded when the buffer's last block had been launched; a block waits for `ready`, recorded after the copy.
+    """
+
+    def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Any = torch.cuda):
+        self.weights, self.device, self.runtime = weights, device, runtime
+        self.hosts = [_packed(block, pin=device.type == "cuda") for block in weights]
+        self.copies = runtime.Stream(device)
+        largest = max(host.numel() for host in self.hosts)
+        self.buffers = [_Buffer(largest, device, runtime) for _ in range(2)]
+        for buffer in self.buffers:  # its memory may still be in use by kernels launched before
+            buffer.free.record(runtime.current_stream(device))
+
+    def bring(self, i: int) -> None:
+        buffer = self._holding(i) or self._fetch(i, self.buffers[0] if self.buffers[1].latest else self.buffers[1])
+        self._mark(buffer)
+        self.runtime.current_stream(self.device).wait_event(buffer.ready)
+        for weight, view in zip(self.weights[i], _views(buffer.values, self.weights[i]), strict=True):
+            weight.data = view
+
+    def announce(self, i: int) -> None:
+        if self._holding(i) is None:
+            self._fetch(i, next(buffer for buffer in self.buffers if not buffer.latest))
+
+    def let_go(self, i: int) -> None:
+        for weight, view in zip(self.weights[i], _views(self.hosts[i], self.weights[i]), strict=True):
+            weight.data = view
+        buffer = self._holding(i)
+        if buffer is not None:  # None: bringing it failed
+            buffer.free.record(self.runtime.current_stream(self.device))
+
+    def stop(self) -> None:
+        self.copies.synchronize()
+
+    def _holding(self, i: int) -> "_Buffer | None":
+        return next((buffer for buffer in self.buffers if buffer.block == i), None)
+
+    def _mark(self, latest: "_Buffer") -> None:
+        for buffer in self.buffers:
+            buffer.latest = buffer is latest
+
+    def _fetch(self, i: int, buffer: "_Buffer") -> "_Buffer":
+        host = self.hosts[i]
+        buffer.block = None  # half copied, should this fail
+        with self.runtime.stream(self.copies):
+            self.copies.wait_event(buffer.free)
+            buffer.values[: host.numel()].copy_(host, non_blocking=True)
+            buffer.ready.record(self.copies)
+        buffer.block = i
+        return buffer
+
+
+class _Buffer:
+    def __init__(self, size: int, device: torch.device, runtime: Any):
+        self.values = torch.empty(size, dtype=torch.uint8, device=device)
+        self.ready, self.free = runtime.Event(), runtime.Event()
+        self.block: int | None = None  # whose weights it holds
+        self.latest = False  # its block runs, or was the last that did
+
+
+def _packed(weights: list[nn.Parameter], pin: bool) -> Tensor:
+    """One page-locked tensor with all weights as they are wanted, so that one copy brings a whole block."""
+    size = sum(_aligned(weight.numel() * weight.wanted.itemsize) for weight in weights)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    for weight, view in zip(weights, _views(host, weights), strict=True):
+        stored = weight.data
+        view.copy_(stored)
+        weight.data = view
+        forget_pages(stored)
+    return host
+
+
+def _views(packed: Tensor, weights: list[nn.Parameter]) -> Iterator[Tensor]:
+    """Each weight's place in a packed block."""
+    begin = 0
+    for weight in weights:
+        size = weight.numel() * weight.wanted.itemsize
+        yield packed[begin : begin + size].view(weight.wanted).view(weight.shape)
+        begin += _aligned(size)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
