@@ -178,6 +178,29 @@ def test_info_works_where_the_model_does_not_fit(run, tiny_folder, monkeypatch):
     assert "its weights alone are larger" in err
 
 
+def test_the_plan_is_printed_before_loading(run, tiny_folder):
+    status, out, _ = run("info", str(tiny_folder), "--plan", "--memory", "4", "--width", "64", "--height", "32")
+    assert status == 0
+    for words in ("plan          64×32; at most 4.00 GB on cpu (memory 4)", "text encoder  cpu", "DiT", "VAE", "peak"):
+        assert words in out
+    facts = json.loads(run("info", str(tiny_folder), "--memory", "4", "--json")[1])["plan"]
+    assert facts["limits"] == {"cpu": 4_000_000_000}
+    assert all(0 < stage["peak"] <= 4_000_000_000 for stage in facts["stages"].values())
+    status, _, err = run("gen", "a", "--memory", "4", "-v")
+    assert status == 0
+    assert err.index("at most 4.00 GB on cpu (memory 4)") < err.index("seed")
+
+
+def test_a_budget_that_cannot_be_met_is_one_line_and_no_file(run, tiny_folder, tmp_path):
+    for memory, words in (("0.01", "GB are allowed (memory 0.01); no size fits: give memory 0."), ("-1", "above 0")):
+        status, out, err = run("gen", "a", "--memory", memory, "-q")
+        assert (status, out) == (2, "")
+        assert words in err
+        assert err.count("\n") == 1
+    assert "refused       " in run("info", str(tiny_folder), "--plan", "--memory", "0.01")[1]
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_uninstalled_clone_says_how_to_install(tmp_path):
     process = subprocess.run(
         [sys.executable, "-I", "-S", str(ROOT / "cli.py"), "gen", "a"], capture_output=True, text=True, cwd=tmp_path

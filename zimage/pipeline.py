@@ -124,7 +124,9 @@ class ZImage:
 
     def _part(self, name: str) -> Any:
         with self._lock:
-            schedule = self._schedule or self.schedule(self.resolve(Request("", seed=0, shift=1.0)))
+            if self._schedule is None:  # stages called one by one: as for a picture of the usual size
+                self._schedule = self.schedule(self.resolve(Request("", seed=0, shift=1.0)))
+            schedule = self._schedule
             needed = schedule.stages[name].streamed
             if name not in self._loaded or streamed_blocks(self._loaded[name]) < len(needed):
                 log.debug("loading %s", name)

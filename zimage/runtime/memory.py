@@ -61,9 +61,10 @@ def out_of_memory_in(stage: str) -> Iterator[None]:
 
 
 def _is_shortage(error: Exception) -> bool:
-    """PyTorch has a class for it on GPUs only."""
-    shortages = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, shortages) or "can't allocate memory" in str(error)
+    """PyTorch has a class for it on NVIDIA's GPUs only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def _readable(size: str) -> str:
