@@ -173,12 +173,9 @@ class ZImage:
         captions = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             ids = torch.tensor([self.tokenize(prompt)], device=self.places["text_encoder"].device)
-            if ids.shape[1] > self.max_caption_tokens:
-                log.warning(
-                    "the prompt has %d tokens; the model was trained for at most %d",
-                    ids.shape[1],
-                    self.max_caption_tokens,
-                )
+            length, most = ids.shape[1], self.max_caption_tokens
+            if length > most:
+                log.warning("the prompt has %d tokens; the model was trained for at most %d", length, most)
             captions.append(finite(model(ids)[0], "the text encoder", model))
         return captions
 
