@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import lora_files
 import pytest
 import tiny
 import torch
@@ -265,6 +266,23 @@ def test_streamed_layers_can_be_told_and_their_weights_stay_away(tiny_folder, le
     assert sum(type(layer) is StreamedLinear for layer in layers) == 7 * streamed
     pipe.release("dit")
     assert not [t for t in threading.enumerate() if t.name == "zimage-prefetch"]
+
+
+def test_adapters_branch_beside_streamed_layers(tiny_folder, least, tmp_path):
+    """They are merged into layers that stay; either way the same picture up to rounding, and gone when removed."""
+    paths = [f"layers.{i}.attention.{name}" for i in (0, 1) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    file = lora_files.write(tmp_path / "style.safetensors", lora_files.NAMINGS["kohya"](lora_files.factors(paths)))
+    whole, pipe = load(tiny_folder), load(tiny_folder, memory=least)
+    without = pixels(whole.generate("a cat", **SMALL))
+    latents = {}
+    for each in (whole, pipe):
+        handle = each.lora.add(file, 0.5)
+        noise = zimage.flow.start_noise(1, 16, 4, 4)
+        latents[each] = each.denoise(each.encode(["a cat"]), noise, steps=3)
+        assert pixels(each.generate("a cat", **SMALL)) != without
+        each.lora.remove(handle)
+        assert pixels(each.generate("a cat", **SMALL)) == without
+    torch.testing.assert_close(latents[pipe], latents[whole], rtol=1e-3, atol=1e-3)
 
 
 def test_released_models_are_gone_at_once(tiny_folder, least):
@@ -563,9 +581,9 @@ def random(shape: torch.Size) -> torch.Tensor:
     return torch.ones(shape) if len(shape) < 2 else torch.randn(shape) * 0.5 * shape[1:].numel() ** -0.5
 
 
-def measure(folder: Path, dtype: str, memory: float | None, size: int = 64, threads: int = 1) -> dict:
+def measure(folder: Path, dtype: str, memory: float | None, size: int = 64, threads: int = 1, **more) -> dict:
     """Render in a process of its own: planned and measured peak, and the picture's digest."""
-    settings = {"dtype": dtype, "memory": memory, "residency": "auto" if memory else "stage"}
+    settings = {"dtype": dtype, "memory": memory, "residency": "auto" if memory else "stage", **more}
     arguments = json.dumps([settings, {"width": size, "height": size}])
     command = [sys.executable, "-c", RENDER, arguments, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -582,3 +600,5 @@ def test_the_peak_is_what_was_planned_at_every_budget(medium):
             assert budget is None or run["peak"] <= 1.1 * budget * 1e9
             assert budget is None or run["streamed"][1] > 0
         assert len({run["pixels"] for run in runs.values()}) == 1
+    run = measure(medium, "bf16", None, precision="int8")  # cast, then quantised: what was cast is there first
+    assert run["planned"] == pytest.approx(run["peak"], rel=0.1)

@@ -236,10 +236,13 @@ class MemoryPlan:
 
     def _resident_bytes(self, name: str) -> int:
         """Of a loaded part's weights, what a render brings into memory."""
-        place = self.places[name]
-        if place.device.type != "cpu" or self._is_quantised(name):
-            return self.weight_bytes(name)
-        return self._facts(name)[0]
+        on_cpu = self.places[name].device.type == "cpu"
+        if self._is_quantised(name):  # made of the loaded weights: pages of the file, or copies that are there first
+            dtype = self.places[name].dtype
+            component = self.model.components[name]
+            viewed = on_cpu and component.is_viewed(dtype)
+            return self.weight_bytes(name) if viewed else component.weight_bytes(dtype)
+        return self._facts(name)[0] if on_cpu else self.weight_bytes(name)
 
     def _copied_bytes(self, name: str) -> int:
         """Of a loaded part's weights, what is not a view of a file, whose pages count as free."""
