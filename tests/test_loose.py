@@ -7,10 +7,12 @@ import loose
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import zimage
 from bench.weights import PARTS
+from zimage.cli import cli
 from zimage.errors import CheckpointError, RequestError
 from zimage.nn import ggml
 from zimage.nn.packed import PackedLinear, is_packed, rotate
@@ -122,6 +124,9 @@ def test_what_shapes_do_not_tell_is_said(states, folder, tmp_path):
     file = loose.save(states["dit"], tmp_path / "dit.safetensors")
     assert [line.split()[0] for line in zimage.ZImage.load(folder, dit=file).model.assumptions] == ["DiT"]
     assert zimage.ZImage.load(folder).model.assumptions == []
+    done = CliRunner().invoke(cli, ["info", str(folder), "--dit", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "assumed       DiT from a loose file" in done.output
 
 
 @pytest.mark.parametrize(

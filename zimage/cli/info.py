@@ -43,6 +43,8 @@ def _print(facts: dict[str, Any]) -> None:
             f"{c['stored']:18}{_size(c['memory_bytes']):>10}"
         )
     click.echo(f"vocabulary    {facts['vocabulary']:,} tokens; captions up to {facts['caption_tokens']:,} tokens")
+    for line in facts["assumptions"]:
+        click.echo(f"assumed       {line}")
     d = facts["defaults"]
     click.echo(
         f"defaults      {d['width']}×{d['height']}, {d['steps']} steps, guidance {d['guidance']:g}, shift {d['shift']}"
@@ -63,6 +65,7 @@ def describe(pipe: Any, size: dict[str, int]) -> dict[str, Any]:
         "name": pipe.model.name,
         "fingerprint": pipe.model.fingerprint,
         "components": components,
+        "assumptions": pipe.model.assumptions,
         "vocabulary": pipe.model.tokenizer.vocab_size,
         "caption_tokens": pipe.max_caption_tokens,
         "defaults": {

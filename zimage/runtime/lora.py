@@ -83,8 +83,8 @@ def _deltas(
         if delta.shape != whole:
             misfits.append(f"{group.module} {list(delta.shape)} should be {list(whole)}")
             continue
-        ends = list(itertools.accumulate(out for out, _ in sizes))
-        for layer, first, last in zip(group.layers, [0, *ends], ends, strict=False):
+        ends = itertools.accumulate((out for out, _ in sizes), initial=0)
+        for layer, (first, last) in zip(group.layers, itertools.pairwise(ends), strict=True):
             deltas[layer] = delta if len(sizes) == 1 else delta.rows(first, last)
     if misfits:
         raise CheckpointError(f"{len(misfits)} of {len(groups)} layers do not fit: {listing(misfits)}")
