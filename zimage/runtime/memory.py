@@ -21,6 +21,7 @@ from torch import Tensor
 from zimage.errors import OutOfMemory
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
+KEPT = 64 << 20  # bytes: an activation of a step is kept, a whole map of a VAE goes back at once
 MADV_DONTNEED = 4
 MADV_POPULATE_READ = 22  # Linux 5.14: read the pages and map them, without the faults
 PAGE = mmap.PAGESIZE
@@ -90,7 +91,7 @@ def keep_freed_memory() -> None:
     8 % of a full-size step.
     """
     if sys.platform == "linux" and hasattr(_libc(), "mallopt"):
-        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 64 << 20)):
+        for option, size in ((M_MMAP_THRESHOLD, KEPT), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, KEPT)):
             _libc().mallopt(option, size)
 
 
