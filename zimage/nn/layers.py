@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from zimage.kernels.norm import HALF, rms_norm
 
+PIECE = 2 << 20  # values widened at a time: small enough to stay in the cache until they are multiplied
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -46,11 +48,9 @@ class WideningLinear(nn.Linear):
     For processors that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
     """
 
-    PIECE = 2 << 20  # weights widened at a time: small enough to stay in the cache until they are multiplied
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        rows = max(1, self.PIECE // self.in_features)
+        rows = max(1, PIECE // self.in_features)
         scratch = x.new_empty(min(rows, self.out_features), self.in_features)
         out = [F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in self.weight.split(rows)]
         out = torch.cat(out, dim=-1)

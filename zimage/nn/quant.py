@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.quantise import quantise_rows
-from zimage.nn.packed import PIECE, PackedLinear, Scaled, rotate
+from zimage.nn.layers import PIECE
+from zimage.nn.packed import PackedLinear, Scaled, rotate
 
 log = logging.getLogger("zimage")
 

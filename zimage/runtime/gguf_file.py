@@ -11,11 +11,10 @@ from torch import Tensor
 from zimage.errors import CheckpointError
 from zimage.nn import ggml
 from zimage.nn.packed import Blocks
-from zimage.runtime.stored import Maps, Stored
+from zimage.runtime.stored import Maps, Stored, plain
 
 MAGIC = b"GGUF"
-PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16"}
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = ("F64", "F32", "F16", "BF16")  # kinds that go by the same names in safetensors
 
 
 def is_gguf(file: Path) -> bool:
@@ -35,7 +34,7 @@ def _stored(file: Path, tensor: Any) -> Stored:
     if end > file.stat().st_size:
         raise CheckpointError(f"{file} is not a whole GGUF file: {tensor.name} ends past its end; fetch it again")
     if kind in PLAIN:
-        return Stored(shape, PLAIN[kind], end - begin, lambda maps: _plain(maps(file)[begin:end], TORCH[kind], shape))
+        return plain(file, kind, shape, begin, end)
     unpack = partial(_unpacked, tensor.tensor_type)
     if len(shape) != 2 or not _can_unpack(tensor.tensor_type):
         raise CheckpointError(f"{file}: {tensor.name} {list(shape)} is of the type {kind}, which cannot be unpacked")
@@ -44,11 +43,6 @@ def _stored(file: Path, tensor: Any) -> Stored:
         return Blocks(maps(file)[begin:end].view(shape[0], -1), shape[1], unpack)
 
     return Stored(shape, f"GGUF {kind}", end - begin, read, packed=True)
-
-
-def _plain(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    aligned = data.storage_offset() % dtype.itemsize == 0
-    return (data if aligned else data.clone()).view(dtype).view(shape)
 
 
 def _unpacked(kind: Any, codes: Tensor) -> Tensor:

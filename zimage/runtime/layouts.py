@@ -108,7 +108,6 @@ PREFIXES = {
     "text_encoder": ("", "text_encoders.qwen3_4b.transformer."),
     "vae": ("", "vae.", "first_stage_model."),
 }
-PARTS = tuple(PREFIXES)
 
 
 def layout(part: str, name: str) -> Layout:

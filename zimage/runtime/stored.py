@@ -104,10 +104,17 @@ def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[s
     for key, about in header.items():
         name, shape = about["dtype"], tuple(about["shape"])
         begin, end = (start + offset for offset in about["data_offsets"])
-        # Kinds that no weight has may stand in a file, among what belongs to nobody; as weights they are refused.
-        dtype = DTYPES.get(name, torch.uint8)
-        read = _reader(file, dtype, shape, begin, end)
-        yield key, Stored(shape, name, end - begin, read, aligned=begin % dtype.itemsize == 0)
+        yield key, plain(file, name, shape, begin, end)
+
+
+def plain(file: Path, name: str, shape: tuple[int, ...], begin: int, end: int) -> Stored:
+    """A tensor of the kind that safetensors calls `name` in these bytes of a file.
+
+    Kinds that no weight has may stand in a file, among what belongs to nobody; as weights they are refused.
+    """
+    dtype = DTYPES.get(name, torch.uint8)
+    read = _reader(file, dtype, shape, begin, end)
+    return Stored(shape, name, end - begin, read, aligned=begin % dtype.itemsize == 0)
 
 
 def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Callable[[Maps], Tensor]:
