@@ -10,7 +10,8 @@ from PIL import Image
 import zimage
 from zimage.cli import main
 from zimage.errors import CheckpointError, RequestError
-from zimage.settings import LoadSettings, list_fields, split_lora
+from zimage.fields import list_fields
+from zimage.settings import LoadSettings, split_lora
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 """What a render is asked for and how a model is loaded: one dataclass field per parameter, declared once.
 
-A field's type, default, bounds and help make the command-line flag, the keyword of `ZImage.generate`, the check of the
-value and the entry in the PNG's metadata. No torch here: `--help` must be quick.
+A field's type, default, bounds, group and help make the command-line flag, the key in TOML files, the keyword of
+`ZImage.generate`, the check of the value and the entry in the PNG's metadata. What a field is: `zimage.fields`.
 """
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from zimage.errors import RequestError
+from zimage.fields import Settings, Weights, check_fields, setting
 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384
@@ -23,76 +19,145 @@ TILE_MODES = ("exact", "blend", "off")
 MAX_LORA_SCALE = 100.0
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
+LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
+HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
+STRENGTH = 0.6
 SIDE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    metavar: str | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    multiple: int | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A run setting: a dataclass field that knows its help text, its bounds, its flag and the name of its value."""
-    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "metavar": metavar, **bounds})
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """How a prompt becomes a caption. None means: what the template says, else nothing.
 
+    Raises RequestError by the field's name.
+    """
 
-class Settings:
-    """What settings dataclasses share."""
+    template: str | None = setting(None, "Template whose parts are used where none is given here.", group="Text")
+    system_prompt: str | None = setting(None, "Text of a system turn before the prompt.", group="Text")
+    thinking_content: str | None = setting(None, "What the model is made to have thought.", group="Text")
+    assistant_content: str | None = setting(None, "What the model is made to have answered.", group="Text")
+    force_think_block: bool | None = setting(
+        None, "Write a think block, empty or not, or none at all. Default: one where there is content.", group="Text"
+    )
+    strip_quotes: bool = setting(False, 'Remove " from all parts; the model paints quoted text.', group="Text")
+    hidden_layer: int | None = setting(
+        None,
+        "Layer of the text encoder to take, counted from the end; the tokens' own embeddings come first. Default: -2.",
+        group="Text",
+        minimum=-1000,
+        maximum=-1,
+    )
+    layer_weights: Weights | None = setting(
+        None, "Blend of several layers instead, by weights.", group="Text", metavar="LAYER:WEIGHT,…"
+    )
+    long_prompt: str = setting(
+        "none",
+        "What happens to captions past the trained length: none keeps all of it (with a warning), the others shorten.",
+        group="Text",
+        choices=LONG_PROMPTS,
+    )
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values, as JSON holds them; an unknown name is an error that offers the nearest."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names)
-                raise RequestError(f"there is no setting {key!r}; {hint}")
-        return cls(**values)
+    def __post_init__(self):
+        check_fields(self)
+        if self.layer_weights is not None and self.hidden_layer is not None:
+            raise RequestError("layer_weights: hidden_layer is given too; give one of them")
+        if self.force_think_block is False and self.thinking_content:
+            raise RequestError("thinking_content: it needs a think block, and force_think_block is off")
+
+    @property
+    def layers(self) -> Weights:
+        """Each layer that the caption is made of, with its weight."""
+        return self.layer_weights or {HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer: 1.0}
 
 
 @dataclass(frozen=True)
-class Request(Settings):
+class Request(TextSettings):
     """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.resolve` fills it in).
 
-    `prompt` may be a list; `seed` a single number, one per prompt, or one per image. Raises RequestError by the
-    field's name.
+    `prompt` may be a list; `seed` a single number, one per prompt, or one per image. `image`, `mask` and `embeddings`
+    are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError by the field's name.
     """
 
-    prompt: str | list[str] = setting(dataclasses.MISSING, "What to draw.")
-    negative: str | None = setting(None, "What to steer away from; needs --guidance above 0. Default: empty text.")
-    width: int | None = setting(None, "Width in pixels. Default: the checkpoint's.", **SIDE)
-    height: int | None = setting(None, "Height in pixels. Default: the checkpoint's.", **SIDE)
+    prompt: str | list[str] = setting("", "What to draw.", group="Text")
+    negative: str | None = setting(
+        None, "What to steer away from; needs --guidance above 0. Default: empty text.", group="Text"
+    )
+    embeddings: Any = setting(
+        None,
+        "Caption embeddings saved by `encode`, in the place of a prompt.",
+        group="Text",
+        metavar="FILE",
+        attachment=True,
+    )
+    width: int | None = setting(
+        None, "Width in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
+    )
+    height: int | None = setting(
+        None, "Height in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
+    )
     steps: int | None = setting(
-        None, "Denoising steps, each one model evaluation. Default: 8 (Turbo) or 30 (Base).", minimum=1, maximum=1000
+        None,
+        "Denoising steps, each one model evaluation. Default: 8 (Turbo) or 30 (Base).",
+        group="Sampling",
+        minimum=1,
+        maximum=1000,
     )
     seed: int | list[int] | None = setting(
         None,
         "Seed of the noise; image k of a prompt uses seed + k. Default: drawn and reported.",
+        group="Sampling",
         minimum=0,
         maximum=MAX_SEED,
     )
     guidance: float | None = setting(
-        None, "Classifier-free guidance, counted from 0 (off). Default: 0 (Turbo) or 4 (Base).", minimum=0, maximum=100
+        None,
+        "Classifier-free guidance, counted from 0 (off). Default: 0 (Turbo) or 4 (Base).",
+        group="Sampling",
+        minimum=0,
+        maximum=100,
     )
     shift: float | None = setting(
-        None, "Shift of the noise schedule. Default: from the checkpoint's scheduler config.", above=0, maximum=100
+        None,
+        "Shift of the noise schedule. Default: from the checkpoint's scheduler config.",
+        group="Sampling",
+        above=0,
+        maximum=100,
     )
-    cfg_truncation: float = setting(1.0, "Guidance is off on steps where 1 − sigma is past this.", minimum=0, maximum=1)
+    cfg_truncation: float = setting(
+        1.0, "Guidance is off on steps where 1 − sigma is past this.", group="Sampling", minimum=0, maximum=1
+    )
     cfg_normalization: float = setting(
-        0.0, "Scale a guided velocity back to this many times the unguided length; 0: off.", minimum=0, maximum=100
+        0.0,
+        "Scale a guided velocity back to this many times the unguided length; 0: off.",
+        group="Sampling",
+        minimum=0,
+        maximum=100,
     )
-    images: int = setting(1, "Images per prompt.", flag="-n", minimum=1, maximum=10_000)
+    image: Any = setting(
+        None, "Picture to start from instead of pure noise.", group="Picture", metavar="FILE", attachment=True
+    )
+    strength: float | None = setting(
+        None,
+        f"How far from the image, or from the first pass of --hires: 1 starts from pure noise. Default: {STRENGTH}.",
+        group="Picture",
+        above=0,
+        maximum=1,
+    )
+    mask: Any = setting(
+        None, "Picture that is white where the image is painted anew.", group="Picture", metavar="FILE", attachment=True
+    )
+    hires: float | None = setting(
+        None,
+        "Render first at the size divided by this, then enlarge and refine. Default: in one pass.",
+        group="Picture",
+        above=1,
+        maximum=8,
+    )
+    images: int = setting(1, "Images per prompt.", group="Picture", flag="-n", minimum=1, maximum=10_000)
     batch_size: int = setting(
         1,
         "Images denoised together. Above 1 the bits depend on the batch; helps on large GPUs only.",
+        group="Sampling",
         minimum=1,
         maximum=1024,
     )
@@ -100,15 +165,22 @@ class Request(Settings):
         None,
         "How the picture is cut for decoding: exact strips, blended tiles or not at all. "
         "Default: exact where the whole would take more than 3 GB or does not fit in memory, else off.",
+        group="Decoding",
         choices=TILE_MODES,
     )
     tile_size: int | None = setting(
-        None, "Height of exact strips or side of blended tiles in pixels. Default: by the map; blend: 512.", **TILE
+        None,
+        "Height of exact strips or side of blended tiles in pixels. Default: by the map; blend: 512.",
+        group="Decoding",
+        **TILE,
     )
-    tile_overlap: int = setting(64, "Overlap of blended tiles in pixels.", minimum=0, maximum=MAX_SIDE)
+    tile_overlap: int = setting(
+        64, "Overlap of blended tiles in pixels.", group="Decoding", minimum=0, maximum=MAX_SIDE
+    )
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
+        self._check_sources()
         if self.tile_mode == "blend" and self.tile_overlap >= (self.tile_size or BLEND_TILE):
             raise RequestError(
                 f"tile_overlap {self.tile_overlap} must be below the tile_size {self.tile_size or BLEND_TILE}"
@@ -122,6 +194,20 @@ class Request(Settings):
                 f"seed: {len(self.seed)} seeds were given; give one, one per prompt ({len(self.prompts)}) "
                 f"or one per image ({self.count})"
             )
+
+    def _check_sources(self) -> None:
+        """What a picture may be made of, and what goes with what."""
+        if self.mask is not None and self.image is None:
+            raise RequestError("mask: it has no effect without an image; give the image that it belongs to")
+        if self.strength is not None and self.image is None and self.hires is None:
+            raise RequestError("strength: it has no effect without an image or hires; give one or leave it out")
+        if self.hires is not None and self.image is not None:
+            raise RequestError("hires: an image to start from is given too; give one of them")
+        if self.embeddings is not None and self.prompt:
+            raise RequestError("embeddings: a prompt is given too, which they replace; give one of them")
+        parts = ("template", "system_prompt", "thinking_content", "assistant_content")
+        if self.embeddings is not None and any(getattr(self, name) for name in parts):
+            raise RequestError(f"embeddings: they hold the whole text; leave out {', '.join(parts)}")
 
     @property
     def prompts(self) -> list[str]:
@@ -146,40 +232,57 @@ class LoadSettings(Settings):
     """How a model is loaded. Raises RequestError by the field's name."""
 
     model: str | None = setting(
-        None, "Model folder in the published layout, or an all-in-one file. Default: the bundled demo model."
+        None,
+        "Model folder in the published layout, or an all-in-one file. Default: the bundled demo model.",
+        group="Model",
+        env="ZIMAGE_MODEL",
     )
-    dit: str | None = setting(None, "DiT from a loose file (safetensors or GGUF) or component folder.")
-    text_encoder: str | None = setting(None, "Text encoder from a loose file or component folder.")
-    vae: str | None = setting(None, "VAE from a loose file or component folder.")
-    tokenizer: str | None = setting(None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.")
+    dit: str | None = setting(None, "DiT from a loose file (safetensors or GGUF) or component folder.", group="Model")
+    text_encoder: str | None = setting(None, "Text encoder from a loose file or component folder.", group="Model")
+    vae: str | None = setting(None, "VAE from a loose file or component folder.", group="Model")
+    tokenizer: str | None = setting(
+        None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.", group="Model"
+    )
     variant: str | None = setting(
-        None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base")
+        None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base"), group="Model"
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.")
-    text_encoder_device: str | None = setting(None, "Where the text encoder runs. Default: as --device.")
-    dit_device: str | None = setting(None, "Where the DiT runs. Default: as --device.")
-    vae_device: str | None = setting(None, "Where the VAE runs. Default: as --device.")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", group="Machine")
+    text_encoder_device: str | None = setting(
+        None, "Where the text encoder runs. Default: as --device.", group="Machine"
+    )
+    dit_device: str | None = setting(None, "Where the DiT runs. Default: as --device.", group="Machine")
+    vae_device: str | None = setting(None, "Where the VAE runs. Default: as --device.", group="Machine")
     dtype: str | None = setting(
-        None, "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.", choices=("bf16", "fp32")
+        None,
+        "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.",
+        choices=("bf16", "fp32"),
+        group="Machine",
     )
     attention: str | None = setting(
         None,
-        "Attention backend; sage is lossy. Default: the environment's ZIMAGE_ATTENTION, else auto.",
+        "Attention backend; sage is lossy. Default: auto.",
         choices=ATTENTIONS,
+        group="Machine",
+        env="ZIMAGE_ATTENTION",
     )
     precision: str = setting(
         "bf16",
         "Matrix products of the DiT: bf16 (as --dtype says), int8 or fp8, with scales per token and channel.",
         choices=("bf16", "int8", "fp8"),
+        group="Machine",
     )
-    compile: bool = setting(False, "Compile the DiT's blocks: some seconds once, then quicker steps.")
+    compile: bool = setting(False, "Compile the DiT's blocks: some seconds once, then quicker steps.", group="Machine")
     residency: str = setting(
         "auto",
         "keep all weights in memory between stages, load each stage in its turn, or decide by the memory there is.",
         choices=("auto", "keep", "stage"),
+        group="Machine",
     )
     lora: list[str] | None = setting(
-        None, "LoRA file (.safetensors) and its scale, else 1; several add up. Default: none.", metavar="PATH[:SCALE]"
+        None,
+        "LoRA file (.safetensors) and its scale, else 1; several add up. Default: none.",
+        metavar="PATH[:SCALE]",
+        group="Model",
     )
     memory: float | None = setting(
         None,
@@ -187,12 +290,80 @@ class LoadSettings(Settings):
         "stage by stage, decoded in strips, streamed block by block. Default: by the free memory.",
         above=0,
         maximum=1_000_000,
+        group="Machine",
+    )
+    templates: str | None = setting(
+        None,
+        "Folder with templates of your own, which come before those of the same name that are shipped.",
+        group="Text",
+        metavar="FOLDER",
+        env="ZIMAGE_TEMPLATES",
+    )
+    cache_entries: int = setting(
+        100,
+        "Captions kept in memory, so that a prompt is encoded once; 0: none.",
+        group="Text",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    cache_folder: str | None = setting(
+        None, "Folder to keep captions in between runs. Default: none.", group="Text", metavar="FOLDER"
     )
 
     def __post_init__(self):
         check_fields(self)
         for text in self.lora or []:
             split_lora(text)
+
+
+@dataclass(frozen=True)
+class RewriteSettings(Settings):
+    """How a prompt is rewritten before it is drawn. Raises RequestError by the field's name."""
+
+    rewriter: str | None = setting(
+        None,
+        "Rewrite prompts first, by a template of the category rewriter.",
+        group="Rewriting",
+        flag="--rewrite",
+        metavar="NAME",
+    )
+    rewriter_url: str | None = setting(
+        None,
+        "Server with OpenAI's chat completions that rewrites, in the place of the model's own text encoder.",
+        group="Rewriting",
+        metavar="URL",
+        env="ZIMAGE_REWRITER_URL",
+    )
+    rewriter_model: str = setting("default", "Name of the server's model.", group="Rewriting")
+    rewriter_timeout: float = setting(
+        120.0, "Seconds to wait for the server.", group="Rewriting", above=0, maximum=86_400
+    )
+    rewrite_thinking: bool = setting(
+        False, "Let it think before it answers; thoughts are not drawn.", group="Rewriting"
+    )
+    temperature: float = setting(0.6, "0 takes the likeliest token each time.", group="Rewriting", minimum=0, maximum=5)
+    top_p: float = setting(
+        0.95, "Likeliest tokens up to this probability in all.", group="Rewriting", above=0, maximum=1
+    )
+    top_k: int = setting(20, "Likeliest tokens up to this number; 0: off.", group="Rewriting", minimum=0, maximum=10**6)
+    min_p: float = setting(
+        0.0, "Only tokens of this share of the likeliest one's probability.", group="Rewriting", minimum=0, maximum=1
+    )
+    presence_penalty: float = setting(
+        0.0, "Taken off the logit of each token that was written already.", group="Rewriting", minimum=0, maximum=2
+    )
+    max_tokens: int = setting(
+        512, "Tokens that are written at most, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
+    )
+    rewrite_seed: int | None = setting(
+        None, "Seed of the rewriting. Default: drawn and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+ALL_SETTINGS = (Request, LoadSettings, RewriteSettings)
 
 
 def split_lora(text: str) -> tuple[str, float]:
@@ -214,83 +385,3 @@ def check_lora_scale(scale: Any) -> None:
         raise RequestError(f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number")
     if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
         raise RequestError(f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}")
-
-
-def fields(cls: type) -> list[tuple[dataclasses.Field, tuple[type, ...]]]:
-    """Each field with the plain types that its value, or each in its list of values, may have."""
-    hints = typing.get_type_hints(cls)
-    return [(field, _scalar_types(hints[field.name])) for field in dataclasses.fields(cls)]
-
-
-def list_fields(cls: type) -> dict[str, bool]:
-    """The fields that take a list → whether they also take a single value without one."""
-    hints = typing.get_type_hints(cls)
-    return {name: _takes_one(hint) for name, hint in hints.items() if _list_types(hint)}
-
-
-def check_fields(settings: Any) -> None:
-    """Raise RequestError unless every value has its field's type and lies within its bounds."""
-    hints = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        _check(field, hints[field.name], getattr(settings, field.name))
-
-
-def _check(field: dataclasses.Field, accepted: Any, value: Any) -> None:
-    if value is None:
-        if types.NoneType not in _members(accepted):
-            raise RequestError(f"{field.name}: a value is needed")
-        return
-    many = isinstance(value, list) and bool(_list_types(accepted))
-    if not many and not _takes_one(accepted):
-        raise RequestError(f"{field.name} {value!r} is a {type(value).__name__}; it should be a list")
-    for item in value if many else [value]:
-        _check_scalar(field, _scalar_types(accepted), item)
-
-
-def _scalar_types(accepted: Any) -> tuple[type, ...]:
-    """The types of a single value; where only lists are accepted, of what is in them."""
-    plain = tuple(m for m in _members(accepted) if m is not types.NoneType and typing.get_origin(m) is None)
-    return plain or _list_types(accepted)
-
-
-def _list_types(accepted: Any) -> tuple[type, ...]:
-    """The types of what a list may hold; none where no list is accepted."""
-    return next((typing.get_args(m) for m in _members(accepted) if typing.get_origin(m) is list), ())
-
-
-def _takes_one(accepted: Any) -> bool:
-    return any(m is not types.NoneType and typing.get_origin(m) is None for m in _members(accepted))
-
-
-def _members(accepted: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(accepted) in (typing.Union, types.UnionType)
-    return typing.get_args(accepted) if is_union else (accepted,)
-
-
-def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: Any) -> None:
-    name, m = field.name, field.metadata
-    numbers = (int, float) if float in accepted else accepted
-    if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
-        kind = " or ".join(t.__name__ for t in accepted)
-        raise RequestError(f"{name} {value!r} is a {type(value).__name__}; it should be of type {kind}")
-    if m["choices"] and value not in m["choices"]:
-        raise RequestError(f"{name} {value!r} is not known; use {', '.join(m['choices'])}")
-    if isinstance(value, str):
-        if not value.isascii() and value != value.encode(errors="ignore").decode():
-            raise RequestError(f"{name} is not valid text; it must be encoded in UTF-8")
-        return
-    if isinstance(value, bool):
-        return
-    if value != value:
-        raise RequestError(f"{name} is not a number")
-    if m["minimum"] is not None and value < m["minimum"]:
-        raise RequestError(f"{name} {value} is too small; the least is {m['minimum']}")
-    if m["above"] is not None and value <= m["above"]:
-        raise RequestError(f"{name} {value} is too small; it must be above {m['above']}")
-    if m["maximum"] is not None and value > m["maximum"]:
-        raise RequestError(f"{name} {value} is too large; the most is {m['maximum']}")
-    if m["multiple"] and value % m["multiple"]:
-        down = value // m["multiple"] * m["multiple"]
-        raise RequestError(
-            f"{name} {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}"
-        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from zimage.cli.options import given, options_of
+from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
 from zimage.errors import RequestError
@@ -21,7 +21,7 @@ NAME_FIELDS = ("prompt", "seed", "index", "width", "height", "steps")
 FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
 @click.option("--file", "prompt_file", type=click.Path(path_type=Path), help="Read prompts from a file, one per line.")
 @click.option(

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from zimage.cli.options import given, options_of
+from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.settings import LoadSettings, Request
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option("--plan", "with_plan", is_flag=True, help="Show what will be in memory in each stage of a render.")
 @options_of(Request, only=("width", "height", "batch_size"))

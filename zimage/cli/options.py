@@ -1,11 +1,33 @@
-"""Command-line options made from the settings' dataclass fields."""
+"""Command-line options made from the settings' dataclass fields, and help that shows them by their groups."""
 
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from zimage.settings import fields, list_fields
+from zimage.fields import fields, list_fields
+
+
+class GroupedOption(click.Option):
+    """An option that knows which section of the help it belongs to."""
+
+    def __init__(self, *args: Any, section: str, **attributes: Any):
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its settings section by section, after its own options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def options_of(settings: type, skip: tuple[str, ...] = (), only: tuple[str, ...] | None = None) -> Callable:
@@ -30,18 +52,20 @@ def given(values: dict[str, Any], settings: type, skip: tuple[str, ...] = ()) ->
 
 
 def _option(field: Any, kinds: tuple[type, ...], repeatable: bool) -> Callable:
-    names = [n for n in (field.metadata["flag"], "--" + field.name.replace("_", "-")) if n]
-    default = "" if field.default in (None, "") else f" Default: {field.default}."
-    choices = field.metadata["choices"]
+    m, flag = field.metadata, field.name.replace("_", "-")
+    default = "" if field.default in (None, "") or field.default is False else f" Default: {field.default}."
+    default += f" Environment: {m['env']}." if m["env"] else ""
+    shared = {"cls": GroupedOption, "section": m["group"], "help": m["help"] + default}
     if kinds[-1] is bool:
-        return click.option(*names, field.name, is_flag=True, default=None, help=field.metadata["help"])
+        return click.option(f"--{flag}/--no-{flag}", field.name, default=None, **shared)
+    kind = str if m["attachment"] else kinds[-1]
     return click.option(
-        *names,
+        *[name for name in (m["flag"], f"--{flag}") if name],
         field.name,
-        type=click.Choice(choices) if choices else kinds[-1],
+        type=click.Choice(m["choices"]) if m["choices"] else kind,
         multiple=repeatable,
-        metavar=field.metadata["metavar"] or (None if choices else kinds[-1].__name__.upper()),
-        help=field.metadata["help"] + default,
+        metavar=m["metavar"] or (None if m["choices"] else kind.__name__.upper()),
+        **shared,
     )
 
 
