@@ -1,11 +1,12 @@
 """The flow-matching sampler as pure functions. σ is the noise level: 1 = pure noise, 0 = clean.
 
 A sample on the way is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε − x₀ (rectified flow: Liu et al. 2022,
-Lipman et al. 2022). Shapes: latents (B, C, h, w) fp32.
+Lipman et al. 2022). Shapes: latents (B, C, h, w) fp32; masks (1, 1, h, w), 1 = repaint, 0 = keep.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zimage.errors import RequestError
 
@@ -53,3 +54,33 @@ def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:
     """(1, C, h, w) fp32 drawn on the CPU, so that a seed means the same noise on every device and in every batch."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, h, w), generator=generator, dtype=torch.float32)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step at which a render that starts from a picture begins: int(N − min(N·s, N)), so that ⌈N·s⌉ steps run.
+
+    Computed in the reference's order, so that products such as 100 · 0.29 = 28.999… round as there. Where it would
+    run no step at all (a strength below the last bits of N), the last one runs.
+    """
+    if steps < 1 or not 0 < strength <= 1:
+        raise RequestError(f"strength {strength:g} must be above 0 and at most 1, and steps = {steps} at least 1")
+    return min(int(steps - min(steps * strength, steps)), steps - 1)
+
+
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_σ = (1 − σ)·x₀ + σ·ε in fp32; at σ = 0 and 1 it is `clean` and `noise` to the bit."""
+    sigma = sigma.to(clean.device)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def keep_outside(latents: Tensor, clean: Tensor, noise: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
+    """m·x + (1 − m)·x_σ: after a step to σ, what is outside the mask goes back to the picture at that noise level.
+
+    After the last step σ is 0, and outside the mask stands the picture itself.
+    """
+    return (1 - mask) * noised(clean, noise, sigma) + mask * latents
+
+
+def latent_mask(mask: Tensor, h: int, w: int) -> Tensor:
+    """A mask (1, 1, H, W) at the latents' size (1, 1, h, w): the nearest value, which is each cell's upper left."""
+    return F.interpolate(mask, (h, w), mode="nearest")
