@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"zimage": ROOT / "zimage", "zimage.kernels": ROOT / "kernels", "zimage.weights": ROOT / "weights"}
 
 # What each part may import of the project, besides itself and the leaves.
-LEAVES = {"errors", "settings", "fields", "version", "flow", "image", "events", "places", "schedule"}
+LEAVES = {"errors", "settings", "fields", "version", "flow", "image", "picture_file", "events", "places", "schedule"}
 MAY_IMPORT = {
     "cli": {"pipeline", "weights"},
     "pipeline": {"components", "plan", "loras", "dit", "text", "vae", "runtime", "nn", "weights"},

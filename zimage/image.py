@@ -1,26 +1,38 @@
-"""Tensors ↔ pictures ↔ files. Shapes: (B, 3, H, W) fp32 in [−1, 1].
+"""Tensors ↔ pictures, and pictures as an input: read from any file, brought to a size, told apart by their content.
 
-A saved file carries every setting of its render: as JSON under `zimage` and, for other tools, as the `parameters`
-line that AUTOMATIC1111's web UI introduced. PNG keeps both in text chunks, JPEG and WebP the JSON in EXIF.
+Shapes: images (B, 3, H, W) fp32 in [−1, 1]; masks (1, 1, H, W) fp32, 1 = repaint, 0 = keep. An input picture is
+"RGB", a mask "L". Colour profiles are not applied, and of an animation the first frame is taken.
 """
 
 import contextlib
-import itertools
-import json
+import hashlib
 import os
-import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from zimage.errors import RequestError
+from zimage.picture_file import file_format, read_metadata, save
+from zimage.settings import MAX_SIDE, SIZE_MULTIPLE
 
-METADATA_KEY = "zimage"
-EXIF_DESCRIPTION = 0x010E
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+__all__ = [
+    "content_hash",
+    "file_format",
+    "fit",
+    "from_pil",
+    "mask_tensor",
+    "natural_size",
+    "open_image",
+    "open_mask",
+    "read_metadata",
+    "save",
+    "to_pil",
+]
+
+Source = str | os.PathLike | Image.Image
+THRESHOLD = 128  # the first of 256 levels that is at least one half
 
 
 def to_pil(images: Any) -> list[Image.Image]:
@@ -30,90 +42,114 @@ def to_pil(images: Any) -> list[Image.Image]:
 
 
 def from_pil(image: Image.Image) -> Any:
-    """A PIL image → (1, 3, H, W) fp32 tensor in [−1, 1]."""
+    """A PIL image → (1, 3, H, W) fp32 tensor in [−1, 1], in the reference's order of rounding."""
     import torch
 
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None].contiguous()
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(2 * pixels - 1).permute(2, 0, 1)[None].contiguous()
 
 
-def file_format(path: Path) -> str:
-    """What Pillow calls the format of a name's ending; raises RequestError."""
+def mask_tensor(mask: Image.Image, width: int, height: int) -> Any:
+    """A mask → (1, 1, H, W) fp32 of zeros and ones: brought to the size by `fit`, then cut at one half."""
+    import torch
+
+    levels = np.asarray(fit(mask.convert("L"), width, height))
+    return torch.from_numpy((levels >= THRESHOLD).astype(np.float32))[None, None]
+
+
+def open_image(source: Source) -> Image.Image:
+    """Any picture as "RGB": upright by its EXIF rotation, transparency on white, 16 bits rounded to 8.
+
+    Raises RequestError where there is none, where it is damaged, or where a side is past the limit.
+    """
+    return _on_ground(source, "white")
+
+
+def open_mask(source: Source) -> Image.Image:
+    """Any picture as a mask "L", white = repaint: its luminance, transparency on black.
+
+    So what is transparent is kept, and white strokes drawn on an empty layer are what is repainted.
+    """
+    return _on_ground(source, "black").convert("L")
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scaled by Lanczos until it covers width × height, and cut to its centre there.
+
+    Only what is kept is computed: a long strip needs no giant in between. A picture of that size comes back untouched.
+    """
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def natural_size(image: Image.Image, multiple: int = SIZE_MULTIPLE, longest: int = MAX_SIDE) -> tuple[int, int]:
+    """(width, height) for a render of a picture's own size: each side at the nearest multiple, at least one.
+
+    A picture with a side past `longest` is scaled down to it first, both sides alike.
+    """
+    scale, most = min(1.0, longest / max(image.size)), longest // multiple
+    width, height = (min(max(int(side * scale / multiple + 0.5), 1), most) * multiple for side in image.size)
+    return width, height
+
+
+def content_hash(image: Image.Image) -> str:
+    """Sixteen hex digits of SHA-256 over mode, size and pixels: the same for one picture in any lossless file.
+
+    For what `open_image` and `open_mask` return: the pixels of a palette image do not tell its colours.
+    """
+    digest = hashlib.sha256(f"{image.mode} {image.width} {image.height}\n".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _on_ground(source: Source, ground: str) -> Image.Image:
+    """The picture, decoded and upright, on a ground of one colour, as "RGB"."""
+    given = isinstance(source, Image.Image)
+    name = "the picture given" if given else str(_file(source))
     try:
-        return FORMATS[path.suffix.lower()]
-    except KeyError:
-        raise RequestError(f"output {path.name!r} should end in one of {', '.join(FORMATS)}") from None
+        with contextlib.nullcontext(source) if given else Image.open(name) as image:
+            return _flat(image, name, ground)
+    except RequestError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(f"{name} is too large a picture: {_first_line(error)}") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        raise RequestError(f"{name} cannot be read as a picture: {_first_line(error)}") from error
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, Any], replace: bool) -> Path:
-    """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number."""
-    kind = file_format(path)
-    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex}{path.suffix}")
+def _file(source: str | os.PathLike) -> Path:
     try:
-        with temporary.open("xb") as stream:
-            image.save(stream, kind, **_save_options(kind, metadata))
-        if replace:
-            os.replace(temporary, path)
+        path = Path(source)
+        if path.is_file():
             return path
-        return _publish(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        fault = "is not a file" if path.exists() else "is missing"
+    except TypeError:
+        raise RequestError(f"a picture should be a path or a PIL image, not {type(source).__name__}") from None
+    except OSError as error:  # a name too long, a folder that may not be entered
+        fault = f"cannot be opened: {error.strerror}"
+    raise RequestError(f"{source} {fault}; give the path of a picture")
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The settings that a saved picture carries; raises RequestError where it is none of ours."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY) or image.getexif().get(EXIF_DESCRIPTION)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read as a picture: {error}") from error
-    try:
-        metadata = json.loads(text)
-        if isinstance(metadata["request"], dict):
-            return metadata
-    except (TypeError, KeyError, ValueError):
-        pass
-    raise RequestError(f"{path} carries no settings of a render; give a picture saved by this program")
+def _flat(image: Image.Image, name: str, ground: str) -> Image.Image:
+    if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE:
+        raise RequestError(f"{name} is {image.width} × {image.height} px; each side must be 1 to {MAX_SIDE} px")
+    image = _eight_bits(ImageOps.exif_transpose(image), name)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert("RGB")
 
 
-def parameters_line(metadata: Mapping[str, Any]) -> str:
-    """The settings in the form other tools read; their CFG scale counts from 1."""
-    r = metadata["request"]
-    lines = [r["prompt"]]
-    if r.get("negative"):
-        lines.append(f"Negative prompt: {r['negative']}")
-    lines.append(
-        f"Steps: {r['steps']}, Sampler: Euler, CFG scale: {r['guidance'] + 1:g}, Seed: {r['seed']}, "
-        f"Size: {r['width']}x{r['height']}, Model: {metadata['model']['name']}, "
-        f"Model hash: {metadata['model']['fingerprint']}, Shift: {r['shift']:g}, Version: zimage {metadata['version']}"
-    )
-    return "\n".join(lines)
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Modes with more than 8 bits, which Pillow would clip at 255, as "L"; 16-bit values are rounded to 8 bits."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise RequestError(f"{name} has 32-bit pixels, whose range is not known; save it with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def _save_options(kind: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps(metadata, ensure_ascii=False)
-    if kind == "PNG":
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_text(METADATA_KEY, text)
-        chunks.add_text("parameters", parameters_line(metadata))
-        return {"pnginfo": chunks}
-    exif = Image.Exif()
-    exif[EXIF_DESCRIPTION] = json.dumps(metadata)  # EXIF text is ASCII
-    return {"exif": exif, "quality": 95}
-
-
-def _publish(temporary: Path, path: Path) -> Path:
-    """Give the finished file the first free name of path, path-2, path-3 …; two at once never get the same."""
-    for number in itertools.count(1):
-        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without hard links: the check and the move are then two steps
-            if target.exists():
-                continue
-            os.replace(temporary, target)
-        return target
-    raise AssertionError("unreachable: the count does not end")
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

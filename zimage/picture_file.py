@@ -1,0 +1,104 @@
+"""Pictures ↔ files that carry every setting of their render.
+
+The settings stand as JSON under `zimage` and, for other tools, as the `parameters` line that AUTOMATIC1111's web UI
+introduced. PNG keeps both in text chunks, JPEG and WebP the JSON in EXIF.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from zimage.errors import RequestError
+
+METADATA_KEY = "zimage"
+EXIF_DESCRIPTION = 0x010E
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def file_format(path: Path) -> str:
+    """What Pillow calls the format of a name's ending; raises RequestError."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise RequestError(f"output {path.name!r} should end in one of {', '.join(FORMATS)}") from None
+
+
+def save(image: Image.Image, path: Path, metadata: Mapping[str, Any], replace: bool) -> Path:
+    """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number."""
+    kind = file_format(path)
+    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        with temporary.open("xb") as stream:
+            image.save(stream, kind, **_save_options(kind, metadata))
+        if replace:
+            os.replace(temporary, path)
+            return path
+        return _publish(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The settings that a saved picture carries; raises RequestError where it is none of ours."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY) or image.getexif().get(EXIF_DESCRIPTION)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read as a picture: {error}") from error
+    try:
+        metadata = json.loads(text)
+        if isinstance(metadata["request"], dict):
+            return metadata
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise RequestError(f"{path} carries no settings of a render; give a picture saved by this program")
+
+
+def parameters_line(metadata: Mapping[str, Any]) -> str:
+    """The settings in the form other tools read; their CFG scale counts from 1."""
+    r = metadata["request"]
+    lines = [r["prompt"]]
+    if r.get("negative"):
+        lines.append(f"Negative prompt: {r['negative']}")
+    lines.append(
+        f"Steps: {r['steps']}, Sampler: Euler, CFG scale: {r['guidance'] + 1:g}, Seed: {r['seed']}, "
+        f"Size: {r['width']}x{r['height']}, Model: {metadata['model']['name']}, "
+        f"Model hash: {metadata['model']['fingerprint']}, Shift: {r['shift']:g}, Version: zimage {metadata['version']}"
+    )
+    return "\n".join(lines)
+
+
+def _save_options(kind: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    text = json.dumps(metadata, ensure_ascii=False)
+    if kind == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text(METADATA_KEY, text)
+        chunks.add_text("parameters", parameters_line(metadata))
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[EXIF_DESCRIPTION] = json.dumps(metadata)  # EXIF text is ASCII
+    return {"exif": exif, "quality": 95}
+
+
+def _publish(temporary: Path, path: Path) -> Path:
+    """Give the finished file the first free name of path, path-2, path-3 …; two at once never get the same."""
+    for number in itertools.count(1):
+        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without hard links: the check and the move are then two steps
+            if target.exists():
+                continue
+            os.replace(temporary, target)
+        return target
+    raise AssertionError("unreachable: the count does not end")
