@@ -1,8 +1,11 @@
 """The reference implementations at the sizes of `tiny`, called alike. Needs the extra `parity`."""
 
+from unittest import mock
+
 import diffusers
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tiny import DIT, KL, QWEN, SCHEDULER, WAN, arguments, randomised
 from torch import Tensor
 
@@ -87,3 +90,50 @@ def denoise(
         return_dict=False,
         **settings,
     )[0]
+
+
+@torch.no_grad()
+def from_picture(
+    model,
+    vae,
+    picture,
+    mask,
+    seeds: list[int],
+    captions: list[Tensor],
+    negative: list[Tensor] | None,
+    *,
+    output_type: str = "latent",
+    **settings,
+) -> Tensor:
+    """Image to image, or inpainting with a mask, through the reference's own pipelines; one seed per caption.
+
+    They draw the posterior before the noise: with its mode in that place, the generator's first draw is the noise.
+    """
+    build = diffusers.ZImageImg2ImgPipeline if mask is None else diffusers.ZImageInpaintPipeline
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    pipe = build(scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+    with mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()):
+        return pipe(
+            prompt_embeds=captions,
+            negative_prompt_embeds=negative,
+            image=picture,
+            **({} if mask is None else {"mask_image": mask}),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type=output_type,
+            return_dict=False,
+            **settings,
+        )[0]
+
+
+def pixels(picture) -> Tensor:
+    """(1, 3, H, W) in [−1, 1], as the reference's pipelines read a PIL image."""
+    return diffusers.image_processor.VaeImageProcessor(vae_scale_factor=16).preprocess(picture)
+
+
+def mask_pixels(mask, width: int, height: int) -> Tensor:
+    """(1, 1, H, W) of zeros and ones, as its inpainting pipeline reads a mask."""
+    read = diffusers.image_processor.VaeImageProcessor(
+        vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+    )
+    return read.preprocess(mask, height=height, width=width)
