@@ -18,6 +18,7 @@ from zimage.image import (
     open_mask,
     to_pil,
 )
+from zimage.picture_file import read_metadata
 
 ORIENTATION = 0x0112
 
@@ -171,18 +172,25 @@ def test_flipped_bytes_give_a_picture_or_one_line(tmp_path, suffix):
         assert outcome == "RGB" or (outcome.startswith(str(tmp_path)) and "\n" not in outcome)
 
 
+def header(width: int, height: int) -> bytes:
+    """A PNG that promises a size and has no pixels behind it."""
+    stream = io.BytesIO()
+    stream.write(b"\x89PNG\r\n\x1a\n")
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    PngImagePlugin.putchunk(stream, b"IHDR", sides + bytes([8, 2, 0, 0, 0]))
+    PngImagePlugin.putchunk(stream, b"IDAT", bytes(10))
+    return stream.getvalue()
+
+
 def test_giants_are_refused_before_they_are_decoded(tmp_path):
-    """The headers promise the sizes; there are no pixels behind them."""
+    path = tmp_path / "a.png"
     for size, expected in {(20_000, 16): "each side must be", (30_000, 30_000): "too large"}.items():
-        ihdr = b"".join(side.to_bytes(4, "big") for side in size) + bytes([8, 2, 0, 0, 0])
-        stream = io.BytesIO()
-        stream.write(b"\x89PNG\r\n\x1a\n")
-        for name, data in ((b"IHDR", ihdr), (b"IDAT", bytes(10))):
-            PngImagePlugin.putchunk(stream, name, data)
-        (tmp_path / "a.png").write_bytes(stream.getvalue())
+        path.write_bytes(header(*size))
         with pytest.raises(RequestError, match=expected) as error:
-            open_image(tmp_path / "a.png")
+            open_image(path)
         one_line(error)
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_metadata(path)
     with pytest.raises(RequestError, match="0 × 5 px"):
         open_image(Image.new("RGB", (0, 5)))
 
