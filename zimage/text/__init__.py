@@ -1,6 +1,18 @@
-"""From a prompt to caption embeddings."""
+"""From a prompt to caption embeddings. Torch and tokenizers are loaded when the class that needs them is first used."""
 
-from zimage.text.qwen3 import Qwen3
-from zimage.text.tokenizer import Tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zimage.text.qwen3 import Qwen3
+    from zimage.text.tokenizer import Tokenizer
 
 __all__ = ["Qwen3", "Tokenizer"]
+
+_MODULES = {"Qwen3": "qwen3", "Tokenizer": "tokenizer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"zimage.text.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'zimage.text' has no attribute {name!r}")
