@@ -4,7 +4,7 @@ import importlib.util
 import sys
 
 if __name__ == "__main__":
-    needed = ("click", "torch", "safetensors", "tokenizers", "numpy", "PIL", "zimage.weights")
+    needed = ("click", "torch", "safetensors", "tokenizers", "numpy", "PIL", "yaml", "zimage.weights")
     missing = next((name for name in needed if importlib.util.find_spec(name) is None), None)
     if missing:
         sys.exit(f"error: not installed yet ({missing} is missing); run: pip install -c constraints.txt -e .")

@@ -13,6 +13,10 @@ class RequestError(ZImageError, ValueError):
     exit_status = 2
 
 
+class TemplateError(RequestError):
+    """A prompt template that cannot be read; names the file, and the line where it is text that is at fault."""
+
+
 class CheckpointError(ZImageError):
     """A model folder or weight file that is missing, damaged or does not fit the architecture."""
 
