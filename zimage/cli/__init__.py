@@ -8,6 +8,7 @@ import click
 
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.templates import templates
 from zimage.cli.weights import weights
 from zimage.errors import ZImageError
 from zimage.version import __version__
@@ -38,6 +39,7 @@ def cli(ctx: click.Context) -> None:
 
 cli.add_command(gen)
 cli.add_command(info)
+cli.add_command(templates)
 cli.add_command(weights)
 
 

@@ -1,0 +1,193 @@
+"""`templates`: what prompt templates there are, and what is in them."""
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zimage.errors import RequestError
+from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
+
+PATH = click.Path(path_type=Path)
+MARKS = {"shipped": "", "own": "own", "override": "own, replaces shipped"}
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def templates(ctx: click.Context) -> None:
+    """Show the prompt templates: system prompts that say how a picture looks, not what it shows.
+
+    \b
+    zimage templates list                        all of them, by category
+    zimage templates list --category lettering   those of one category
+    zimage templates search film grain           those about something
+    zimage templates show NAME                   one in full
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def _shared(command: Callable) -> Callable:
+    """The options that every subcommand has."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print as JSON."),
+        click.option("--model", type=PATH, help="Count tokens with the tokenizer of this model folder."),
+        click.option(
+            "--templates",
+            "folder",
+            type=PATH,
+            help="Folder with templates of your own, which go before those that ship. Default: the environment's "
+            "ZIMAGE_TEMPLATES, else zimage/templates in the config folder.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@templates.command("list")
+@click.option("--category", metavar="NAME", help="Only this category; rewriter shows the rewriters.")
+@click.option("--all", "everything", is_flag=True, help="Also the rewriters.")
+@_shared
+def list_command(category: str | None, everything: bool, as_json: bool, **options: Any) -> None:
+    """List templates with the tokens they add to a prompt."""
+    shelf = _Shelf(**options)
+    found = shelf.templates.list(category, everything)
+    if as_json:
+        click.echo(json.dumps([shelf.facts(t) for t in found]))
+        return
+    for name, members in groupby(found, key=lambda t: t.category):
+        click.echo(click.style(name, bold=True))
+        click.echo("\n".join(shelf.rows(list(members), found)) + "\n")
+    _note(f"{_many(len(found), 'template')} in {_many(len({t.category for t in found}), 'category')}; ", found)
+
+
+@templates.command()
+@click.argument("name")
+@_shared
+def show(name: str, as_json: bool, **options: Any) -> None:
+    """Show the template NAME in full."""
+    shelf = _Shelf(**options)
+    facts = shelf.facts(shelf.templates.get(name))
+    click.echo(json.dumps(facts) if as_json else "\n".join(_description(facts)))
+
+
+@templates.command()
+@click.argument("words", nargs=-1, required=True)
+@_shared
+def search(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Find the templates that hold the most of WORDS, best first.
+
+    A word is found where a word of the name, category, description or text starts with it.
+    """
+    shelf = _Shelf(**options)
+    found = shelf.templates.search(words)
+    if as_json:
+        click.echo(json.dumps([shelf.facts(t) for t in found]))
+        return
+    for row in shelf.rows(found, found, categories=True):
+        click.echo(row)
+    _note(f"{_many(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
+
+
+class _Shelf:
+    """The templates of one call, with what is told of each."""
+
+    def __init__(self, folder: Path | None, model: Path | None):
+        self.templates = Templates.open(folder or user_folder())
+        self._encode = _encoder(model) if model else None
+
+    def tokens(self, template: Template) -> int | None:
+        """By the model's tokenizer if one was named, else as stored for those that ship."""
+        if self._encode:
+            return count_added_tokens(template, self._encode)
+        return self.templates.stored_count(template.name)
+
+    def facts(self, template: Template) -> dict[str, Any]:
+        """All there is to know of a template, as plain values."""
+        own = {"tokens": self.tokens(template), "origin": self.templates.origin(template.name)}
+        return {**vars(template), "path": str(template.path), **own}
+
+    def rows(self, shown: Sequence[Template], all_shown: Sequence[Template], categories: bool = False) -> list[str]:
+        """Name, category if asked for, tokens and description, in columns as wide as all that is shown needs."""
+        name_width = max(map(_cells, (t.name for t in all_shown)), default=0)
+        category_width = max((_cells(t.category) for t in all_shown), default=0)
+        rows = []
+        for t in shown:
+            mark = MARKS[self.templates.origin(t.name)]
+            tokens = self.tokens(t)
+            middle = f"{t.category:{category_width}}  " if categories else ""
+            count = "-" if tokens is None else tokens
+            text = f"[{mark}] {t.description}" if mark else t.description
+            rows.append(_cut(f"{'' if categories else '  '}{t.name:{name_width}}  {middle}{count:>4}  {text}"))
+        return rows
+
+
+def _description(facts: dict[str, Any]) -> Iterator[str]:
+    """What `show` prints of a template's facts."""
+    counted = facts["tokens"] is not None
+    yield f"name         {facts['name']}"
+    yield f"category     {facts['category']}"
+    yield f"description  {facts['description']}"
+    yield f"tokens       {facts['tokens'] if counted else '- (not counted: give --model)'}"
+    yield f"written for  {facts['model']}"
+    if facts["add_think_block"] is not None:
+        yield f"think block  {'on' if facts['add_think_block'] else 'off'}"
+    yield f"file         {facts['path']} ({MARKS[facts['origin']] or 'shipped'})"
+    for part in ("system_prompt", "thinking_content", "assistant_content"):
+        if facts[part]:
+            yield f"\n{click.style(part.replace('_', ' '), bold=True)}\n{_wrapped(facts[part])}"
+
+
+def _wrapped(text: str) -> str:
+    """`text` in lines that a terminal need not break inside a word; as it is where there is no terminal."""
+    width = _width()
+    return text if width is None else "\n".join(textwrap.fill(line, min(width, 100)) for line in text.split("\n"))
+
+
+def _encoder(model: Path) -> Callable[[str], list[int]]:
+    from zimage.text.tokenizer import Tokenizer
+
+    if not model.exists():
+        raise RequestError(f"model {model} does not exist; give a model folder, or a tokenizer's")
+    folder = model if model.is_dir() else model.parent
+    return Tokenizer.load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).encode
+
+
+def _note(text: str, found: Sequence[Template]) -> None:
+    """How many there are and where to go on, beside the list: not in a pipe that reads it."""
+    example = found[0].name if found else ""
+    click.echo(text + (f"zimage templates show {example}" if found else "zimage templates list shows all"), err=True)
+
+
+def _many(count: int, what: str) -> str:
+    plural = what.removesuffix("y") + "ies" if what.endswith("y") else what + "s"
+    return f"{count} {what if count == 1 else plural}"
+
+
+def _cut(text: str) -> str:
+    """`text` in the width of the terminal; whole where there is none."""
+    width = _width()
+    if width is None or _cells(text) <= width:
+        return text
+    while _cells(text) > width - 1:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _width() -> int | None:
+    """Columns of the terminal, or those that the environment's COLUMNS asks for; None in a pipe."""
+    wanted = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return shutil.get_terminal_size().columns if wanted else None
+
+
+def _cells(text: str) -> int:
+    """Columns that a text takes: Chinese and Japanese signs take two."""
+    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
