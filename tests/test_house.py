@@ -12,10 +12,39 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"zimage": ROOT / "zimage"} | {f"zimage.{name}": ROOT / name for name in ("kernels", "templates", "weights")}
 
 # What each part may import of the project, besides itself and the leaves.
-LEAVES = {"errors", "settings", "fields", "version", "flow", "image", "picture_file", "events", "places", "schedule"}
+LEAVES = {
+    "errors",
+    "settings",
+    "fields",
+    "version",
+    "flow",
+    "image",
+    "sources",
+    "state",
+    "picture_file",
+    "events",
+    "places",
+    "schedule",
+}
 MAY_IMPORT = {
-    "cli": {"pipeline", "text", "weights"},
-    "pipeline": {"components", "plan", "loras", "dit", "text", "vae", "runtime", "nn", "weights"},
+    "cli": {"pipeline", "state", "text", "weights"},
+    "pipeline": {
+        "render",
+        "defaults",
+        "captions",
+        "parts",
+        "state",
+        "components",
+        "plan",
+        "dit",
+        "text",
+        "runtime",
+        "weights",
+    },
+    "render": {"defaults", "state", "runtime"},
+    "defaults": {"captions", "components", "sources", "text"},
+    "captions": {"parts", "components", "text", "runtime"},
+    "parts": {"components", "plan", "loras", "runtime", "nn"},
     "loras": {"components", "runtime", "nn"},
     "plan": {"components", "runtime", "nn"},
     "components": {"architecture", "dit", "text", "vae", "runtime", "nn"},

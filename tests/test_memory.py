@@ -205,7 +205,7 @@ def test_what_cannot_be_met_is_refused_before_loading_with_what_would_fit(tiny_f
         little.generate("a cat", **{**SMALL, "width": 2048, "height": 1024})
     message = str(refusal.value)
     assert "\n" not in message
-    assert not little._loaded
+    assert not little.parts.loaded
     width, height = map(int, message.split("choose at most ")[1].split()[0].split("×"))
     assert little.check(little.resolve(zimage.Request("a cat", width=width, height=height, seed=1)))
     with pytest.raises(RequestError):
@@ -318,7 +318,7 @@ def test_cancelling_while_streaming_lets_go(tiny_folder, least):
     run = pipe.run(zimage.Request("a cat", **{**SMALL, "steps": 50}))
     assert next(e.step for e in run if e.stage == "denoise" and e.step == 2) == 2
     run.close()
-    assert not pipe._loaded
+    assert not pipe.parts.loaded
     assert not [t for t in threading.enumerate() if t.name == "zimage-prefetch"]
     assert pixels(pipe.generate("a cat", **SMALL)) == pixels(load(tiny_folder).generate("a cat", **SMALL))
 
@@ -333,7 +333,7 @@ def test_a_block_that_fails_does_not_lock_the_others_out(tiny_folder, least, err
         patch.setattr("zimage.dit.blocks.FeedForward.forward", fail)
         with pytest.raises(error):
             pipe.generate("a cat", **SMALL)
-    assert not pipe._loaded
+    assert not pipe.parts.loaded
     assert len(pipe.generate("a cat", **SMALL).images) == 1
 
 
@@ -341,7 +341,7 @@ def test_a_larger_picture_streams_more_of_a_part_that_is_loaded(tiny_folder, lea
     pipe, tight = load(tiny_folder, residency="stage"), load(tiny_folder, memory=least)
     needed = len(schedule(tight).stages["dit"].streamed)
     for now, count in ((schedule(pipe), 0), (schedule(tight), needed), (schedule(pipe), needed)):
-        pipe._schedule = now
+        pipe.parts.schedule = now
         assert offload.streamed_blocks(pipe.dit) == count
 
 
@@ -491,8 +491,8 @@ def test_tensors_are_moved_where_a_stage_runs(tiny_folder, monkeypatch):
         args = tuple(torch.device("cpu") if a in named else a for a in args)
         return original(tensor, *args, **{k: torch.device("cpu") if v in named else v for k, v in kwargs.items()})
 
-    modules = {name: pipe._part(name) for name in ("text_encoder", "dit", "vae")}
-    monkeypatch.setattr(pipe, "_part", modules.__getitem__)
+    modules = {name: pipe.parts.get(name) for name in ("text_encoder", "dit", "vae")}
+    monkeypatch.setattr(pipe.parts, "get", modules.__getitem__)
     monkeypatch.setattr(torch.Tensor, "to", to)
     pipe.places = {name: Place(torch.device("cpu", i), torch.float32) for i, name in enumerate(modules)}
     pipe.device = pipe.places["dit"].device

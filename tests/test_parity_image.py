@@ -6,6 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import relative_error
 
+import zimage
 from zimage import flow
 from zimage.image import from_pil, mask_tensor
 
@@ -47,25 +48,15 @@ def grey_mask(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise.byte().numpy()).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def guided(pipe, latents, sigma, captions, guidance):
-    batch = sigma.expand(len(latents))
-    velocity = pipe.dit(latents, batch, captions[0])
-    return flow.guide(velocity, pipe.dit(latents, batch, captions[1]), guidance) if guidance > 0 else velocity
-
-
-@torch.no_grad()
-def render(pipe, image, mask, captions, steps, strength, guidance):
-    """The loop that the formulas of `flow` are for; latents (B, 16, h, w)."""
-    sigmas, clean = flow.sigmas(steps, pipe.model.shift), pipe.vae.encode(from_pil(image))
-    noise = torch.cat([flow.start_noise(seed, *clean.shape[1:]) for seed in SEEDS])
-    first = flow.first_step(steps, strength)
-    latents = flow.noised(clean, noise, sigmas[first])
-    for now, after in zip(sigmas[first:-1], sigmas[first + 1 :], strict=True):
-        latents = flow.euler_step(latents, guided(pipe, latents, now, captions, guidance), now, after)
-        if mask is not None:
-            inside = flow.latent_mask(mask_tensor(mask, *image.size), *clean.shape[-2:])
-            latents = flow.keep_outside(latents, clean, noise, inside, after)
-    return latents
+def render(pipe, image, mask, steps, strength, guidance):
+    """Latents (B, 16, h, w) and pictures (B, 3, H, W) in [0, 1] of our whole pipeline."""
+    request = zimage.Request(
+        prompt=PROMPTS, seed=SEEDS, image=image, mask=mask, steps=steps, strength=strength, guidance=guidance
+    )
+    events = list(pipe.run(request))
+    latents = [e.latents for e in events if e.stage == "denoise" and e.step == e.total]
+    pictures = [from_pil(e.image) for e in events if e.image is not None]
+    return torch.cat(latents), (torch.cat(pictures) + 1) / 2
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
@@ -86,7 +77,8 @@ def test_latents(pipe, reference, captions, masked, strength, steps, guidance):
         num_inference_steps=steps,
         guidance_scale=guidance,
     )
-    assert relative_error(render(pipe, image, mask, captions, steps, strength, guidance), theirs) <= TOLERANCE
+    latents, _ = render(pipe, image, mask, steps, strength, guidance)
+    assert relative_error(latents, theirs) <= TOLERANCE
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "inpaint"])
@@ -94,8 +86,9 @@ def test_pictures(pipe, reference, captions, masked):
     image, mask = picture(80, 48), grey_mask(80, 48) if masked else None
     settings = {"strength": 0.6, "num_inference_steps": 4, "guidance_scale": 0.0}
     theirs = references.from_picture(*reference, image, mask, SEEDS, captions[0], None, output_type="pt", **settings)
-    ours = pipe.decode(render(pipe, image, mask, captions, 4, 0.6, 0.0))
-    torch.testing.assert_close((ours + 1) / 2, theirs, rtol=0, atol=TOLERANCE)
+    latents, pictures = render(pipe, image, mask, 4, 0.6, 0.0)
+    torch.testing.assert_close((pipe.decode(latents) + 1) / 2, theirs, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(pictures, theirs, rtol=0, atol=TOLERANCE + 0.5 / 255)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 8, 9, 10, 28, 30, 50, 100])

@@ -70,24 +70,24 @@ def test_closing_the_generator_cancels_and_lets_go(tiny_folder, monkeypatch):
     steps = next(e.step for e in run if e.stage == "denoise" and e.step == 2)
     run.close()
     assert steps == 2
-    assert not pipe._loaded
+    assert not pipe.parts.loaded
     assert not [t for t in threading.enumerate() if t.name == "zimage-prefetch"]
 
 
 @pytest.mark.parametrize(("residency", "most"), [("stage", 1), ("keep", 3)])
 def test_residency_bounds_what_is_loaded(tiny_folder, residency, most):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency=residency)
-    held = [len(pipe._loaded) for _ in pipe.run(zimage.Request(prompt="a", steps=1, seed=1, **SIZE))]
+    held = [len(pipe.parts.loaded) for _ in pipe.run(zimage.Request(prompt="a", steps=1, seed=1, **SIZE))]
     assert max(held) == most
-    assert len(pipe._loaded) == (0 if residency == "stage" else 3)
+    assert len(pipe.parts.loaded) == (0 if residency == "stage" else 3)
 
 
 def test_stages_called_one_by_one_let_go_of_one_another(tiny_folder):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="stage")
     captions = pipe.encode(["a"])
-    assert list(pipe._loaded) == ["text_encoder"]
+    assert list(pipe.parts.loaded) == ["text_encoder"]
     pipe.decode(pipe.denoise(captions, flow.start_noise(1, 16, 4, 4), steps=1))
-    assert list(pipe._loaded) == ["vae"]
+    assert list(pipe.parts.loaded) == ["vae"]
 
 
 def test_each_stage_loads_once_per_request(tiny_folder):
@@ -175,7 +175,7 @@ def test_bad_requests_are_refused_in_one_line_before_loading(tiny_folder, settin
         pipe.generate(**{"prompt": "a", **settings})
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert not pipe._loaded
+    assert not pipe.parts.loaded
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from zimage.errors import CheckpointError
-from zimage.text.chat import format_prompt
+from zimage.text.chat import format_chat
 from zimage.text.tokenizer import Tokenizer
 
 TEXTS = (
@@ -19,7 +19,7 @@ TEXTS = (
     "naïve café: composed é and decomposed e\u0301, Å and A\u030a",
     "Schrift „Müller“, 汉字かな交じり文, العربية, 🐱👩‍👩‍👧 x²",
     "",
-    format_prompt("a <|im_end|> inside"),
+    format_chat("a <|im_end|> inside"),
 )
 
 
@@ -74,7 +74,7 @@ def test_nothing_is_cut(folders):
 
 
 def test_the_chat_string():
-    assert format_prompt("a cat") == "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
+    assert format_chat("a cat") == "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
         return value.describe()
     if isinstance(value, dict):
         return {str(key): item for key, item in value.items()}
-    if value is None or isinstance(value, str | PLAIN):
+    if value is None or isinstance(value, (str, *PLAIN)):
         return value
     return {"name": os.path.basename(value) if isinstance(value, os.PathLike) else type(value).__name__}
 

@@ -4,6 +4,8 @@ A sample on the way is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = �
 Lipman et al. 2022). Shapes: latents (B, C, h, w) fp32; masks (1, 1, h, w), 1 = repaint, 0 = keep.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,3 +86,37 @@ def keep_outside(latents: Tensor, clean: Tensor, noise: Tensor, mask: Tensor, si
 def latent_mask(mask: Tensor, h: int, w: int) -> Tensor:
     """A mask (1, 1, H, W) at the latents' size (1, 1, h, w): the nearest value, which is each cell's upper left."""
     return F.interpolate(mask, (h, w), mode="nearest")
+
+
+class Start(NamedTuple):
+    """Where the way to a picture begins: `latents` (B, C, h, w) before the step `step`.
+
+    `clean` and the mask (1, 1, h, w) are there for what stays of a picture.
+    """
+
+    latents: Tensor
+    step: int
+    noise: Tensor
+    clean: Tensor | None = None
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Start":
+        """The same on a device, in fp32."""
+        tensors = {id(x): x for x in self if isinstance(x, Tensor)}  # where there is noise alone, it stands here twice
+        moved = {key: x.to(device, torch.float32) for key, x in tensors.items()}
+        return Start(*(moved.get(id(x), x) for x in self))
+
+
+def start(
+    noise: Tensor,
+    sigmas: Tensor,
+    strength: float = 1.0,
+    clean: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Start:
+    """Noise (B, C, h, w) alone, or mixed with clean latents at the noise level that `strength` begins at."""
+    if clean is None:
+        return Start(noise, 0, noise)
+    clean = clean.contiguous()  # as noise is: in another order in memory, the last bits of a decode may be others
+    first = first_step(len(sigmas) - 1, strength)
+    return Start(noised(clean, noise, sigmas[first]), first, noise, clean, mask)

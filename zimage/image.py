@@ -14,22 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zimage.errors import RequestError
-from zimage.picture_file import file_format, read_metadata, save
 from zimage.settings import MAX_SIDE, SIZE_MULTIPLE
-
-__all__ = [
-    "content_hash",
-    "file_format",
-    "fit",
-    "from_pil",
-    "mask_tensor",
-    "natural_size",
-    "open_image",
-    "open_mask",
-    "read_metadata",
-    "save",
-    "to_pil",
-]
 
 Source = str | os.PathLike | Image.Image
 THRESHOLD = 128  # the first of 256 levels that is at least one half

@@ -1,11 +1,12 @@
 """The whole path from prompt to picture, and the only file that sees every stage.
 
-    prompts ─ encode ─→ captions ─ refine ─→ contexts ─┐
-    seeds   ─ start noise ─→ latents ──────────────────┴─ denoise ─→ latents ─ decode ─→ pictures
+    prompts ─ encode ─→ captions ─ refine ─→ contexts ──────┐
+    seeds   ─ start noise ─┬─→ latents ─────────────────────┴─ denoise ─→ latents ─ decode ─→ pictures
+    picture ─ VAE encode ──┘  (only where there is one to start from)
 
-`ZImage.run` is a generator of events: progress, previews, profiling and cancelling are things its consumer does.
-Weights move between yields only. All prompts are encoded, then all images denoised, then all decoded, so that each
-stage is loaded once per request and, where memory is short, let go before the next.
+`ZImage.run` is a generator of events: progress, previews, profiling, cancelling and keeping the state of a long render
+are things its consumer does. Weights move between yields only. All prompts are encoded, then all images denoised, then
+all decoded, so that each stage is loaded once per request and, where memory is short, let go before the next.
 
 Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 """
@@ -13,43 +14,37 @@ Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 import dataclasses
 import logging
 import os
-import secrets
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zimage import flow
+from zimage.captions import Captions, TokenCount
 from zimage.components import Model, load_component, open_model
+from zimage.defaults import complete, find_shift
 from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.events import Event, Result
-from zimage.image import to_pil
-from zimage.loras import Loras
-from zimage.nn.attention import choose_attention, use_attention
-from zimage.nn.compile import compile_blocks
-from zimage.nn.quant import check_precision, quantise
+from zimage.parts import Parts
 from zimage.places import Place, choose_places, device_names
 from zimage.plan import MemoryPlan
+from zimage.render import Render
 from zimage.runtime.checkpoint import finite
-from zimage.runtime.memory import Prefetch, forget_pages, out_of_memory_in, release_cached
-from zimage.runtime.offload import resident_weights, stop_streaming, stream, streamed_blocks
+from zimage.runtime.memory import out_of_memory_in
 from zimage.schedule import Schedule
-from zimage.settings import SIZE_MULTIPLE, LoadSettings, Request, split_lora
+from zimage.settings import SIZE_MULTIPLE, STRENGTH, LoadSettings, Request, TextSettings
+from zimage.state import RenderState
 from zimage.text import Qwen3
-from zimage.text.chat import format_prompt
 from zimage.version import __version__
 from zimage.weights import DEMO
 
 __all__ = ["Event", "Result", "ZImage", "load_component"]
 
 log = logging.getLogger("zimage")
-
-BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 
 
 class ZImage:
@@ -59,18 +54,10 @@ class ZImage:
         self.model, self.places, self.settings = model, places, settings
         self.device, self.dtype = places["dit"]
         self.plan = MemoryPlan(model, places, settings)
-        wanted = settings.attention or os.environ.get("ZIMAGE_ATTENTION", "auto")
-        # A backend that is named is meant for the DiT; parts on another device take what runs there.
-        chosen = {n: choose_attention(wanted if p == places["dit"] else "auto", *p) for n, p in places.items()}
-        self.attention, self._attend = chosen["dit"][0], {name: attend for name, (_, attend) in chosen.items()}
-        check_precision(settings.precision, self.device)
-        self._loaded: dict[str, nn.Module] = {}
-        self._schedule: Schedule | None = None  # of the latest request
-        self._lock = threading.Lock()
-        mergeable = settings.precision == "bf16" and not self.plan.widens_late("dit")
-        self.lora = Loras(model.components["dit"], self.device, self.dtype, self._loaded, self._lock, mergeable)
-        for text in settings.lora or []:
-            self.lora.add(*split_lora(text))
+        attention = settings.attention or os.environ.get("ZIMAGE_ATTENTION", "auto")
+        self.parts = Parts(model, places, settings, self.plan, attention, self._usual_schedule)
+        self.captions = Captions(model, self.parts, settings)
+        self.lora = self.parts.lora
 
     @classmethod
     def load(
@@ -101,83 +88,44 @@ class ZImage:
 
     @property
     def text_encoder(self) -> Qwen3:
-        return self._part("text_encoder")
+        return self.parts.get("text_encoder")
 
     @property
     def dit(self) -> ZImageDiT:
-        return self._part("dit")
+        return self.parts.get("dit")
 
     @property
     def vae(self) -> Any:
         """AutoencoderKL or AutoencoderKLWan."""
-        return self._part("vae")
-
-    @property
-    def max_caption_tokens(self) -> int:
-        """Tokens of the longest caption inside the trained positions."""
-        return self.model.skeleton("dit").config.max_caption_tokens
+        return self.parts.get("vae")
 
     def release(self, *names: str) -> None:
         """Let go of loaded parts (all, when none is named); they load again when next used."""
-        with self._lock:
-            self._let_go(names or tuple(self._loaded))
-
-    def _part(self, name: str) -> Any:
-        with self._lock:
-            if self._schedule is None:  # stages called one by one: as for a picture of the usual size
-                self._schedule = self.schedule(self.resolve(Request("", seed=0, shift=1.0)))
-            schedule = self._schedule
-            needed = schedule.stages[name].streamed
-            if name not in self._loaded or streamed_blocks(self._loaded[name]) < len(needed):
-                log.debug("loading %s", name)
-                if name not in schedule.kept:  # also when stages are called one by one
-                    here = self.places[name].device
-                    self._let_go([n for n in self._loaded if self.places[n].device == here])
-                with out_of_memory_in(name):
-                    self._loaded[name] = self._prepared(name, needed)
-            return self._loaded[name]
-
-    def _let_go(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name in self._loaded:
-                stop_streaming(self._loaded.pop(name))
-        for device in dict.fromkeys(self.places[name].device for name in names):
-            release_cached(device)
-
-    def _prepared(self, name: str, streamed: Sequence[int]) -> nn.Module:
-        """Load a plain module, then transform it, in this order."""
-        device, dtype = self.places[name]
-        module = self.model.components[name].load(device, dtype, self.plan.widens_late(name), streamed)
-        if name == "dit" and self.settings.precision != "bf16":
-            quantise(module, self.settings.precision, forget_pages)
-        if name == "dit":
-            self.lora.apply(module)
-        use_attention(module, self._attend[name])
-        if name == "dit" and self.settings.compile:
-            compile_blocks(module)
-        if streamed:
-            stream(module, streamed, device)
-        return module
+        self.parts.release(*names)
 
     # ------------------------------------------------------------------ stages
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of the formatted prompt."""
-        return self.model.tokenizer.encode(format_prompt(prompt))
+    def tokenize(self, prompt: str, **text: Any) -> list[int]:
+        """Token ids of the formatted prompt. Keywords are the fields of TextSettings."""
+        return self.captions.tokenize(self.captions.format(prompt, self._text(text)))
+
+    def count_tokens(self, prompt: str, **text: Any) -> TokenCount:
+        """How long a prompt is and what will become of it. Keywords are the fields of TextSettings."""
+        return self.captions.count(prompt, self._text(text))
 
     @out_of_memory_in("text_encoder")
     @torch.no_grad()
-    def encode(self, prompts: str | Sequence[str]) -> list[Tensor]:
-        """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone."""
-        model = self.text_encoder
-        captions = []
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            ids = torch.tensor([self.tokenize(prompt)], device=self.places["text_encoder"].device)
-            length, most = ids.shape[1], self.max_caption_tokens
-            if length > most:
-                log.warning("the prompt has %d tokens; the model was trained for at most %d", length, most)
-            captions.append(finite(model(ids)[0], "the text encoder", model))
-        return captions
+    def encode(self, prompts: str | Sequence[str], **text: Any) -> list[Tensor]:
+        """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone.
+
+        Keywords are the fields of TextSettings: chat parts, template, layers, long_prompt. Raises RequestError.
+        """
+        settings = self._text(text)
+        texts = [self.captions.format(p, settings) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        return [self.captions.caption(text, settings) for text in texts]
+
+    def _text(self, text: dict[str, Any]) -> TextSettings:
+        return self.captions.filled(TextSettings.from_mapping(text))
 
     @out_of_memory_in("dit")
     def denoise(
@@ -190,24 +138,29 @@ class ZImage:
         negative: Sequence[Tensor] | None = None,
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
+        clean: Tensor | None = None,
+        strength: float = STRENGTH,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
-        `negative` captions count when guidance > 0; without them it is the empty prompt. Raises RequestError.
+        `negative` captions count when guidance > 0; without them it is the empty prompt. `clean` latents (B, 16, h, w),
+        as `vae.encode` gives them, are where an image-to-image run starts, at `strength`; where the `mask` (1, 1, h, w)
+        is 0 they stay. Raises RequestError.
         """
+        if noise.ndim != 4 or len(captions) != len(noise):
+            raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         request = Request(
-            prompt="",
             steps=steps,
-            shift=self._shift(shift),
+            shift=find_shift(self.model, shift),
             guidance=guidance,
             cfg_truncation=cfg_truncation,
             cfg_normalization=cfg_normalization,
         )
-        if noise.ndim != 4 or len(captions) != len(noise):
-            raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
-        *_, latents = self._steps(captions, negative, noise, request)
+        start = flow.start(noise, flow.sigmas(steps, request.shift), strength, clean, mask)
+        *_, latents = self.denoise_steps(captions, negative, start, request)
         return latents
 
     @out_of_memory_in("vae")
@@ -222,27 +175,24 @@ class ZImage:
         """
         vae, device = self.vae, self.places["vae"].device
         height, width = (side * vae.spatial_factor for side in latents.shape[-2:])
-        mode = tile_mode or self.plan.tile_mode(width, height, list(self._loaded))
+        mode = tile_mode or self.plan.tile_mode(width, height, list(self.parts.loaded))
         images = [vae.decode(sample[None].to(device), tile_size, tile_overlap, mode) for sample in latents]
         return finite(torch.cat(images), "the VAE", vae)
 
-    def _steps(
-        self,
-        captions: Sequence[Tensor],
-        negative: Sequence[Tensor] | None,
-        noise: Tensor,
-        request: Request,
+    def denoise_steps(
+        self, captions: Sequence[Tensor], negative: Sequence[Tensor] | None, start: flow.Start, request: Request
     ) -> Iterator[Tensor]:
         """Yield the latents (B, 16, h, w) fp32 after each Euler step."""
         dit = self.dit
         sigmas = flow.sigmas(request.steps, request.shift)
+        start = start.to(self.device)
         with torch.no_grad():
             modulation = dit.modulate(sigmas[:-1])
-            positive_context = dit.context(dit.refine(self._at_dit(captions)), *noise.shape[-2:])
+            positive_context = dit.context(dit.refine(self._at_dit(captions)), *start.noise.shape[-2:])
             if request.guidance > 0:
-                negative_context = dit.context(dit.refine(self._at_dit(negative)), *noise.shape[-2:])
-            latents = noise.to(self.device, torch.float32)
-        for i in range(request.steps):
+                negative_context = dit.context(dit.refine(self._at_dit(negative)), *start.noise.shape[-2:])
+        latents = start.latents
+        for i in range(start.step, request.steps):
             with torch.no_grad():
                 now = modulation.step(i)
                 velocity = dit.velocity(latents, now, positive_context)
@@ -251,7 +201,9 @@ class ZImage:
                     opposite = dit.velocity(latents, now, negative_context)
                     velocity = flow.guide(velocity, opposite, scale, request.cfg_normalization)
                 latents = flow.euler_step(latents, velocity, sigmas[i], sigmas[i + 1])
-            if i in (0, request.steps - 1):  # each look is a device sync; a bad weight shows at once
+                if start.mask is not None:
+                    latents = flow.keep_outside(latents, start.clean, start.noise, start.mask, sigmas[i + 1])
+            if i in (start.step, request.steps - 1):  # each look is a device sync; a bad weight shows at once
                 finite(latents, "the DiT", dit)
             yield latents
 
@@ -261,9 +213,11 @@ class ZImage:
 
     # ------------------------------------------------------------------ whole renders
 
-    def generate(self, prompt: str | list[str], **settings: Any) -> Result:
+    def generate(self, prompt: str | list[str] | None = None, **settings: Any) -> Result:
         """Render to the end. Keywords are the fields of Request; `prompt` and `seed` may be lists."""
-        request = self.resolve(Request.from_mapping({"prompt": prompt, **settings}))
+        if prompt is None and settings.get("embeddings") is None:
+            raise RequestError("prompt: a value is needed, unless embeddings are given")
+        request = self.resolve(Request.from_mapping({"prompt": "" if prompt is None else prompt, **settings}))
         images, timings, last = [], {}, time.perf_counter()
         for event in self.run(request):
             now = time.perf_counter()
@@ -274,126 +228,58 @@ class ZImage:
         metadata = [self.metadata(request, i) for i in range(request.count)]
         return Result(images, request.seeds, request, timings, metadata)
 
-    def run(self, request: Request) -> Iterator[Event]:
-        """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading."""
+    def run(self, request: Request, state: RenderState | None = None) -> Iterator[Event]:
+        """Render, yielding an Event per step; closing the generator cancels. Raises RequestError before any loading.
+
+        `state` is how far an earlier run of the same request came: what it has is not done again.
+        """
         request = self.resolve(request)
-        self._schedule = self.check(request)
+        self.parts.schedule = self.check(request)
         self._warn_beyond_training(request)
-        captions = yield from self._stage("text_encoder", self._encode_events(request))
-        latents = yield from self._stage("dit", self._denoise_events(request, captions))
-        yield from self._stage("vae", self._decode_events(request, latents))
+        return Render(self, request, state or RenderState()).events()
 
     def resolve(self, request: Request) -> Request:
         """The request with every open setting filled in. Raises RequestError where the shift is unknown."""
-        sample_size = getattr(self.model.skeleton("vae").config, "sample_size", 1024)
-        side = sample_size if sample_size < 1024 else 1024
-        is_base = self.model.shift is not None and self.model.shift >= BASE_SHIFT
-        guidance = _either(request.guidance, 4.0 if is_base else 0.0)
-        resolved = dataclasses.replace(
-            request,
-            width=_either(request.width, side),
-            height=_either(request.height, side),
-            steps=_either(request.steps, 30 if is_base else 8),
-            guidance=guidance,
-            negative=request.negative if guidance == 0 else _either(request.negative, ""),
-            shift=self._shift(request.shift),
-            seed=_either(request.seed, secrets.randbelow(2**32)),
-        )
-        return dataclasses.replace(resolved, tile_mode=self.schedule(resolved).tile_mode)
+        completed = complete(request, self.model, self.captions)
+        return dataclasses.replace(completed, tile_mode=self.schedule(completed).tile_mode)
 
     def schedule(self, request: Request) -> Schedule:
         """What will be in memory when a resolved request runs, whether it fits or not."""
-        return self.plan.schedule(request, self._longest(request), list(self._loaded))
+        return self.plan.schedule(request, self.captions.longest(request), list(self.parts.loaded))
 
     def check(self, request: Request) -> Schedule:
         """The same; raises RequestError, with the figures and what would fit, for a request that does not fit."""
-        return self.plan.check(request, self._longest(request), list(self._loaded))
+        return self.plan.check(request, self.captions.longest(request), list(self.parts.loaded))
 
     def metadata(self, request: Request, index: int) -> dict[str, Any]:
-        """All that is needed to render image `index` of a resolved request again, as plain values; no paths."""
+        """All that is needed to render image `index` of a resolved request again, as plain values; no paths.
+
+        The template's parts stand in the request, so that the picture does not depend on its file.
+        """
         single = dataclasses.replace(
-            request, prompt=request.prompts[index // request.images], seed=request.seeds[index], images=1
+            request, prompt=request.prompts[index // request.images], seed=request.seeds[index], images=1, template=None
         )
         return {
             "version": __version__,
-            "request": dataclasses.asdict(single),
+            "request": single.to_mapping(),
+            "template": request.template,
             "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "dtype": str(self.dtype).removeprefix("torch."),
             "precision": self.settings.precision,
             "lora": [adapter.describe() for adapter in self.lora.list()],
-            "attention": self.attention,
+            "attention": self.parts.attention,
             "compile": self.settings.compile,
             "device": device_names(self.places),
             "torch": torch.__version__,
         }
 
-    def _stage(self, name: str, events: Iterator[Event]) -> Generator[Event, None, Any]:
-        """Run one stage's events with its part loaded and read ahead; afterwards let it go unless it is kept."""
-        yield Event("load", 0, 1, detail=name)
-        kept, prefetch = name in self._schedule.kept, Prefetch(resident_weights(self._part(name)))
-        try:
-            yield Event("load", 1, 1, detail=name)
-            with out_of_memory_in(name):
-                return (yield from events)
-        finally:
-            prefetch.stop()
-            if not kept:
-                self.release(name)
-
-    def _encode_events(self, request: Request) -> Generator[Event, None, dict[str, Tensor]]:
-        """Encode each distinct text once; returns {text: caption}."""
-        texts = list(dict.fromkeys(request.prompts + ([request.negative] if request.guidance > 0 else [])))
-        captions = {}
-        for i, text in enumerate(texts):
-            yield Event("encode", 0, 1, i, len(texts))
-            captions[text] = self.encode([text])[0]
-            yield Event("encode", 1, 1, i, len(texts))
-        return captions
-
-    def _denoise_events(self, request: Request, captions: dict[str, Tensor]) -> Generator[Event, None, list[Tensor]]:
-        """Returns the finished latents (1, 16, h, w) of every image."""
-        factor = self.model.skeleton("vae").spatial_factor
-        channels = self.model.skeleton("dit").config.in_channels
-        size = (request.height // factor, request.width // factor)
-        finished = []
-        for first in range(0, request.count, request.batch_size):
-            batch = range(first, min(first + request.batch_size, request.count))
-            noise = torch.cat([flow.start_noise(request.seeds[i], channels, *size) for i in batch])
-            positive = [captions[request.prompts[i // request.images]] for i in batch]
-            negative = [captions[request.negative]] * len(batch) if request.guidance > 0 else None
-            yield Event("denoise", 0, request.steps, first, request.count)
-            for step, latents in enumerate(self._steps(positive, negative, noise, request), 1):
-                yield Event("denoise", step, request.steps, first, request.count, latents=latents)
-            finished += latents.split(1)
-        return finished
-
-    def _decode_events(self, request: Request, latents: list[Tensor]) -> Iterator[Event]:
-        tiles = (request.tile_size, request.tile_overlap, request.tile_mode)
-        for i, sample in enumerate(latents):
-            yield Event("decode", 0, 1, i, len(latents))
-            image = to_pil(self.decode(sample, *tiles))[0]
-            yield Event("decode", 1, 1, i, len(latents), image=image)
-
     # ------------------------------------------------------------------ checks
 
-    def _shift(self, given: float | None) -> float:
-        shift = _either(given, self.model.shift)
-        if shift is None:
-            raise RequestError(
-                f"{self.model.origin} has no schedule; give the shift (3 for Turbo, 6 for Base) "
-                "or, for loose files, the variant"
-            )
-        return shift
-
-    def _longest(self, request: Request) -> int:
-        """Tokens of the longest text of a request."""
-        return max(len(self.tokenize(text)) for text in [*request.prompts, request.negative or ""])
+    def _usual_schedule(self) -> Schedule:
+        """For stages called one by one: as for a picture of the usual size."""
+        return self.schedule(self.resolve(Request(seed=0, shift=1.0)))
 
     def _warn_beyond_training(self, request: Request) -> None:
         longest = self.model.skeleton("dit").config.axes_lens[1] * SIZE_MULTIPLE
         if (side := max(request.width, request.height)) > longest:
             log.warning("a side of %d px is past the %d px the model was trained for", side, longest)
-
-
-def _either(value: Any, default: Any) -> Any:
-    return default if value is None else value

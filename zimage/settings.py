@@ -138,7 +138,8 @@ class Request(TextSettings):
     )
     strength: float | None = setting(
         None,
-        f"How far from the image, or from the first pass of --hires: 1 starts from pure noise. Default: {STRENGTH}.",
+        f"How far from the image, or from the first pass of --hires: 1 starts from pure noise. "
+        f"Default: {STRENGTH}, with a mask 1.",
         group="Picture",
         above=0,
         maximum=1,

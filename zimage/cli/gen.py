@@ -97,7 +97,7 @@ class Target:
         self._check()
 
     def save(self, image: Any, metadata: dict[str, Any], index: int) -> Path:
-        from zimage.image import save
+        from zimage.picture_file import save
 
         path = self.folder / self._name(metadata["request"], index)
         if self.replaces and path.exists():
@@ -105,7 +105,7 @@ class Target:
         return save(image, path, metadata, self.replaces)
 
     def _check(self) -> None:
-        from zimage.image import file_format
+        from zimage.picture_file import file_format
 
         path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
         file_format(path)
@@ -149,7 +149,7 @@ def _prompts(arguments: tuple[str, ...], file: Path | None) -> dict[str, Any]:
 def _read_origin(source: Path | None) -> dict[str, Any]:
     if source is None:
         return {}
-    from zimage.image import read_metadata
+    from zimage.picture_file import read_metadata
 
     return read_metadata(source)
 

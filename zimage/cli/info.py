@@ -67,7 +67,7 @@ def describe(pipe: Any, size: dict[str, int]) -> dict[str, Any]:
         "components": components,
         "assumptions": pipe.model.assumptions,
         "vocabulary": pipe.model.tokenizer.vocab_size,
-        "caption_tokens": pipe.max_caption_tokens,
+        "caption_tokens": pipe.captions.limit,
         "defaults": {
             "width": request.width,
             "height": request.height,

@@ -1,9 +1,38 @@
-"""The text that Qwen3 is given for a prompt: its chat format, with no system turn and no think block."""
+"""The text that Qwen3 is given: its chat format, of a prompt and up to three further parts.
+
+    <|im_start|>system          only with a system prompt
+    {system_prompt}<|im_end|>
+    <|im_start|>user
+    {prompt}<|im_end|>
+    <|im_start|>assistant
+    <think>                     only with a think block, which may be empty
+    {thinking_content}
+    </think>
+
+    {assistant_content}<|im_end|>
+
+The assistant's turn stays open where it has no content: the model was trained on captions that end with its header.
+"""
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
+THINK = "<think>"
+END_THINK = "</think>"
+PARTS = ("system_prompt", "thinking_content", "assistant_content")
 
 
-def format_prompt(prompt: str) -> str:
-    """One user turn and the opened assistant turn, exactly as the published pipeline writes them."""
-    return f"{IM_START}user\n{prompt}{IM_END}\n{IM_START}assistant\n"
+def format_chat(
+    prompt: str,
+    system_prompt: str | None = None,
+    thinking_content: str | None = None,
+    assistant_content: str | None = None,
+    think_block: bool = False,
+) -> str:
+    """One conversation; with the prompt alone, exactly what the published pipeline writes. Empty parts are no parts."""
+    system = f"{IM_START}system\n{system_prompt}{IM_END}\n" if system_prompt else ""
+    user = f"{IM_START}user\n{prompt}{IM_END}\n"
+    if thinking_content and not think_block:
+        raise ValueError("thinking_content needs a think block")
+    think = f"{THINK}\n{thinking_content or ''}\n{END_THINK}\n\n" if think_block else ""
+    answer = f"{assistant_content}{IM_END}" if assistant_content else ""
+    return f"{system}{user}{IM_START}assistant\n{think}{answer}"

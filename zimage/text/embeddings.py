@@ -10,7 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,26 @@ SHOWN = 60  # characters of a name in an error
 class Embeddings:
     """A caption (L, C) on the CPU; `request` and `encoder` are empty where the file does not tell them."""
 
-    caption: Tensor
+    caption: Tensor = field(repr=False)
     request: dict[str, Any]
     encoder: str
     hash: str
+    name: str = "embeddings in memory"
+
+    @classmethod
+    def of(cls, given: Any, width: int) -> "Embeddings":
+        """From a file's path or a tensor (L, C). Raises RequestError or CheckpointError."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Tensor):
+            return load_embeddings(given, width)
+        _check_values(given, "embeddings", RequestError)
+        _check_width(given, width, "embeddings", RequestError)
+        return cls(given.detach().cpu().clone(), {}, "", caption_hash(given))
+
+    def describe(self) -> dict[str, str]:
+        """Plain values for a picture's metadata."""
+        return {"name": self.name, "hash": self.hash}
 
 
 def save_embeddings(path: str | os.PathLike, caption: Tensor, request: Mapping[str, Any], encoder: str) -> None:
@@ -61,10 +77,9 @@ def load_embeddings(path: str | os.PathLike, width: int) -> Embeddings:
         raise RequestError(f"{path} is {'not a file' if path.exists() else 'missing'}; give a file of embeddings")
     caption, metadata = read_caption(path)
     _check_values(caption, str(path), CheckpointError)
-    if caption.shape[1] != width:
-        raise CheckpointError(f"{path}: the embeddings are {caption.shape[1]} wide; this model takes {width}")
+    _check_width(caption, width, str(path), CheckpointError)
     request, encoder = _described(path, metadata)
-    return Embeddings(caption, request, encoder, caption_hash(caption))
+    return Embeddings(caption, request, encoder, caption_hash(caption), path.name)
 
 
 def caption_hash(caption: Tensor) -> str:
@@ -115,6 +130,11 @@ def _check_values(caption: Tensor, name: str, kind: type[Exception]) -> None:
     if not torch.isfinite(caption).all():
         bad = int((~torch.isfinite(caption)).any(-1).sum())
         raise kind(f"{name}: {bad} of {len(caption)} tokens hold NaN or infinity; encode the prompt again")
+
+
+def _check_width(caption: Tensor, width: int, name: str, kind: type[Exception]) -> None:
+    if caption.shape[1] != width:
+        raise kind(f"{name}: the embeddings are {caption.shape[1]} wide; this model takes {width}")
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:

@@ -102,6 +102,23 @@ class Qwen3(nn.Module):
                 return state
         raise AssertionError("unreachable: the index was checked above")
 
+    def blend(self, ids: Tensor, layers: Mapping[int, float]) -> Tensor:
+        """Weighted mean (B, L, hidden) of several hidden states; the weights are divided by their sum.
+
+        Layers above the highest one needed are not run, and a single layer is given as it is.
+        """
+        if len(layers) == 1:
+            return self(ids, next(iter(layers)))
+        states = self.config.num_hidden_layers + 1
+        weights = {layer % states: weight / sum(layers.values()) for layer, weight in layers.items()}
+        total = 0.0
+        for i, state in enumerate(self.hidden_states(ids)):
+            if i in weights:
+                total = total + weights[i] * (state if state.dtype == torch.float64 else state.float())
+            if i == max(weights):
+                return total.to(state.dtype)
+        raise RequestError(f"hidden layers {sorted(layers)} do not all exist; use −{states} to −1")
+
     def hidden_states(self, ids: Tensor) -> Iterator[Tensor]:
         """Yield the n + 1 hidden states (B, L, hidden), each computed when asked for."""
         model = self.model

@@ -25,7 +25,7 @@ from typing import Any
 
 from zimage.errors import RequestError, TemplateError
 from zimage.templates import FOLDER
-from zimage.text.chat import IM_END, IM_START, format_prompt
+from zimage.text.chat import format_chat
 
 REWRITER = "rewriter"  # the category of system prompts for the rewriting model, not for pictures
 TOKEN_COUNTS = "tokens.json"  # beside the shipped templates
@@ -70,7 +70,9 @@ def read_template(path: Path) -> Template:
 
 def count_added_tokens(template: Template, encode: Callable[[str], Sequence[int]]) -> int:
     """How many tokens a prompt grows by with this template; `encode` turns text into token ids."""
-    return len(encode(_chat(template))) - len(encode(format_prompt("")))
+    parts = (template.system_prompt, template.thinking_content, template.assistant_content)
+    block = bool(template.thinking_content or template.add_think_block)
+    return len(encode(format_chat("", *parts, think_block=block))) - len(encode(format_chat("")))
 
 
 def user_folder() -> Path | None:
@@ -144,14 +146,6 @@ class Templates:
 @functools.cache
 def _stored_counts() -> dict[str, int]:
     return json.loads((FOLDER / TOKEN_COUNTS).read_text(encoding="utf-8"))
-
-
-def _chat(template: Template) -> str:
-    """The formatted chat of an empty prompt with the template's parts."""
-    system, thinking, answer = template.system_prompt, template.thinking_content, template.assistant_content
-    block = f"<think>\n{thinking or ''}\n</think>\n\n" if thinking or template.add_think_block else ""
-    front = f"{IM_START}system\n{system}{IM_END}\n" if system else ""
-    return front + format_prompt("") + block + (f"{answer}{IM_END}" if answer else "")
 
 
 def _files(folder: Path) -> dict[str, Path]:

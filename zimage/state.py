@@ -1,0 +1,100 @@
+"""How far a render has come, and the file that keeps it: enough to go on from there to the same bits.
+
+Shapes: latents (B, 16, h, w) fp32.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zimage.errors import CheckpointError
+from zimage.events import Event
+
+FORMAT = "zimage-render"
+VERSION = "1"
+
+
+@dataclass
+class RenderState:
+    """A consumer of a render's events, and what `ZImage.run` takes to continue one.
+
+    `small` are the finished latents of the first of two passes, `finished` those of the last pass so far, `latents`
+    what is in work after `step` evaluations, `decoded` the number of pictures that are done.
+    """
+
+    small: list[Tensor] = field(default_factory=list)
+    finished: list[Tensor] = field(default_factory=list)
+    latents: Tensor | None = None
+    step: int = 0
+    decoded: int = 0
+
+    def snapshot(self) -> "RenderState":
+        """A copy that later updates leave as it is."""
+        return replace(self, small=list(self.small), finished=list(self.finished))
+
+    def update(self, event: Event) -> bool:
+        """Take in an event; returns whether there is anything new to keep."""
+        if event.stage == "enlarge" and self.finished and not self.small:
+            self.small, self.finished = self.finished, []
+        elif event.stage == "denoise" and event.latents is not None:
+            done = event.step == event.total
+            self.finished += event.latents.cpu().split(1) if done else []
+            self.latents, self.step = (None, 0) if done else (event.latents.cpu(), event.step)
+        elif event.image is not None:
+            self.decoded += 1
+        else:
+            return False
+        return True
+
+
+def save_state(path: Path, state: RenderState, record: dict[str, Any]) -> None:
+    """Write the state of a render whole or not at all; `record` are plain values that tell what is rendered."""
+    from safetensors.torch import save_file
+
+    tensors = {f"small.{i}": x for i, x in enumerate(state.small)}
+    tensors |= {f"finished.{i}": x for i, x in enumerate(state.finished)}
+    if state.latents is not None:
+        tensors["latents"] = state.latents
+    plain = {"step": state.step, "decoded": state.decoded, **record}
+    metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(plain)}
+    temporary = path.with_name(f".{path.name[:40]}-{uuid.uuid4().hex}")
+    try:
+        save_file({name: x.contiguous().clone() for name, x in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:
+    """What `save_state` wrote: the state and its record. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            raise CheckpointError(f"{path} is not the state of a render; give a file that --checkpoint wrote")
+        record = json.loads(metadata["state"])
+        state = RenderState(
+            _numbered(tensors, "small"),
+            _numbered(tensors, "finished"),
+            tensors.get("latents"),
+            record.pop("step"),
+            record.pop("decoded"),
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as the state of a render: {error}") from error
+    return state, record
+
+
+def _numbered(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
+    found = sum(key.startswith(f"{name}.") for key in tensors)
+    return [tensors[f"{name}.{i}"] for i in range(found)]
