@@ -63,8 +63,7 @@ def list_command(category: str | None, everything: bool, as_json: bool, **option
     if as_json:
         click.echo(json.dumps([shelf.facts(t) for t in found]))
         return
-    for name, members in groupby(found, key=lambda t: t.category):
-        click.echo(click.style(name, bold=True))
+    for _, members in groupby(found, key=lambda t: t.category):
         click.echo("\n".join(shelf.rows(list(members), found)) + "\n")
     _note(f"{_many(len(found), 'template')} in {_many(len({t.category for t in found}), 'category')}; ", found)
 
@@ -92,7 +91,7 @@ def search(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps([shelf.facts(t) for t in found]))
         return
-    for row in shelf.rows(found, found, categories=True):
+    for row in shelf.hits(found):
         click.echo(row)
     _note(f"{_many(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
 
@@ -115,19 +114,22 @@ class _Shelf:
         own = {"tokens": self.tokens(template), "origin": self.templates.origin(template.name)}
         return {**vars(template), "path": str(template.path), **own}
 
-    def rows(self, shown: Sequence[Template], all_shown: Sequence[Template], categories: bool = False) -> list[str]:
-        """Name, category if asked for, tokens and description, in columns as wide as all that is shown needs."""
-        name_width = max(map(_cells, (t.name for t in all_shown)), default=0)
-        category_width = max((_cells(t.category) for t in all_shown), default=0)
-        rows = []
-        for t in shown:
-            mark = MARKS[self.templates.origin(t.name)]
-            tokens = self.tokens(t)
-            middle = f"{t.category:{category_width}}  " if categories else ""
-            count = "-" if tokens is None else tokens
-            text = f"[{mark}] {t.description}" if mark else t.description
-            rows.append(_cut(f"{'' if categories else '  '}{t.name:{name_width}}  {middle}{count:>4}  {text}"))
-        return rows
+    def rows(self, shown: Sequence[Template], all_shown: Sequence[Template]) -> list[str]:
+        """Name, tokens and description under a heading, in columns as wide as all that is shown needs."""
+        width = max(len(t.name) for t in all_shown)
+        heading = f"{shown[0].category:{width + 1}} tokens"
+        return [click.style(heading, bold=True), *(_cut(f"  {t.name:{width}}{self._end(t, '')}") for t in shown)]
+
+    def hits(self, found: Sequence[Template]) -> list[str]:
+        """The same with the category in place of a heading."""
+        width = max((len(t.name) for t in found), default=0)
+        category = max((len(t.category) for t in found), default=0)
+        return [_cut(f"{t.name:{width}}  {t.category:{category}}{self._end(t, ' tokens')}") for t in found]
+
+    def _end(self, template: Template, unit: str) -> str:
+        tokens, mark = self.tokens(template), MARKS[self.templates.origin(template.name)]
+        count = f"{'-' if tokens is None else tokens:>6}{unit}"
+        return f"{count}  [{mark}] {template.description}" if mark else f"{count}  {template.description}"
 
 
 def _description(facts: dict[str, Any]) -> Iterator[str]:
