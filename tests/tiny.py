@@ -109,6 +109,12 @@ def randomised(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
+def talkative(encoder: nn.Module) -> nn.Module:
+    """A random encoder whose text is varied: with embeddings that outweigh its layers it repeats the last token."""
+    encoder.model.embed_tokens.weight.data.mul_(1 / 8)  # exact, and the tied head's as well
+    return encoder
+
+
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """Largest difference over the reference's largest value."""
     assert ours.shape == reference.shape, f"{tuple(ours.shape)} is not {tuple(reference.shape)}"

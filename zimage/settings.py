@@ -229,6 +229,26 @@ class Request(TextSettings):
 
 
 @dataclass(frozen=True)
+class Sampling(Settings):
+    """How the next token of a text is drawn. Raises RequestError by the field's name."""
+
+    temperature: float = setting(0.6, "0: always the likeliest token; above, the more the freer.", minimum=0, maximum=5)
+    top_p: float = setting(
+        0.95, "Draw from the likeliest tokens that together have this probability; 1: off.", above=0, maximum=1
+    )
+    top_k: int = setting(20, "Draw from this many of the likeliest tokens; 0: off.", minimum=0)
+    min_p: float = setting(
+        0.0, "Leave out tokens with less than this part of the likeliest one's probability.", minimum=0, maximum=1
+    )
+    presence_penalty: float = setting(
+        0.0, "Taken once from the logit of every token already written: fewer repetitions.", minimum=0, maximum=2
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
 class LoadSettings(Settings):
     """How a model is loaded. Raises RequestError by the field's name."""
 

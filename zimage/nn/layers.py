@@ -32,7 +32,7 @@ class NarrowLinear(nn.Linear):
         rows = x.numel() // self.in_features
         if x.device.type != "cpu" or x.dtype not in HALF or rows > self.ROWS or self.bias is not None:
             return super().forward(x)
-        return (self.weight @ x.reshape(rows, -1).t()).t().view(*x.shape[:-1], -1)  # transposed in memory
+        return narrow_product(x, self.weight)
 
 
 class StreamedLinear(nn.Linear):
@@ -50,10 +50,7 @@ class WideningLinear(nn.Linear):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        rows = max(1, PIECE // self.in_features)
-        scratch = x.new_empty(min(rows, self.out_features), self.in_features)
-        out = [F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in self.weight.split(rows)]
-        out = torch.cat(out, dim=-1)
+        out = widened_product(x, self.weight)
         return out if self.bias is None else out + self.bias
 
 
@@ -63,3 +60,19 @@ class TokenEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Products (..., tokens) of x (..., C) with every token's row: an output head tied to the embeddings."""
+        return narrow_product(x, self.weight) if self.weight.dtype == x.dtype else widened_product(x, self.weight)
+
+
+def narrow_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ of x (..., C) and weight (out, C), the weight as left factor; transposed in memory."""
+    return (weight @ x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], -1)
+
+
+def widened_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ in x's dtype, of weight (out, C) in another: a few rows are widened at a time."""
+    rows = max(1, PIECE // weight.shape[1])
+    scratch = x.new_empty(min(rows, weight.shape[0]), weight.shape[1])
+    return torch.cat([F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in weight.split(rows)], dim=-1)

@@ -135,9 +135,7 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        rows = max(1, PIECE // self.in_features)
-        pieces = (self.packed.rows(i, min(i + rows, self.out_features)) for i in range(0, self.out_features, rows))
-        out = torch.cat([F.linear(x, piece.decode().to(x.dtype)) for piece in pieces], dim=-1)
+        out = packed_product(x, self.packed)
         return out if self.bias is None else out + self.bias
 
 
@@ -152,6 +150,19 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = [self.packed.rows(i, i + 1).decode() for i in ids.flatten().tolist()]
         return torch.cat(rows).view(*ids.shape, -1)
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Products (..., tokens) of x (..., C) with every token's row."""
+        return packed_product(x, self.packed)
+
+
+def packed_product(x: Tensor, packed: Packed) -> Tensor:
+    """x · weightᵀ of x (..., C) and a packed weight (out, C): a few rows are widened at a time."""
+    out, columns = packed.shape
+    rows = max(1, PIECE // columns)
+    pieces = (packed.rows(i, min(i + rows, out)) for i in range(0, out, rows))
+    return torch.cat([F.linear(x, piece.decode().to(x.dtype)) for piece in pieces], dim=-1)
 
 
 def packed_codes(module: nn.Module) -> list[Tensor]:

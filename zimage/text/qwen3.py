@@ -1,5 +1,7 @@
 """Qwen3, the text encoder: a causal transformer with grouped queries, normalised q and k, and SwiGLU.
 
+It encodes prompts with its hidden states, and writes with the whole stack and a head tied to the embeddings.
+
 Shapes: B batch, L tokens, H query heads, G key/value heads, D head size. Module names are the checkpoint's.
 Source: Qwen3 Technical Report (2025) and the published configuration.
 """
@@ -87,17 +89,18 @@ class Qwen3(nn.Module):
         heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
         return tokens * ((2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads)
 
-    def forward(self, ids: Tensor, layer: int = -2) -> Tensor:
+    def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | None" = None) -> Tensor:
         """Hidden state `layer` (B, L, hidden) of ids (B, L); layers above it are not run.
 
         `layer` counts from the end, as in the reference's list of n + 1 states: −1 is after the last layer and the
         final norm, −2 the output of the last layer but one, without a norm. Right padding never changes real tokens.
+        With a `cache` the ids follow the tokens it holds, and join them.
         """
         states = self.config.num_hidden_layers + 1
         if not -states <= layer < states:
             raise RequestError(f"hidden layer {layer} does not exist; use −{states} to −1")
         index = layer % states
-        for i, state in enumerate(self.hidden_states(ids)):
+        for i, state in enumerate(self.hidden_states(ids, cache)):
             if i == index:
                 return state
         raise AssertionError("unreachable: the index was checked above")
@@ -119,15 +122,20 @@ class Qwen3(nn.Module):
                 return total.to(state.dtype)
         raise RequestError(f"hidden layers {sorted(layers)} do not all exist; use −{states} to −1")
 
-    def hidden_states(self, ids: Tensor) -> Iterator[Tensor]:
+    def hidden_states(self, ids: Tensor, cache: "KVCache | None" = None) -> Iterator[Tensor]:
         """Yield the n + 1 hidden states (B, L, hidden), each computed when asked for."""
         model = self.model
         x = model.embed_tokens(ids).to(model.norm.weight.dtype)
         yield x
-        turn = half_rotation(ids.shape[1], self.config, x.device)
+        turn = half_rotation(ids.shape[1], self.config, x.device, first=cache.length if cache else 0)
         for i, layer in enumerate(model.layers):
-            x = layer(x, turn)
+            x = layer(x, turn, cache.layers[i] if cache else None)
             yield model.norm(x) if i == len(model.layers) - 1 else x
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, cache: "KVCache") -> Tensor:
+        """Logits (B, vocabulary), fp32, of the token after ids (B, L), which follow the tokens that `cache` holds."""
+        return self.model.embed_tokens.logits(self(ids, layer=-1, cache=cache)[:, -1]).float()
 
 
 class Qwen3Decoder(nn.Module):
@@ -148,8 +156,8 @@ class Qwen3Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | None" = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -167,12 +175,15 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.attend = attention
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | None" = None) -> Tensor:
         heads = (-1, self.head_dim)
         q = rotate_halves(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *turn)  # (B, L, H, D)
         k = rotate_halves(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *turn)  # (B, L, G, D)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(self.attend(q, k, v, causal=True).flatten(2))
+        if past is not None:
+            k, v = past.extend(k, v)
+        causal = q.shape[1] == k.shape[1]  # else a single token, which sees all before it
+        return self.o_proj(self.attend(q, k, v, causal=causal).flatten(2))
 
 
 class Qwen3MLP(nn.Module):
@@ -186,11 +197,49 @@ class Qwen3MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def half_rotation(length: int, config: Qwen3Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, D/2), fp32 as in the reference: pair k turns by position · θ^(−2k/D)."""
+class KVCache:
+    """Keys and values of all layers for the tokens of one text so far, so that each token runs once."""
+
+    def __init__(self, config: Qwen3Config, capacity: int, like: Tensor, batch: int = 1):
+        """Room for `capacity` tokens, of the dtype and on the device of `like`."""
+        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        pairs = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_hidden_layers)]
+        self.layers = [LayerCache(keys, values) for keys, values in pairs]
+
+    @property
+    def length(self) -> int:
+        """Tokens it holds."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+class LayerCache:
+    """One layer's keys and values (B, capacity, G, D), the first `length` of them written."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values, self.length = keys, values, 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, L, G, D) behind the others; returns all (B, length, G, D), as views.
+
+        Several tokens at once may only be the first: attention's causal mask has no offset.
+        """
+        begin, end = self.length, self.length + k.shape[1]
+        if (begin and k.shape[1] > 1) or end > self.keys.shape[1]:
+            raise ValueError(f"{k.shape[1]} tokens do not fit behind {begin} in a cache for {self.keys.shape[1]}")
+        self.keys[:, begin:end], self.values[:, begin:end], self.length = k, v, end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+def half_rotation(length: int, config: Qwen3Config, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, 1, D/2) from position `first`, fp32 as in the reference: pair k turns by position · θ^(−2k/D)."""
     D = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None, None] * frequencies
+    position = torch.arange(first, first + length, dtype=torch.float32, device=device)
+    angle = position[:, None, None] * frequencies
     return angle.cos(), angle.sin()
 
 

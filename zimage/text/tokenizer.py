@@ -43,6 +43,13 @@ class Tokenizer:
         """Entries, special tokens included."""
         return self._fast.get_vocab_size()
 
+    def id_of(self, token: str) -> int:
+        """The id of one token by its text; raises CheckpointError where the vocabulary lacks it."""
+        found = self._fast.token_to_id(token)
+        if found is None:
+            raise CheckpointError(f"the tokenizer has no token {token!r}; use the one that belongs to the text encoder")
+        return found
+
     def encode(self, text: str) -> list[int]:
         """All token ids of `text`; nothing is added and nothing is cut."""
         return self._fast.encode(text, add_special_tokens=False).ids

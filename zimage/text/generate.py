@@ -1,0 +1,170 @@
+"""Writing with the text encoder's weights: logits → filters → a drawn token, again and again.
+
+What filters the logits stands in the order of transformers' processors, with their treatment of ties, after the
+presence penalty of OpenAI's interface. All of it is fp32 on the CPU, so that a seed gives the same text on every
+device as far as the logits agree.
+
+Shapes: L prompt tokens, V vocabulary.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from zimage.errors import NonFiniteError, RequestError
+from zimage.settings import Sampling
+from zimage.text.chat import IM_END
+from zimage.text.qwen3 import KVCache, Qwen3
+from zimage.text.tokenizer import Tokenizer
+
+__all__ = ["Sampling", "generate", "split_thinking", "stop_ids", "stream_text", "write"]
+
+END_OF_TEXT = "<|endoftext|>"
+THINK, END_OF_THINK = "<think>", "</think>"
+TAG = re.compile(f"({THINK}|{END_OF_THINK})")
+
+
+# ------------------------------------------------------------------ from logits to a token
+
+
+def penalised(logits: Tensor, generated: Collection[int], penalty: float) -> Tensor:
+    """logitᵢ − penalty · [i ∈ generated]: once for each token, however often it came (OpenAI's presence penalty)."""
+    if not penalty or not generated:
+        return logits
+    return logits.index_add(0, torch.tensor(sorted(set(generated))), torch.tensor(-penalty).expand(len(set(generated))))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """−∞ below the k-th largest logit; all that equal it stay (Fan et al. 2018)."""
+    least = logits.topk(min(k, len(logits))).values[-1]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """−∞ for the least likely tokens whose probabilities add up to 1 − p or less (Holtzman et al. 2020).
+
+    The likeliest token always stays. Which of equals at the limit go depends on how all V are sorted, so all are,
+    though most may be −∞.
+    """
+    ascending, order = logits.sort()
+    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    tail[-1] = False
+    return logits.index_fill(0, order[tail], -torch.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """−∞ for tokens less likely than p times the likeliest one (Nguyen et al. 2024)."""
+    likelihoods = logits.softmax(-1)
+    return logits.masked_fill(likelihoods < p * likelihoods.amax(), -torch.inf)
+
+
+def probabilities(logits: Tensor, generated: Collection[int], sampling: Sampling) -> Tensor:
+    """Of the next token (V,), fp32, from raw logits (V,) and the tokens generated so far; temperature above 0."""
+    logits = penalised(logits, generated, sampling.presence_penalty) / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits.softmax(-1)
+
+
+def choose(logits: Tensor, generated: Collection[int], sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token: at temperature 0 the likeliest, else drawn. Raises NonFiniteError for logits with NaN."""
+    if logits.isnan().any():
+        raise NonFiniteError("the text encoder produced NaN; fetch its weights again or try dtype fp32")
+    if sampling.temperature == 0:
+        return int(penalised(logits, generated, sampling.presence_penalty).argmax())
+    return int(torch.multinomial(probabilities(logits, generated, sampling), 1, generator=generator))
+
+
+# ------------------------------------------------------------------ from tokens to text
+
+
+def generate(
+    model: Qwen3,
+    ids: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: Collection[int],
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Tokens that follow `ids`, each as soon as it is drawn with the CPU `generator`; closing the iterator cancels.
+
+    It ends before a token of `stop_ids`, or after `max_tokens`. Raises RequestError at once.
+    """
+    if not ids:
+        raise RequestError("the text to go on from has no tokens")
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens {max_tokens} is too small; the least is 1")
+    return _tokens(model, list(ids), sampling, max_tokens, frozenset(stop_ids), generator)
+
+
+def _tokens(
+    model: Qwen3,
+    ids: list[int],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    generator: torch.Generator,
+) -> Iterator[int]:
+    like = model.model.norm.weight  # in the dtype of the computation, whatever the matrices are stored as
+    cache = KVCache(model.config, len(ids) + max_tokens - 1, like)  # the last token's keys are never asked for
+    following, generated = ids, []
+    while len(generated) < max_tokens:
+        logits = model.next_logits(torch.tensor([following], device=like.device), cache)
+        token = choose(logits[0].cpu(), generated, sampling, generator)
+        if token in stop_ids:
+            return
+        generated.append(token)
+        following = [token]
+        yield token
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer."""
+    return frozenset(map(tokenizer.id_of, (IM_END, END_OF_TEXT)))
+
+
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Pieces of text that together are the text of all tokens; a character cut between tokens is held back."""
+    held = []
+    for token in tokens:
+        held.append(token)
+        text = tokenizer.decode(held)
+        if text and not text.endswith("\ufffd"):  # what bytes decode to that are no whole character yet
+            yield text
+            held = []
+    if held:
+        yield tokenizer.decode(held)
+
+
+def write(
+    model: Qwen3, tokenizer: Tokenizer, text: str, sampling: Sampling, max_tokens: int = 512, seed: int = 0
+) -> Iterator[str]:
+    """What the model writes after `text` (a formatted chat), in pieces; special tokens but the last are in it."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = generate(model, tokenizer.encode(text), sampling, max_tokens, stop_ids(tokenizer), generator)
+    return stream_text(tokens, tokenizer)
+
+
+def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
+    """(thinking, answer) of what a model wrote; `opened` where the prompt ended inside a think block.
+
+    A block that is never closed is all thinking: what may be thought never counts as answer. Hence blocks inside blocks
+    end with the outermost, and a closing tag without an opening one makes all before it thinking.
+    """
+    depth, thoughts, answers = int(opened), [], []
+    for i, part in enumerate(TAG.split(text)):
+        if part == THINK:
+            depth += not (opened and i == 1 and not "".join(thoughts).strip())  # the model repeats the prompt's tag
+        elif part == END_OF_THINK and depth:
+            depth -= 1
+        elif part == END_OF_THINK:
+            thoughts, answers = thoughts + answers, []
+        else:
+            (thoughts if depth else answers).append(part)
+    return "\n".join(filter(None, map(str.strip, thoughts))), "".join(answers).strip()
