@@ -29,6 +29,10 @@ class FetchError(ZImageError):
     """A transfer that failed; what has arrived is kept, and the same command goes on from there."""
 
 
+class RemoteError(ZImageError):
+    """A server for text that could not be reached, refused, or answered what cannot be used."""
+
+
 class NonFiniteError(ZImageError):
     """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
 

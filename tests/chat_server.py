@@ -1,0 +1,85 @@
+"""A chat server for tests: answers from a list, each served once, the last one again and again."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Reply:
+    """A status with a body, or something that goes wrong."""
+
+    body: Any = None  # JSON, or bytes as they are
+    status: int = 200
+    location: str | None = None
+    cut: bool = False  # the line goes dead after half of the body
+    hang_up: bool = False  # before anything is answered
+    silent: bool = False  # nothing comes
+    drip: float = 0.0  # seconds between single bytes
+
+
+@dataclass
+class FakeChat:
+    replies: list[Reply]
+    url: str = ""
+    asked: list[dict] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+def said(text: Any, **more: Any) -> Reply:
+    """A completion as servers send it."""
+    return Reply({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, **more}]})
+
+
+@contextlib.contextmanager
+def serving(*replies: Reply) -> Iterator[FakeChat]:
+    """A server at `url` on a free port of this machine."""
+    chat = FakeChat(list(replies))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"chat": chat}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    chat.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield chat
+    finally:
+        chat.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    chat: FakeChat
+
+    def do_POST(self) -> None:
+        chat = self.chat
+        chat.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        chat.paths.append(self.path)
+        chat.keys.append(self.headers["Authorization"])
+        reply = chat.replies.pop(0) if len(chat.replies) > 1 else chat.replies[0]
+        if reply.silent:
+            chat.released.wait(10)
+        if not (reply.silent or reply.hang_up):
+            self._send(reply)
+
+    def _send(self, reply: Reply) -> None:
+        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        self.send_response(reply.status)
+        if reply.location:
+            self.send_header("Location", reply.location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the other side may have heard enough
+            for piece in [body[i : i + 1] for i in range(len(body))] if reply.drip else [body]:
+                self.wfile.write(piece[: len(piece) // 2] if reply.cut else piece)
+                self.chat.released.wait(reply.drip)
+
+    def log_message(self, *_: Any) -> None:
+        pass
