@@ -8,6 +8,7 @@ from bench.kernels import kernels
 from bench.memory import memory
 from bench.profile import profile
 from bench.render import render
+from bench.rewrite import rewrite
 from bench.roofline import roofline
 from bench.step import step
 from bench.tables import tables
@@ -18,7 +19,7 @@ def main() -> None:
     """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, memory, step, decode, formats, kernels, roofline, profile, tables):
+for scenario in (render, memory, step, decode, rewrite, formats, kernels, roofline, profile, tables):
     main.add_command(scenario)
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ LABELS = {
     "first_step": "first step, cold",
     "step": "a step, warm",
     "decode": "decode",
+    "prefill": "prompt to first token",
+    "token": "a token after it",
     "peak_gb": "**peak memory**, GB",
+    "memory_ratio": "peak over weights and cache",
 }
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class Clock:
@@ -63,6 +64,18 @@ def serve(scenarios: dict[str, Callable[..., None]]) -> None:
     clock = Clock()
     scenarios[scenario](clock, **json.loads(arguments))
     clock.write(out)
+
+
+def prompt_of(tokens: int) -> list[int]:
+    """Ids that every vocabulary has."""
+    return [(37 * i) % 200 for i in range(tokens)]
+
+
+def needed_bytes(model: Any, tokens: int) -> int:
+    """What writing cannot do without: the weights, and keys and values of `tokens` tokens in every layer."""
+    config, weights = model.config, {id(weight): weight for weight in model.parameters()}
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return sum(weight.nbytes for weight in weights.values()) + tokens * per_token * model.model.norm.weight.itemsize
 
 
 def peak_bytes() -> int:

@@ -1,8 +1,9 @@
 """Our side: SCENARIO ARGUMENTS OUT."""
 
 import statistics
+from collections.abc import Iterator
 
-from bench.sides.clock import Clock, serve
+from bench.sides.clock import Clock, needed_bytes, prompt_of, serve
 
 
 def render(
@@ -76,5 +77,29 @@ def decode(
     clock.peak()
 
 
+def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: int) -> None:
+    import torch
+
+    import zimage
+    from zimage.text.generate import Sampling, generate
+
+    clock.imported()
+    model = zimage.load_component(folder, "text_encoder", device="cpu", dtype=None if dtype == "auto" else dtype)
+
+    def write(count: int) -> Iterator[int]:
+        return generate(model, prompt_of(prompt_tokens), Sampling(temperature=0.0), count, (), torch.Generator())
+
+    assert len(list(write(2))) == 2
+    clock.lap("load")
+    text = write(tokens)
+    next(text)
+    clock.lap("prefill")
+    rest = len(list(text))
+    clock.lap("token")
+    clock.figures["token"] /= rest
+    clock.peak()
+    clock.figures["memory_ratio"] = clock.figures["peak_gb"] * 1e9 / needed_bytes(model, prompt_tokens + tokens)
+
+
 if __name__ == "__main__":
-    serve({"render": render, "step": step, "decode": decode})
+    serve({"render": render, "step": step, "decode": decode, "rewrite": rewrite})
