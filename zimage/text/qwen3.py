@@ -182,8 +182,16 @@ class Qwen3Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, heads)
         if past is not None:
             k, v = past.extend(k, v)
-        causal = q.shape[1] == k.shape[1]  # else a single token, which sees all before it
-        return self.o_proj(self.attend(q, k, v, causal=causal).flatten(2))
+        together = self.attend(q, k, v, causal=True) if q.shape[1] == k.shape[1] else self._attend_from_last(q, k, v)
+        return self.o_proj(together.flatten(2))
+
+    def _attend_from_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token's attention to all before it, q and the result (B, 1, H, D); k and v (B, L, G, D).
+
+        The H/G query heads that share keys are taken as rows of one head: a tenth of the time of grouped ones on a CPU.
+        """
+        rows = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)  # (B, H/G, G, D)
+        return self.attend(rows, k, v).transpose(1, 2).flatten(1, 2).unsqueeze(1)
 
 
 class Qwen3MLP(nn.Module):
@@ -202,7 +210,7 @@ class KVCache:
 
     def __init__(self, config: Qwen3Config, capacity: int, like: Tensor, batch: int = 1):
         """Room for `capacity` tokens, of the dtype and on the device of `like`."""
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         pairs = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_hidden_layers)]
         self.layers = [LayerCache(keys, values) for keys, values in pairs]
 
@@ -217,7 +225,10 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's keys and values (B, capacity, G, D), the first `length` of them written."""
+    """One layer's keys and values (B, G, capacity, D), those of the first `length` tokens written.
+
+    Each head's lie together: attention reads them in half the time.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values, self.length = keys, values, 0
@@ -228,10 +239,15 @@ class LayerCache:
         Several tokens at once may only be the first: attention's causal mask has no offset.
         """
         begin, end = self.length, self.length + k.shape[1]
-        if (begin and k.shape[1] > 1) or end > self.keys.shape[1]:
-            raise ValueError(f"{k.shape[1]} tokens do not fit behind {begin} in a cache for {self.keys.shape[1]}")
-        self.keys[:, begin:end], self.values[:, begin:end], self.length = k, v, end
-        return self.keys[:, :end], self.values[:, :end]
+        capacity = self.keys.shape[2]
+        if (begin and k.shape[1] > 1) or end > capacity:
+            raise ValueError(f"{k.shape[1]} tokens do not fit behind {begin} in a cache for {capacity}")
+        self.length = end
+        return self._joined(self.keys, begin, k), self._joined(self.values, begin, v)
+
+    def _joined(self, memory: Tensor, begin: int, new: Tensor) -> Tensor:
+        memory[:, :, begin : self.length] = new.transpose(1, 2)
+        return memory[:, :, : self.length].transpose(1, 2)
 
 
 def half_rotation(length: int, config: Qwen3Config, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
