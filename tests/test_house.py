@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "cli": {"pipeline", "state", "text", "weights"},
     "pipeline": {
         "render",
+        "rewriting",
         "defaults",
         "captions",
         "parts",
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "weights",
     },
     "render": {"defaults", "state", "runtime"},
+    "rewriting": {"captions", "components", "parts", "plan", "runtime", "text"},
     "defaults": {"captions", "components", "sources", "text"},
     "captions": {"parts", "components", "text", "runtime"},
     "parts": {"components", "plan", "loras", "runtime", "nn"},

@@ -33,6 +33,10 @@ class RemoteError(ZImageError):
     """A server for text that could not be reached, refused, or answered what cannot be used."""
 
 
+class RewriteError(ZImageError):
+    """A rewriter that wrote no prompt."""
+
+
 class NonFiniteError(ZImageError):
     """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
 

@@ -33,10 +33,11 @@ from zimage.parts import Parts
 from zimage.places import Place, choose_places, device_names
 from zimage.plan import MemoryPlan
 from zimage.render import Render
+from zimage.rewriting import Rewrite, Rewriter
 from zimage.runtime.checkpoint import finite
 from zimage.runtime.memory import out_of_memory_in
 from zimage.schedule import Schedule
-from zimage.settings import SIZE_MULTIPLE, STRENGTH, LoadSettings, Request, TextSettings
+from zimage.settings import SIZE_MULTIPLE, STRENGTH, LoadSettings, Request, RewriteSettings, TextSettings
 from zimage.state import RenderState
 from zimage.text import Qwen3
 from zimage.version import __version__
@@ -58,6 +59,7 @@ class ZImage:
         self.parts = Parts(model, places, settings, self.plan, attention, self._usual_schedule)
         self.captions = Captions(model, self.parts, settings)
         self.lora = self.parts.lora
+        self.rewriter = Rewriter(model, self.parts, self.captions, self.plan)
 
     @classmethod
     def load(
@@ -123,6 +125,19 @@ class ZImage:
         settings = self._text(text)
         texts = [self.captions.format(p, settings) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         return [self.captions.caption(text, settings) for text in texts]
+
+    def rewrite(self, prompt: str, **settings: Any) -> Rewrite:
+        """A fuller prompt, written by the text encoder's own weights or by a server; to be encoded like any other.
+
+        Keywords are the fields of RewriteSettings. Raises RequestError, RemoteError, or RewriteError where no prompt
+        came of it. To see it written, iterate over `rewriter.pieces`.
+        """
+        pieces = self.rewriter.pieces(prompt, RewriteSettings.from_mapping(settings))
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as finished:
+                return finished.value
 
     def _text(self, text: dict[str, Any]) -> TextSettings:
         return self.captions.filled(TextSettings.from_mapping(text))

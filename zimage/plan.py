@@ -90,6 +90,26 @@ class MemoryPlan:
         ordered = {name: stages[name] for name in self.places}
         return Schedule(ordered, frozenset(kept), limits, self.settings.memory)
 
+    def writing(self, tokens: int, loaded: Iterable[str] = ()) -> Schedule:
+        """How the text encoder writes a text of `tokens` in all. Raises RequestError where it does not fit."""
+        name, request = "text_encoder", Request(width=SIZE_MULTIPLE, height=SIZE_MULTIPLE, tile_mode="off")
+        (device, dtype), component = self.places[name], self.model.components[name]
+        usual = self.schedule(request, tokens, loaded)
+        # All layers and the head are read, which encoding does without.
+        more = self.model.skeleton(name).writing_bytes(tokens, dtype)
+        more += component.unread_bytes(dtype, self.widens_late(name)) if device.type == "cpu" else 0
+        stage, kept, limit = usual.stages[name], usual.kept, usual.limits[device]
+        if name not in kept or stage.peak + more > limit:
+            stage = self._alone(name, request, tokens, limit - more)
+            kept = frozenset(n for n in kept if self.places[n].device != device)
+        stage = dataclasses.replace(stage, activations=stage.activations + more)
+        if stage.peak > limit:
+            raise RequestError(
+                f"writing a text of {tokens} tokens needs {stage.peak / 1e9:.2f} GB; {limit / 1e9:.2f} GB may be "
+                "taken; give fewer max_tokens or more memory, or a rewriter_url"
+            )
+        return dataclasses.replace(usual, stages={**usual.stages, name: stage}, kept=kept)
+
     def tile_mode(self, width: int, height: int, loaded: Iterable[str] = ()) -> str:
         """How to decode a picture of any size: "off" (whole) or "exact" (strips)."""
         sides = (min(-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE, MAX_SIDE) for side in (width, height))

@@ -229,26 +229,6 @@ class Request(TextSettings):
 
 
 @dataclass(frozen=True)
-class Sampling(Settings):
-    """How the next token of a text is drawn. Raises RequestError by the field's name."""
-
-    temperature: float = setting(0.6, "0: always the likeliest token; above, the more the freer.", minimum=0, maximum=5)
-    top_p: float = setting(
-        0.95, "Draw from the likeliest tokens that together have this probability; 1: off.", above=0, maximum=1
-    )
-    top_k: int = setting(20, "Draw from this many of the likeliest tokens; 0: off.", minimum=0)
-    min_p: float = setting(
-        0.0, "Leave out tokens with less than this part of the likeliest one's probability.", minimum=0, maximum=1
-    )
-    presence_penalty: float = setting(
-        0.0, "Taken once from the logit of every token already written: fewer repetitions.", minimum=0, maximum=2
-    )
-
-    def __post_init__(self):
-        check_fields(self)
-
-
-@dataclass(frozen=True)
 class LoadSettings(Settings):
     """How a model is loaded. Raises RequestError by the field's name."""
 
@@ -338,7 +318,41 @@ class LoadSettings(Settings):
 
 
 @dataclass(frozen=True)
-class RewriteSettings(Settings):
+class Sampling(Settings):
+    """How the next token of a text is drawn. Raises RequestError by the field's name."""
+
+    temperature: float = setting(
+        0.6, "0: always the likeliest token; above, the more the freer.", group="Rewriting", minimum=0, maximum=5
+    )
+    top_p: float = setting(
+        0.95,
+        "Draw from the likeliest tokens that together have this probability; 1: off.",
+        group="Rewriting",
+        above=0,
+        maximum=1,
+    )
+    top_k: int = setting(20, "Draw from this many of the likeliest tokens; 0: off.", group="Rewriting", minimum=0)
+    min_p: float = setting(
+        0.0,
+        "Leave out tokens with less than this part of the likeliest one's probability.",
+        group="Rewriting",
+        minimum=0,
+        maximum=1,
+    )
+    presence_penalty: float = setting(
+        0.0,
+        "Taken once from the logit of every token already written: fewer repetitions.",
+        group="Rewriting",
+        minimum=0,
+        maximum=2,
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class RewriteSettings(Sampling):
     """How a prompt is rewritten before it is drawn. Raises RequestError by the field's name."""
 
     rewriter: str | None = setting(
@@ -350,7 +364,8 @@ class RewriteSettings(Settings):
     )
     rewriter_url: str | None = setting(
         None,
-        "Server with OpenAI's chat completions that rewrites, in the place of the model's own text encoder.",
+        "Server with OpenAI's chat completions that rewrites, in the place of the model's own text encoder; "
+        "its key is the environment's ZIMAGE_REWRITER_KEY.",
         group="Rewriting",
         metavar="URL",
         env="ZIMAGE_REWRITER_URL",
@@ -362,26 +377,12 @@ class RewriteSettings(Settings):
     rewrite_thinking: bool = setting(
         False, "Let it think before it answers; thoughts are not drawn.", group="Rewriting"
     )
-    temperature: float = setting(0.6, "0 takes the likeliest token each time.", group="Rewriting", minimum=0, maximum=5)
-    top_p: float = setting(
-        0.95, "Likeliest tokens up to this probability in all.", group="Rewriting", above=0, maximum=1
-    )
-    top_k: int = setting(20, "Likeliest tokens up to this number; 0: off.", group="Rewriting", minimum=0, maximum=10**6)
-    min_p: float = setting(
-        0.0, "Only tokens of this share of the likeliest one's probability.", group="Rewriting", minimum=0, maximum=1
-    )
-    presence_penalty: float = setting(
-        0.0, "Taken off the logit of each token that was written already.", group="Rewriting", minimum=0, maximum=2
-    )
     max_tokens: int = setting(
         512, "Tokens that are written at most, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
     )
     rewrite_seed: int | None = setting(
         None, "Seed of the rewriting. Default: drawn and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
     )
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 ALL_SETTINGS = (Request, LoadSettings, RewriteSettings)

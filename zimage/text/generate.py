@@ -15,15 +15,14 @@ from torch import Tensor
 
 from zimage.errors import NonFiniteError, RequestError
 from zimage.settings import Sampling
-from zimage.text.chat import IM_END
+from zimage.text.chat import END_THINK, IM_END, THINK
 from zimage.text.qwen3 import KVCache, Qwen3
 from zimage.text.tokenizer import Tokenizer
 
 __all__ = ["Sampling", "generate", "split_thinking", "stop_ids", "stream_text", "write"]
 
 END_OF_TEXT = "<|endoftext|>"
-THINK, END_OF_THINK = "<think>", "</think>"
-TAG = re.compile(f"({THINK}|{END_OF_THINK})")
+TAG = re.compile(f"({THINK}|{END_THINK})")
 
 
 # ------------------------------------------------------------------ from logits to a token
@@ -161,9 +160,9 @@ def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
     for i, part in enumerate(TAG.split(text)):
         if part == THINK:
             depth += not (opened and i == 1 and not "".join(thoughts).strip())  # the model repeats the prompt's tag
-        elif part == END_OF_THINK and depth:
+        elif part == END_THINK and depth:
             depth -= 1
-        elif part == END_OF_THINK:
+        elif part == END_THINK:
             thoughts, answers = thoughts + answers, []
         else:
             (thoughts if depth else answers).append(part)

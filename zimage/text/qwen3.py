@@ -89,6 +89,12 @@ class Qwen3(nn.Module):
         heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
         return tokens * ((2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads)
 
+    def writing_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """What writing takes besides: the keys and values of `tokens`, and logits with the filters' copies in fp32."""
+        config = self.config
+        keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return tokens * keys + 24 * config.vocab_size
+
     def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | None" = None) -> Tensor:
         """Hidden state `layer` (B, L, hidden) of ids (B, L); layers above it are not run.
 

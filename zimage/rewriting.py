@@ -1,0 +1,123 @@
+"""Prompts rewritten before they are drawn, by the text encoder's own weights or by a server.
+
+prompt ─ rewriter's template, chat format ─→ text ─ write ─→ thoughts and answer ─ split ─→ prompt
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zimage.captions import Captions
+from zimage.components import Model
+from zimage.errors import RequestError, RewriteError
+from zimage.parts import Parts
+from zimage.plan import MemoryPlan
+from zimage.runtime.memory import out_of_memory_in
+from zimage.settings import RewriteSettings
+from zimage.text.chat import format_chat
+from zimage.text.templates import REWRITER, Template
+
+log = logging.getLogger("zimage")
+
+DEFAULT = "rewrite-expand"
+KEY = "ZIMAGE_REWRITER_KEY"  # the server's key: a secret, hence no setting
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A prompt as it was rewritten, and what it came from."""
+
+    prompt: str
+    thinking: str = field(repr=False)
+    original: str
+    rewriter: str
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a picture's metadata."""
+        return {"original": self.original, "rewriter": self.rewriter, "seed": self.seed}
+
+
+class Rewriter:
+    """What of a pipeline writes."""
+
+    def __init__(self, model: Model, parts: Parts, captions: Captions, plan: MemoryPlan):
+        self._model, self._parts, self._captions, self._plan = model, parts, captions, plan
+
+    def pieces(self, prompt: str, settings: RewriteSettings) -> Generator[str, None, Rewrite]:
+        """Yield the text as it is written, thoughts included; returns the result. Closing the generator cancels.
+
+        Raises RequestError, RemoteError, or RewriteError where no prompt came of it.
+        """
+        template = self.template(settings)
+        seed = secrets.randbelow(2**32) if settings.rewrite_seed is None else settings.rewrite_seed
+        write = self._ask if settings.rewriter_url else self._write
+        text, opened = yield from write(prompt, template, settings, seed)
+        from zimage.text.generate import split_thinking
+
+        thinking, answer = split_thinking(text, opened)
+        answer = _unquoted(answer)
+        if not answer:
+            raise RewriteError(
+                f"the rewriter was still thinking after {settings.max_tokens} tokens; give more max_tokens, or no "
+                "rewrite_thinking"
+                if thinking
+                else "the rewriter wrote nothing; try another rewriter, rewrite_seed or temperature"
+            )
+        return Rewrite(answer, thinking, prompt, template.name, seed)
+
+    def template(self, settings: RewriteSettings) -> Template:
+        """The rewriter that is named, else the usual one. Raises RequestError."""
+        template = self._captions.templates.get(settings.rewriter or DEFAULT)
+        if template.category != REWRITER:
+            known = ", ".join(t.name for t in self._captions.templates.list(REWRITER))
+            raise RequestError(f"template {template.name!r} is no rewriter; use one of {known}")
+        if template.assistant_content:
+            raise RequestError(f"rewriter {template.name!r} has assistant_content, which would end the answer")
+        return template
+
+    def _write(
+        self, prompt: str, template: Template, settings: RewriteSettings, seed: int
+    ) -> Generator[str, None, tuple[str, bool]]:
+        """With the text encoder. Its think block is closed at once where it shall not think."""
+        from zimage.text.generate import write
+
+        thinking = template.thinking_content
+        block = bool(thinking) or not settings.rewrite_thinking
+        chat = format_chat(prompt, template.system_prompt, thinking, think_block=block)
+        tokenizer, parts = self._model.tokenizer, self._parts
+        parts.schedule = self._plan.writing(len(tokenizer.encode(chat)) + settings.max_tokens, list(parts.loaded))
+        text = ""
+        with out_of_memory_in("text_encoder"), torch.no_grad():
+            pieces = write(parts.get("text_encoder"), tokenizer, chat, settings, settings.max_tokens, seed)
+        while True:
+            with out_of_memory_in("text_encoder"), torch.no_grad():
+                piece = next(pieces, None)
+            if piece is None:
+                return text, False
+            text += piece
+            yield piece
+
+    def _ask(
+        self, prompt: str, template: Template, settings: RewriteSettings, seed: int
+    ) -> Generator[str, None, tuple[str, bool]]:
+        """With a server, which answers in one piece."""
+        from zimage.text.remote import complete
+
+        messages = [{"role": "system", "content": template.system_prompt}, {"role": "user", "content": prompt}]
+        asked = (settings.rewriter_url, settings.rewriter_model, messages, settings, settings.max_tokens, seed)
+        text = complete(*asked, timeout=settings.rewriter_timeout, api_key=os.environ.get(KEY) or None)
+        yield text
+        return text, False
+
+
+def _unquoted(answer: str) -> str:
+    """Without quotation marks around the whole: the model would paint it as lettering."""
+    inner = answer[1:-1]
+    whole = len(answer) > 1 and answer[0] == answer[-1] == '"' and '"' not in inner
+    return inner.strip() if whole else answer
