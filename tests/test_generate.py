@@ -21,7 +21,7 @@ from zimage.text.generate import (
     penalised,
     probabilities,
     split_thinking,
-    stop_ids,
+    stop_tokens,
     stream_text,
     write,
 )
@@ -246,16 +246,17 @@ def test_what_cannot_be_written_is_refused_at_once(model, ids, most, says):
         generate(model, ids, GREEDY, most, (), torch.Generator())
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
-def test_damaged_weights_are_named_not_written_with(sampling):
+def test_damaged_weights_are_named_not_written_with(sampling, broken):
     model = randomised(Qwen3.from_config(QWEN), seed=6).requires_grad_(False)
-    model.model.norm.weight[0] = math.nan
-    with pytest.raises(NonFiniteError, match="text encoder produced NaN"):
+    model.model.norm.weight[0] = broken
+    with pytest.raises(NonFiniteError, match="text encoder produced NaN or infinity"):
         next(generate(model, [1], sampling, 5, (), torch.Generator()))
 
 
 def test_stop_tokens_are_looked_up_by_name(words):
-    assert stop_ids(words) == {VOCAB - 5, VOCAB - 3}
+    assert stop_tokens(words) == {VOCAB - 5, VOCAB - 3}
     assert words.id_of("<think>") == VOCAB - 2
     with pytest.raises(CheckpointError, match="no token '<|im_ended|>'".replace("|", r"\|")):
         words.id_of("<|im_ended|>")
@@ -279,7 +280,7 @@ def test_streaming_any_bytes_gives_their_text(words):
 
 def test_written_text_is_that_of_its_tokens(model, words):
     prompt, generator = "a cat", torch.Generator().manual_seed(9)
-    tokens = generate(model, words.encode(prompt), Sampling(), 30, stop_ids(words), generator)
+    tokens = generate(model, words.encode(prompt), Sampling(), 30, stop_tokens(words), generator)
     assert "".join(write(model, words, prompt, Sampling(), 30, seed=9)) == words.decode(list(tokens))
 
 

@@ -9,6 +9,7 @@ from test_parity_models import BF16_RATIO, TOLERANCE, ours_like
 from tiny import QWEN, VOCAB, relative_error, talkative
 from torch import Tensor
 
+from bench.pairs import run_side
 from zimage.components import Component
 from zimage.text import Qwen3
 from zimage.text.generate import Sampling, generate, probabilities
@@ -177,3 +178,11 @@ def test_sampled_tokens_are_the_reference_s_for_the_same_random_numbers(sampling
         torch.manual_seed(seed)
         expected = theirs(reference, ids, sampling, tokens=60)
         assert list(generate(model, ids, sampling, 60, (), torch.Generator().manual_seed(seed))) == expected
+
+
+@pytest.mark.parametrize("side", ["zimage", "transformers"])
+def test_the_bench_measures_both_sides(side, tiny_folder):
+    arguments = {"folder": str(tiny_folder), "dtype": "fp32", "prompt_tokens": 7, "tokens": 5}
+    figures = run_side(side, "rewrite", arguments)
+    assert list(figures) == ["load", "prefill", "token", "peak_gb", "memory_ratio"]
+    assert figures["token"] >= 0

@@ -19,7 +19,7 @@ from zimage.text.chat import END_THINK, IM_END, THINK
 from zimage.text.qwen3 import KVCache, Qwen3
 from zimage.text.tokenizer import Tokenizer
 
-__all__ = ["Sampling", "generate", "split_thinking", "stop_ids", "stream_text", "write"]
+__all__ = ["Sampling", "generate", "split_thinking", "stop_tokens", "stream_text", "write"]
 
 END_OF_TEXT = "<|endoftext|>"
 TAG = re.compile(f"({THINK}|{END_THINK})")
@@ -32,7 +32,8 @@ def penalised(logits: Tensor, generated: Collection[int], penalty: float) -> Ten
     """logitᵢ − penalty · [i ∈ generated]: once for each token, however often it came (OpenAI's presence penalty)."""
     if not penalty or not generated:
         return logits
-    return logits.index_add(0, torch.tensor(sorted(set(generated))), torch.tensor(-penalty).expand(len(set(generated))))
+    seen = torch.tensor(sorted(set(generated)))
+    return logits.index_add(0, seen, logits.new_ones(len(seen)), alpha=-penalty)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -72,9 +73,9 @@ def probabilities(logits: Tensor, generated: Collection[int], sampling: Sampling
 
 
 def choose(logits: Tensor, generated: Collection[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token: at temperature 0 the likeliest, else drawn. Raises NonFiniteError for logits with NaN."""
-    if logits.isnan().any():
-        raise NonFiniteError("the text encoder produced NaN; fetch its weights again or try dtype fp32")
+    """The next token: at temperature 0 the likeliest, else drawn. Raises NonFiniteError."""
+    if not logits.isfinite().all():
+        raise NonFiniteError("the text encoder produced NaN or infinity; fetch its weights again or try dtype fp32")
     if sampling.temperature == 0:
         return int(penalised(logits, generated, sampling.presence_penalty).argmax())
     return int(torch.multinomial(probabilities(logits, generated, sampling), 1, generator=generator))
@@ -123,7 +124,7 @@ def _tokens(
         yield token
 
 
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end an answer."""
     return frozenset(map(tokenizer.id_of, (IM_END, END_OF_TEXT)))
 
@@ -144,9 +145,12 @@ def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 def write(
     model: Qwen3, tokenizer: Tokenizer, text: str, sampling: Sampling, max_tokens: int = 512, seed: int = 0
 ) -> Iterator[str]:
-    """What the model writes after `text` (a formatted chat), in pieces; special tokens but the last are in it."""
+    """What the model writes after `text` (a formatted chat), piece by piece, thoughts included, up to the turn's end.
+
+    The same seed gives the same text; closing the iterator cancels. Raises RequestError or NonFiniteError.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tokens = generate(model, tokenizer.encode(text), sampling, max_tokens, stop_ids(tokenizer), generator)
+    tokens = generate(model, tokenizer.encode(text), sampling, max_tokens, stop_tokens(tokenizer), generator)
     return stream_text(tokens, tokenizer)
 
 

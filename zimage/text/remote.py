@@ -40,8 +40,9 @@ def complete(
 ) -> str:
     """The answer of `model` to messages ({"role": …, "content": …}), thoughts and all; see `generate.split_thinking`.
 
-    `url` is the server's, with or without /v1/chat/completions; `timeout` in seconds for each of at most three tries,
-    which broken connections, 429 and 5xx get. Raises RequestError for arguments that cannot be used, else RemoteError.
+    `url` is the server's, with or without /v1/chat/completions. `timeout`: seconds to wait in each of at most three
+    tries, which broken connections, 429 and 5xx get. Raises RequestError for arguments that cannot be used, and
+    RemoteError.
     """
     call = _Call(endpoint(url), _checked_key(api_key), _checked_timeout(timeout))
     asked = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "stream": False}
