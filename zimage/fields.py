@@ -6,7 +6,7 @@ attachment: a picture, a mask or embeddings, given as a path or as an object. No
 
 import dataclasses
 import difflib
-import math
+import functools
 import os
 import types
 import typing
@@ -16,6 +16,7 @@ from typing import Any, Self
 from zimage.errors import RequestError
 
 Weights = dict[int, float]
+MAX_WEIGHT = 1e6
 PLAIN = (bool, int, float, list, tuple, dict, set, bytes)  # what no attachment can be
 
 
@@ -33,11 +34,18 @@ def setting(
     multiple: int | None = None,
     choices: tuple[str, ...] | None = None,
     attachment: bool = False,
+    path: bool = False,
+    per_call: bool = False,
 ) -> Any:
-    """A run setting. `env` is the environment variable that gives it where no flag does."""
+    """A run setting. `env` is the environment variable that gives it where no flag does.
+
+    `path`: files and folders, which in a settings file are relative to that file. `per_call`: it belongs to one call
+    only, as attachments do, and stands in no settings file.
+    """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
-    shown = {"help": help, "group": group, "flag": flag, "metavar": metavar, "env": env, "attachment": attachment}
-    return dataclasses.field(default=default, metadata={**shown, **bounds})
+    shown = {"help": help, "group": group, "flag": flag, "metavar": metavar}
+    kind = {"env": env, "attachment": attachment, "path": path, "per_call": per_call or attachment}
+    return dataclasses.field(default=default, metadata={**shown, **kind, **bounds})
 
 
 class Settings:
@@ -53,12 +61,24 @@ class Settings:
         for key in values:
             if key not in cls.names():
                 raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         return cls(**{name: _coerced(name, value, hints[name]) for name, value in values.items()})
+
+    @classmethod
+    def check_one(cls, name: str, value: Any) -> Any:
+        """The value as its field holds it, checked by itself; raises RequestError."""
+        accepted = _hints(cls)[name]
+        coerced = _coerced(name, value, accepted)
+        _check(cls.__dataclass_fields__[name], accepted, coerced)
+        return coerced
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, as JSON holds them; of an attachment the name and the hash of its contents."""
-        return {name: _plain(getattr(self, name)) for name in self.names()}
+        return {
+            field.name: _described(value) if field.metadata["attachment"] else _plain(value)
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -79,19 +99,24 @@ def parse_weights(text: str) -> Weights:
 
 def fields(cls: type) -> list[tuple[dataclasses.Field, tuple[type, ...]]]:
     """Each field with the plain types that its value, or each in its list of values, may have."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return [(field, _scalar_types(hints[field.name])) for field in dataclasses.fields(cls)]
 
 
 def list_fields(cls: type) -> dict[str, bool]:
     """The fields that take a list → whether they also take a single value without one."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return {name: _takes_one(hint) for name, hint in hints.items() if _list_types(hint)}
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def check_fields(settings: Any) -> None:
     """Raise RequestError unless every value has its field's type and lies within its bounds."""
-    hints = typing.get_type_hints(type(settings))
+    hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         _check(field, hints[field.name], getattr(settings, field.name))
 
@@ -104,20 +129,25 @@ def _coerced(name: str, value: Any, accepted: Any) -> Any:
         if isinstance(value, str):
             return parse_weights(value)
         if isinstance(value, Mapping):
-            return {int(key): weight for key, weight in value.items()}
+            weights = {int(key): weight for key, weight in value.items()}
+            if len(weights) == len(value):
+                return weights
+            raise ValueError("a layer is named twice")
     except ValueError:
         raise RequestError(f"{name} {value!r} cannot be read; write LAYER:WEIGHT,… as in -2:0.7,-8:0.3") from None
     return value
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "describe"):
-        return value.describe()
-    if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}
-    if value is None or isinstance(value, (str, *PLAIN)):
-        return value
-    return {"name": os.path.basename(value) if isinstance(value, os.PathLike) else type(value).__name__}
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _described(attachment: Any) -> Any:
+    """What it is, without the folder that it lies in."""
+    if attachment is None or hasattr(attachment, "describe"):
+        return attachment and attachment.describe()
+    is_path = isinstance(attachment, str | os.PathLike)
+    return {"name": os.path.basename(attachment) if is_path else type(attachment).__name__}
 
 
 def _check(field: dataclasses.Field, accepted: Any, value: Any) -> None:
@@ -147,27 +177,31 @@ def _check_weights(name: str, value: Any) -> None:
     for layer, weight in value.items():
         if not isinstance(layer, int) or isinstance(layer, bool) or layer > -1:
             raise RequestError(f"{name}: layer {layer!r} should be a whole number below 0, counted from the last layer")
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-            raise RequestError(f"{name}: the weight {weight!r} of layer {layer} should be a number")
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_WEIGHT:
+            raise RequestError(f"{name}: the weight {weight!r} of layer {layer} should be a number ≤ {MAX_WEIGHT:g}")
     if not abs(sum(value.values())) > 1e-6:
         raise RequestError(f"{name}: the weights add up to 0, by which they cannot be divided")
 
 
+@functools.cache
 def _scalar_types(accepted: Any) -> tuple[type, ...]:
     """The types of a single value; where only lists are accepted, of what is in them."""
     plain = tuple(m for m in _members(accepted) if m is not types.NoneType and typing.get_origin(m) is None)
     return plain or _list_types(accepted) or (str,)  # text on the command line stands for a mapping
 
 
+@functools.cache
 def _list_types(accepted: Any) -> tuple[type, ...]:
     """The types of what a list may hold; none where no list is accepted."""
     return next((typing.get_args(m) for m in _members(accepted) if typing.get_origin(m) is list), ())
 
 
+@functools.cache
 def _takes_one(accepted: Any) -> bool:
     return any(m is not types.NoneType and typing.get_origin(m) is None for m in _members(accepted))
 
 
+@functools.cache
 def _members(accepted: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(accepted) in (typing.Union, types.UnionType)
     return typing.get_args(accepted) if is_union else (accepted,)

@@ -78,7 +78,7 @@ class Request(TextSettings):
     are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError by the field's name.
     """
 
-    prompt: str | list[str] = setting("", "What to draw.", group="Text")
+    prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True)
     negative: str | None = setting(
         None, "What to steer away from; needs --guidance above 0. Default: empty text.", group="Text"
     )
@@ -237,12 +237,17 @@ class LoadSettings(Settings):
         "Model folder in the published layout, or an all-in-one file. Default: the bundled demo model.",
         group="Model",
         env="ZIMAGE_MODEL",
+        path=True,
     )
-    dit: str | None = setting(None, "DiT from a loose file (safetensors or GGUF) or component folder.", group="Model")
-    text_encoder: str | None = setting(None, "Text encoder from a loose file or component folder.", group="Model")
-    vae: str | None = setting(None, "VAE from a loose file or component folder.", group="Model")
+    dit: str | None = setting(
+        None, "DiT from a loose file (safetensors or GGUF) or component folder.", group="Model", path=True
+    )
+    text_encoder: str | None = setting(
+        None, "Text encoder from a loose file or component folder.", group="Model", path=True
+    )
+    vae: str | None = setting(None, "VAE from a loose file or component folder.", group="Model", path=True)
     tokenizer: str | None = setting(
-        None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.", group="Model"
+        None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.", group="Model", path=True
     )
     variant: str | None = setting(
         None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base"), group="Model"
@@ -284,6 +289,7 @@ class LoadSettings(Settings):
         "LoRA file (.safetensors) and its scale, else 1; several add up. Default: none.",
         metavar="PATH[:SCALE]",
         group="Model",
+        path=True,
     )
     memory: float | None = setting(
         None,
@@ -299,6 +305,7 @@ class LoadSettings(Settings):
         group="Text",
         metavar="FOLDER",
         env="ZIMAGE_TEMPLATES",
+        path=True,
     )
     cache_entries: int = setting(
         100,
@@ -308,7 +315,7 @@ class LoadSettings(Settings):
         maximum=1_000_000,
     )
     cache_folder: str | None = setting(
-        None, "Folder to keep captions in between runs. Default: none.", group="Text", metavar="FOLDER"
+        None, "Folder to keep captions in between runs. Default: none.", group="Text", metavar="FOLDER", path=True
     )
 
     def __post_init__(self):

@@ -1,0 +1,167 @@
+"""What a setting is: its types, bounds and forms, on the command line and as plain values."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from zimage.cli.options import GroupedCommand, given, options_of
+from zimage.errors import RequestError
+from zimage.fields import fields, parse_weights
+from zimage.settings import ALL_SETTINGS, LoadSettings, Request, RewriteSettings
+
+
+def parsed(*arguments):
+    """What a command line comes to as the fields of a request."""
+
+    @click.command(cls=GroupedCommand)
+    @options_of(Request, skip=("prompt",))
+    def command(**options):
+        click.echo(json.dumps(given(options, Request)))
+
+    done = CliRunner().invoke(command, arguments)
+    return json.loads(done.stdout) if done.exit_code == 0 else done.output
+
+
+def test_names_are_unique_over_all_settings():
+    names = [name for settings in ALL_SETTINGS for name in settings.names()]
+    assert len(names) == len(set(names))
+    assert not {"config", "profile", "inherit"} & set(names), "these mean something else in files and options"
+
+
+def test_every_setting_says_what_it_is():
+    for field in (field for settings in ALL_SETTINGS for field, _ in fields(settings)):
+        assert field.metadata["help"].endswith("."), field.name
+        if field.metadata["attachment"]:
+            assert field.metadata["per_call"], field.name
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [("-2:1", {-2: 1.0}), ("-2:0.7,-8:0.3", {-2: 0.7, -8: 0.3}), (" -2 : 1 , -1 : -.5 ", {-2: 1.0, -1: -0.5})],
+)
+def test_weights_as_text(text, weights):
+    assert parse_weights(text) == weights
+    assert Request.from_mapping({"layer_weights": text}).layers == weights
+
+
+@pytest.mark.parametrize("text", ["", "-2", "-2:", ":1", "-2:x", "x:1", "-2:1,", "-2:1,-2:1", "-2:1:1", "-2.5:1"])
+def test_text_that_is_no_weights(text):
+    with pytest.raises(RequestError, match="write LAYER:WEIGHT,"):
+        Request.from_mapping({"layer_weights": text})
+
+
+def test_weights_as_json_and_toml_hold_them():
+    request = Request.from_mapping({"layer_weights": {"-2": 0.7, "-8": 1}})
+    assert request.layer_weights == {-2: 0.7, -8: 1}
+    assert request.to_mapping()["layer_weights"] == {"-2": 0.7, "-8": 1}
+    with pytest.raises(RequestError, match="write LAYER:WEIGHT"):  # which of the two would count?
+        Request.from_mapping({"layer_weights": {"-2": 0.7, "-02": 0.3}})
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({}, "should be a table of layers"),
+        (3, "should be a table of layers"),
+        ([-2], "should be a table of layers"),
+        ({0: 1.0}, "layer 0 should be a whole number below 0"),
+        ({True: 1.0}, "layer True should be"),
+        ({-2: "a"}, "the weight 'a' of layer -2 should be a number"),
+        ({-2: True}, "the weight True"),
+        ({-2: float("nan")}, "the weight nan"),
+        ({-2: float("inf")}, "the weight inf"),
+        ({-2: 10**400}, "should be a number ≤ 1e\\+06"),
+        ({-2: 1.0, -3: -1.0}, "add up to 0"),
+    ],
+)
+def test_weights_that_cannot_be_meant(weights, words):
+    with pytest.raises(RequestError, match=words):
+        Request(layer_weights=weights)
+
+
+def test_flags_of_three_states():
+    assert "force_think_block" not in parsed()
+    assert parsed("--force-think-block") == {"force_think_block": True}
+    assert parsed("--no-force-think-block") == {"force_think_block": False}
+    assert parsed("--no-force-think-block", "--force-think-block") == {"force_think_block": True}
+    assert Request().force_think_block is None
+    with pytest.raises(RequestError, match="force_think_block 'yes' is a str; it should be of type bool"):
+        Request(force_think_block="yes")
+
+
+def test_options_become_values():
+    assert parsed() == {}
+    assert parsed("--layer-weights", "-2:1") == {"layer_weights": "-2:1"}
+    assert parsed("--seed", "1") == {"seed": 1}
+    assert parsed("--seed", "1", "--seed", "2") == {"seed": [1, 2]}
+    assert parsed("-n", "2", "--hires", "2") == {"images": 2, "hires": 2.0}
+    assert "Invalid value for '--long-prompt'" in parsed("--long-prompt", "cut")
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, b"png", ["a.png"], {"name": "a.png"}])
+@pytest.mark.parametrize("name", ["image", "mask", "embeddings"])
+def test_attachments_are_paths_or_objects(name, value):
+    with pytest.raises(RequestError, match=f"{name} .* is a {type(value).__name__}; it should be a file's path"):
+        Request(**{name: value})
+
+
+def test_attachments_are_described_without_their_folder():
+    picture = Image.new("RGB", (16, 16))
+    for given_as in ("/home/me/cat.png", Path("/home/me/cat.png")):
+        assert Request(image=given_as).to_mapping()["image"] == {"name": "cat.png"}
+    assert Request(image=picture).to_mapping()["image"] == {"name": "Image"}
+    picture.describe = lambda: {"name": "cat.png", "hash": "0123"}
+    assert Request(image=picture).to_mapping()["image"] == {"name": "cat.png", "hash": "0123"}
+    assert Request().to_mapping()["image"] is None
+
+
+@pytest.mark.parametrize("settings", ALL_SETTINGS)
+def test_plain_values_go_through_json_and_back(settings):
+    changed = {
+        Request: {"prompt": ["a", "b"], "seed": [1, 2], "layer_weights": {-2: 1.0}, "force_think_block": False},
+        LoadSettings: {"lora": ["a.safetensors:0.5"], "memory": 8},
+        RewriteSettings: {"rewriter": "cinematic", "temperature": 0},
+    }[settings]
+    for instance in (settings(), settings(**changed)):
+        assert settings.from_mapping(json.loads(json.dumps(instance.to_mapping()))) == instance
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value", "words"),
+    [
+        (Request, "steps", 0, "steps 0 is too small; the least is 1"),
+        (Request, "steps", True, "steps True is a bool"),
+        (Request, "guidance", float("nan"), "guidance is not a number"),
+        (Request, "hidden_layer", 0, "hidden_layer 0 is too large; the most is -1"),
+        (Request, "long_prompt", "cut", "use none, truncate, interpolate"),
+        (Request, "long_prompt", None, "long_prompt: a value is needed"),
+        (Request, "template", "\ud800", "template is not valid text"),
+        (LoadSettings, "lora", "a.safetensors", "it should be a list"),
+        (RewriteSettings, "top_p", 0, "top_p 0 is too small; it must be above 0"),
+    ],
+)
+def test_a_value_is_checked_by_itself_and_in_its_place(settings, name, value, words):
+    with pytest.raises(RequestError, match=words):
+        settings.check_one(name, value)
+    with pytest.raises(RequestError, match=words):
+        settings.from_mapping({name: value})
+
+
+def test_every_bound_is_held():
+    """One step past each bound is refused, by the field's name."""
+    for settings in ALL_SETTINGS:
+        for field in dataclasses.fields(settings):
+            for bound, past in (("minimum", -1), ("maximum", 1), ("above", 0)):
+                if (limit := field.metadata[bound]) is not None:
+                    with pytest.raises(RequestError, match=f"^{field.name} .* is too (small|large)"):
+                        settings.check_one(field.name, limit + past)
+
+
+def test_unknown_names_offer_the_nearest():
+    with pytest.raises(RequestError, match="there is no setting 'stepz'; did you mean 'steps'"):
+        Request.from_mapping({"stepz": 3})
