@@ -27,7 +27,7 @@ LEAVES = {
     "schedule",
 }
 MAY_IMPORT = {
-    "cli": {"pipeline", "state", "text", "weights"},
+    "cli": {"pipeline", "config", "state", "text", "weights"},
     "pipeline": {
         "render",
         "rewriting",
@@ -42,6 +42,8 @@ MAY_IMPORT = {
         "runtime",
         "weights",
     },
+    "config": {"toml_file"},
+    "toml_file": set(),
     "render": {"defaults", "state", "runtime"},
     "rewriting": {"captions", "components", "parts", "plan", "runtime", "text"},
     "defaults": {"captions", "components", "sources", "text"},
@@ -100,7 +102,7 @@ def test_the_library_never_prints():
             assert "print" not in calls, name
 
 
-@pytest.mark.parametrize("module", ["zimage", "zimage.cli", "zimage.settings", "zimage.text.templates"])
+@pytest.mark.parametrize("module", ["zimage", "zimage.cli", "zimage.settings", "zimage.config", "zimage.text.templates"])
 def test_importing_loads_nothing_heavy(module):
     heavy = ("torch", "numpy", "tokenizers", "safetensors", "PIL", "yaml")
     code = f"import {module}; import sys; print([m for m in {heavy} if m in sys.modules])"

@@ -17,6 +17,10 @@ class TemplateError(RequestError):
     """A prompt template that cannot be read; names the file, and the line where it is text that is at fault."""
 
 
+class ConfigFileError(RequestError):
+    """A settings file that cannot be used; names the file and, where there is one, the line."""
+
+
 class CheckpointError(ZImageError):
     """A model folder or weight file that is missing, damaged or does not fit the architecture."""
 

@@ -1,0 +1,316 @@
+"""Settings files: TOML whose tables are profiles, and where each setting's value came from.
+
+    [default]
+    model = "Z-Image-Turbo"     # a setting's name and its value; paths are relative to the file
+
+    [low_vram]                  # has what [default] has; of another with inherit = "NAME", of none with inherit = ""
+    memory = 8
+
+Sources by rank: options, the picture of --from, the environment, the profile, what it inherits, defaults. A picture
+brings its whole request. A setting that cannot go together with those of a higher rank (a file's `hidden_layer` and
+`--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and that is told.
+Which settings these are, the settings' own checks say: their messages name them.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zimage.errors import ConfigFileError, RequestError, ZImageError
+from zimage.fields import Settings, fields, list_fields, nearest
+from zimage.settings import ALL_SETTINGS
+from zimage.toml_file import TomlFile, read_text
+
+EXAMPLE = Path(__file__).with_name("config.toml.example")
+FILE_NAME = "zimage.toml"
+PICTURE = "picture"
+OWNERS: dict[str, type[Settings]] = {name: settings for settings in ALL_SETTINGS for name in settings.names()}
+FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(settings)}
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A setting's value and its source, as people write it; sources of a higher rank come first."""
+
+    value: Any
+    source: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings of all sources, made one."""
+
+    entries: dict[str, Entry]
+    left_out: dict[str, tuple[Entry, str]]  # what did not go together with the rest, and why
+    config: "Config | None" = None
+    profile: str | None = None
+
+    def of(self, settings: type[Settings]) -> dict[str, Any]:
+        """The values of one settings dataclass that were set anywhere."""
+        return {name: entry.value for name, entry in self.entries.items() if name in settings.names()}
+
+    def source(self, name: str) -> str:
+        return self.entries[name].source if name in self.entries else "default"
+
+    @property
+    def note(self) -> str | None:
+        """A line on the file in use and on what was left out, or None where there is neither."""
+        parts = []
+        if self.config is not None and self.config.profiles:
+            nothing = f"nothing of {self.config.path}, which has no [default]; choose with --profile"
+            parts.append(nothing if self.profile is None else f"{self.config.path} [{self.profile}]")
+        for name, (entry, _) in self.left_out.items():
+            parts.append(f"{name} of {entry.source} is left out")
+        return f"settings: {'; '.join(parts)}" if parts else None
+
+    @contextlib.contextmanager
+    def naming_sources(self) -> Iterator[None]:
+        """Errors on a setting that stands in a file or the environment say so."""
+        try:
+            yield
+        except ZImageError as error:
+            name = re.match(r"\w*", str(error))[0].lower()
+            source = self.source(name)
+            if source == "default" or source.startswith("--"):
+                raise
+            raise type(error)(f"{error} (from {source})") from error
+
+
+class Config:
+    """A settings file in which every profile was checked. Raises ConfigFileError."""
+
+    def __init__(self, file: TomlFile):
+        self.path, self._file, document = file.path, file, file.document
+        for name, table in document.items():
+            if not isinstance(table, dict):
+                message = f"{name} stands outside a profile; write it under [default], a profile as [NAME]"
+                raise file.fault(message, name)
+        self._parents = {name: table.get("inherit") for name, table in document.items()}
+        self._chains = {name: self._chain(name) for name in document}
+        self.profiles = {name: self._entries(name, table) for name, table in document.items()}
+        for name in self.profiles:
+            self._check_together(name)
+
+    def layers(self, profile: str) -> list[dict[str, Entry]]:
+        """The profile's settings and those it inherits, each profile's by themselves, the highest rank last."""
+        return [self.profiles[name] for name in reversed(self._chains[profile])]
+
+    def inherited(self, profile: str) -> list[str]:
+        """The profiles that a profile inherits from, the nearest first."""
+        return self._chains[profile][1:]
+
+    def _chain(self, profile: str) -> list[str]:
+        chain = [profile]
+        while (parent := self._parent(chain[-1])) is not None:
+            if parent in chain:
+                circle = " → ".join([*chain[chain.index(parent) :], parent])
+                raise self._file.fault(f'inherit: {circle} goes round; end it with inherit = ""', chain[-1], "inherit")
+            chain.append(parent)
+        return chain
+
+    def _parent(self, profile: str) -> str | None:
+        named = self._parents[profile]
+        if named is None:
+            return "default" if profile != "default" and "default" in self._parents else None
+        if not isinstance(named, str):
+            raise self._file.fault(
+                f"inherit is a {type(named).__name__}; it should be a profile's name", profile, "inherit"
+            )
+        if named and named not in self._parents:
+            hint = nearest(named, self._parents)
+            raise self._file.fault(f"inherit: there is no profile {named!r}; {hint}", profile, "inherit")
+        return named or None
+
+    def _entries(self, profile: str, table: Mapping[str, Any]) -> dict[str, Entry]:
+        entries = {}
+        for name, value in table.items():
+            if name == "inherit":
+                continue
+            source = f"{self.path.name} [{profile}] line {self._file.line(profile, name)}"
+            try:
+                entries[name] = Entry(_from_file(name, value, self.path.parent), source)
+            except RequestError as error:
+                raise self._file.fault(str(error), profile, name) from None
+            except (ValueError, RecursionError):  # of showing the value in a message
+                raise self._file.fault(f"{name} is too long or nested too deeply", profile, name) from None
+        return entries
+
+    def _check_together(self, profile: str) -> None:
+        """What needs a setting of another source may stand in a file; what contradicts another may not."""
+        own, whole = self.profiles[profile], {}
+        for name, entry in own.items():
+            error = _error_of({name: entry})
+            if error is None:
+                whole[name] = entry
+            elif _mentioned(error) in ([], [name]):
+                raise self._file.fault(str(error), profile, name)
+        if error := _error_of(whole):
+            name = next(iter([n for n in _mentioned(error) if n in own]), "")
+            raise self._file.fault(str(error), profile, name)
+
+
+def find_config(named: str | os.PathLike | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The file that was named, here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
+    if named:
+        return Path(named).expanduser()
+    if chosen := environ.get("ZIMAGE_CONFIG"):
+        if not os.path.exists(os.path.expanduser(chosen)):
+            raise ConfigFileError(f"{chosen}: there is no such settings file (from ZIMAGE_CONFIG)")
+        return Path(chosen).expanduser()
+    return next((path for path in usual_places(environ) if os.path.exists(path)), None)
+
+
+def usual_places(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """The folder one is in, then the user's own settings."""
+    home = environ.get("APPDATA") if sys.platform == "win32" else environ.get("XDG_CONFIG_HOME")
+    return [Path(FILE_NAME), (Path(home) if home else Path("~/.config").expanduser()) / "zimage" / FILE_NAME]
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """Read a settings file and check all of it. Raises ConfigFileError."""
+    return Config(TomlFile(Path(path), read_text(Path(path))))
+
+
+def resolve(
+    given: Mapping[str, Any],
+    origin: Mapping[str, Any] | None = None,
+    config: Config | None = None,
+    profile: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Resolved:
+    """Settings of all sources: options `given`, the request `origin` of a picture, environment, file.
+
+    Raises RequestError where one is at fault by itself or two of the options contradict each other.
+    """
+    profile = choose_profile(config, profile, environ)
+    layers = config.layers(profile) if profile is not None else []
+    layers = [*layers, _from_environment(environ)]
+    if origin:
+        brought = {_owner(name) for name in origin}
+        layers = [{n: e for n, e in layer.items() if OWNERS[n] not in brought} for layer in layers]
+        layers.append(_checked({n: v for n, v in origin.items() if n not in given}, lambda name: PICTURE))
+    layers.append(_checked(given, _flag))
+    entries = {n: replace(e, rank=rank) for rank, layer in enumerate(layers) for n, e in layer.items()}
+    left_out = _settle(entries, len(layers) - 1)
+    return Resolved(entries, left_out, config, profile)
+
+
+def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The profile that was named, here or by ZIMAGE_PROFILE, else `default` where there is one."""
+    wanted = named or environ.get("ZIMAGE_PROFILE")
+    if not wanted:
+        return "default" if config is not None and "default" in config.profiles else None
+    if config is None:
+        looked = " or ".join(map(str, usual_places(environ)))
+        raise ConfigFileError(f"profile {wanted!r}: there is no settings file {looked}")
+    if wanted not in config.profiles:
+        raise ConfigFileError(f"{config.path}: there is no profile {wanted!r}; {nearest(wanted, config.profiles)}")
+    return wanted
+
+
+# ---------------------------------------------------------------------- single values
+
+
+def _owner(name: str) -> type[Settings]:
+    if name not in OWNERS:
+        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}")
+    return OWNERS[name]
+
+
+def _flag(name: str) -> str:
+    flag = FIELDS[name].metadata["flag"] or ""
+    return flag if flag.startswith("--") else "--" + name.replace("_", "-")
+
+
+def _checked(values: Mapping[str, Any], source: Any) -> dict[str, Entry]:
+    return {name: Entry(_owner(name).check_one(name, value), source(name)) for name, value in values.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
+    entries = {}
+    for name, owner in OWNERS.items():
+        variable = FIELDS[name].metadata["env"]
+        if variable and (text := environ.get(variable)):
+            try:
+                entries[name] = Entry(owner.check_one(name, _from_text(name, text)), variable)
+            except RequestError as error:
+                raise RequestError(f"{error} (from {variable})") from None
+    return entries
+
+
+def _from_text(name: str, text: str) -> Any:
+    """The value that a text stands for, by the field's type."""
+    kinds = next(kinds for field, kinds in fields(OWNERS[name]) if field.name == name)
+    if kinds[-1] is bool:
+        if text.lower() not in TRUE + FALSE:
+            raise RequestError(f"{name} {text!r} should be one of {', '.join(TRUE + FALSE)}")
+        return text.lower() in TRUE
+    try:
+        value = kinds[-1](text)
+    except ValueError:
+        raise RequestError(f"{name} {text!r} should be of type {kinds[-1].__name__}") from None
+    return value if list_fields(OWNERS[name]).get(name, True) else [value]
+
+
+def _from_file(name: str, value: Any, folder: Path) -> Any:
+    if name not in OWNERS:
+        known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
+        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}")
+    if FIELDS[name].metadata["per_call"]:
+        raise RequestError(f"{name} belongs to a single call; give it there and leave it out of the file")
+    value = OWNERS[name].check_one(name, value)
+    if isinstance(value, list) and list_fields(OWNERS[name])[name]:
+        raise RequestError(f"{name}: a list belongs to a single call; give one value")
+    if not FIELDS[name].metadata["path"]:
+        return value
+    return [_path(name, text, folder) for text in value] if isinstance(value, list) else _path(name, value, folder)
+
+
+def _path(name: str, text: str, folder: Path) -> str:
+    if not text:
+        raise RequestError(f"{name}: the path is empty; write one or leave the line out")
+    return str(folder / os.path.expanduser(text))
+
+
+# ---------------------------------------------------------------------- values together
+
+
+def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]:
+    """Take out what has a rank below `top` and does not go together with the rest; raises what that does not mend."""
+    left_out = {}
+    while error := _error_of(entries):
+        lower = sorted(
+            (n for n in _mentioned(error) if n in entries and entries[n].rank < top),
+            key=lambda name: entries[name].rank,
+        )
+        for names in [*([name] for name in lower), lower]:  # one of them, else all
+            rest = {name: entry for name, entry in entries.items() if name not in names}
+            if str(_error_of(rest)) != str(error):
+                left_out |= {name: (entries.pop(name), str(error)) for name in names}
+                break
+        else:
+            raise error
+    return left_out
+
+
+def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
+    """What the settings' own checks say of values together."""
+    try:
+        for settings in ALL_SETTINGS:
+            settings.from_mapping({name: e.value for name, e in entries.items() if OWNERS[name] is settings})
+    except RequestError as error:
+        return error
+    return None
+
+
+def _mentioned(error: RequestError) -> list[str]:
+    """The settings that a message names, outside quotation marks."""
+    words = re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", str(error)))
+    return [name for name in dict.fromkeys(words) if name in OWNERS]
