@@ -1,4 +1,10 @@
-"""Options of the suite: `--full` adds the tests of full-size models. Kernels run in Triton's interpreter off a GPU."""
+"""Options of the suite: `--full` adds the tests of full-size models. Kernels run in Triton's interpreter off a GPU.
+
+Settings of whoever runs the tests are kept away from them.
+"""
+
+import dataclasses
+import os
 
 import emulate  # noqa: F401 - before anything that imports zimage
 import pytest
@@ -7,6 +13,7 @@ import torch
 
 import zimage
 from zimage.dit import ZImageDiT
+from zimage.settings import ALL_SETTINGS
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
@@ -16,6 +23,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    variables = [field.metadata["env"] for settings in ALL_SETTINGS for field in dataclasses.fields(settings)]
+    for name in (*filter(None, variables), "ZIMAGE_PROFILE"):
+        os.environ.pop(name, None)
+    os.environ["ZIMAGE_CONFIG"] = os.devnull
     torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, most of all on busy cores
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
 from zimage.cli.templates import templates
@@ -40,6 +41,7 @@ def cli(ctx: click.Context) -> None:
 cli.add_command(gen)
 cli.add_command(info)
 cli.add_command(templates)
+cli.add_command(config)
 cli.add_command(weights)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from zimage.cli.options import GroupedCommand, given, options_of
+from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
+from zimage.cli.settings import configured, resolve_options
 from zimage.errors import RequestError
 from zimage.settings import LoadSettings, Request
 
@@ -33,6 +34,7 @@ FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
     help=f"File to write (.png, .jpg, .webp), a folder, or a pattern with {FIELDS}. "
     "Default: named after prompt and seed, numbered rather than overwritten.",
 )
+@configured
 @options_of(Request, skip=("prompt",))
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -51,18 +53,22 @@ def gen(
     """Render PROMPT (several, or - to read one from standard input)."""
     started = time.perf_counter()
     origin = _read_origin(source)
-    wanted = {**origin.get("request", {}), **_prompts(prompt, prompt_file), **given(options, Request)}
+    resolved = resolve_options({**options, **_prompts(prompt, prompt_file)}, origin.get("request"))
+    wanted, loading = resolved.of(Request), resolved.of(LoadSettings)
     if "prompt" not in wanted:
         raise RequestError("no prompt was given; write it as an argument, as - for standard input, or with --file")
-    request, loading = Request.from_mapping(wanted), LoadSettings(**given(options, LoadSettings))
+    request = Request.from_mapping(wanted)
     target = Target(output, request.count)
 
     progress = Progress(quiet or as_json)
+    if resolved.note and not progress.quiet:
+        progress.note(resolved.note)
     progress.show("starting")
     from zimage.pipeline import ZImage  # torch: only now, so that --help and usage errors are quick
 
-    pipe = ZImage.load(loading.model, **given(options, LoadSettings, skip=("model",)))
-    request = pipe.resolve(request)
+    with resolved.naming_sources():
+        pipe = ZImage.load(loading.pop("model", None), **loading)
+        request = pipe.resolve(request)
     if not (quiet or as_json):
         _introduce(progress, pipe, request)
     if verbose:

@@ -6,25 +6,29 @@ from typing import Any
 
 import click
 
-from zimage.cli.options import GroupedCommand, given, options_of
+from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
+from zimage.cli.settings import configured, resolve_options
 from zimage.settings import LoadSettings, Request
+
+PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option("--plan", "with_plan", is_flag=True, help="Show what will be in memory in each stage of a render.")
+@configured
 @options_of(Request, only=("width", "height", "batch_size"))
 @options_of(LoadSettings, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> None:
-    """Show the components, sizes, dtypes and memory of MODEL (default: the bundled demo)."""
-    LoadSettings(model=model, **given(options, LoadSettings))
-    size = given(options, Request)
-    Request("", **size)
+    """Show the components, sizes, dtypes and memory of MODEL (default: the settings' model, else the bundled demo)."""
+    resolved = resolve_options({**options, "model": model})
+    loading, size = resolved.of(LoadSettings), _planned(resolved.of(Request))
     from zimage.pipeline import ZImage
 
-    pipe = ZImage.load(model, **given(options, LoadSettings))
+    with resolved.naming_sources():
+        pipe = ZImage.load(loading.pop("model", None), **loading)
     facts = describe(pipe, size)
     if as_json:
         click.echo(json.dumps(facts))
@@ -32,6 +36,11 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> N
     _print(facts)
     if with_plan:
         click.echo("\n".join(plan_lines(pipe, _request(pipe, size))))
+
+
+def _planned(request: dict[str, Any]) -> dict[str, Any]:
+    """What of a request's settings decides on memory."""
+    return {name: value for name, value in request.items() if name in PLANNED}
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -56,7 +65,7 @@ def _print(facts: dict[str, Any]) -> None:
     )
 
 
-def describe(pipe: Any, size: dict[str, int]) -> dict[str, Any]:
+def describe(pipe: Any, size: dict[str, Any]) -> dict[str, Any]:
     """All that `info` prints, as plain values; the plan for a picture of `size`, where one is given."""
     components = [_describe_component(c, pipe) for c in pipe.model.components.values()]
     known_shift = pipe.model.shift is not None
@@ -81,7 +90,7 @@ def describe(pipe: Any, size: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _request(pipe: Any, size: dict[str, int]) -> Request:
+def _request(pipe: Any, size: dict[str, Any]) -> Request:
     """A resolved request, short of what it draws."""
     return pipe.resolve(Request(prompt="", shift=3.0 if pipe.model.shift is None else None, seed=0, **size))
 

@@ -1,0 +1,148 @@
+"""`config`: which settings hold, and where each came from."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.settings import configured, resolve_options
+from zimage.config import EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
+from zimage.errors import ConfigFileError
+from zimage.settings import ALL_SETTINGS
+
+START_ONE = "start one with: zimage config example > zimage.toml"
+
+
+@click.group()
+def config() -> None:
+    """Show settings files, their profiles and what they come to."""
+
+
+def every_setting(command: Any) -> Any:
+    """A decorator that adds the options of all settings."""
+    for settings in reversed(ALL_SETTINGS):
+        command = options_of(settings, skip=("prompt",))(command)
+    return command
+
+
+@config.command(cls=GroupedCommand)
+@configured
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@every_setting
+def show(as_json: bool, **options: Any) -> None:
+    """Show every setting, its value and where it came from."""
+    resolved = resolve_options(options)
+    if as_json:
+        click.echo(json.dumps(_facts(resolved), ensure_ascii=False))
+        return
+    click.echo("\n".join(_lines(resolved)))
+
+
+@config.command()
+@click.option("--config", "named", metavar="FILE", help="Settings file, as for the other commands.")
+def profiles(named: str | None) -> None:
+    """List the profiles of the settings file."""
+    found = read_config(_file(named))
+    width = max(map(len, found.profiles), default=0)
+    for name, entries in found.profiles.items():
+        inherits = f"  inherits {', '.join(found.inherited(name))}" if found.inherited(name) else ""
+        count = f"{len(entries)} setting{'' if len(entries) == 1 else 's'}"
+        click.echo(f"{name:{width}}  {count:11}{inherits}".rstrip())
+
+
+@config.command()
+@click.option("--config", "named", metavar="FILE", help="Settings file, as for the other commands.")
+def path(named: str | None) -> None:
+    """Print the path of the settings file in use."""
+    click.echo(_file(named).absolute())
+
+
+@config.command()
+def example() -> None:
+    """Print a commented settings file to start from."""
+    click.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
+
+
+def _file(named: str | None) -> Path:
+    found = find_config(named)
+    if found is None:
+        raise ConfigFileError(f"there is no settings file {' or '.join(map(str, usual_places()))}; {START_ONE}")
+    return found
+
+
+def _facts(resolved: Resolved) -> dict[str, Any]:
+    """All that `config show` prints, as plain values."""
+    return {
+        "file": str(resolved.config.path.absolute()) if resolved.config else None,
+        "profile": resolved.profile,
+        "settings": {n: {"value": value, "source": resolved.source(n)} for n, value in _values(resolved).items()},
+        "left_out": {
+            name: {"value": entry.value, "source": entry.source, "reason": reason}
+            for name, (entry, reason) in resolved.left_out.items()
+        },
+    }
+
+
+def _values(resolved: Resolved) -> dict[str, Any]:
+    """Every setting's value; what belongs to a single call only where it was given."""
+    values = {}
+    for settings in ALL_SETTINGS:
+        values |= settings.from_mapping(resolved.of(settings)).to_mapping()
+    return {n: v for n, v in values.items() if n in resolved.entries or not FIELDS[n].metadata["per_call"]}
+
+
+def _lines(resolved: Resolved) -> Iterator[str]:
+    yield from _file_lines(resolved)
+    values, groups = _values(resolved), {}
+    for name in values:
+        groups.setdefault(FIELDS[name].metadata["group"], []).append(name)
+    names = max(map(len, values))
+    shown = {name: _shown(value) for name, value in values.items()}
+    widths = [len(text) for text in shown.values()]
+    width = max(w for w in widths if w <= max(24, shutil.get_terminal_size().columns // 3))
+    for group, members in groups.items():
+        yield f"\n{group}"
+        for name in members:
+            line = f"  {name:{names}}  {shown[name]:{width}}  {resolved.source(name)}"
+            yield line if name in resolved.entries else click.style(line + _meaning(name), dim=True)
+    for name, (entry, reason) in resolved.left_out.items():
+        yield f"\nleft out: {name} {_shown(entry.value)} of {entry.source}, since\n  {reason}"
+
+
+def _meaning(name: str) -> str:
+    """What a default that is no value comes to, as the help says it."""
+    field = FIELDS[name]
+    said = re.search(r"Default: (.+)\.$", field.metadata["help"]) if field.default is None else None
+    return f": {said[1]}" if said else ""
+
+
+def _file_lines(resolved: Resolved) -> Iterator[str]:
+    if resolved.config is None:
+        yield f"file     none ({' or '.join(map(str, usual_places()))}); {START_ONE}"
+        return
+    yield f"file     {resolved.config.path.absolute()}"
+    others = ", ".join(name for name in resolved.config.profiles if name != resolved.profile) or "none"
+    if resolved.profile is None:
+        yield f"profile  none, as there is no [default]; --profile chooses from: {others}"
+        return
+    inherited = resolved.config.inherited(resolved.profile)
+    yield f"profile  {resolved.profile}{', inherits ' + ', '.join(inherited) if inherited else ''} (others: {others})"
+
+
+def _shown(value: Any) -> str:
+    """A value on one line; nothing as a dash, long texts cut."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    text = " ".join(str(value).split())
+    return text if len(text) <= 72 else f"{text[:71]}…"
