@@ -454,7 +454,7 @@ sys.exit(main(["gen", "a cat", "--sparkle", "-1"]))
 
 def test_a_new_field_appears_everywhere(write, tmp_path):
     """Flag, help, TOML key, `config show`, JSON, bounds and a picture's metadata, from one declaration."""
-    from zimage.image import read_metadata
+    from zimage.picture_file import read_metadata
 
     write("[default]\nsparkle = 7\nsteps = 1\n")
     code = [sys.executable, "-c", SPARKLE]

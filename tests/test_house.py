@@ -102,7 +102,9 @@ def test_the_library_never_prints():
             assert "print" not in calls, name
 
 
-@pytest.mark.parametrize("module", ["zimage", "zimage.cli", "zimage.settings", "zimage.config", "zimage.text.templates"])
+@pytest.mark.parametrize(
+    "module", ["zimage", "zimage.cli", "zimage.settings", "zimage.config", "zimage.text.templates"]
+)
 def test_importing_loads_nothing_heavy(module):
     heavy = ("torch", "numpy", "tokenizers", "safetensors", "PIL", "yaml")
     code = f"import {module}; import sys; print([m for m in {heavy} if m in sys.modules])"

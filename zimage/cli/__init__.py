@@ -9,7 +9,9 @@ import click
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.rewrite import rewrite
 from zimage.cli.templates import templates
+from zimage.cli.tokens import encode, tokens
 from zimage.cli.weights import weights
 from zimage.errors import ZImageError
 from zimage.version import __version__
@@ -38,11 +40,8 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-cli.add_command(gen)
-cli.add_command(info)
-cli.add_command(templates)
-cli.add_command(config)
-cli.add_command(weights)
+for command in (gen, rewrite, encode, tokens, templates, config, info, weights):
+    cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> int:

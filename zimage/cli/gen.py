@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -11,31 +9,39 @@ from typing import Any
 
 import click
 
-from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.options import GroupedCommand, given, options_of
+from zimage.cli.origin import read_origin, warn_of_differences
 from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
+from zimage.cli.resume import open_state
+from zimage.cli.rewrite import check_rewriting, rewritten
 from zimage.cli.settings import configured, resolve_options
+from zimage.cli.target import FIELDS, Target
 from zimage.errors import RequestError
-from zimage.settings import LoadSettings, Request
+from zimage.settings import LoadSettings, Request, RewriteSettings
 
-NAME_FIELDS = ("prompt", "seed", "index", "width", "height", "steps")
-FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
+PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
-@click.option("--file", "prompt_file", type=click.Path(path_type=Path), help="Read prompts from a file, one per line.")
-@click.option(
-    "--from", "source", type=click.Path(path_type=Path), help="Take all settings from a picture; options override them."
-)
+@click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line.")
+@click.option("--from", "source", type=PATH, help="Take all settings from a picture; options override them.")
 @click.option(
     "-o",
     "--output",
     help=f"File to write (.png, .jpg, .webp), a folder, or a pattern with {FIELDS}. "
     "Default: named after prompt and seed, numbered rather than overwritten.",
 )
+@click.option("--checkpoint", type=PATH, help="Keep the state of the render in this file until its pictures are saved.")
+@click.option(
+    "--resume",
+    type=PATH,
+    help="Go on with the render whose state is in this file, and keep it there. No prompt needed.",
+)
 @configured
 @options_of(Request, skip=("prompt",))
+@options_of(RewriteSettings)
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first.")
@@ -45,95 +51,85 @@ def gen(
     prompt_file: Path | None,
     source: Path | None,
     output: str | None,
+    checkpoint: Path | None,
+    resume: Path | None,
     as_json: bool,
     verbose: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Render PROMPT (several, or - to read one from standard input)."""
-    started = time.perf_counter()
-    origin = _read_origin(source)
-    resolved = resolve_options({**options, **_prompts(prompt, prompt_file)}, origin.get("request"))
+    started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
+    options |= _prompts(prompt, prompt_file)
+    keeping = open_state(checkpoint, resume, source, given(options, Request))
+    origin = read_origin(source, options)
+    resolved = resolve_options(options, keeping.settings if keeping.begun else origin.get("request"))
     wanted, loading = resolved.of(Request), resolved.of(LoadSettings)
-    if "prompt" not in wanted:
+    if "prompt" not in wanted and "embeddings" not in wanted:
         raise RequestError("no prompt was given; write it as an argument, as - for standard input, or with --file")
+    rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
+    output = keeping.record["output"] if keeping.begun and output is None else output
     target = Target(output, request.count)
-
-    progress = Progress(quiet or as_json)
-    if resolved.note and not progress.quiet:
-        progress.note(resolved.note)
+    for note in filter(None, (keeping.note, resolved.note)):
+        progress.note(note)
     progress.show("starting")
     from zimage.pipeline import ZImage  # torch: only now, so that --help and usage errors are quick
 
     with resolved.naming_sources():
-        pipe = ZImage.load(loading.pop("model", None), **loading)
-        request = pipe.resolve(request)
-    if not (quiet or as_json):
-        _introduce(progress, pipe, request)
+        pipe = ZImage.load(loading.get("model"), **{k: v for k, v in loading.items() if k != "model"})
+        request, rewrites = rewritten(pipe, pipe.resolve(request), rewriting, progress)
+    _introduce(progress, pipe, request)
     if verbose:
         show_plan(pipe, request)
-    _warn_of_differences(origin, pipe.metadata(request, 0))
-
-    saved = []
-    for event in pipe.run(request):
-        progress.update(event)
-        if event.image is not None:
-            metadata = pipe.metadata(request, event.index)
-            saved.append({"path": str(target.save(event.image, metadata, event.index)), **metadata})
-            if not as_json:
-                progress.finished(saved[-1])
-    progress.close()
+    records = _records(pipe, request, [r.describe() for r in rewrites], keeping.record)
+    warn_of_differences(origin, records[0])
+    kept = keeping.start(request, records, wanted | loading, output)
+    saved = _render(pipe, request, records, target, progress, kept, keeping.begun)
     if as_json:
         seconds = round(time.perf_counter() - started, 3)
         click.echo(json.dumps({"images": saved, "seconds": seconds}, ensure_ascii=False))
-    elif not quiet:
-        progress.summary(len(saved), time.perf_counter() - started)
+    progress.summary(len(saved), time.perf_counter() - started)
 
 
-class Target:
-    """Where pictures go; checked before anything is rendered."""
-
-    def __init__(self, output: str | None, count: int):
-        folder_only = output is not None and Path(output).is_dir()
-        self.pattern = "{prompt}-{seed}.png" if output is None or folder_only else Path(output).name
-        self.folder = Path(output or ".") if output is None or folder_only else Path(output).parent
-        # Only a name that the user wrote out in full, for a single picture, may replace a file.
-        self.replaces = count == 1 and output is not None and not folder_only and "{" not in self.pattern
-        self._check()
-
-    def save(self, image: Any, metadata: dict[str, Any], index: int) -> Path:
-        from zimage.picture_file import save
-
-        path = self.folder / self._name(metadata["request"], index)
-        if self.replaces and path.exists():
-            click.echo(f"replacing {path}", err=True)
-        return save(image, path, metadata, self.replaces)
-
-    def _check(self) -> None:
-        from zimage.picture_file import file_format
-
-        path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
-        file_format(path)
-        if not self.folder.is_dir():
-            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; make it first")
-        if not os.access(self.folder, os.W_OK):
-            raise RequestError(f"output: the folder {str(self.folder)!r} cannot be written to")
-        if self.replaces and path.is_dir():
-            raise RequestError(f"output: {str(path)!r} is a folder")
-
-    def _name(self, request: dict[str, Any], index: int) -> str:
-        values = {name: request[name] for name in NAME_FIELDS if name in request}
-        values |= {"index": index + 1, "prompt": _slug(request["prompt"])}
-        try:
-            return self.pattern.format_map(values)
-        except (KeyError, ValueError, IndexError, AttributeError, TypeError):
-            raise RequestError(f"output pattern {self.pattern!r} cannot be used; its fields may be {FIELDS}") from None
+def _records(pipe: Any, request: Request, rewrites: list[dict], begun: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metadata of each image, with what only the run that began the render knew."""
+    records = [pipe.metadata(request, i) for i in range(request.count)]
+    rewrites = rewrites or begun.get("rewritten") or []
+    if begun:
+        records = [{**record, "template": begun["template"]} for record in records]
+    if rewrites:
+        records = [{**record, "rewritten": rewrites[i // request.images]} for i, record in enumerate(records)]
+    return records
 
 
-def _slug(prompt: str) -> str:
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-    return words[:60].rstrip("-_") or "image"
+def _render(
+    pipe: Any,
+    request: Request,
+    records: list[dict[str, Any]],
+    target: Target,
+    progress: Progress,
+    kept: Any,
+    again: bool,
+) -> list[dict[str, Any]]:
+    """Run to the end, save each picture, and keep the state; returns what was saved where.
+
+    `again`: an earlier run may have saved a picture, and been killed before it could note that.
+    """
+    saved = []
+    for event in pipe.run(request, kept and kept.state):
+        progress.update(event)
+        if event.image is not None:
+            record = records[event.index]
+            path = (again and target.find(record, event.index)) or target.save(event.image, record, event.index)
+            saved.append({"path": str(path), **record})
+            progress.finished(saved[-1])
+        if kept:
+            kept.update(event)
+    progress.close()
+    if kept:
+        kept.remove()
+    return saved
 
 
 def _prompts(arguments: tuple[str, ...], file: Path | None) -> dict[str, Any]:
@@ -150,33 +146,6 @@ def _prompts(arguments: tuple[str, ...], file: Path | None) -> dict[str, Any]:
     if not arguments:
         return {}
     return {"prompt": arguments[0] if len(arguments) == 1 else list(arguments)}
-
-
-def _read_origin(source: Path | None) -> dict[str, Any]:
-    if source is None:
-        return {}
-    from zimage.picture_file import read_metadata
-
-    return read_metadata(source)
-
-
-def _warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
-    """The same pixels need the same model, dtype, device and versions."""
-    for key in ("model", "dtype", "precision", "lora", "attention", "compile", "device", "version", "torch"):
-        before = origin.get(key)
-        if before is not None and before != now[key]:
-            click.echo(f"warning: {key} was {_plain(before)}, now {_plain(now[key])}: pixels may differ", err=True)
-
-    if origin.get("request", {}).get("batch_size", 1) > 1:
-        click.echo(
-            "warning: the picture came from a batch, whose bits depend on its members: pixels may differ", err=True
-        )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
 def _introduce(progress: Progress, pipe: Any, request: Request) -> None:
@@ -196,3 +165,7 @@ def _introduce(progress: Progress, pipe: Any, request: Request) -> None:
     hint = unknown_words(pipe.model.origin, request.prompts)
     if hint:
         progress.note(hint)
+    if request.long_prompt != "none" and (longest := pipe.captions.longest(request)) > pipe.captions.limit:
+        from zimage.text.compress import describe
+
+        progress.note(describe(longest, pipe.captions.limit, request.long_prompt))

@@ -9,8 +9,8 @@ STAGES = {"text_encoder": "text encoder", "dit": "DiT", "vae": "VAE"}
 class Progress:
     """A consumer of pipeline events. Progress and notes go to standard error, names of files to standard output."""
 
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
+    def __init__(self, quiet: bool, names: bool = True):
+        self.quiet, self.names = quiet, names
         self.live = not quiet and sys.stderr.isatty()
 
     def show(self, text: str) -> None:
@@ -19,9 +19,10 @@ class Progress:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, for people who want more than names."""
         self.close()
-        print(text, file=sys.stderr)
+        if not self.quiet:
+            print(text, file=sys.stderr)
 
     def update(self, event: Any) -> None:
         if event.stage == "load":
@@ -32,6 +33,8 @@ class Progress:
 
     def finished(self, saved: dict[str, Any]) -> None:
         self.close()
+        if not self.names:
+            return
         r = saved["request"]
         if sys.stdout.isatty():
             print(f"{saved['path']}  (seed {r['seed']})", flush=True)

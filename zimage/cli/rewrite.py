@@ -1,0 +1,91 @@
+"""`rewrite`: a short idea becomes a full prompt, and how `gen` does the same before it renders."""
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.progress import Progress
+from zimage.cli.settings import configured, resolve_options
+from zimage.config import Resolved
+from zimage.errors import RequestError
+from zimage.settings import LoadSettings, Request, RewriteSettings
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("prompt")
+@click.option("--show-thinking", is_flag=True, help="Print the thoughts, too, on standard error.")
+@configured
+@options_of(RewriteSettings)
+@options_of(LoadSettings)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but the prompt, warnings and errors.")
+def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write a full prompt from the short PROMPT; `gen --rewrite NAME` draws it at once."""
+    progress = Progress(quiet or as_json)
+    resolved = resolve_options(options)
+    settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
+    loading = resolved.of(LoadSettings)
+    from zimage.pipeline import ZImage
+
+    with resolved.naming_sources():
+        pipe = ZImage.load(loading.pop("model", None), **loading)
+        _warn_of_demo(pipe, settings, progress)
+        result = write(pipe, prompt, settings, progress)
+    if as_json:
+        click.echo(json.dumps({"prompt": result.prompt, "thinking": result.thinking, **result.describe()}))
+        return
+    progress.note(f"{result.rewriter}, seed {result.seed}")
+    if show_thinking and result.thinking:
+        click.echo(result.thinking, err=True)
+    click.echo(result.prompt)
+
+
+def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
+    """The settings of `gen`'s rewriting, or None where there is none.
+
+    `again`: the request is that of an earlier render, whose prompt is drawn as it is unless --rewrite is given now.
+    Raises RequestError for options that would have no effect.
+    """
+    settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
+    given = [name for name in resolved.of(RewriteSettings) if resolved.source(name).startswith("--")]
+    if settings.rewriter is None and given:
+        raise RequestError(f"{given[0]}: it has no effect without --rewrite; name a rewriter or leave it out")
+    return None if settings.rewriter is None or (again and "rewriter" not in given) else settings
+
+
+def rewritten(
+    pipe: Any, request: Request, settings: RewriteSettings | None, progress: Progress
+) -> tuple[Request, list]:
+    """A request with its prompts rewritten, and what came of each."""
+    if settings is None:
+        return request, []
+    if request.embeddings is not None:
+        raise RequestError("rewriter: embeddings hold no prompt that could be rewritten; leave one of them out")
+    _warn_of_demo(pipe, settings, progress)
+    results = [write(pipe, prompt, settings, progress) for prompt in request.prompts]
+    for result in results:
+        progress.note(f"rewritten ({result.rewriter}, seed {result.seed}): {result.prompt}")
+    prompts = [result.prompt for result in results]
+    return dataclasses.replace(request, prompt=prompts if isinstance(request.prompt, list) else prompts[0]), results
+
+
+def write(pipe: Any, prompt: str, settings: RewriteSettings, progress: Progress) -> Any:
+    """The rewritten prompt, its pieces counted while they come."""
+    progress.show("rewriting")
+    pieces, count = pipe.rewriter.pieces(prompt, settings), 0
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as finished:
+            progress.close()
+            return finished.value
+        count += 1
+        progress.show(f"rewriting {count}/{settings.max_tokens}")
+
+
+def _warn_of_demo(pipe: Any, settings: RewriteSettings, progress: Progress) -> None:
+    if pipe.is_demo and not settings.rewriter_url:
+        progress.note("the bundled demo's text encoder was never taught to write; use a real model or --rewriter-url")

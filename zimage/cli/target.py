@@ -1,0 +1,68 @@
+"""Where pictures go: names from patterns, checked before anything is rendered, never silently taken."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zimage.errors import RequestError
+
+NAME_FIELDS = ("prompt", "seed", "index", "width", "height", "steps")
+FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
+
+
+class Target:
+    """Where pictures go; checked before anything is rendered."""
+
+    def __init__(self, output: str | None, count: int):
+        folder_only = output is not None and Path(output).is_dir()
+        self.pattern = "{prompt}-{seed}.png" if output is None or folder_only else Path(output).name
+        self.folder = Path(output or ".") if output is None or folder_only else Path(output).parent
+        # Only a name that the user wrote out in full, for a single picture, may replace a file.
+        self.replaces = count == 1 and output is not None and not folder_only and "{" not in self.pattern
+        self._check()
+
+    def save(self, image: Any, metadata: dict[str, Any], index: int) -> Path:
+        from zimage.picture_file import save
+
+        path = self.folder / self._name(metadata["request"], index)
+        if self.replaces and path.exists():
+            click.echo(f"replacing {path}", err=True)
+        return save(image, path, metadata, self.replaces)
+
+    def find(self, metadata: dict[str, Any], index: int) -> Path | None:
+        """The picture that an earlier run saved under these settings, where it did."""
+        from zimage.picture_file import read_metadata
+
+        path = self.folder / self._name(metadata["request"], index)
+        try:
+            return path if path.is_file() and read_metadata(path) == metadata else None
+        except RequestError:  # something else has taken the name
+            return None
+
+    def _check(self) -> None:
+        from zimage.picture_file import file_format
+
+        path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
+        file_format(path)
+        if not self.folder.is_dir():
+            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; make it first")
+        if not os.access(self.folder, os.W_OK):
+            raise RequestError(f"output: the folder {str(self.folder)!r} cannot be written to")
+        if self.replaces and path.is_dir():
+            raise RequestError(f"output: {str(path)!r} is a folder")
+
+    def _name(self, request: dict[str, Any], index: int) -> str:
+        values = {name: request[name] for name in NAME_FIELDS if name in request}
+        values |= {"index": index + 1, "prompt": _slug(request["prompt"])}
+        try:
+            return self.pattern.format_map(values)
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError):
+            raise RequestError(f"output pattern {self.pattern!r} cannot be used; its fields may be {FIELDS}") from None
+
+
+def _slug(prompt: str) -> str:
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    return words[:60].rstrip("-_") or "image"

@@ -1,0 +1,77 @@
+"""`tokens` and `encode`: how long a prompt is, and its caption as a file."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.settings import configured, resolve_options
+from zimage.errors import RequestError
+from zimage.settings import LoadSettings, TextSettings
+
+
+def text_command(command: Any) -> Any:
+    """A decorator for commands that turn a prompt into text, tokens or a caption."""
+    for decorate in (configured, options_of(LoadSettings), options_of(TextSettings)):
+        command = decorate(command)
+    return command
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("prompt")
+@text_command
+@click.option("--show", is_flag=True, help="Print the formatted text and its tokens, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def tokens(prompt: str, show: bool, as_json: bool, **options: Any) -> None:
+    """Count the tokens of PROMPT, formatted, and say what will become of them."""
+    pipe, text = _opened(options)
+    count = pipe.count_tokens(prompt, **text)
+    ids = pipe.tokenize(prompt, **text)
+    pieces = [pipe.model.tokenizer.decode([i]) for i in ids]
+    if as_json:
+        facts = {"tokens": count.tokens, "limit": count.limit, "outcome": count.outcome}
+        click.echo(json.dumps({**facts, "ids": ids, "pieces": pieces} if show else facts, ensure_ascii=False))
+        return
+    click.echo(count.outcome)
+    if show:
+        click.echo("".join(pieces))
+        click.echo(" ".join(f"{piece!r}:{i}" for piece, i in zip(pieces, ids, strict=True)))
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("prompt")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
+@text_command
+def encode(prompt: str, output: Path, **options: Any) -> None:
+    """Write the caption embeddings of PROMPT to a file, for `gen --embeddings`."""
+    if not output.parent.is_dir():
+        raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; make it first")
+    if output.suffix != ".safetensors":
+        raise RequestError(f"output {output.name!r} should end in .safetensors")
+    pipe, text = _opened(options)
+    request = {"prompt": prompt, **pipe.captions.filled(TextSettings.from_mapping(text)).to_mapping()}
+    from zimage.text.embeddings import save_embeddings
+
+    (caption,) = pipe.encode(prompt, **text)
+    if output.exists():
+        click.echo(f"replacing {output}", err=True)
+    save_embeddings(output, caption, request, pipe.model.components["text_encoder"].checkpoint.fingerprint())
+    click.echo(os.fspath(output))
+    click.echo(f"{len(caption)} tokens × {caption.shape[1]}, {str(caption.dtype).removeprefix('torch.')}", err=True)
+
+
+def _opened(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline and the text settings that the options ask for."""
+    resolved = resolve_options(options)
+    with resolved.naming_sources():
+        text = resolved.of(TextSettings)
+        TextSettings.from_mapping(text)
+        loading = resolved.of(LoadSettings)
+        from zimage.pipeline import ZImage
+
+        pipe = ZImage.load(loading.pop("model", None), **loading)
+        pipe.captions.filled(TextSettings.from_mapping(text))
+    return pipe, text
