@@ -22,6 +22,11 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite takes two processes; for single files starting them would take longer than it saves."""
+    return min(os.cpu_count() or 1, 2) if config.args == config.getini("testpaths") else 0
+
+
 def pytest_configure(config):
     variables = [field.metadata["env"] for settings in ALL_SETTINGS for field in dataclasses.fields(settings)]
     for name in (*filter(None, variables), "ZIMAGE_PROFILE"):

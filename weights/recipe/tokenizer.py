@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from zimage.text.chat import format_prompt
+from zimage.text.chat import format_chat
 from zimage.text.tokenizer import QWEN_SPLIT
 from zimage.weights.recipe.captions import caption, known_words
 from zimage.weights.recipe.scenes import Scene, random_pair, single_scenes
@@ -77,4 +77,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of the prompt in Qwen's chat form."""
-    return tokenizer.encode(format_prompt(prompt)).ids
+    return tokenizer.encode(format_chat(prompt)).ids
