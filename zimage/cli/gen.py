@@ -156,6 +156,8 @@ def _introduce(progress: Progress, pipe: Any, request: Request) -> None:
         progress.note(
             "model: the bundled demo, which draws simple scenes; for the real one: --model PATH/Z-Image-Turbo"
         )
+    if pipe.is_demo and any(r[name] for name in ("system_prompt", "thinking_content", "assistant_content")):
+        progress.note("the demo learned from bare prompts: templates and other chat parts lead it astray")
     progress.note(
         f"{r['width']}×{r['height']}, {r['steps']} steps, guidance {r['guidance']:g}, shift {r['shift']:g}, "
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}"
