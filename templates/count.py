@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from zimage.errors import ZImageError
+from zimage.files import beside
 from zimage.templates import FOLDER
 from zimage.text.templates import TOKEN_COUNTS, Templates, count_added_tokens
 from zimage.text.tokenizer import Tokenizer
@@ -25,12 +26,9 @@ def counts(folder: Path) -> dict[str, int]:
 
 def write(counts: dict[str, int], path: Path) -> None:
     """One line each, so that a change shows as what it is; whole, or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with beside(path) as partial:
         partial.write_text(json.dumps(counts, indent=0) + "\n", encoding="utf-8")
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @click.command()

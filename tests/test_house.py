@@ -16,6 +16,7 @@ LEAVES = {
     "errors",
     "settings",
     "fields",
+    "files",
     "version",
     "flow",
     "image",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import CheckpointError
+from zimage.files import beside
 from zimage.runtime.checkpoint import read_json
 
 KNOWN = Path(__file__).parent / "manifest.json"
@@ -67,12 +68,9 @@ class Record:
     def write(self) -> None:
         """Replace the record in one step, so that an interruption leaves the old one or the new one."""
         content = {"repository": self.repository, "revision": self.revision, "files": self.files}
-        temporary = self.folder / f"{RECORD}.{os.getpid()}.part"
-        try:
+        with beside(self.folder / RECORD) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, self.folder / RECORD)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def read_record(folder: Path) -> Record | None:

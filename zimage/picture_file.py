@@ -4,11 +4,9 @@ The settings stand as JSON under `zimage` and, for other tools, as the `paramete
 introduced. PNG keeps both in text chunks, JPEG and WebP the JSON in EXIF.
 """
 
-import contextlib
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from zimage.errors import RequestError
+from zimage.files import beside
 
 METADATA_KEY = "zimage"
 EXIF_DESCRIPTION = 0x010E
@@ -33,17 +32,13 @@ def file_format(path: Path) -> str:
 def save(image: Image.Image, path: Path, metadata: Mapping[str, Any], replace: bool) -> Path:
     """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number."""
     kind = file_format(path)
-    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex}{path.suffix}")
-    try:
+    with beside(path) as temporary:
         with temporary.open("xb") as stream:
             image.save(stream, kind, **_save_options(kind, metadata))
         if replace:
             os.replace(temporary, path)
             return path
         return _publish(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 Shapes: latents (B, 16, h, w) fp32.
 """
 
-import contextlib
 import json
 import os
-import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.events import Event
+from zimage.files import beside
 
 FORMAT = "zimage-render"
 VERSION = "1"
@@ -63,13 +62,9 @@ def save_state(path: Path, state: RenderState, record: dict[str, Any]) -> None:
         tensors["latents"] = state.latents
     plain = {"step": state.step, "decoded": state.decoded, **record}
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(plain)}
-    temporary = path.with_name(f".{path.name[:40]}-{uuid.uuid4().hex}")
-    try:
+    with beside(path) as temporary:
         save_file({name: x.contiguous().clone() for name, x in tensors.items()}, temporary, metadata)
         os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:

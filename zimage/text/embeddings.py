@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
+from zimage.files import beside
 
 TENSOR = "embeddings"
 FORMAT, VERSION = "zimage-embeddings", "1"
@@ -91,13 +91,10 @@ def caption_hash(caption: Tensor) -> str:
 
 
 def write_caption(path: Path, caption: Tensor, metadata: Mapping[str, str]) -> None:
-    """Write beside `path`, then move there: readers and other writers see a whole file. Raises OSError."""
-    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex}{path.suffix}")
-    try:
+    """In one step: readers and other writers see a whole file. Raises OSError."""
+    with beside(path) as temporary:
         temporary.write_bytes(save({TENSOR: caption.detach().cpu().contiguous()}, dict(metadata)))
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
