@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import os
+import shutil
 
 import pytest
 import torch
@@ -269,6 +271,18 @@ def test_a_folder_keeps_captions_between_pipelines(tiny_folder, tmp_path):
         assert pipe.captions.cache.stats.disk_hits == disk_hits
         assert bool(pipe.parts.loaded) == (disk_hits == 0)
         assert caption.dtype == pipe.dtype
+
+
+def test_a_changed_encoder_is_another_even_where_its_samples_are_the_same(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    kept = {"device": "cpu", "dtype": "fp32", "cache_folder": tmp_path / "captions"}
+    zimage.ZImage.load(folder, **kept).encode("a cat")
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000))
+    pipe = zimage.ZImage.load(folder, **kept)
+    pipe.encode("a cat")
+    assert pipe.captions.cache.stats.disk_hits == 0
 
 
 # ------------------------------------------------------------------ saved embeddings

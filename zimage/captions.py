@@ -125,10 +125,9 @@ class Captions:
     def _key(self, formatted: str, layers: Weights) -> str:
         """All that the bits of a caption depend on."""
         place = self._parts.places["text_encoder"]
-        encoder = self._model.components["text_encoder"].checkpoint.fingerprint()
-        return cache_key(
-            formatted, layers, encoder, place.dtype, device=place.device.type, attention=self._parts.attention
-        )
+        checkpoint = self._model.components["text_encoder"].checkpoint
+        more = {"files": checkpoint.stamp(), "device": place.device.type, "attention": self._parts.attention}
+        return cache_key(formatted, layers, checkpoint.fingerprint(), place.dtype, **more)
 
     def _check_layers(self, layers: Weights) -> None:
         states = self._model.skeleton("text_encoder").config.num_hidden_layers + 1

@@ -102,6 +102,10 @@ class Checkpoint:
                     digest.update(stream.read(4096))
         return digest.hexdigest()[:12]
 
+    def stamp(self) -> str:
+        """When the files were last changed: tells apart, on one machine, what samples of their bytes may not."""
+        return " ".join(str(file.stat().st_mtime_ns) for file in self.files)
+
 
 def parts_of(file: Path) -> list[str]:
     """The parts that a file holds, by its keys."""
