@@ -198,12 +198,14 @@ class StripWalk:
         height, width = x.shape[2:]
         out, statistics = new_map(x, conv.out_channels, 2 * height, 2 * width), Statistics(self.needs_statistics)
         weight, bias = phase_weights(conv.weight), conv.bias.repeat(4)
+        by_row = tuple(zip(weight.chunk(2), bias.chunk(2), strict=True))
         for top, end, window in windows(x, max(1, self._rows(x, conv) // 4), lambda rows: rows):
-            phases = F.conv2d(window, weight, bias, padding=(0, 1)).chunk(4, dim=1)  # each (1, C, rows + 1, W + 1)
-            for i, phase in enumerate(phases):
-                row, column = divmod(i, 2)
-                part = phase[:, :, row : row + end - top, column : column + width]
-                out[:, :, 2 * top + row : 2 * end : 2, column::2] = part
+            for row, (kernels, offsets) in enumerate(by_row):
+                band = window[:, :, row : row + end - top + 1]
+                phases = F.conv2d(band, kernels, offsets, padding=(0, 1)).chunk(2, dim=1)  # each (1, C, rows, W + 1)
+                for column, phase in enumerate(phases):
+                    part = phase[:, :, :, column : column + width]
+                    out[:, :, 2 * top + row : 2 * end : 2, column::2] = part
             statistics.add(out[:, :, 2 * top : 2 * end])
         return Map(out, statistics)
 
