@@ -227,20 +227,22 @@ def activation(norm: nn.Module, x: Map) -> Rows:
 def windows(x: Tensor, height: int, before: Rows) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (top, end, rows top − 1 … end of before(x)), zeros beyond the borders; each row passes `before` once.
 
-    Rows top … end − 1 of `x` may be overwritten once they were yielded.
+    Rows top … end − 1 of `x` may be overwritten once they were yielded. All windows share their memory.
     """
-    carried = torch.zeros_like(before(x[:, :, :1]))  # what lies above the first row
-    ready = 0
+    window = new_map(x, x.shape[1], min(height, x.shape[2]) + 2, x.shape[3])
+    window[:, :, :1] = 0
+    held, ready = 1, 0  # rows of the window that are there already, rows of x that are prepared
     for top in range(0, x.shape[2], height):
         end = min(top + height, x.shape[2])
-        parts = [carried]
+        size = end - top + 2
         if ready < x.shape[2]:
-            parts.append(before(x[:, :, ready : end + 1]))
+            rows = before(x[:, :, ready : end + 1])
+            window[:, :, held : held + rows.shape[2]] = rows
         if end == x.shape[2]:
-            parts.append(torch.zeros_like(carried[:, :, :1]))
-        window = torch.cat(parts, dim=2)
-        carried, ready = window[:, :, -2:].clone(), end + 1
-        yield top, end, window
+            window[:, :, size - 1 : size] = 0
+        yield top, end, window[:, :, :size]
+        window[:, :, :2] = window[:, :, size - 2 : size].clone()
+        held, ready = 2, end + 1
 
 
 def phase_weights(weight: Tensor) -> Tensor:
