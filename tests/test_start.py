@@ -85,6 +85,14 @@ def test_outside_the_mask_the_picture_stays(pipe, picture):
     assert again.tobytes() == next(e.image for e in events if e.image).tobytes(), "a mask is stretched over its image"
 
 
+def test_the_picture_is_read_in_the_tiles_that_are_asked_for(pipe, picture):
+    tiles = {"tile_size": 32, "tile_overlap": 8, "tile_mode": "blend"}
+    nothing = Image.new("L", (64, 48))
+    events = list(pipe.run(zimage.Request(prompt="a", seed=1, steps=2, image=picture, mask=nothing, **tiles)))
+    latents = [e.latents for e in events if e.latents is not None][-1]
+    assert torch.equal(latents, pipe.vae.encode(zimage.image.from_pil(picture), **tiles))
+
+
 def test_every_image_of_a_batch_starts_from_the_picture(pipe, picture):
     together = pipe.generate(["a", "b"], seed=[1, 2], steps=2, image=picture, images=1)
     for prompt, seed, image in zip("ab", (1, 2), together.images, strict=True):

@@ -96,7 +96,7 @@ class Render:
     ) -> Generator[Event, None, list[Tensor]]:
         """Latents (1, 16, h, w) of each picture (1, 3, H, W)."""
         vae, device = self.pipe.vae, self.pipe.places["vae"].device
-        tiles = {"tile_size": self.request.tile_size, "tile_mode": self.request.tile_mode}
+        tiles = {name: getattr(self.request, name) for name in ("tile_size", "tile_overlap", "tile_mode")}
         clean, remaining = [], iter(pictures)
         for i in range(count):
             yield Event(stage, 0, 1, i, count)
