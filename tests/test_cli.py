@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from zimage import picture_file
 from zimage.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,7 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
+    call.model = ["--model", str(tiny_folder)]
     return call
 
 
@@ -103,10 +105,47 @@ def test_from_warns_when_something_differs(run, tmp_path, tiny_folder):
     assert "warning: dtype was float32, now bfloat16: pixels may differ" in err
 
 
+@pytest.mark.parametrize(("name", "value"), [("model", "nowhere"), ("rewriter_url", "http://127.0.0.1:9"), ("o", "x")])
+def test_a_picture_brings_a_request_and_nothing_else(run, tmp_path, name, value):
+    """Whoever made it does not say which model is loaded, whom prompts are sent to or where files go."""
+    run("gen", "a cat", "--seed", "7", "-o", "one.png")
+    with Image.open(tmp_path / "one.png") as image:
+        record = json.loads(image.info["zimage"])
+        record["request"][name] = value
+        picture_file.save(image, tmp_path / "made.png", record, replace=False)
+    status, out, err = run("gen", "--from", "made.png", "--rewrite", "rewrite-expand")
+    assert (status, out) == (2, "")
+    assert err == f"error: made.png sets {name!r}, which is no setting of a picture; take it out of there\n"
+
+
+def test_the_image_of_a_picture_is_given_again_and_told_by_its_content(run, tmp_path):
+    for name, colour in (("a.png", "red"), ("b.png", "red"), ("c.png", "blue")):
+        Image.new("RGB", (64, 48), colour).save(tmp_path / name)
+    run("gen", "a cat", "--seed", "7", "--image", "a.png", "-o", "one.png")
+    status, _, err = run("gen", "--from", "one.png", "-o", "two.png")
+    assert status == 2
+    assert "one.png was made from the image a.png" in err
+    assert "give it with --image" in err
+    assert "warning" not in run("gen", "--from", "one.png", "--image", "b.png", "-o", "two.png")[2]
+    assert Image.open(tmp_path / "two.png").tobytes() == Image.open(tmp_path / "one.png").tobytes()
+    assert "warning: image was a.png" in run("gen", "--from", "one.png", "--image", "c.png", "-o", "two.png")[2]
+
+
+def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
+    """No think block, no template, the layer and the steps of the checkpoint's kind."""
+    main(["gen", "a cat", "--seed", "7", "--width", "64", "--height", "48", "-o", "one.png", *QUICK[6:], *run.model])
+    expected = pipe.generate("a cat", seed=7, width=64, height=48)
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.tobytes() == expected.images[0].tobytes()
+        assert json.loads(image.info["zimage"]) == expected.metadata[0]
+    assert expected.request.force_think_block is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
         (["gen"], 2, "no prompt was given"),
+        (["gen", "a", "--template", "photo-overcats"], 2, "did you mean 'photo-overcast'"),
         (["gen", "a", "--steps", "0"], 2, "steps 0 is too small; the least is 1"),
         (["gen", "a", "--width", "1000"], 2, "nearest 992 or 1008"),
         (["gen", "a", "--height", "99999"], 2, "the most is 16384"),

@@ -21,6 +21,8 @@ def read_origin(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     from zimage.picture_file import read_metadata
 
     origin = read_metadata(source)
+    if foreign := [name for name in origin["request"] if name not in Request.names()]:
+        raise RequestError(f"{source} sets {foreign[0]!r}, which is no setting of a picture; take it out of there")
     for name in FILES:
         before = origin["request"].get(name)
         if before and given.get(name) is None:
