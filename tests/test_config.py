@@ -197,6 +197,13 @@ def test_what_does_not_go_together_is_left_out_of_the_lower_source(text, given, 
     )
 
 
+def test_a_file_that_lets_the_model_think_gives_way_to_a_server():
+    environ = {"ZIMAGE_REWRITER_URL": "http://localhost:8000"}
+    resolved = resolve({}, None, config("[default]\nrewrite_thinking = true\n"), None, environ)
+    assert resolved.of(RewriteSettings) == {"rewriter_url": "http://localhost:8000"}
+    assert list(resolved.left_out) == ["rewrite_thinking"]
+
+
 def test_what_is_inherited_gives_way_too():
     text = "[default]\nhidden_layer = -3\n[blend]\nlayer_weights = {-2 = 0.5, -8 = 0.5}\n"
     assert values(text, "blend") == {"layer_weights": {-2: 0.5, -8: 0.5}}

@@ -97,6 +97,7 @@ def test_quotes_around_the_whole_are_not_drawn(answer, prompt):
         ({"presence_penalty": 2.5}, "too large"),
         ({"rewriter_url": "nonsense"}, "should look like"),
         ({"rewriter_timeout": 0.0}, "above 0"),
+        ({"rewriter_url": "http://127.0.0.1:9", "rewrite_thinking": True}, "the server at the rewriter_url decides"),
     ],
 )
 def test_what_cannot_be_used_is_refused(pipe, settings, words):

@@ -391,6 +391,11 @@ class RewriteSettings(Sampling):
         None, "Seed of the rewriting. Default: drawn and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rewrite_thinking and self.rewriter_url:
+            raise RequestError("rewrite_thinking: the server at the rewriter_url decides that itself; leave it out")
+
 
 ALL_SETTINGS = (Request, LoadSettings, RewriteSettings)
 

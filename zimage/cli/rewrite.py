@@ -28,6 +28,8 @@ def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **opti
     resolved = resolve_options(options)
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
     loading = resolved.of(LoadSettings)
+    if resolved.note:
+        progress.note(resolved.note)
     from zimage.pipeline import ZImage
 
     with resolved.naming_sources():
