@@ -226,6 +226,8 @@ def test_the_plan_is_printed_before_loading(run, tiny_folder, monkeypatch):
     facts = json.loads(run("info", str(tiny_folder), "--memory", "4", "--json")[1])["plan"]
     assert facts["limits"] == {"cpu": 4_000_000_000}
     assert all(0 < stage["peak"] <= 4_000_000_000 for stage in facts["stages"].values())
+    more = json.loads(run("info", str(tiny_folder), "--memory", "4", "--json", "--batch-size", "4")[1])["plan"]
+    assert more["stages"]["dit"]["activations"] > facts["stages"]["dit"]["activations"]
     status, _, err = run("gen", "a", "--memory", "4", "-v")
     assert status == 0
     assert err.index("at most 4.00 GB on cpu (memory 4)") < err.index("seed")

@@ -96,6 +96,12 @@ def test_the_least_costly_way_that_fits_is_taken(tiny_folder, least):
     assert any(k == n == 0 for k, n in zip(kept, streamed, strict=True)), "stage by stage lies between"
 
 
+def test_a_batch_is_planned_as_large_as_it_gets(tiny_folder):
+    pipe, sizes = load(tiny_folder), ((1, 1), (4, 1), (4, 3), (4, 4), (4, 9))
+    work = [schedule(pipe, batch_size=most, images=n).stages["dit"].activations for most, n in sizes]
+    assert work[0] == work[1] < work[2] < work[3] == work[4]
+
+
 def test_strips_come_before_refusal_and_large_pictures_are_always_cut(tiny_folder, weightless, monkeypatch):
     pipe = load(tiny_folder, residency="stage")
     whole, strips = (schedule(pipe, width=4096, height=4096, tile_mode=m).stages["vae"].peak for m in ("off", "exact"))

@@ -298,7 +298,8 @@ class MemoryPlan:
         if name == "text_encoder":
             return model.activation_bytes(tokens, dtype) + packed
         image_tokens = request.width * request.height // SIZE_MULTIPLE**2
-        return model.activation_bytes(image_tokens, dtype, tokens) * request.batch_size + packed
+        together = min(request.batch_size, request.count)
+        return model.activation_bytes(image_tokens, dtype, tokens) * together + packed
 
     def _tile_modes(self, request: Request) -> tuple[str, ...]:
         """The ways of decoding that the request leaves open, the preferred one first."""

@@ -91,8 +91,9 @@ def describe(pipe: Any, size: dict[str, Any]) -> dict[str, Any]:
 
 
 def _request(pipe: Any, size: dict[str, Any]) -> Request:
-    """A resolved request, short of what it draws."""
-    return pipe.resolve(Request(prompt="", shift=3.0 if pipe.model.shift is None else None, seed=0, **size))
+    """A resolved request, short of what it draws, for as many images as are denoised together."""
+    shift, images = 3.0 if pipe.model.shift is None else None, size.get("batch_size", 1)
+    return pipe.resolve(Request(prompt="", images=images, shift=shift, seed=0, **size))
 
 
 def _describe_component(component: Any, pipe: Any) -> dict[str, Any]:
