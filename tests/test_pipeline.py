@@ -166,7 +166,7 @@ def test_timings_cover_every_stage(pipe):
         ({"prompt": [3]}, "should be of type str"),
         ({"prompt": None}, "a value is needed"),
         ({"prompt": "a \udcff cat"}, "not valid text"),
-        ({"width": 16_384, "height": 16_384, "batch_size": 1024}, "GB are free"),
+        ({"width": 16_384, "height": 16_384, "images": 1024, "batch_size": 1024}, "GB are free"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line_before_loading(tiny_folder, settings, words):
