@@ -212,6 +212,15 @@ def test_by_default_everything_is_kept_with_a_warning(short_limit, caplog):
     )
 
 
+@pytest.mark.parametrize("mode", ["none", "interpolate", "pool", "attention_pool"])
+def test_nothing_is_cut_before(pipe, mode):
+    """The last of 3,000 tokens counts."""
+    assert len(pipe.encode("x" * 3000, long_prompt="none")[0]) > 3000
+    ends = [pipe.encode("x" * 2999 + last, long_prompt=mode)[0] for last in "xy"]
+    assert not torch.equal(*ends)
+    assert len(ends[0]) == (len(pipe.tokenize("x" * 3000)) if mode == "none" else pipe.captions.limit)
+
+
 def test_tokens_are_counted_before_anything_is_loaded(tiny_folder):
     pipe = zimage.ZImage.load(tiny_folder)
     count = pipe.count_tokens("a cat", long_prompt="pool")

@@ -105,6 +105,29 @@ def test_from_warns_when_something_differs(run, tmp_path, tiny_folder):
     assert "warning: dtype was float32, now bfloat16: pixels may differ" in err
 
 
+@pytest.mark.parametrize(
+    ("fact", "before"),
+    [
+        ("model", {"name": "tiny", "fingerprint": "0123456789abcdef"}),
+        ("precision", "int8"),
+        ("attention", "flash2"),
+        ("compile", True),
+        ("device", "cuda"),
+        ("lora", [{"name": "style.safetensors", "scale": 1.0, "hash": "0123456789abcdef"}]),
+        ("torch", "1.0"),
+        ("version", "0.0"),
+    ],
+)
+def test_from_names_whatever_pixels_depend_on(run, tmp_path, fact, before):
+    run("gen", "a cat", "--seed", "7", "-o", "one.png")
+    with Image.open(tmp_path / "one.png") as image:
+        record = json.loads(image.info["zimage"])
+        assert str(tmp_path) not in image.info["zimage"], "no folders"
+        picture_file.save(image, tmp_path / "before.png", {**record, fact: before}, replace=False)
+    lines = run("gen", "--from", "before.png", "-o", "two.png")[2].splitlines()
+    assert [line.split(" was ")[0] for line in lines if "warning" in line] == [f"warning: {fact}"]
+
+
 @pytest.mark.parametrize(("name", "value"), [("model", "nowhere"), ("rewriter_url", "http://127.0.0.1:9"), ("o", "x")])
 def test_a_picture_brings_a_request_and_nothing_else(run, tmp_path, name, value):
     """Whoever made it does not say which model is loaded, whom prompts are sent to or where files go."""

@@ -64,6 +64,22 @@ def test_events_tell_every_step_in_order(pipe):
     assert events == encode + denoise + decode
 
 
+@pytest.mark.parametrize("steps", [1, 8, 9])
+def test_a_step_is_one_evaluation(pipe, steps, monkeypatch):
+    calls, velocity = [], pipe.dit.velocity
+    monkeypatch.setattr(pipe.dit, "velocity", lambda *a: calls.append(1) or velocity(*a))
+    pipe.generate("a", seed=1, steps=steps, **SIZE)
+    assert len(calls) == steps
+    pipe.generate("a", seed=1, steps=steps, guidance=2.0, **SIZE)
+    assert len(calls) == 3 * steps
+
+
+def test_the_shift_bends_the_schedule(pipe):
+    usual, same, other = (pipe.generate("a", seed=1, steps=4, shift=s, **SIZE) for s in (None, 3.0, 6.0))
+    assert usual.request.shift == 3.0
+    assert pixels(usual) == pixels(same) != pixels(other)
+
+
 def test_closing_the_generator_cancels_and_lets_go(tiny_folder, monkeypatch):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="stage")
     run = pipe.run(zimage.Request(prompt="a", steps=50, seed=1, **SIZE))

@@ -58,6 +58,20 @@ def test_the_size_is_the_pictures_unless_given(pipe, picture, tmp_path):
     assert sizes == [(80, 48), (96, 64), (144, 96), (32, 32)]
 
 
+def test_a_camera_s_rotation_and_transparency_are_gone_before_it_starts(pipe, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    picture.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    clear = picture.convert("RGBA")
+    clear.paste((9, 9, 9, 0), (0, 0, 32, 48))
+    white = picture.copy()
+    white.paste("white", (0, 0, 32, 48))
+    for given, plain in ((tmp_path / "turned.png", picture), (clear, white)):
+        one, other = (pipe.generate("a", seed=1, steps=2, image=i, strength=0.5).images[0] for i in (given, plain))
+        assert one.size == (64, 48)
+        assert one.tobytes() == other.tobytes()
+
+
 def test_metadata_holds_name_and_hash_and_no_path(pipe, picture, tmp_path):
     picture.save(tmp_path / "start.png")
     result = pipe.generate("a", seed=1, steps=1, image=tmp_path / "start.png", mask=tmp_path / "start.png")

@@ -107,6 +107,17 @@ def test_blended_tiles_have_the_pictures_size_and_are_near_it(vae):
     assert vae.encode(images, 48, 16, "blend").shape == (1, 16, 12, 15)
 
 
+@pytest.mark.parametrize(("tile", "overlap"), [(5, 2), (4, 0), (7, 6)])
+def test_blending_is_no_change_where_tiles_agree(tile, overlap):
+    """No frame of another colour, no tile in another's place."""
+    x = noise(1, 3, 12, 15)
+
+    def enlarge(part):
+        return part.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    torch.testing.assert_close(blend.blend(enlarge, x, tile, overlap), enlarge(x))
+
+
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 0), (7, 3, 2), (32, 32, 16), (5, 9, 3)])
 def test_blending_weights_add_up_to_one(length, tile, overlap):
     begins, scale = blend.starts(length, tile, overlap), Fraction(8)
