@@ -43,6 +43,7 @@ def reference_statistics(x):
 
 
 def reference_normalise(x, mean, variance, weight, bias, eps):
+    x = x.contiguous(memory_format=torch.channels_last)
     if x.dtype in (torch.float16, torch.bfloat16):
         weight, bias = weight.float(), bias.float()  # all that belongs to channels must have one dtype
     return F.silu(F.batch_norm(x, mean, variance, weight, bias, eps=eps), inplace=True)

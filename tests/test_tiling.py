@@ -9,7 +9,7 @@ from torch import nn
 
 from zimage.errors import RequestError
 from zimage.vae import AutoencoderKL, AutoencoderKLWan, blend
-from zimage.vae.tiling import Statistics, StripWalk, phase_weights, windows
+from zimage.vae.tiling import Statistics, StripWalk, phase_weights, two_maps, windows
 
 TOLERANCE = 1e-4  # fp32, of the largest value
 VAES = {"kl": (AutoencoderKL, KL), "wan": (AutoencoderKLWan, WAN)}
@@ -80,6 +80,21 @@ def test_phases_are_nearest_doubling_and_convolution():
         row, column = divmod(i, 2)
         part = phase[:, :, row : row + 4, column : column + 6]
         torch.testing.assert_close(part, whole[:, :, row::2, column::2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_two_maps_are_apart_and_cover_the_rows_that_were_read(channels):
+    """In the memory of a map of twice the channels: row i of both takes the place of its row i alone."""
+    x = noise(1, 4, 5, 3).contiguous(memory_format=torch.channels_last)
+    original = x.clone()
+    maps = two_maps(x, channels)
+    for i, part in enumerate(maps):
+        assert part.shape == (1, channels, 5, 3)
+        part[:, :, :2] = i
+    assert (maps[0][:, :, :2] == 0).all()
+    assert (maps[1][:, :, :2] == 1).all()
+    assert torch.equal(x[:, :, 2:], original[:, :, 2:])
+    assert torch.equal(x[:, :, :2], original[:, :, :2]) == (channels == 3)
 
 
 # ------------------------------------------------------------------ through the VAEs

@@ -8,7 +8,8 @@ A strip is a band of rows over the full width. Every layer is walked strip by st
 so that only stored maps have full size, two at a time, and everything between them is as small as a strip. GroupNorm
 needs the statistics of a whole map: they are gathered while the map is written. The mid block, whose attention sees
 every position, runs whole, at the resolution of the latents. A convolution may write over its own input, since the
-rows that the next strip still needs are carried along.
+rows that the next strip still needs are carried along. A residual block that halves the channels puts its
+map and its shortcut into the memory of the map that it read; the blocks after it use the same two.
 
 Shapes: C channels, H × W positions. Maps are (1, C, H, W) with the channels innermost.
 """
@@ -112,6 +113,13 @@ class Statistics:
 class Map:
     values: Tensor  # (1, C, H, W)
     statistics: Statistics
+    spare: Tensor | None = None  # memory for another map of its shape
+
+    def alone(self) -> Tensor:
+        """The values, when no more memory is held than they take."""
+        self.spare = None
+        self.values = self.values.contiguous(memory_format=torch.channels_last)
+        return self.values
 
 
 class StripWalk:
@@ -148,15 +156,19 @@ class StripWalk:
     def _layer(self, layer: nn.Module, x: Map) -> Map:
         if hasattr(layer, "norm1"):
             return self._residual(layer, x)
-        return self._halve(layer.conv, x.values) if layer.conv.stride == (2, 2) else self._double(layer.conv, x.values)
+        resample = self._halve if layer.conv.stride == (2, 2) else self._double
+        return resample(layer.conv, x.alone())
 
     def _head(self, x: Map) -> Tensor:
         return self._convolve(x.values, self.stack.conv_out, activation(self.stack.norm_out, x)).values
 
     def _residual(self, block: nn.Module, x: Map) -> Map:
-        h = self._convolve(x.values, block.conv1, activation(block.norm1, x))
-        skip = block.conv_shortcut or (lambda rows: rows)
-        return self._convolve(h.values, block.conv2, activation(block.norm2, h), h.values, x.values, skip)
+        out, residual, shortcut = x.spare, x.values, block.conv_shortcut
+        if shortcut is not None:
+            out, residual = two_maps(x.values, shortcut.out_channels)
+        h = self._convolve(x.values, block.conv1, activation(block.norm1, x), out, shortcut=shortcut, kept=residual)
+        y = self._convolve(h.values, block.conv2, activation(block.norm2, h), h.values, residual)
+        return Map(y.values, y.statistics, spare=residual)
 
     def _convolve(
         self,
@@ -165,15 +177,21 @@ class StripWalk:
         before: Rows = lambda rows: rows,
         out: Tensor | None = None,
         residual: Tensor | None = None,
-        skip: Rows = lambda rows: rows,
+        shortcut: nn.Conv2d | None = None,
+        kept: Tensor | None = None,
     ) -> Map:
-        """conv(before(x)) + skip(residual), 3 × 3; `out` may be `x` itself."""
+        """conv(before(x)) + residual, 3 × 3; besides shortcut(x) into `kept`.
+
+        `out` may be `x` itself, `out` and `kept` may be what `two_maps` gave for it.
+        """
         out = new_map(x, conv.out_channels, x.shape[2], x.shape[3]) if out is None else out
         statistics = Statistics(self.needs_statistics)
         for top, end, window in windows(x, self._rows(x, conv), before):
             rows = F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
             if residual is not None:
-                rows += skip(residual[:, :, top:end])
+                rows += residual[:, :, top:end]
+            if shortcut is not None:
+                kept[:, :, top:end] = shortcut(x[:, :, top:end])
             out[:, :, top:end] = rows
             statistics.add(rows)
         return Map(out, statistics)
@@ -264,3 +282,12 @@ def new_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     return torch.empty(
         (1, channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
+
+
+def two_maps(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Two maps of the size of `x`: in its own memory where both fit, row beside row, else new ones."""
+    height, width = x.shape[2:]
+    if x.shape[1] != 2 * channels or not x.is_contiguous(memory_format=torch.channels_last):
+        return new_map(x, channels, height, width), new_map(x, channels, height, width)
+    rows = x.permute(0, 2, 3, 1).view(1, height, 2, width, channels)
+    return rows[:, :, 0].permute(0, 3, 1, 2), rows[:, :, 1].permute(0, 3, 1, 2)
