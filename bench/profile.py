@@ -18,7 +18,9 @@ from bench.options import JSON
 
 SHORT = "a cat face on a blue background"
 MEDIUM = " ".join(["A quiet harbour at dawn, fishing boats at anchor, gulls over the mole, light on wet stone."] * 6)
+TEMPLATE = "photo-overcast"
 LEAK_ROUNDS = 20
+WRITTEN = 17  # tokens
 
 
 class Profile:
@@ -31,7 +33,7 @@ class Profile:
     def _load(self):
         import zimage
 
-        return zimage.ZImage.load(self.model, **self.settings)
+        return zimage.ZImage.load(self.model, **{"cache_entries": 0, **self.settings})  # every encode is one
 
     def cuda_sync(self) -> Iterator[tuple[str, float]]:
         """What waiting for an idle GPU costs; nothing elsewhere."""
@@ -54,6 +56,26 @@ class Profile:
     def encode_medium(self) -> Iterator[tuple[str, float]]:
         yield from self._encode(MEDIUM)
 
+    def encode_with_template(self) -> Iterator[tuple[str, float]]:
+        """A short prompt behind a template's system prompt."""
+        yield from self._encode(SHORT, template=TEMPLATE)
+
+    def encode_with_thinking(self) -> Iterator[tuple[str, float]]:
+        """A short prompt before a think block with content."""
+        yield from self._encode(SHORT, thinking_content=MEDIUM)
+
+    def generate_text(self) -> Iterator[tuple[str, float]]:
+        """Writing with the text encoder: seconds to the first token, and for each of those after it."""
+        from zimage.settings import Sampling
+        from zimage.text.generate import generate
+
+        ids = self.pipe.tokenize(SHORT, template=TEMPLATE)
+        likeliest = Sampling(temperature=0.0)
+        with torch.no_grad():
+            tokens = generate(self.pipe.text_encoder, ids, likeliest, WRITTEN, (), torch.Generator())
+            yield "first_s", self._timed(lambda: next(tokens))
+            yield "token_s", self._timed(lambda: list(tokens)) / (WRITTEN - 1)
+
     def repeated_encode(self) -> Iterator[tuple[str, float]]:
         """Whether encoding again and again keeps memory: bytes per round, after a few that warm up."""
         for _ in range(3):
@@ -70,10 +92,10 @@ class Profile:
         yield "total_s", time.perf_counter() - started
         yield from ((f"{stage}_s", seconds) for stage, seconds in result.timings.items())
 
-    def _encode(self, prompt: str) -> Iterator[tuple[str, float]]:
-        self.pipe.encode([prompt])
-        yield "encode_s", self._timed(lambda: self.pipe.encode([prompt]))
-        yield "tokens", len(self.pipe.tokenize(prompt))
+    def _encode(self, prompt: str, **text: str) -> Iterator[tuple[str, float]]:
+        self.pipe.encode([prompt], **text)
+        yield "encode_s", self._timed(lambda: self.pipe.encode([prompt], **text))
+        yield "tokens", len(self.pipe.tokenize(prompt, **text))
 
     def _timed(self, call: Callable[[], Any]) -> float:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -9,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import KL
 
+import zimage
 from bench import tables, weights
 from bench.__main__ import main
 from bench.pairs import report
-from bench.profile import SCENARIOS
+from bench.profile import SCENARIOS, Profile
 from bench.roofline import parts
+from bench.sides import zimage as sides_zimage
 from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
@@ -88,8 +91,20 @@ def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_fold
     assert [run["settings"]["precision"] for run in runs] == ["bf16", "int8"]
     for run in runs:
         assert list(run["median"]) == SCENARIOS
-        assert run["median"]["encode_medium"]["tokens"] > run["median"]["encode_short"]["tokens"]
+        for longer in ("encode_medium", "encode_with_template", "encode_with_thinking"):
+            assert run["median"][longer]["tokens"] > run["median"]["encode_short"]["tokens"]
+        assert run["median"]["generate_text"]["token_s"] > 0
         assert run["median"]["full_generation"]["total_s"] > run["median"]["full_generation"]["denoise_s"] > 0
+
+
+def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
+    assert Profile(tiny_folder, {"device": "cpu"}).pipe.captions.cache.entries == 0
+    load, loaded = zimage.ZImage.load, []
+    monkeypatch.setattr(zimage.ZImage, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    clock = SimpleNamespace(lap=lambda name: clock.figures.update({name: 1.0}), figures={}, total=lambda: None)
+    clock.warm = lambda name, call: call()
+    sides_zimage.render(clock, str(tiny_folder), 64, 1, "fp32", "a cat")
+    assert loaded[0].captions.cache.entries == 0
 
 
 @pytest.mark.parametrize(

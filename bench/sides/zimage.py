@@ -19,7 +19,9 @@ def render(
     import zimage
 
     kind = None if dtype == "auto" else dtype
-    pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, precision=precision, memory=memory)
+    # Without the cache of captions, which the other side lacks: a warm encode is to be an encode.
+    settings = {"precision": precision, "memory": memory, "cache_entries": 0}
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, **settings)
     request = pipe.resolve(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
     clock.lap("load")
     step_seconds, image = [], None
