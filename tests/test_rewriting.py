@@ -59,6 +59,13 @@ def test_the_encoders_own_weights_write(writer):
     assert "".join(pieces).strip() == one.prompt
 
 
+def test_later_stages_are_not_planned_as_for_writing(writer):
+    writer.parts.schedule = None
+    writer.rewrite("a cat", **SHORT)
+    usual = writer.schedule(writer.resolve(zimage.Request(seed=0))).stages["dit"].activations
+    assert writer.parts.schedule.stages["dit"].activations == usual
+
+
 def test_the_chat_has_the_rewriters_words_and_a_closed_think_block(pipe, says):
     asked = says("A fine cat.")
     assert pipe.rewrite("a cat").prompt == "A fine cat."

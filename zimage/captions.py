@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zimage.components import Model
 from zimage.errors import RequestError
-from zimage.fields import Weights
+from zimage.fields import Weights, either
 from zimage.parts import Parts
 from zimage.runtime.checkpoint import finite
 from zimage.settings import LoadSettings, Request, TextSettings
@@ -56,15 +56,15 @@ class Captions:
         """The settings with every part that the template has and they leave open. Raises RequestError."""
         self._check_layers(text.layers)
         template = self.templates.get(text.template) if text.template else Template("", "", "")
-        thinking = _either(text.thinking_content, template.thinking_content)
+        thinking = either(text.thinking_content, template.thinking_content)
         block = text.force_think_block
         if block is None:
             block = bool(thinking or template.add_think_block)
         return dataclasses.replace(
             text,
-            system_prompt=_either(text.system_prompt, template.system_prompt or None),
+            system_prompt=either(text.system_prompt, template.system_prompt or None),
             thinking_content=thinking if block else None,
-            assistant_content=_either(text.assistant_content, template.assistant_content),
+            assistant_content=either(text.assistant_content, template.assistant_content),
             force_think_block=block,
         )
 
@@ -103,9 +103,8 @@ class Captions:
         """The caption (L, C) of a text that was encoded before, all its tokens, or None."""
         return self.cache.get(self._key(formatted, text.layers))
 
-    def caption(self, formatted: str, text: TextSettings) -> Tensor:
-        """The caption (L, C) of a text, shortened where the settings say so."""
-        kept = self.kept(formatted, text)
+    def caption(self, formatted: str, text: TextSettings, kept: Tensor | None) -> Tensor:
+        """The caption (L, C) of a text, from what was `kept` of it or encoded now, shortened as the settings say."""
         return self.shorten(self.encode(formatted, text) if kept is None else kept, text)
 
     def encode(self, formatted: str, text: TextSettings) -> Tensor:
@@ -124,17 +123,18 @@ class Captions:
 
     def _key(self, formatted: str, layers: Weights) -> str:
         """All that the bits of a caption depend on."""
-        place = self._parts.places["text_encoder"]
+        place, (fingerprint, stamp) = self._parts.places["text_encoder"], self._encoder
+        more = {"files": stamp, "device": place.device.type, "attention": self._parts.attention}
+        return cache_key(formatted, layers, fingerprint, place.dtype, **more)
+
+    @cached_property
+    def _encoder(self) -> tuple[str, str]:
+        """What tells the text encoder from others; its files are read for it, so only once."""
         checkpoint = self._model.components["text_encoder"].checkpoint
-        more = {"files": checkpoint.stamp(), "device": place.device.type, "attention": self._parts.attention}
-        return cache_key(formatted, layers, checkpoint.fingerprint(), place.dtype, **more)
+        return checkpoint.fingerprint(), checkpoint.stamp()
 
     def _check_layers(self, layers: Weights) -> None:
         states = self._model.skeleton("text_encoder").config.num_hidden_layers + 1
         for layer in layers:
             if layer < -states:
                 raise RequestError(f"hidden layer {layer} does not exist; use −{states} to −1")
-
-
-def _either(value, default):
-    return default if value is None else value

@@ -2,11 +2,11 @@
 
 import dataclasses
 import secrets
-from typing import Any
 
 from zimage.captions import Captions
 from zimage.components import Model
 from zimage.errors import RequestError
+from zimage.fields import either
 from zimage.image import natural_size, open_image, open_mask
 from zimage.settings import SIZE_MULTIPLE, STRENGTH, Request
 from zimage.sources import Source
@@ -20,17 +20,17 @@ def complete(request: Request, model: Model, captions: Captions) -> Request:
     """The request with all but `tile_mode` filled in and its files opened. Raises RequestError or CheckpointError."""
     request = captions.filled(_opened(request, model))
     is_base = model.shift is not None and model.shift >= BASE_SHIFT
-    guidance = _either(request.guidance, 4.0 if is_base else 0.0)
+    guidance = either(request.guidance, 4.0 if is_base else 0.0)
     width, height = _size(request, model)
     return dataclasses.replace(
         request,
         width=width,
         height=height,
-        steps=_either(request.steps, 30 if is_base else 8),
+        steps=either(request.steps, 30 if is_base else 8),
         guidance=guidance,
-        negative=request.negative if guidance == 0 else _either(request.negative, ""),
+        negative=request.negative if guidance == 0 else either(request.negative, ""),
         shift=find_shift(model, request.shift),
-        seed=_either(request.seed, secrets.randbelow(2**32)),
+        seed=either(request.seed, secrets.randbelow(2**32)),
         strength=_strength(request),
         hidden_layer=None if request.layer_weights else next(iter(request.layers)),
     )
@@ -38,7 +38,7 @@ def complete(request: Request, model: Model, captions: Captions) -> Request:
 
 def find_shift(model: Model, given: float | None) -> float:
     """The shift that is given, or the checkpoint's. Raises RequestError where there is neither."""
-    shift = _either(given, model.shift)
+    shift = either(given, model.shift)
     if shift is None:
         raise RequestError(
             f"{model.origin} has no schedule; give the shift (3 for Turbo, 6 for Base) or, for loose files, the variant"
@@ -68,7 +68,7 @@ def _size(request: Request, model: Model) -> tuple[int, int]:
     """What was given; else the picture's own, in its proportions where one side was given; else the checkpoint's."""
     if request.image is None:
         side = min(getattr(model.skeleton("vae").config, "sample_size", USUAL_SIDE), USUAL_SIDE)
-        return _either(request.width, side), _either(request.height, side)
+        return either(request.width, side), either(request.height, side)
     wide, high = request.image.picture.size
     if request.width and request.height:
         return request.width, request.height
@@ -83,12 +83,8 @@ def _strength(request: Request) -> float | None:
     """What is behind a mask is painted anew altogether; both as the reference does."""
     if request.image is None and request.hires is None:
         return None
-    return _either(request.strength, STRENGTH if request.mask is None else 1.0)
+    return either(request.strength, STRENGTH if request.mask is None else 1.0)
 
 
 def _multiple(side: float) -> int:
     return max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
-
-
-def _either(value: Any, default: Any) -> Any:
-    return default if value is None else value

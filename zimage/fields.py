@@ -81,6 +81,11 @@ class Settings:
         }
 
 
+def either(value: Any, default: Any) -> Any:
+    """`default` where the value was left open."""
+    return default if value is None else value
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message on a word that is not known: the nearest one, or all."""
     known = list(known)

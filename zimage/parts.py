@@ -55,15 +55,16 @@ class Parts:
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
 
-    def get(self, name: str) -> Any:
-        """The module called `name`, loaded if it is not."""
+    def get(self, name: str, schedule: Schedule | None = None) -> Any:
+        """The module called `name`, loaded if it is not; by a schedule of its own where one is given."""
         with self._lock:
             if self.schedule is None:
                 self.schedule = self._usual()
-            needed = self.schedule.stages[name].streamed
+            schedule = schedule or self.schedule
+            needed = schedule.stages[name].streamed
             if name not in self.loaded or streamed_blocks(self.loaded[name]) < len(needed):
                 log.debug("loading %s", name)
-                if name not in self.schedule.kept:  # also when stages are called one by one
+                if name not in schedule.kept:  # also when stages are called one by one
                     here = self.places[name].device
                     self._let_go([n for n in self.loaded if self.places[n].device == here])
                 with out_of_memory_in(name):

@@ -124,7 +124,7 @@ class ZImage:
         """
         settings = self._text(text)
         texts = [self.captions.format(p, settings) for p in ([prompts] if isinstance(prompts, str) else prompts)]
-        return [self.captions.caption(text, settings) for text in texts]
+        return [self.captions.caption(text, settings, self.captions.kept(text, settings)) for text in texts]
 
     def rewrite(self, prompt: str, **settings: Any) -> Rewrite:
         """A fuller prompt, written by the text encoder's own weights or by a server; to be encoded like any other.

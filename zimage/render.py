@@ -62,11 +62,10 @@ class Render:
 
     def _encode_texts(self, kept: dict[str, Tensor | None]) -> Generator[Event, None, dict[str, Tensor]]:
         captions, found = self.pipe.captions, {}
-        for i, (text, caption) in enumerate(kept.items()):
+        for i, text in enumerate(kept):
             yield Event("encode", 0, 1, i, len(kept))
             with torch.no_grad():
-                caption = captions.encode(text, self.request) if caption is None else caption
-                found[text] = captions.shorten(caption, self.request)
+                found[text] = captions.caption(text, self.request, kept[text])
             yield Event("encode", 1, 1, i, len(kept))
         return found
 

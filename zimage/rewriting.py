@@ -3,7 +3,6 @@
 prompt ─ rewriter's template, chat format ─→ text ─ write ─→ thoughts and answer ─ split ─→ prompt
 """
 
-import logging
 import os
 import secrets
 from collections.abc import Generator
@@ -21,8 +20,6 @@ from zimage.runtime.memory import out_of_memory_in
 from zimage.settings import RewriteSettings
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
-
-log = logging.getLogger("zimage")
 
 DEFAULT = "rewrite-expand"
 KEY = "ZIMAGE_REWRITER_KEY"  # the server's key: a secret, hence no setting
@@ -57,10 +54,10 @@ class Rewriter:
         template = self.template(settings)
         seed = secrets.randbelow(2**32) if settings.rewrite_seed is None else settings.rewrite_seed
         write = self._ask if settings.rewriter_url else self._write
-        text, opened = yield from write(prompt, template, settings, seed)
+        text = yield from write(prompt, template, settings, seed)
         from zimage.text.generate import split_thinking
 
-        thinking, answer = split_thinking(text, opened)
+        thinking, answer = split_thinking(text)
         answer = _unquoted(answer)
         if not answer:
             raise RewriteError(
@@ -83,7 +80,7 @@ class Rewriter:
 
     def _write(
         self, prompt: str, template: Template, settings: RewriteSettings, seed: int
-    ) -> Generator[str, None, tuple[str, bool]]:
+    ) -> Generator[str, None, str]:
         """With the text encoder. Its think block is closed at once where it shall not think."""
         from zimage.text.generate import write
 
@@ -91,21 +88,18 @@ class Rewriter:
         block = bool(thinking) or not settings.rewrite_thinking
         chat = format_chat(prompt, template.system_prompt, thinking, think_block=block)
         tokenizer, parts = self._model.tokenizer, self._parts
-        parts.schedule = self._plan.writing(len(tokenizer.encode(chat)) + settings.max_tokens, list(parts.loaded))
-        text = ""
-        with out_of_memory_in("text_encoder"), torch.no_grad():
-            pieces = write(parts.get("text_encoder"), tokenizer, chat, settings, settings.max_tokens, seed)
+        tokens = len(tokenizer.encode(chat)) + settings.max_tokens
+        encoder, text = parts.get("text_encoder", self._plan.writing(tokens, list(parts.loaded))), ""
+        pieces = write(encoder, tokenizer, chat, settings, settings.max_tokens, seed)
         while True:
             with out_of_memory_in("text_encoder"), torch.no_grad():
                 piece = next(pieces, None)
             if piece is None:
-                return text, False
+                return text
             text += piece
             yield piece
 
-    def _ask(
-        self, prompt: str, template: Template, settings: RewriteSettings, seed: int
-    ) -> Generator[str, None, tuple[str, bool]]:
+    def _ask(self, prompt: str, template: Template, settings: RewriteSettings, seed: int) -> Generator[str, None, str]:
         """With a server, which answers in one piece."""
         from zimage.text.remote import complete
 
@@ -113,7 +107,7 @@ class Rewriter:
         asked = (settings.rewriter_url, settings.rewriter_model, messages, settings, settings.max_tokens, seed)
         text = complete(*asked, timeout=settings.rewriter_timeout, api_key=os.environ.get(KEY) or None)
         yield text
-        return text, False
+        return text
 
 
 def _unquoted(answer: str) -> str:

@@ -15,7 +15,7 @@ from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
 from zimage.cli.resume import open_state
 from zimage.cli.rewrite import check_rewriting, rewritten
-from zimage.cli.settings import configured, resolve_options
+from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.target import FIELDS, Target
 from zimage.errors import RequestError
 from zimage.settings import LoadSettings, Request, RewriteSettings
@@ -64,7 +64,7 @@ def gen(
     keeping = open_state(checkpoint, resume, source, given(options, Request))
     origin = read_origin(source, options)
     resolved = resolve_options(options, keeping.settings if keeping.begun else origin.get("request"))
-    wanted, loading = resolved.of(Request), resolved.of(LoadSettings)
+    wanted = resolved.of(Request)
     if "prompt" not in wanted and "embeddings" not in wanted:
         raise RequestError("no prompt was given; write it as an argument, as - for standard input, or with --file")
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
@@ -74,17 +74,15 @@ def gen(
     for note in filter(None, (keeping.note, resolved.note)):
         progress.note(note)
     progress.show("starting")
-    from zimage.pipeline import ZImage  # torch: only now, so that --help and usage errors are quick
-
+    pipe = load_pipeline(resolved)
     with resolved.naming_sources():
-        pipe = ZImage.load(loading.get("model"), **{k: v for k, v in loading.items() if k != "model"})
         request, rewrites = rewritten(pipe, pipe.resolve(request), rewriting, progress)
     _introduce(progress, pipe, request)
     if verbose:
         show_plan(pipe, request)
     records = _records(pipe, request, [r.describe() for r in rewrites], keeping.record)
     warn_of_differences(origin, records[0])
-    kept = keeping.start(request, records, wanted | loading, output)
+    kept = keeping.start(request, records, wanted | resolved.of(LoadSettings), output)
     saved = _render(pipe, request, records, target, progress, kept, keeping.begun)
     if as_json:
         seconds = round(time.perf_counter() - started, 3)

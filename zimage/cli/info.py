@@ -8,7 +8,7 @@ import click
 
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
-from zimage.cli.settings import configured, resolve_options
+from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.settings import LoadSettings, Request
 
 PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
@@ -24,11 +24,7 @@ PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_over
 def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> None:
     """Show the components, sizes, dtypes and memory of MODEL (default: the settings' model, else the bundled demo)."""
     resolved = resolve_options({**options, "model": model})
-    loading, size = resolved.of(LoadSettings), _planned(resolved.of(Request))
-    from zimage.pipeline import ZImage
-
-    with resolved.naming_sources():
-        pipe = ZImage.load(loading.pop("model", None), **loading)
+    pipe, size = load_pipeline(resolved), _planned(resolved.of(Request))
     facts = describe(pipe, size)
     if as_json:
         click.echo(json.dumps(facts))

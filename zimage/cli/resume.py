@@ -1,6 +1,7 @@
 """A render that survives its process: `--checkpoint` keeps its state in a file, `--resume` goes on from there."""
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ class Keeping:
 
 
 class StateFile:
-    """Writes the state after every event that brings something new. `record` tells what is rendered."""
+    """Keeps the state of a render. `record` tells what is rendered.
+
+    A state holds the latents of all finished images. It is written when an image is finished or saved, and after a step
+    unless that would take more than a tenth of the time.
+    """
 
     def __init__(self, path: Path, record: dict[str, Any], state: Any = None):
         from zimage.state import RenderState
@@ -54,7 +59,7 @@ class StateFile:
         self._write()
 
     def update(self, event: Any) -> None:
-        if self.state.update(event):
+        if self.state.update(event) and (event.step == event.total or time.monotonic() >= self._due):
             self._write()
 
     def remove(self) -> None:
@@ -64,10 +69,13 @@ class StateFile:
     def _write(self) -> None:
         from zimage.state import save_state
 
+        begun = time.monotonic()
         try:
             save_state(self.path, self.state, self.record)
         except Exception as error:  # safetensors raises its own for a full disk
             raise RequestError(f"checkpoint: {self.path} cannot be written: {error}") from error
+        now = time.monotonic()
+        self._due = now + 9 * (now - begun)
 
 
 def open_state(checkpoint: Path | None, resume: Path | None, source: Path | None, given: dict[str, Any]) -> Keeping:

@@ -8,7 +8,7 @@ import click
 
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.progress import Progress
-from zimage.cli.settings import configured, resolve_options
+from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.config import Resolved
 from zimage.errors import RequestError
 from zimage.settings import LoadSettings, Request, RewriteSettings
@@ -27,13 +27,10 @@ def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **opti
     progress = Progress(quiet or as_json)
     resolved = resolve_options(options)
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
-    loading = resolved.of(LoadSettings)
     if resolved.note:
         progress.note(resolved.note)
-    from zimage.pipeline import ZImage
-
+    pipe = load_pipeline(resolved)
     with resolved.naming_sources():
-        pipe = ZImage.load(loading.pop("model", None), **loading)
         _warn_of_demo(pipe, settings, progress)
         result = write(pipe, prompt, settings, progress)
     if as_json:

@@ -7,7 +7,7 @@ import click
 
 from zimage.cli.options import given
 from zimage.config import Resolved, find_config, read_config, resolve
-from zimage.settings import ALL_SETTINGS
+from zimage.settings import ALL_SETTINGS, LoadSettings
 
 
 def configured(command: Callable) -> Callable:
@@ -27,3 +27,12 @@ def resolve_options(options: Mapping[str, Any], origin: Mapping[str, Any] | None
     path = find_config(options.get("config"))
     values = {name: value for settings in ALL_SETTINGS for name, value in given(options, settings).items()}
     return resolve(values, origin, path and read_config(path), options.get("profile"))
+
+
+def load_pipeline(resolved: Resolved) -> Any:
+    """The pipeline that settings ask for. Torch is imported only now: help and usage errors are quick without it."""
+    from zimage.pipeline import ZImage
+
+    loading = resolved.of(LoadSettings)
+    with resolved.naming_sources():
+        return ZImage.load(loading.pop("model", None), **loading)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from zimage.cli.options import GroupedCommand, options_of
-from zimage.cli.settings import configured, resolve_options
+from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError
 from zimage.settings import LoadSettings, TextSettings
 
@@ -66,12 +66,7 @@ def encode(prompt: str, output: Path, **options: Any) -> None:
 def _opened(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the text settings that the options ask for."""
     resolved = resolve_options(options)
+    pipe, text = load_pipeline(resolved), resolved.of(TextSettings)
     with resolved.naming_sources():
-        text = resolved.of(TextSettings)
-        TextSettings.from_mapping(text)
-        loading = resolved.of(LoadSettings)
-        from zimage.pipeline import ZImage
-
-        pipe = ZImage.load(loading.pop("model", None), **loading)
         pipe.captions.filled(TextSettings.from_mapping(text))
     return pipe, text
