@@ -5,6 +5,7 @@ it. Where it is missing, decorated kernels stay plain functions that nothing cal
 """
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,18 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+log = logging.getLogger("zimage")
+
 ACTIVE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or "triton" in sys.modules)
 
 if ACTIVE:
     import triton
     import triton.language as tl
 
-    jit, constexpr = triton.jit, tl.constexpr
+    jit = triton.jit
 else:
-    tl, constexpr = None, object
+
+    class tl:
+        """What the signatures of kernels name, where Triton is missing."""
+
+        constexpr = object
 
     def jit(kernel: Callable) -> Callable:
         return kernel
+
+
+@jit
+def _one_kernel(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+
+def check_triton(device: torch.device) -> None:
+    """Turn the kernels off, with one line that says why, where Triton cannot build one for this GPU.
+
+    It needs a C compiler and Python's headers at run time, which many machines lack; the references run anywhere.
+    """
+    global ACTIVE
+    if not ACTIVE or device.type != "cuda":
+        return
+    try:
+        with torch.cuda.device(device):
+            _one_kernel[(1,)](torch.zeros(1, device=device))
+            torch.cuda.synchronize(device)
+    except Exception as error:  # Triton raises what its tools raise: RuntimeError, CalledProcessError, OSError …
+        ACTIVE = False
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning(
+            "the fused kernels are off, since Triton cannot compile here (%s); renders are slower. "
+            "It needs a C compiler and Python's headers (Debian: gcc, python3-dev)",
+            reason,
+        )
 
 
 @dataclass(frozen=True)

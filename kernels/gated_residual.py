@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, C channels.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 ROWS = 16  # tokens per program: weight and gate are read once for all of them
@@ -35,8 +35,8 @@ def _kernel(
     channels,
     gate_stride,
     eps,
-    ROWS: constexpr,
-    BLOCK: constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """ROWS tokens of one sample."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)

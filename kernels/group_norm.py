@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
 POSITIONS = 512  # positions per program: what belongs to the channels is read or written once for all of them
 SUMS = 2048  # side by side on a CPU: short ones are accurate, few stay in its nearest cache
@@ -51,7 +51,14 @@ def reference_normalise(x, mean, variance, weight, bias, eps):
 
 @jit
 def _statistics_kernel(
-    x_ptr, mean_ptr, deviation_ptr, positions, channels, POSITIONS: constexpr, STEP: constexpr, BLOCK_C: constexpr
+    x_ptr,
+    mean_ptr,
+    deviation_ptr,
+    positions,
+    channels,
+    POSITIONS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Mean and sum of squared differences of each channel over POSITIONS positions, merged STEP by STEP (Chan 1979)."""
     first = tl.program_id(0).to(tl.int64) * POSITIONS
@@ -84,9 +91,9 @@ def _normalise_kernel(
     out_ptr,
     positions,
     channels,
-    POSITIONS: constexpr,
-    STEP: constexpr,
-    BLOCK_C: constexpr,
+    POSITIONS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * POSITIONS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
 ROWS = 16  # tokens per program: the scale is read once for all of them
 
@@ -24,7 +24,7 @@ def reference(x, scale, eps):
 
 @jit
 def _kernel(
-    x_ptr, scale_ptr, out_ptr, length, channels, x_stride, scale_stride, eps, ROWS: constexpr, BLOCK: constexpr
+    x_ptr, scale_ptr, out_ptr, length, channels, x_stride, scale_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """ROWS tokens of one sample; `x_stride` is from sample to sample."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = 16  # tokens per program: weight and scale are read once for all of them
@@ -40,7 +40,7 @@ def reference(x, weight, scale, eps):
 
 @jit
 def _kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, length, channels, scale_stride, eps, ROWS: constexpr, BLOCK: constexpr
+    x_ptr, weight_ptr, scale_ptr, out_ptr, length, channels, scale_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """ROWS tokens of one sample."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 
@@ -41,7 +41,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
-def _norm_rope(x_ptr, weight_ptr, cos, sin, head_stride, heads, eps, D: constexpr, BLOCK_H: constexpr):
+def _norm_rope(x_ptr, weight_ptr, cos, sin, head_stride, heads, eps, D: tl.constexpr, BLOCK_H: tl.constexpr):
     """All heads of one token, in place."""
     head, dim = tl.arange(0, BLOCK_H), tl.arange(0, D)
     place = x_ptr + head[:, None] * head_stride + dim[None, :]
@@ -74,9 +74,9 @@ def _kernel(
     q_heads,
     k_heads,
     eps,
-    D: constexpr,
-    BLOCK_Q: constexpr,
-    BLOCK_K: constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One program per token: its row of the table is read once for all heads of q and k."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TINY = 1e-12  # the scale of a row of zeros
@@ -25,7 +25,9 @@ def reference(x, dtype):
 
 
 @jit
-def _kernel(x_ptr, out_ptr, scale_ptr, channels, largest, TINY: constexpr, INTEGER: constexpr, BLOCK: constexpr):
+def _kernel(
+    x_ptr, out_ptr, scale_ptr, channels, largest, TINY: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     present = column < channels

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, tl
 
 BLOCK = 2048
 
@@ -20,7 +20,7 @@ def reference(gate, up):
 
 
 @jit
-def _kernel(gate_ptr, up_ptr, out_ptr, channels, gate_stride, up_stride, BLOCK: constexpr):
+def _kernel(gate_ptr, up_ptr, out_ptr, channels, gate_stride, up_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = column < channels

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, constexpr, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, fuses, jit, tl
 
 BLOCK = (16, 128)  # rows × columns of a tile per program
 LEVELS = 4096  # values per program
@@ -46,8 +46,8 @@ def _add_kernel(
     canvas_stride,
     tile_plane,
     tile_stride,
-    BLOCK_Y: constexpr,
-    BLOCK_X: constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
     """A block of one channel's plane; `canvas_ptr` is where the tile begins."""
     plane = tl.program_id(0).to(tl.int64)
@@ -63,7 +63,7 @@ def _add_kernel(
 
 
 @jit
-def _levels_kernel(x_ptr, out_ptr, count, BLOCK: constexpr):
+def _levels_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place, mask=place < count, other=0.0).to(tl.float32)
     level = tl.minimum(tl.maximum((x + 1.0) * 127.5, 0.0), 255.0)

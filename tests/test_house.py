@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "parts": {"components", "plan", "loras", "runtime", "nn"},
     "loras": {"components", "runtime", "nn"},
     "plan": {"components", "runtime", "nn"},
-    "components": {"architecture", "dit", "text", "vae", "runtime", "nn"},
+    "components": {"architecture", "dit", "text", "vae", "runtime", "nn", "kernels"},
     "architecture": {"runtime"},
     "dit": {"nn", "kernels"},
     "text": {"nn", "kernels", "templates"},

@@ -3,6 +3,8 @@
 On a machine with a GPU the numbers come from the GPU.
 """
 
+import ast
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +19,7 @@ pytest.importorskip("triton", reason="needs the extra `triton`")
 from kernel_checks import interpreter, load
 
 from zimage import kernels
-from zimage.kernels import specs
+from zimage.kernels import backend, specs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -123,6 +125,36 @@ def test_traffic_is_compulsory(name):
     least = spec.least_bytes(*args)
     print(f"{name}: {moved / 1e6:.1f} MB moved, {least / 1e6:.1f} MB compulsory, ratio {moved / least:.3f}")
     assert 0.999 <= moved / least <= 1.1
+
+
+def test_kernels_are_off_where_triton_cannot_compile(monkeypatch, caplog):
+    class Failing:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nsecond line")
+
+    monkeypatch.setattr(backend, "ACTIVE", True)
+    monkeypatch.setattr(backend, "_one_kernel", Failing())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    backend.check_triton(torch.device("cuda", 0))
+    assert not backend.ACTIVE
+    (line,) = caplog.messages
+    assert "Failed to find C compiler" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("file", sorted(Path(kernels.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_inductor_can_write_a_kernel_anew(file):
+    """It copies a kernel's source into a file with `triton` and `tl`, and takes along what the body names, but nothing
+    that only the signature names: `--compile` on a GPU once ended in "name 'constexpr' is not defined".
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    launched = [f for f in tree.body if isinstance(f, ast.FunctionDef) and "jit" in map(ast.unparse, f.decorator_list)]
+    for kernel in launched:
+        arguments = [*kernel.args.posonlyargs, *kernel.args.args, *kernel.args.kwonlyargs]
+        signature = [*(a.annotation for a in arguments if a.annotation), *kernel.args.defaults]
+        names = {n.id for part in signature for n in ast.walk(part) if isinstance(n, ast.Name)}
+        assert names <= {"tl", "triton"}, f"{file.name}: {kernel.name} names {names} in its signature"
 
 
 # ------------------------------------------------------------------ machine code

@@ -9,6 +9,7 @@ import zimage
 from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.nn.compile import compile_blocks
+from zimage.nn.packed import PackedLinear, Scaled
 from zimage.nn.quant import QuantisedLinear, quantisable, quantise, quantised_bytes
 
 LAYERS_OF_A_BLOCK = 7
@@ -43,6 +44,15 @@ def test_one_layer(dtype, limit, bias):
     assert ours.shape == exact.shape
     assert relative(ours, exact) < limit
     assert relative(ours[1], exact[1]) < limit
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.01), torch.ones(8, 1)], ids=["one", "per row"])
+def test_scales_are_laid_out_as_row_wise_products_need_them(scale):
+    """A GPU's `_scaled_mm` refused the strides (0, 0) of one scale that was expanded over all rows."""
+    codes = torch.ones(8, 16).to(torch.float8_e4m3fn)
+    layer = QuantisedLinear(PackedLinear(Scaled(codes, scale)), torch.float8_e4m3fn)
+    assert layer.scale.shape == (1, 8)
+    assert layer.scale.stride()[1] == 1
 
 
 def test_a_row_of_zeros_stays_zero():

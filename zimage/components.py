@@ -12,6 +12,7 @@ from torch import nn
 from zimage.architecture import ASSUMED, architecture
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
+from zimage.kernels.backend import check_triton
 from zimage.nn.config import read_architecture
 from zimage.places import PARTS, choose_device, choose_dtype
 from zimage.runtime.checkpoint import (
@@ -132,6 +133,7 @@ class Component:
         """
         if device.type == "cpu":
             keep_freed_memory()
+        check_triton(device)
         model = self._build()
         away = self._weights_of(model, streamed) if streamed else ()
         load_weights(model, self.checkpoint, dtype, device, widen_late, away)

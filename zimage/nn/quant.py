@@ -38,7 +38,8 @@ class QuantisedLinear(nn.Module):
         weight, scale, self.rotated = _codes(linear, dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.expand(self.out_features, 1).reshape(1, -1))  # (1, out) fp32
+        # (1, out) fp32; contiguous, also where one scale serves all rows: row-wise fp8 products refuse strides of 0.
+        self.register_buffer("scale", scale.expand(self.out_features, 1).reshape(1, -1).contiguous())
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
