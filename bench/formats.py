@@ -16,8 +16,8 @@ import zimage
 from bench import writers
 from bench.machine import command_line, describe_machine
 from bench.options import JSON
-from zimage.components import Component
-from zimage.runtime.checkpoint import Checkpoint
+from zimage.formats.checkpoint import Checkpoint
+from zimage.loading.files import Component
 from zimage.weights import DEMO
 
 PROMPTS = ("a cat face on a blue background", "a red apple and a dog face on a white background", "a tree", "a rocket")

@@ -66,7 +66,7 @@ class Profile:
 
     def generate_text(self) -> Iterator[tuple[str, float]]:
         """Writing with the text encoder: seconds to the first token, and for each of those after it."""
-        from zimage.settings import Sampling
+        from zimage.settings.declared import Sampling
         from zimage.text.generate import generate
 
         ids = self.pipe.tokenize(SHORT, template=TEMPLATE)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.options import JSON
 from bench.weights import PARTS
-from zimage.runtime.checkpoint import on_meta
+from zimage.loading.weights import on_meta
 
 
 class Device(NamedTuple):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zimage.dit import ZImageDiT
-from zimage.runtime.checkpoint import on_meta
+from zimage.loading.weights import on_meta
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 from zimage.weights import DEMO

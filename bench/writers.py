@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage.runtime.layouts import layout
+from zimage.formats.layouts import layout
 
 State = Mapping[str, Tensor]
 

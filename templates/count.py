@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from zimage.errors import ZImageError
-from zimage.files import beside
+from zimage.formats.atomic import beside
 from zimage.templates import FOLDER
 from zimage.text.templates import TOKEN_COUNTS, Templates, count_added_tokens
 from zimage.text.tokenizer import Tokenizer

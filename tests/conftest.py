@@ -13,7 +13,7 @@ import torch
 
 import zimage
 from zimage.dit import ZImageDiT
-from zimage.settings import ALL_SETTINGS
+from zimage.settings.declared import ALL_SETTINGS
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 

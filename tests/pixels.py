@@ -94,7 +94,7 @@ def render(name: str, files: dict[str, Any]) -> list[Image.Image]:
 
 def resumed(pipe: zimage.ZImage, request: zimage.Request) -> list[Image.Image]:
     """Broken off in the middle of the second image's steps, and gone on with from the state."""
-    from zimage.state import RenderState
+    from zimage.render.state import RenderState
 
     state = RenderState()
     request = pipe.resolve(request)

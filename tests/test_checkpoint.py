@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import zimage
 from zimage.errors import CheckpointError
-from zimage.runtime.checkpoint import Checkpoint
+from zimage.formats.checkpoint import Checkpoint
 
 SETTINGS = {"seed": 1, "steps": 2, "width": 64, "height": 48}
 
@@ -68,7 +68,7 @@ def test_stored_dtype_does_not_matter_where_values_are_exact(tiny_folder, folder
 def test_weights_widened_late_give_the_same_pixels_from_half_the_memory(folder, tiny_folder, monkeypatch):
     for part in ("transformer", "text_encoder"):
         rewrite(folder, part, lambda t: {k: v.bfloat16() for k, v in t.items()})
-    monkeypatch.setattr("zimage.plan.KEEP_SHARE", 0.0)  # as on a machine where nothing fits
+    monkeypatch.setattr("zimage.loading.planner.KEEP_SHARE", 0.0)  # as on a machine where nothing fits
     pipe = zimage.ZImage.load(folder, dtype="fp32", device="cpu")
     assert pipe.dit.layers[0].feed_forward.w1.weight.dtype == torch.bfloat16
     assert pipe.generate("a cat", **SETTINGS).images[0].tobytes() == render(tiny_folder)
@@ -146,7 +146,7 @@ def test_damage_is_named_in_one_line(folder, damage, words):
 
 
 def test_parts_that_do_not_fit_together_are_named(folder, monkeypatch):
-    monkeypatch.setattr("zimage.components.check_fit", lambda *_: None)  # as if the weights had the changed shapes
+    monkeypatch.setattr("zimage.loading.files.check_fit", lambda *_: None)  # as if the weights had the changed shapes
     for part, change, words in (
         ("vae", {"latent_channels": 8}, r"latent channels \(16\) must equal the VAE's \(8\)"),
         ("text_encoder", {"hidden_size": 32}, r"caption width \(64\) must equal the text encoder's width \(32\)"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from zimage import picture_file
 from zimage.cli import main
+from zimage.pictures import files as picture_file
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "1", "--width", "64", "--height", "48", "--dtype", "fp32", "--device", "cpu"]
@@ -233,7 +233,7 @@ def test_info_prints_components_sizes_and_memory(run, tiny_folder):
 
 
 def test_info_works_where_the_model_does_not_fit(run, tiny_folder, monkeypatch):
-    monkeypatch.setattr("zimage.plan.available_memory", lambda device: 1000)
+    monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device: 1000)
     assert run("info", str(tiny_folder))[0] == 0
     status, _, err = run("gen", "a")
     assert status == 2
@@ -241,7 +241,7 @@ def test_info_works_where_the_model_does_not_fit(run, tiny_folder, monkeypatch):
 
 
 def test_the_plan_is_printed_before_loading(run, tiny_folder, monkeypatch):
-    monkeypatch.setattr("zimage.plan.process_memory", lambda: 300_000_000)  # not what other tests left here
+    monkeypatch.setattr("zimage.loading.planner.process_memory", lambda: 300_000_000)  # not what other tests left here
     status, out, _ = run("info", str(tiny_folder), "--plan", "--memory", "4", "--width", "64", "--height", "32")
     assert status == 0
     for words in ("plan          64×32; at most 4.00 GB on cpu (memory 4)", "text encoder  cpu", "DiT", "VAE", "peak"):
@@ -257,7 +257,7 @@ def test_the_plan_is_printed_before_loading(run, tiny_folder, monkeypatch):
 
 
 def test_a_budget_that_cannot_be_met_is_one_line_and_no_file(run, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("zimage.plan.process_memory", lambda: 300_000_000)  # not what other tests left here
+    monkeypatch.setattr("zimage.loading.planner.process_memory", lambda: 300_000_000)  # not what other tests left here
     for memory, words in (("0.01", "GB are allowed (memory 0.01); no size fits: give memory 0.4"), ("-1", "above 0")):
         status, out, err = run("gen", "a", "--memory", memory, "-q")
         assert (status, out) == (2, "")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from zimage.cli import main
-from zimage.config import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
 from zimage.errors import ConfigFileError, RequestError
-from zimage.settings import LoadSettings, Request, RewriteSettings
-from zimage.toml_file import TomlFile
+from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
+from zimage.settings.toml_file import TomlFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -436,8 +436,8 @@ def test_show_says_what_is_left_out_and_where_there_is_no_file(run, write):
 
 SPARKLE = """
 import dataclasses, json, pathlib, sys
-import zimage.settings as settings
-from zimage.fields import setting
+import zimage.settings.declared as settings
+from zimage.settings.fields import setting
 
 @dataclasses.dataclass(frozen=True)
 class Request(settings.Request):
@@ -461,7 +461,7 @@ sys.exit(main(["gen", "a cat", "--sparkle", "-1"]))
 
 def test_a_new_field_appears_everywhere(write, tmp_path):
     """Flag, help, TOML key, `config show`, JSON, bounds and a picture's metadata, from one declaration."""
-    from zimage.picture_file import read_metadata
+    from zimage.pictures.files import read_metadata
 
     write("[default]\nsparkle = 7\nsteps = 1\n")
     code = [sys.executable, "-c", SPARKLE]

@@ -18,11 +18,11 @@ from PIL import Image
 
 from zimage.cli import main
 from zimage.cli.gen import gen
-from zimage.components import Model, open_model
-from zimage.config import FIELDS
 from zimage.dit import ZImageDiT
+from zimage.loading.files import Model, open_model
 from zimage.pipeline import ZImage
-from zimage.settings import ALL_SETTINGS, LoadSettings
+from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.settings.profiles import FIELDS
 from zimage.text import Qwen3
 from zimage.text.embeddings import save_embeddings
 from zimage.vae import AutoencoderKL
@@ -289,7 +289,7 @@ def run(places, opened, tmp_path, monkeypatch, capsys):
     calls, compiled, count = [], [], iter(range(99))
     denoise = ZImage.denoise_steps
     monkeypatch.setattr("zimage.pipeline.open_model", opened)
-    monkeypatch.setattr("zimage.parts.compile_blocks", compiled.append)
+    monkeypatch.setattr("zimage.loading.residency.compile_blocks", compiled.append)
     monkeypatch.setattr(ZImage, "denoise_steps", lambda *a: calls.append(len(a[3].noise)) or denoise(*a))
 
     def call(*arguments: str, settings: str | None = None, environment: tuple[str, str] | None = None) -> Outcome:

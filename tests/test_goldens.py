@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tiny import DIT, KL, QWEN, WAN, relative_error, write_model
 
 from zimage import ZImage
-from zimage.components import load_component
 from zimage.dit import ZImageDiT
+from zimage.loading.files import load_component
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 

@@ -8,17 +8,8 @@ import torch
 from PIL import Image, ImageChops, PngImagePlugin
 
 from zimage.errors import RequestError
-from zimage.image import (
-    content_hash,
-    fit,
-    from_pil,
-    mask_tensor,
-    natural_size,
-    open_image,
-    open_mask,
-    to_pil,
-)
-from zimage.picture_file import read_metadata
+from zimage.pictures.files import read_metadata
+from zimage.pictures.image import content_hash, fit, from_pil, mask_tensor, natural_size, open_image, open_mask, to_pil
 
 ORIENTATION = 0x0112
 

@@ -14,11 +14,12 @@ import zimage
 from bench.weights import PARTS
 from zimage.cli import cli
 from zimage.errors import CheckpointError, RequestError
+from zimage.formats.checkpoint import Checkpoint
+from zimage.formats.layouts import LAYOUTS, layout
+from zimage.loading.weights import on_meta
 from zimage.nn import ggml
 from zimage.nn.packed import PackedLinear, is_packed, rotate
 from zimage.nn.quant import QuantisedLinear
-from zimage.runtime.checkpoint import Checkpoint, on_meta
-from zimage.runtime.layouts import LAYOUTS, layout
 
 SETTINGS = {"seed": 1, "steps": 2, "width": 64, "height": 48}
 FP32 = {"device": "cpu", "dtype": "fp32"}

@@ -162,7 +162,7 @@ def widened(tiny_folder, tmp_path, monkeypatch):
     """A DiT of bf16 matrices that are widened to fp32 when used, as on a machine where nothing fits."""
     path = shutil.copytree(tiny_folder, tmp_path / "model") / "transformer" / "diffusion_pytorch_model.safetensors"
     files.write(path, {name: weight.bfloat16() for name, weight in load_file(path).items()})
-    monkeypatch.setattr("zimage.plan.KEEP_SHARE", 0.0)
+    monkeypatch.setattr("zimage.loading.planner.KEEP_SHARE", 0.0)
     return zimage.ZImage.load(tmp_path / "model", device="cpu", dtype="fp32")
 
 
@@ -322,7 +322,7 @@ def test_the_file_may_be_written_anew_meanwhile(pipe, folder, tmp_path):
 
 
 def test_a_change_that_fails_halfway_is_undone(pipe, folder, stored, monkeypatch):
-    import zimage.loras as loras
+    import zimage.loading.loras as loras
 
     handle = pipe.lora.add(folder / "style.safetensors", 0.8)
     before = pixels(pipe)

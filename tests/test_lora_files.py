@@ -12,10 +12,10 @@ from lora_files import ALPHA, PROJECTIONS, RANK, SHAPES
 from bench import weights as full_weights
 from zimage.dit import ZImageDiT
 from zimage.errors import CheckpointError
+from zimage.formats.lora import read_lora
+from zimage.formats.lora_keys import layer_names
 from zimage.nn.adapters import linear_shapes
 from zimage.nn.deltas import Kronecker
-from zimage.runtime.lora import read_lora
-from zimage.runtime.lora_keys import layer_names
 
 WIDE = torch.zeros(0)
 Q, K = "layers.0.attention.to_q", "layers.0.attention.to_k"

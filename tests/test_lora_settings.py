@@ -10,8 +10,8 @@ from PIL import Image
 import zimage
 from zimage.cli import main
 from zimage.errors import CheckpointError, RequestError
-from zimage.fields import list_fields
-from zimage.settings import LoadSettings, split_lora
+from zimage.settings.declared import LoadSettings, split_lora
+from zimage.settings.fields import list_fields
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ import zimage
 from bench import writers
 from zimage.dit import ZImageDiT
 from zimage.errors import OutOfMemory, RequestError
+from zimage.loading import streaming as offload
+from zimage.loading.devices import Place, choose_places
+from zimage.loading.memory import out_of_memory_in
 from zimage.nn.layers import StreamedLinear
-from zimage.places import Place, choose_places
-from zimage.runtime import offload
-from zimage.runtime.memory import out_of_memory_in
-from zimage.settings import LoadSettings
+from zimage.settings.declared import LoadSettings
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
@@ -66,7 +66,7 @@ def schedule(pipe, **request):
 @pytest.fixture
 def weightless(monkeypatch):
     """As if the process itself took nothing, so that budgets of a few hundred KB can be given for tiny models."""
-    monkeypatch.setattr("zimage.plan._base_bytes", lambda device: 0)
+    monkeypatch.setattr("zimage.loading.planner._base_bytes", lambda device: 0)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_strips_come_before_refusal_and_large_pictures_are_always_cut(tiny_folde
     assert tight.tile_mode == "exact"
     for budget in (whole, 100 * whole):  # strips equal the whole to rounding: which one may not hang on the memory
         assert schedule(load(tiny_folder, memory=budget / 1e9), width=4096, height=4096).tile_mode == "exact"
-    monkeypatch.setattr("zimage.plan.WHOLE_BYTES", whole)
+    monkeypatch.setattr("zimage.loading.planner.WHOLE_BYTES", whole)
     assert schedule(load(tiny_folder, memory=2 * whole / 1e9), width=4096, height=4096).tile_mode == "off"
 
 
@@ -138,7 +138,7 @@ def test_all_weights_and_the_largest_activation_fit_on_a_24_gb_card():
 @contextmanager
 def planned(parts, places, free):
     """A MemoryPlan of modules on meta, as if their files were bf16 and the card had `free` GB."""
-    from zimage.plan import MemoryPlan
+    from zimage.loading.planner import MemoryPlan
 
     class Part:
         is_packed = False
@@ -154,7 +154,7 @@ def planned(parts, places, free):
             return 0
 
         def block_bytes(self, dtype, late=False):
-            from zimage.components import BlockBytes
+            from zimage.loading.files import BlockBytes
 
             blocks = self.skeleton.blocks() if hasattr(self.skeleton, "blocks") else []
             return [BlockBytes(sum(w.numel() for w in ws) * dtype.itemsize, 0) for _, ws in blocks]
@@ -167,15 +167,15 @@ def planned(parts, places, free):
 
     with pytest.MonkeyPatch.context() as patch:
         memory = {"cuda": free * 1e9, "cpu": 64e9}
-        patch.setattr("zimage.plan.available_memory", lambda device: int(memory[device.type]))
-        patch.setattr("zimage.plan._base_bytes", lambda device: 0)
+        patch.setattr("zimage.loading.planner.available_memory", lambda device: int(memory[device.type]))
+        patch.setattr("zimage.loading.planner._base_bytes", lambda device: 0)
         yield MemoryPlan(Model(), places, LoadSettings())
 
 
 def test_on_a_cpu_half_of_what_is_free_is_left_to_others(tiny_folder, weightless, monkeypatch):
     largest = schedule(load(tiny_folder, residency="keep")).tightest.peak
     for free, kept in ((1.9, 0), (2.1, 3)):
-        monkeypatch.setattr("zimage.plan.available_memory", lambda device, free=free: int(free * largest))
+        monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device, free=free: int(free * largest))
         assert len(schedule(load(tiny_folder)).kept) == kept
         assert len(schedule(load(tiny_folder, memory=1.01 * largest / 1e9)).kept) == 3, "a budget is used to the full"
 
@@ -460,7 +460,7 @@ def test_a_whole_model_streams_through_device_buffers(tiny_folder, tmp_path, mon
 
     offload_copied = offload.CopiedBlocks
     monkeypatch.setattr(offload, "MappedBlocks", carry)
-    monkeypatch.setattr("zimage.plan._base_bytes", lambda device: 0)
+    monkeypatch.setattr("zimage.loading.planner._base_bytes", lambda device: 0)
     memory = schedule(load(tiny_folder, dtype="bf16", memory=1e-9)).tightest.peak / 1e9
     pipe = load(tiny_folder, dtype="bf16", memory=memory)
     assert schedule(pipe).stages["dit"].streamed

@@ -8,7 +8,7 @@ from tiny import relative_error
 
 import zimage
 from zimage import flow
-from zimage.image import from_pil, mask_tensor
+from zimage.pictures.image import from_pil, mask_tensor
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from tiny import QWEN, VOCAB, relative_error, talkative
 from torch import Tensor
 
 from bench.pairs import run_side
-from zimage.components import Component
+from zimage.loading.files import Component
 from zimage.text import Qwen3
 from zimage.text.generate import Sampling, generate, probabilities
 from zimage.text.qwen3 import KVCache

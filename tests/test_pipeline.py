@@ -38,7 +38,7 @@ def test_padded_batches_agree_to_rounding(pipe):
 def test_stages_compose_to_generate(pipe):
     captions = pipe.encode(["a cat"])
     latents = pipe.denoise(captions, flow.start_noise(3, 16, 6, 8), steps=4)
-    image = zimage.image.to_pil(pipe.decode(latents))[0]
+    image = zimage.pictures.image.to_pil(pipe.decode(latents))[0]
     assert image.tobytes() == pixels(pipe.generate("a cat", seed=3, steps=4, **SIZE))[0]
 
 
@@ -251,11 +251,11 @@ def test_where_the_whole_does_not_fit_strips_decode_the_same_picture(tiny_folder
     request = whole.resolve(zimage.Request("a", seed=1, width=64, height=64, steps=1))
     assert request.tile_mode == "off"
     weights = sum(map(whole.plan.weight_bytes, whole.model.components))
-    monkeypatch.setattr("zimage.plan.available_memory", lambda device: 2 * weights + 1_000_000)
+    monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device: 2 * weights + 1_000_000)
     tight = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="keep")
     assert tight.resolve(zimage.Request("a", width=1024, height=1024)).tile_mode == "exact"
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr("zimage.plan.available_memory", lambda device: 0)
+    monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device: 0)
     torch.testing.assert_close(tight.decode(latents), whole.decode(latents, tile_mode="off"), rtol=0, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ import pytest
 from chat_server import Reply, said, serving
 
 from zimage.errors import RemoteError, RequestError
-from zimage.settings import Sampling
+from zimage.settings.declared import Sampling
 from zimage.text import remote
 from zimage.text.generate import split_thinking
 

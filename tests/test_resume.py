@@ -13,7 +13,7 @@ from PIL import Image
 from zimage.cli import main
 from zimage.cli.resume import StateFile
 from zimage.events import Event
-from zimage.state import RenderState, load_state, save_state
+from zimage.render.state import RenderState, load_state, save_state
 
 ROOT = Path(__file__).parent.parent
 RENDER = ["-n", "3", "--steps", "6", "--width", "64", "--height", "48", "--dtype", "fp32", "--device", "cpu"]
@@ -151,7 +151,9 @@ def test_every_setting_comes_from_the_state(run, monkeypatch, tmp_path):
 def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
     """A state grows with its images: written after each of many quick steps it would take longer than they do."""
     written = []
-    monkeypatch.setattr("zimage.state.save_state", lambda *_: (time.sleep(0.02), written.append(time.monotonic())))
+    monkeypatch.setattr(
+        "zimage.render.state.save_state", lambda *_: (time.sleep(0.02), written.append(time.monotonic()))
+    )
     kept = StateFile(tmp_path / "state", {})
     for step in range(1, 101):
         kept.update(Event("denoise", step, 101, latents=torch.zeros(1, 16, 2, 2)))

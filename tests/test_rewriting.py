@@ -7,8 +7,8 @@ import tiny
 import zimage
 from zimage.dit import ZImageDiT
 from zimage.errors import RemoteError, RequestError, RewriteError
-from zimage.rewriting import DEFAULT, _unquoted
-from zimage.settings import RewriteSettings
+from zimage.render.rewriting import DEFAULT, _unquoted
+from zimage.settings.declared import RewriteSettings
 from zimage.text import Qwen3, generate
 from zimage.vae import AutoencoderKL
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.errors import RequestError
-from zimage.fields import fields, parse_weights
-from zimage.settings import ALL_SETTINGS, LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import ALL_SETTINGS, LoadSettings, Request, RewriteSettings
+from zimage.settings.fields import fields, parse_weights
 
 
 def parsed(*arguments):

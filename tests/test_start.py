@@ -9,8 +9,8 @@ from PIL import Image
 
 import zimage
 from zimage.errors import CheckpointError, RequestError
-from zimage.image import to_pil
-from zimage.state import RenderState, load_state, save_state
+from zimage.pictures.image import to_pil
+from zimage.render.state import RenderState, load_state, save_state
 
 SIZE = {"width": 64, "height": 48}
 
@@ -27,7 +27,7 @@ def difference(a: Image.Image, b: Image.Image) -> float:
 
 def rebuilt(pipe, picture):
     """What the VAE makes of a picture."""
-    return to_pil(pipe.decode(pipe.vae.encode(zimage.image.from_pil(picture))))[0]
+    return to_pil(pipe.decode(pipe.vae.encode(zimage.pictures.image.from_pil(picture))))[0]
 
 
 def test_the_result_goes_from_the_picture_to_noise_with_the_strength(pipe, picture):
@@ -91,7 +91,7 @@ def test_outside_the_mask_the_picture_stays(pipe, picture):
     mask.paste(255, (32, 0, 64, 48))
     events = list(pipe.run(zimage.Request(prompt="a", seed=1, steps=3, image=picture, mask=mask)))
     latents = [e.latents for e in events if e.latents is not None][-1]
-    clean = pipe.vae.encode(zimage.image.from_pil(picture))
+    clean = pipe.vae.encode(zimage.pictures.image.from_pil(picture))
     assert torch.equal(latents[..., :4], clean[..., :4])
     assert not torch.isclose(latents[..., 4:], clean[..., 4:]).any()
     stretched = mask.resize((20, 90))
@@ -104,7 +104,7 @@ def test_the_picture_is_read_in_the_tiles_that_are_asked_for(pipe, picture):
     nothing = Image.new("L", (64, 48))
     events = list(pipe.run(zimage.Request(prompt="a", seed=1, steps=2, image=picture, mask=nothing, **tiles)))
     latents = [e.latents for e in events if e.latents is not None][-1]
-    assert torch.equal(latents, pipe.vae.encode(zimage.image.from_pil(picture), **tiles))
+    assert torch.equal(latents, pipe.vae.encode(zimage.pictures.image.from_pil(picture), **tiles))
 
 
 def test_every_image_of_a_batch_starts_from_the_picture(pipe, picture):
@@ -117,7 +117,7 @@ def test_every_image_of_a_batch_starts_from_the_picture(pipe, picture):
 def test_two_passes_are_a_small_render_enlarged_and_refined(pipe):
     result = pipe.generate("a", seed=1, steps=4, hires=2, strength=0.5, width=96, height=64)
     small = pipe.generate("a", seed=1, steps=4, width=48, height=32).images[0]
-    large = zimage.image.fit(small, 96, 64)
+    large = zimage.pictures.image.fit(small, 96, 64)
     by_hand = pipe.generate("a", seed=1, steps=4, image=large, strength=0.5)
     assert result.images[0].size == (96, 64)
     assert result.images[0].tobytes() == by_hand.images[0].tobytes()

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage.components import SUBFOLDERS, Component
 from zimage.errors import CheckpointError, RequestError
-from zimage.runtime.checkpoint import Checkpoint
-from zimage.runtime.layouts import Layout, fused_name, layout, split_names
-from zimage.runtime.memory import forget_pages
-from zimage.runtime.stored import DTYPES, Maps, Stored
+from zimage.formats.checkpoint import Checkpoint
+from zimage.formats.layouts import Layout, fused_name, layout, split_names
+from zimage.formats.pages import forget_pages
+from zimage.formats.stored import DTYPES, Maps, Stored
+from zimage.loading.files import SUBFOLDERS, Component
 from zimage.weights.manifest import Progress, silent
 from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards

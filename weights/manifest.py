@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import CheckpointError
-from zimage.files import beside
-from zimage.runtime.checkpoint import read_json
+from zimage.formats.atomic import beside
+from zimage.formats.checkpoint import read_json
 
 KNOWN = Path(__file__).parent / "manifest.json"
 RECORD = ".zimage-manifest.json"

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zimage.components import PARTS, SUBFOLDERS, VAE_CLASSES, Component
 from zimage.errors import CheckpointError, RequestError
-from zimage.runtime.checkpoint import Checkpoint, parts_of, read_json
+from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
+from zimage.loading.files import PARTS, SUBFOLDERS, VAE_CLASSES, Component
 
 
 def find_parts(path: Path) -> dict[str, Path]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from zimage.components import PARTS, Model
 from zimage.errors import CheckpointError
-from zimage.runtime.checkpoint import read_json
-from zimage.runtime.memory import forget_pages
-from zimage.runtime.stored import DTYPES, NUMBERS, Maps
+from zimage.formats.checkpoint import read_json
+from zimage.formats.pages import forget_pages
+from zimage.formats.stored import DTYPES, NUMBERS, Maps
+from zimage.loading.files import PARTS, Model
 from zimage.weights.headers import Header, Slot, read_header
 from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
 from zimage.weights.parts import all_finite, check_configs, find_parts, open_part

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Event", "Request", "Result", "ZImage", "ZImageError", "__version__", "load_component"]
 
 _FROM_PIPELINE = {"Event", "Result", "ZImage", "load_component"}
-_SUBPACKAGES = {"dit", "flow", "image", "pipeline", "text", "vae"}
+_SUBPACKAGES = {"dit", "flow", "pictures", "pipeline", "text", "vae"}
 
 
 def __getattr__(name: str) -> Any:

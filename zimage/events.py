@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from zimage.settings import Request
+from zimage.settings.declared import Request
 
 
 @dataclass(frozen=True)

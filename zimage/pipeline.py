@@ -23,22 +23,22 @@ import torch
 from torch import Tensor
 
 from zimage import flow
-from zimage.captions import Captions, TokenCount
-from zimage.components import Model, load_component, open_model
-from zimage.defaults import complete, find_shift
 from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.events import Event, Result
-from zimage.parts import Parts
-from zimage.places import Place, choose_places, device_names
-from zimage.plan import MemoryPlan
-from zimage.render import Render
-from zimage.rewriting import Rewrite, Rewriter
-from zimage.runtime.checkpoint import finite
-from zimage.runtime.memory import out_of_memory_in
-from zimage.schedule import Schedule
-from zimage.settings import SIZE_MULTIPLE, STRENGTH, LoadSettings, Request, RewriteSettings, TextSettings
-from zimage.state import RenderState
+from zimage.loading.devices import Place, choose_places, device_names
+from zimage.loading.files import Model, load_component, open_model
+from zimage.loading.memory import out_of_memory_in
+from zimage.loading.plan import Schedule
+from zimage.loading.planner import MemoryPlan
+from zimage.loading.residency import Parts
+from zimage.loading.weights import finite
+from zimage.render.conditioning import Captions, TokenCount
+from zimage.render.defaults import complete, find_shift
+from zimage.render.rewriting import Rewrite, Rewriter
+from zimage.render.stages import Render
+from zimage.render.state import RenderState
+from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, LoadSettings, Request, RewriteSettings, TextSettings
 from zimage.text import Qwen3
 from zimage.version import __version__
 from zimage.weights import DEMO

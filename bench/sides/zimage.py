@@ -46,9 +46,9 @@ def step(
     import torch
 
     import zimage
+    from zimage.formats.pages import forget_pages
     from zimage.nn.compile import compile_blocks
     from zimage.nn.quant import quantise
-    from zimage.runtime.memory import forget_pages
 
     clock.imported()
     dit = zimage.load_component(folder, "dit", device="cpu", dtype=None if dtype == "auto" else dtype)

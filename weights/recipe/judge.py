@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.weights.recipe.objects import OBJECTS, PALETTE
-from zimage.weights.recipe.scenes import (
+from zimage.weights.recipe.scenes import (  # fmt: skip
     LARGE,
     LARGE_PLACES,
     PAIR_SIZES,
@@ -26,7 +26,7 @@ from zimage.weights.recipe.scenes import (
     Placed,
     Scene,
     draw,
-)  # fmt: skip
+)
 
 BACKGROUND_BOUND = 25.0  # of 255, Euclidean: the palette's closest two colours are over 80 apart
 CLEAN_BOUND = 0.15  # rms error at which a picture still counts as its nearest scene: twice the autoencoder's own

@@ -11,9 +11,9 @@ import click
 
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.settings import configured, resolve_options
-from zimage.config import EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
 from zimage.errors import ConfigFileError
-from zimage.settings import ALL_SETTINGS
+from zimage.settings.declared import ALL_SETTINGS
+from zimage.settings.profiles import EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
 
 START_ONE = "start one with: zimage config example > zimage.toml"
 

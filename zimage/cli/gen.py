@@ -18,7 +18,7 @@ from zimage.cli.rewrite import check_rewriting, rewritten
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.target import FIELDS, Target
 from zimage.errors import RequestError
-from zimage.settings import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 
 PATH = click.Path(path_type=Path)
 

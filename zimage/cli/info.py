@@ -9,7 +9,7 @@ import click
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
-from zimage.settings import LoadSettings, Request
+from zimage.settings.declared import LoadSettings, Request
 
 PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from zimage.fields import fields, list_fields
+from zimage.settings.fields import fields, list_fields
 
 
 class GroupedOption(click.Option):

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from zimage.errors import RequestError
-from zimage.fields import fields
-from zimage.settings import Request
+from zimage.settings.declared import Request
+from zimage.settings.fields import fields
 from zimage.text.chat import PARTS
 
 FILES = [field.name for field, _ in fields(Request) if field.metadata["attachment"]]
@@ -18,7 +18,7 @@ def read_origin(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a picture, or nothing. Its request holds no files: they are given again, beside it."""
     if source is None:
         return {}
-    from zimage.picture_file import read_metadata
+    from zimage.pictures.files import read_metadata
 
     origin = read_metadata(source)
     if foreign := [name for name in origin["request"] if name not in Request.names()]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from zimage.cli.origin import FILES
-from zimage.config import FIELDS
 from zimage.errors import CheckpointError, RequestError
-from zimage.settings import LoadSettings, Request
+from zimage.settings.declared import LoadSettings, Request
+from zimage.settings.profiles import FIELDS
 
 SAME = ("model", "dtype", "precision", "lora")  # without these the bits would be others; the rest is only noted
 
@@ -53,7 +53,7 @@ class StateFile:
     """
 
     def __init__(self, path: Path, record: dict[str, Any], state: Any = None):
-        from zimage.state import RenderState
+        from zimage.render.state import RenderState
 
         self.path, self.record, self.state = path, record, state or RenderState()
         self._write()
@@ -67,7 +67,7 @@ class StateFile:
         self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        from zimage.state import save_state
+        from zimage.render.state import save_state
 
         begun = time.monotonic()
         try:
@@ -95,7 +95,7 @@ def open_state(checkpoint: Path | None, resume: Path | None, source: Path | None
         )
     if source is not None:
         raise RequestError("resume: all settings come from the state; leave --from out")
-    from zimage.state import load_state
+    from zimage.render.state import load_state
 
     state, record = load_state(path)
     stored = _request_of(path, record)

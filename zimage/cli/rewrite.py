@@ -9,9 +9,9 @@ import click
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.progress import Progress
 from zimage.cli.settings import configured, load_pipeline, resolve_options
-from zimage.config import Resolved
 from zimage.errors import RequestError
-from zimage.settings import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.profiles import Resolved
 
 
 @click.command(cls=GroupedCommand)

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from zimage.cli.options import given
-from zimage.config import Resolved, find_config, read_config, resolve
-from zimage.settings import ALL_SETTINGS, LoadSettings
+from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.settings.profiles import Resolved, find_config, read_config, resolve
 
 
 def configured(command: Callable) -> Callable:

@@ -25,7 +25,7 @@ class Target:
         self._check()
 
     def save(self, image: Any, metadata: dict[str, Any], index: int) -> Path:
-        from zimage.picture_file import save
+        from zimage.pictures.files import save
 
         path = self.folder / self._name(metadata["request"], index)
         if self.replaces and path.exists():
@@ -34,7 +34,7 @@ class Target:
 
     def find(self, metadata: dict[str, Any], index: int) -> Path | None:
         """The picture that an earlier run saved under these settings, where it did."""
-        from zimage.picture_file import read_metadata
+        from zimage.pictures.files import read_metadata
 
         path = self.folder / self._name(metadata["request"], index)
         try:
@@ -43,7 +43,7 @@ class Target:
             return None
 
     def _check(self) -> None:
-        from zimage.picture_file import file_format
+        from zimage.pictures.files import file_format
 
         path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
         file_format(path)

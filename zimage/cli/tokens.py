@@ -10,7 +10,7 @@ import click
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError
-from zimage.settings import LoadSettings, TextSettings
+from zimage.settings.declared import LoadSettings, TextSettings
 
 
 def text_command(command: Any) -> Any:

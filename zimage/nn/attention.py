@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage.errors import RequestError
-from zimage.settings import ATTENTIONS
+from zimage.settings.declared import ATTENTIONS
 
 
 class Padding(NamedTuple):

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.files import beside
+from zimage.formats.atomic import beside
 
 TENSOR = "embeddings"
 FORMAT, VERSION = "zimage-embeddings", "1"

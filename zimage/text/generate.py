@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import NonFiniteError, RequestError
-from zimage.settings import Sampling
+from zimage.settings.declared import Sampling
 from zimage.text.chat import END_THINK, IM_END, THINK
 from zimage.text.qwen3 import KVCache, Qwen3
 from zimage.text.tokenizer import Tokenizer

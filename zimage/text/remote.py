@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zimage.errors import RemoteError, RequestError
-from zimage.settings import Sampling
+from zimage.settings.declared import Sampling
 
 log = logging.getLogger("zimage")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.group_norm import channel_statistics, normalise
-from zimage.settings import BLEND_TILE, TILE_MODES
+from zimage.settings.declared import BLEND_TILE, TILE_MODES
 from zimage.vae.blend import blend
 
 Rows = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from zimage.image import content_hash
+from zimage.pictures.image import content_hash
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import ConfigFileError, RequestError, ZImageError
-from zimage.fields import Settings, fields, list_fields, nearest
-from zimage.settings import ALL_SETTINGS
-from zimage.toml_file import TomlFile, read_text
+from zimage.settings.declared import ALL_SETTINGS
+from zimage.settings.fields import Settings, fields, list_fields, nearest
+from zimage.settings.toml_file import TomlFile, read_text
 
 EXAMPLE = Path(__file__).with_name("config.toml.example")
 FILE_NAME = "zimage.toml"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.runtime.memory import forget_pages
+from zimage.formats.pages import forget_pages
 
 DTYPES = {
     "F64": torch.float64,

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from zimage.captions import Captions
-from zimage.components import Model
 from zimage.errors import RequestError, RewriteError
-from zimage.parts import Parts
-from zimage.plan import MemoryPlan
-from zimage.runtime.memory import out_of_memory_in
-from zimage.settings import RewriteSettings
+from zimage.loading.files import Model
+from zimage.loading.memory import out_of_memory_in
+from zimage.loading.planner import MemoryPlan
+from zimage.loading.residency import Parts
+from zimage.render.conditioning import Captions
+from zimage.settings.declared import RewriteSettings
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
 

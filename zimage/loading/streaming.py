@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zimage.formats.pages import Prefetch, forget_pages
 from zimage.nn.packed import packed_codes
-from zimage.runtime.memory import Prefetch, forget_pages
 
 ALIGNMENT = 256  # bytes, of a weight within a buffer: what a GPU's allocator gives
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import CheckpointError
-from zimage.runtime.stored import Stored
+from zimage.formats.stored import Stored
 
 HEAD_DIM = 128  # of the published DiT: the only one whose split over the axes is known
 ASSUMED = {

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError
+from zimage.formats.stored import Maps, Stored, plain
 from zimage.nn import ggml
 from zimage.nn.packed import Blocks
-from zimage.runtime.stored import Maps, Stored, plain
 
 MAGIC = b"GGUF"
 PLAIN = ("F64", "F32", "F16", "BF16")  # kinds that go by the same names in safetensors

@@ -11,18 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from zimage.components import Model
 from zimage.events import Event
-from zimage.loras import Loras
+from zimage.formats.pages import Prefetch, forget_pages
+from zimage.loading.devices import Place
+from zimage.loading.files import Model
+from zimage.loading.loras import Loras
+from zimage.loading.memory import out_of_memory_in, release_cached
+from zimage.loading.plan import Schedule
+from zimage.loading.planner import MemoryPlan
+from zimage.loading.streaming import resident_weights, stop_streaming, stream, streamed_blocks
 from zimage.nn.attention import choose_attention, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
-from zimage.places import Place
-from zimage.plan import MemoryPlan
-from zimage.runtime.memory import Prefetch, forget_pages, out_of_memory_in, release_cached
-from zimage.runtime.offload import resident_weights, stop_streaming, stream, streamed_blocks
-from zimage.schedule import Schedule
-from zimage.settings import LoadSettings, split_lora
+from zimage.settings.declared import LoadSettings, split_lora
 
 log = logging.getLogger("zimage")
 

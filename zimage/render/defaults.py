@@ -3,13 +3,13 @@
 import dataclasses
 import secrets
 
-from zimage.captions import Captions
-from zimage.components import Model
 from zimage.errors import RequestError
-from zimage.fields import either
-from zimage.image import natural_size, open_image, open_mask
-from zimage.settings import SIZE_MULTIPLE, STRENGTH, Request
-from zimage.sources import Source
+from zimage.loading.files import Model
+from zimage.pictures.image import natural_size, open_image, open_mask
+from zimage.pictures.source import Source
+from zimage.render.conditioning import Captions
+from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, Request
+from zimage.settings.fields import either
 from zimage.text.embeddings import Embeddings
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from zimage import flow
-from zimage.defaults import first_pass
 from zimage.events import Event
-from zimage.image import fit, from_pil, mask_tensor, to_pil
-from zimage.runtime.checkpoint import finite
-from zimage.settings import Request
-from zimage.state import RenderState
+from zimage.loading.weights import finite
+from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
+from zimage.render.defaults import first_pass
+from zimage.render.state import RenderState
+from zimage.settings.declared import Request
 
 
 class Conditions(NamedTuple):

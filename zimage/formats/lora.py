@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zimage.errors import CheckpointError
+from zimage.formats.checkpoint import listing
+from zimage.formats.lora_keys import Group, grouped, layer_names
+from zimage.formats.peft import PeftConfig
 from zimage.nn.deltas import Decomposed, Delta, Hadamard, Kronecker, LowRank
-from zimage.runtime.checkpoint import listing
-from zimage.runtime.lora_keys import Group, grouped, layer_names
-from zimage.runtime.peft import PeftConfig
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 

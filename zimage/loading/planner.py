@@ -6,7 +6,7 @@ On each device the first of these is taken that fits, from the least costly on:
     stage    each part is loaded in its turn and let go
     strips   … and the picture is decoded in exact strips
     stream   … and of the text encoder or the DiT some blocks' weights are in memory only while they run,
-             as few as possible (`runtime.offload`)
+             as few as possible (`loading.streaming`)
 
 The peak of a stage is what is there anyway, plus the weights in memory meanwhile, plus its activations, which each
 model estimates for itself. On a CPU it is the whole process's resident memory, with pages of mapped files, as Linux
@@ -20,13 +20,13 @@ from functools import cache
 import torch
 from torch import nn
 
-from zimage.components import BlockBytes, Model
 from zimage.errors import RequestError
+from zimage.loading.devices import Place
+from zimage.loading.files import BlockBytes, Model
+from zimage.loading.memory import available_memory, process_memory
+from zimage.loading.plan import Schedule, Stage
 from zimage.nn.quant import quantised_bytes
-from zimage.places import Place
-from zimage.runtime.memory import available_memory, process_memory
-from zimage.schedule import Schedule, Stage
-from zimage.settings import BLEND_TILE, MAX_SIDE, SIZE_MULTIPLE, LoadSettings, Request
+from zimage.settings.declared import BLEND_TILE, MAX_SIDE, SIZE_MULTIPLE, LoadSettings, Request
 
 # By default a CPU's weights stay loaded only when they leave as much memory free: other programs live there too, and
 # letting go of mapped pages costs little, since the kernel keeps them cached. A GPU is used to the full.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from zimage.errors import CheckpointError
-from zimage.runtime.checkpoint import listing
+from zimage.formats.checkpoint import listing
 
 # Parts of names with "." written as "_".
 PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "transformer_", "lora_unet_", "lycoris_")

@@ -14,12 +14,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from zimage.components import Model
 from zimage.errors import RequestError
-from zimage.fields import Weights, either
-from zimage.parts import Parts
-from zimage.runtime.checkpoint import finite
-from zimage.settings import LoadSettings, Request, TextSettings
+from zimage.loading.files import Model
+from zimage.loading.residency import Parts
+from zimage.loading.weights import finite
+from zimage.settings.declared import LoadSettings, Request, TextSettings
+from zimage.settings.fields import Weights, either
 from zimage.text.cache import EmbeddingCache, cache_key
 from zimage.text.chat import format_chat
 from zimage.text.compress import compress, describe

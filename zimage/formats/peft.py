@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zimage.errors import CheckpointError
-from zimage.runtime.checkpoint import read_json
+from zimage.formats.checkpoint import read_json
 
 HEADER_KEY = "lora_adapter_metadata"
 FILE_NAME = "adapter_config.json"

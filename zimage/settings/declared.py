@@ -1,14 +1,14 @@
 """What a render is asked for and how a model is loaded: one dataclass field per parameter, declared once.
 
 A field's type, default, bounds, group and help make the command-line flag, the key in TOML files, the keyword of
-`ZImage.generate`, the check of the value and the entry in the PNG's metadata. What a field is: `zimage.fields`.
+`ZImage.generate`, the check of the value and the entry in the PNG's metadata. What a field is: `settings.fields`.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from zimage.errors import RequestError
-from zimage.fields import Settings, Weights, check_fields, setting
+from zimage.settings.fields import Settings, Weights, check_fields, setting
 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384

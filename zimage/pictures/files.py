@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from zimage.errors import RequestError
-from zimage.files import beside
+from zimage.formats.atomic import beside
 
 METADATA_KEY = "zimage"
 EXIF_DESCRIPTION = 0x010E

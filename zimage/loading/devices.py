@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from zimage.errors import RequestError
-from zimage.settings import LoadSettings
+from zimage.settings.declared import LoadSettings
 
 PARTS = ("text_encoder", "dit", "vae")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

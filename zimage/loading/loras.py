@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage.components import Component
 from zimage.errors import RequestError
+from zimage.formats.lora import LoraFile, read_lora
+from zimage.formats.pages import Prefetch, forget_pages
+from zimage.loading.files import Component
 from zimage.nn.adapters import adapt, is_plain, linear_shapes
 from zimage.nn.deltas import Decomposed
-from zimage.runtime.lora import LoraFile, read_lora
-from zimage.runtime.memory import Prefetch, forget_pages
-from zimage.settings import check_lora_scale
+from zimage.settings.declared import check_lora_scale
 
 
 class Handle:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from zimage.errors import CheckpointError
+from zimage.formats.stored import Maps, Stored
 from zimage.nn.packed import NVFP4, NVFP4_BLOCK, Packed, Scaled, unswizzled
-from zimage.runtime.stored import Maps, Stored
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 MARKER = "scaled_fp8"  # an empty tensor: the file has Comfy's older form

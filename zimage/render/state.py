@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.events import Event
-from zimage.files import beside
+from zimage.formats.atomic import beside
 
 FORMAT = "zimage-render"
 VERSION = "1"

@@ -9,24 +9,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from zimage.architecture import ASSUMED, architecture
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
+from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
 from zimage.kernels.backend import check_triton
+from zimage.loading.devices import PARTS, choose_device, choose_dtype
+from zimage.loading.infer import ASSUMED, architecture
+from zimage.loading.memory import keep_freed_memory
+from zimage.loading.weights import check_fit, late_matrices, load_weights, loaded_bytes, on_meta
 from zimage.nn.config import read_architecture
-from zimage.places import PARTS, choose_device, choose_dtype
-from zimage.runtime.checkpoint import (
-    Checkpoint,
-    check_fit,
-    late_matrices,
-    load_weights,
-    loaded_bytes,
-    on_meta,
-    parts_of,
-    read_json,
-)
-from zimage.runtime.memory import keep_freed_memory
-from zimage.settings import LoadSettings
+from zimage.settings.declared import LoadSettings
 from zimage.text import Qwen3, Tokenizer
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
@@ -129,7 +121,7 @@ class Component:
         """A module with its weights: on the CPU views of the mapped file where the dtype agrees.
 
         `widen_late`: matrices stay as stored and are widened to `dtype` when used. `streamed`: blocks whose weights
-        are left in the file; `runtime.offload.stream` brings them when they run.
+        are left in the file; `streaming.stream` brings them when they run.
         """
         if device.type == "cpu":
             keep_freed_memory()

@@ -1,24 +1,17 @@
 """The weights of one part, from folders and loose files: memory-mapped, checked strictly, never copied needlessly."""
 
-import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from zimage.errors import CheckpointError, NonFiniteError
-from zimage.nn.layers import StreamedLinear, WideningLinear
-from zimage.nn.packed import PackedEmbedding, PackedLinear, is_packed
-from zimage.runtime import gguf_file
-from zimage.runtime.layouts import Layout, recognise, split_names
-from zimage.runtime.memory import forget_pages
-from zimage.runtime.quantised import gathered
-from zimage.runtime.stored import Maps, Stored, stored_in
+from zimage.errors import CheckpointError
+from zimage.formats import gguf as gguf_file
+from zimage.formats.layouts import Layout, recognise, split_names
+from zimage.formats.quantised import gathered
+from zimage.formats.stored import Maps, Stored, stored_in
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 SHOWN = 120  # characters of a key in an error
@@ -151,150 +144,6 @@ def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str,
     return entries
 
 
-def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
-    """Raise CheckpointError listing what is missing, unexpected or misshapen; `other_keys` belong to other modules."""
-    _check_keys(checkpoint, _published_shapes(model), set(other_keys), late_matrices(model))
-
-
-def load_weights(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    widen_late: bool = False,
-    away: Collection[str] = (),
-) -> None:
-    """Give `model` (built on meta) the weights of a checkpoint that was found to fit, as `dtype` on `device`.
-
-    On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
-    pages let go. Quantised matrices stay packed, and are widened when used. With `widen_late` so do plain matrices of
-    Linear and Embedding layers. Weights named in `away` stay views of the file, whatever the dtype and the device:
-    their attribute `wanted` says what they are to be when used. A model whose layout differs from the file's brings
-    `published_shapes()` and `fold(key, tensor)`.
-    """
-    read = checkpoint.reader()
-    kept = late_matrices(model) if widen_late else set()
-    if widen_late:
-        _widen_linears(model)
-    for key in _published_shapes(model):
-        value = read(key)
-        if is_packed(value):
-            _pack(model, key, value.to(device))
-            continue
-        folded = model.fold(key, value) if hasattr(model, "fold") else (key, value)
-        if folded is not None:
-            name, tensor = folded
-            wanted = tensor.dtype if name in kept else dtype
-            if name in away:
-                _leave(model, name, tensor, wanted)
-            else:
-                _assign(model, name, _placed(tensor, value, wanted, device))
-    model.requires_grad_(False).eval()
-
-
-def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded as `dtype`; a model on meta will do."""
-    packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed}
-    return sum(
-        packed[name].nbytes if name in packed else weight.numel() * dtype.itemsize
-        for name, weight in model.named_parameters()
-    )
-
-
-def non_finite_weights(model: nn.Module) -> list[str]:
-    """Names of parameters holding NaN or infinity: asked only when a result is not finite, since it reads them all."""
-    return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-
-
-def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
-    """`values`, or NonFiniteError that names the weights at fault where there are such."""
-    if torch.isfinite(values).all():
-        return values
-    broken = non_finite_weights(model)
-    if broken:
-        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; fetch the weights again")
-    raise NonFiniteError(f"{source} produced NaN or infinity though its weights are finite; try dtype fp32")
-
-
-def late_matrices(model: nn.Module) -> set[str]:
-    """Names of the weights that stay as stored where they are widened late."""
-    modules = model.named_modules()
-    return {f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear | nn.Embedding)}
-
-
-def _widen_linears(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = WideningLinear
-
-
-def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    placed = tensor.to(device=device, dtype=dtype).contiguous()
-    if placed.data_ptr() != tensor.data_ptr():
-        forget_pages(mapped)
-    return placed
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
-    """Returns the module that owns the weight."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    return owner
-
-
-def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> None:
-    """A weight that is not loaded but comes and goes; its plain Linear can be told by its class."""
-    owner = _assign(model, name, stored)
-    getattr(owner, name.rpartition(".")[2]).wanted = wanted
-    if type(owner) is nn.Linear:
-        owner.__class__ = StreamedLinear
-
-
-def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    if hasattr(model, "published_shapes"):
-        return model.published_shapes()
-    return {key: tuple(weight.shape) for key, weight in model.named_parameters()}
-
-
-def _pack(model: nn.Module, key: str, packed: Any) -> None:
-    """Put a packed layer in the place of the layer that `key` is the weight of."""
-    path = key.removesuffix(".weight")
-    owner, _, name = path.rpartition(".")
-    layer = model.get_submodule(path)
-    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
-    setattr(model.get_submodule(owner), name, new)
-
-
-def _check_keys(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], other: set[str], matrices: set[str]
-) -> None:
-    found, complaints = checkpoint.entries, []
-    fitting = [key for key in shapes if key in found and found[key].shape == shapes[key]]
-    misshapen = [
-        f"{key} {list(found[key].shape)} should be {list(shape)}"
-        for key, shape in shapes.items()
-        if key in found and found[key].shape != shape
-    ]
-    lists = {
-        "missing": [key for key in shapes if key not in found],
-        "unexpected": [key for key in found if key not in shapes and key not in other],
-        "of the wrong shape": misshapen,
-        "of a kind of number that is not implemented": [
-            f"{key} ({found[key].dtype})"
-            for key in fitting
-            if not found[key].is_number or (found[key].packed and key not in matrices)
-        ],
-    }
-    for word, keys in lists.items():
-        if keys:
-            complaints.append(f"{len(keys)} tensors {word}: {listing(keys)}")
-    if complaints:
-        raise CheckpointError(
-            f"{checkpoint.origin}: the weights do not fit {checkpoint.describes}; " + "; ".join(complaints)
-        )
-
-
 def _check_index(folder: Path, raw: Mapping[str, Stored]) -> None:
     """Every tensor that the index promises must be in the shard it names."""
     index = _index_file(folder)
@@ -341,10 +190,3 @@ def listing(names: list[str]) -> str:
 def _shown(name: str) -> str:
     """A key as an error may print it: damaged files hold any."""
     return name if name.isprintable() and 0 < len(name) <= SHOWN else ascii(name[:SHOWN])
-
-
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules built inside have shapes and no storage."""
-    with torch.device("meta"):
-        yield

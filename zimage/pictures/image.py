@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zimage.errors import RequestError
-from zimage.settings import MAX_SIDE, SIZE_MULTIPLE
+from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 
 Source = str | os.PathLike | Image.Image
 THRESHOLD = 128  # the first of 256 levels that is at least one half

@@ -1,0 +1,1 @@
+"""How weights, captions and adapters lie in files; knows no model class."""

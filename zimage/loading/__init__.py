@@ -1,0 +1,1 @@
+"""From files to modules in memory: found, checked, planned, loaded, let go."""

@@ -1,1 +1,0 @@
-"""Reading checkpoints and managing memory; knows no model class."""
