@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.options import JSON
 from bench.weights import PARTS
+from zimage.loading.registry import ROWS, TEXT_ENCODER, VAE
 from zimage.loading.weights import on_meta
 
 
@@ -85,7 +86,7 @@ def parts(size: int, tokens: int, precision: str = "bf16") -> dict[str, tuple[in
             _, flops_text = _count(lambda: text(ids))
             _, flops_step = _count(lambda: dit.velocity(latents, modulation, context))
             _, flops_vae = _count(lambda: vae.decode(latents))
-    weights = {"text": _bytes(text.read_order()), "refiner": _bytes(dit.context_refiner.parameters())}
+    weights = {"text": _bytes(ROWS[TEXT_ENCODER].reads(text)), "refiner": _bytes(dit.context_refiner.parameters())}
     blocks = _bytes(p for n, p in dit.named_parameters() if n.startswith(("layers", "noise")) and "adaLN" not in n)
     blocks = blocks if precision == "bf16" else blocks // 2
     io = 2 * latents.numel() * 4 + refined[0].numel() * 2
@@ -94,7 +95,7 @@ def parts(size: int, tokens: int, precision: str = "bf16") -> dict[str, tuple[in
         "encode": (flops_text, weights["text"] + caption.numel() * 2),
         "refine": (flops_refine, weights["refiner"] + caption.numel() * 2 + refined[0].numel() * 2),
         "step": (flops_step, blocks + io),
-        "decode": (flops_vae, _bytes(vae.read_order()) + picture),
+        "decode": (flops_vae, _bytes(ROWS[VAE].reads(vae)) + picture),
     }
 
 

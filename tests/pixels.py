@@ -97,12 +97,12 @@ def resumed(pipe: zimage.ZImage, request: zimage.Request) -> list[Image.Image]:
     from zimage.render.state import RenderState
 
     state = RenderState()
-    request = pipe.resolve(request)
-    events = pipe.run(request)
+    job = pipe.prepare(request)
+    events = pipe.run(job)
     for event in itertools.takewhile(lambda e: not (e.stage == "denoise" and e.index == 1 and e.step == 4), events):
         state.update(event)
     events.close()
-    return [event.image for event in pipe.run(request, state) if event.image is not None]
+    return [event.image for event in pipe.run(job, state) if event.image is not None]
 
 
 def write_files(folder: Path) -> dict[str, Any]:

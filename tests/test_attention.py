@@ -189,8 +189,8 @@ def test_a_transformer_calls_what_it_was_given():
 
 def test_the_environment_names_a_default(tiny_folder, monkeypatch):
     monkeypatch.setenv("ZIMAGE_ATTENTION", "sdpa-math")
-    assert zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32").parts.attention == "sdpa-math"
-    assert zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", attention="sdpa").parts.attention == "sdpa"
+    assert zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32").residency.attention == "sdpa-math"
+    assert zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", attention="sdpa").residency.attention == "sdpa"
     monkeypatch.setenv("ZIMAGE_ATTENTION", "flash9")
     with pytest.raises(RequestError, match="flash9"):
         zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")

@@ -98,13 +98,13 @@ def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_fold
 
 
 def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
-    assert Profile(tiny_folder, {"device": "cpu"}).pipe.captions.cache.entries == 0
+    assert Profile(tiny_folder, {"device": "cpu"}).pipe.cache.entries == 0
     load, loaded = zimage.ZImage.load, []
     monkeypatch.setattr(zimage.ZImage, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     clock = SimpleNamespace(lap=lambda name: clock.figures.update({name: 1.0}), figures={}, total=lambda: None)
     clock.warm = lambda name, call: call()
     sides_zimage.render(clock, str(tiny_folder), 64, 1, "fp32", "a cat")
-    assert loaded[0].captions.cache.entries == 0
+    assert loaded[0].cache.entries == 0
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,9 @@ def test_the_picture_follows_the_template_and_renders_again_without_its_file(own
 
 def test_a_negative_prompt_takes_no_parts(own):
     pipe = own()
-    request = pipe.resolve(zimage.Request(prompt="a cat", template="noir", guidance=2.0, negative="dogs", **SIZE))
-    prompts, (negative,) = pipe.captions.texts(request)
-    assert "hard light" in prompts[0]
+    job = pipe.prepare(zimage.Request(prompt="a cat", template="noir", guidance=2.0, negative="dogs", **SIZE))
+    (negative,) = job.negative_texts
+    assert "hard light" in job.texts[0]
     assert negative == "<|im_start|>user\ndogs<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -155,7 +155,7 @@ def test_layers_above_the_highest_one_needed_are_not_run(pipe, monkeypatch):
     ran = []
     for i, layer in enumerate(pipe.text_encoder.model.layers):
         monkeypatch.setattr(layer, "forward", lambda *a, i=i, f=layer.forward: ran.append(i) or f(*a))
-    pipe.captions.cache.clear()
+    pipe.cache.clear()
     pipe.encode("a dog", layer_weights={-4: 1.0, -3: 1.0})
     assert ran == list(range(len(pipe.text_encoder.model.layers) - 2))
 
@@ -185,7 +185,7 @@ def test_impossible_layers_are_refused(pipe, text, words):
 def short_limit(tiny_folder, request):
     """A pipeline whose captions may have 64 tokens."""
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype=request.param)
-    pipe.captions.limit = 64
+    pipe.texts.limit = 64
     return pipe
 
 
@@ -218,16 +218,16 @@ def test_nothing_is_cut_before(pipe, mode):
     assert len(pipe.encode("x" * 3000, long_prompt="none")[0]) > 3000
     ends = [pipe.encode("x" * 2999 + last, long_prompt=mode)[0] for last in "xy"]
     assert not torch.equal(*ends)
-    assert len(ends[0]) == (len(pipe.tokenize("x" * 3000)) if mode == "none" else pipe.captions.limit)
+    assert len(ends[0]) == (len(pipe.tokenize("x" * 3000)) if mode == "none" else pipe.texts.limit)
 
 
 def test_tokens_are_counted_before_anything_is_loaded(tiny_folder):
     pipe = zimage.ZImage.load(tiny_folder)
     count = pipe.count_tokens("a cat", long_prompt="pool")
-    assert (count.tokens, count.limit) == (len(pipe.tokenize("a cat")), pipe.captions.limit)
-    pipe.captions.limit = 4
+    assert (count.tokens, count.limit) == (len(pipe.tokenize("a cat")), pipe.texts.limit)
+    pipe.texts.limit = 4
     assert "past the limit: averaged to 4" in pipe.count_tokens("a cat", long_prompt="pool").outcome
-    assert not pipe.parts.loaded
+    assert not pipe.loaded
 
 
 # ------------------------------------------------------------------ cache
@@ -241,12 +241,12 @@ def test_a_prompt_is_encoded_once_and_the_encoder_not_even_loaded(tiny_folder):
         loads.append([e.detail for e in events if e.stage == "load" and e.step == 1])
         pictures = [e.image for e in events if e.image]
     assert loads == [["text_encoder", "dit", "vae"], ["dit", "vae"], ["text_encoder", "dit", "vae"]]
-    stats = pipe.captions.cache.stats
+    stats = pipe.cache.stats
     assert (stats.hits, stats.misses, stats.size) == (1, 2, 2)
     uncached = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", cache_entries=0)
     assert uncached.generate("a dog", **SIZE).images[0].tobytes() == pictures[0].tobytes()
     assert uncached.generate("a dog", **SIZE).images[0].tobytes() == pictures[0].tobytes()
-    assert uncached.captions.cache.stats.hits == 0
+    assert uncached.cache.stats.hits == 0
 
 
 def test_what_a_caption_depends_on_is_part_of_its_key(own):
@@ -263,12 +263,12 @@ def test_what_a_caption_depends_on_is_part_of_its_key(own):
         {"layer_weights": {-2: 1.0, -3: 2.0}},
     ]
     captions = [pipe.encode("a cat", **text)[0] for text in variants]
-    assert pipe.captions.cache.stats.misses == len(variants)
+    assert pipe.cache.stats.misses == len(variants)
     for one, other in itertools.combinations(captions, 2):
         assert one.shape != other.shape or not torch.equal(one, other)
     again = [pipe.encode("a cat", **text)[0] for text in variants]
     assert all(torch.equal(a, b) for a, b in zip(captions, again, strict=True))
-    assert pipe.captions.cache.stats.hits == len(variants)
+    assert pipe.cache.stats.hits == len(variants)
     again[0].zero_()
     assert torch.equal(pipe.encode("a cat")[0], captions[0]), "what is kept cannot be changed from outside"
 
@@ -277,8 +277,8 @@ def test_a_folder_keeps_captions_between_pipelines(tiny_folder, tmp_path):
     for dtype, disk_hits in (("fp32", 0), ("fp32", 1), ("bf16", 0)):
         pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype=dtype, cache_folder=tmp_path / "captions")
         caption = pipe.encode("a cat")[0]
-        assert pipe.captions.cache.stats.disk_hits == disk_hits
-        assert bool(pipe.parts.loaded) == (disk_hits == 0)
+        assert pipe.cache.stats.disk_hits == disk_hits
+        assert bool(pipe.loaded) == (disk_hits == 0)
         assert caption.dtype == pipe.dtype
 
 
@@ -291,7 +291,7 @@ def test_a_changed_encoder_is_another_even_where_its_samples_are_the_same(tiny_f
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000))
     pipe = zimage.ZImage.load(folder, **kept)
     pipe.encode("a cat")
-    assert pipe.captions.cache.stats.disk_hits == 0
+    assert pipe.cache.stats.disk_hits == 0
 
 
 # ------------------------------------------------------------------ saved embeddings

@@ -162,7 +162,7 @@ def test_parts_that_do_not_fit_together_are_named(folder, monkeypatch):
 def test_without_a_scheduler_config_the_shift_must_be_given(folder):
     shutil.rmtree(folder / "scheduler")
     pipe = zimage.ZImage.load(folder, dtype="fp32", device="cpu")
-    with pytest.raises(zimage.ZImageError, match="give the shift"):
+    with pytest.raises(zimage.ZImageError, match="set the shift"):
         pipe.generate("a cat", **SETTINGS)
     assert pipe.generate("a cat", shift=3.0, **SETTINGS).request.shift == 3.0
 

@@ -258,7 +258,7 @@ def test_the_plan_is_printed_before_loading(run, tiny_folder, monkeypatch):
 
 def test_a_budget_that_cannot_be_met_is_one_line_and_no_file(run, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("zimage.loading.planner.process_memory", lambda: 300_000_000)  # not what other tests left here
-    for memory, words in (("0.01", "GB are allowed (memory 0.01); no size fits: give memory 0.4"), ("-1", "above 0")):
+    for memory, words in (("0.01", "GB are allowed (memory 0.01); no size fits: set memory 0.4"), ("-1", "above 0")):
         status, out, err = run("gen", "a", "--memory", memory, "-q")
         assert (status, out) == (2, "")
         assert words in err

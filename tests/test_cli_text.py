@@ -43,15 +43,15 @@ def pixels(name):
 
 def test_tokens_are_counted_with_the_limit_and_what_will_happen(run, pipe):
     count = len(pipe.tokenize("a cat"))
-    assert run("tokens", "a cat") == (0, f"{count} of at most {pipe.captions.limit} tokens\n", "")
+    assert run("tokens", "a cat") == (0, f"{count} of at most {pipe.texts.limit} tokens\n", "")
     long = "a cat on a mat " * 20
-    past = len(pipe.tokenize(long)) - pipe.captions.limit
+    past = len(pipe.tokenize(long)) - pipe.texts.limit
     for mode, words in (("none", "kept"), ("pool", "averaged"), ("truncate", "dropped")):
         out = run("tokens", long, "--long-prompt", mode)[1]
         assert f"{past} past the limit: " in out
         assert words in out, out
     facts = json.loads(run("tokens", "a cat", "--json", "--show")[1])
-    assert (facts["tokens"], facts["limit"], facts["ids"]) == (count, pipe.captions.limit, pipe.tokenize("a cat"))
+    assert (facts["tokens"], facts["limit"], facts["ids"]) == (count, pipe.texts.limit, pipe.tokenize("a cat"))
 
 
 def test_the_text_is_shown_as_the_encoder_reads_it(run):

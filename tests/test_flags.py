@@ -19,8 +19,8 @@ from PIL import Image
 from zimage.cli import main
 from zimage.cli.gen import gen
 from zimage.dit import ZImageDiT
-from zimage.loading.files import Model, open_model
-from zimage.pipeline import ZImage
+from zimage.loading.files import ModelFiles, open_model
+from zimage.render import stages
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings
 from zimage.settings.profiles import FIELDS
 from zimage.text import Qwen3
@@ -183,8 +183,8 @@ CASES = [
     Case("precision", "int8"),
     Case("precision", "fp8"),
     Case("compile", True, differs("compiled", 1)),
-    Case("residency", "stage", says("each part loaded in its turn")),
-    Case("memory", 0.01, fails("no size fits: give memory")),
+    Case("residency", "stage", says("each component loaded in its turn")),
+    Case("memory", 0.01, fails("no size fits: set memory")),
     # what is kept, and where one's own things are
     Case("templates", "{files}/templates", beside={"template": "photo-overcast"}),
     Case("cache_folder", "cache", differs("cached", ["one caption"])),
@@ -209,9 +209,9 @@ CASES = [
 # `gen`'s own options, and where what they do is seen.
 OWN = {
     "prompt_file": "test_cli.py::test_prompts_from_standard_input_and_files",
-    "source": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",
+    "picture": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",
     "output": "test_cli.py::test_patterns_folders_and_many_images",
-    "checkpoint": "test_resume.py::test_the_state_is_written_before_the_first_step",
+    "save_state": "test_resume.py::test_the_state_is_written_before_the_first_step",
     "resume": "test_resume.py::test_every_setting_comes_from_the_state",
     "config": "test_flags.py::test_a_line_in_a_file_does_something",
     "profile": "test_config.py::test_gen_and_info_take_their_settings_from_the_file",
@@ -274,7 +274,7 @@ def opened():
     """Opens each model once: half of a tiny render's time."""
     models = {}
 
-    def call(path: Any, settings: LoadSettings, default: Path) -> Model:
+    def call(path: Any, settings: LoadSettings, default: Path) -> ModelFiles:
         key = (path, *[getattr(settings, name) for name in ("dit", "text_encoder", "vae", "tokenizer", "variant")])
         if key not in models:
             models[key] = open_model(path, settings, default)
@@ -287,10 +287,10 @@ def opened():
 def run(places, opened, tmp_path, monkeypatch, capsys):
     """A command line in a folder of its own; whatever it does is noted."""
     calls, compiled, count = [], [], iter(range(99))
-    denoise = ZImage.denoise_steps
+    denoise = stages.denoise_steps
     monkeypatch.setattr("zimage.pipeline.open_model", opened)
     monkeypatch.setattr("zimage.loading.residency.compile_blocks", compiled.append)
-    monkeypatch.setattr(ZImage, "denoise_steps", lambda *a: calls.append(len(a[3].noise)) or denoise(*a))
+    monkeypatch.setattr(stages, "denoise_steps", lambda *a: calls.append(len(a[3].noise)) or denoise(*a))
 
     def call(*arguments: str, settings: str | None = None, environment: tuple[str, str] | None = None) -> Outcome:
         for notes in (calls, compiled, places["asked"]):

@@ -17,10 +17,10 @@ LEAVES = {"errors", "settings", "version"}
 SHARED = LEAVES | {"events", "flow", "pictures"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"pipeline", "settings", "errors", "version"},
-    "cli": SHARED | {"pipeline", "render", "text", "weights"},
+    "cli": SHARED | {"pipeline", "render", "loading", "text", "weights"},
     "pipeline": SHARED | {"render", "loading", "text", "dit", "vae", "weights"},
     "render": SHARED | {"loading", "formats", "text", "dit", "vae", "nn", "kernels"},
-    "loading": LEAVES | {"events", "formats", "text", "dit", "vae", "nn", "kernels"},
+    "loading": LEAVES | {"formats", "text", "dit", "vae", "nn", "kernels"},
     "text": LEAVES | {"formats", "nn", "kernels", "templates"},
     "dit": LEAVES | {"nn", "kernels"},
     "vae": LEAVES | {"nn", "kernels"},
@@ -33,7 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"errors"},
     "errors": set(),
     "version": set(),
-    "templates": {"errors", "formats", "text"},  # its `count`, which is run by hand; the package itself only says where the files lie
+    "templates": {
+        "errors",
+        "formats",
+        "text",
+    },  # its `count`, which is run by hand; the package itself only says where the files lie
     "weights": LEAVES | {"loading", "formats", "text", "dit", "vae"},
     "weights.recipe": SHARED | {"weights", "pipeline", "loading", "formats", "text", "dit", "vae", "nn"},
 }

@@ -118,15 +118,23 @@ def test_an_all_in_one_file(states, folder, pixels, tmp_path):
 def test_the_variant_gives_the_shift_and_the_defaults(states, folder, tmp_path):
     file = loose.save(states["dit"], tmp_path / "dit.safetensors")
     parts = {"text_encoder": folder / "text_encoder", "vae": folder / "vae"}
-    request = zimage.ZImage.load(dit=file, **parts, variant="base").resolve(zimage.Request("a cat"))
+    request = zimage.ZImage.load(dit=file, **parts, variant="base").prepare(zimage.Request("a cat")).request
     assert (request.shift, request.steps, request.guidance) == (6.0, 30, 4.0)
     with pytest.raises(RequestError, match="variant"):
         zimage.ZImage.load(dit=file, **parts).generate("a cat")
 
 
+def test_a_loose_dit_in_a_model_folder_takes_its_schedule_and_says_so(states, folder, tmp_path):
+    pipe = zimage.ZImage.load(folder, dit=loose.save(states["dit"], tmp_path / "dit.safetensors"))
+    assert pipe.prepare(zimage.Request("a cat")).request.shift == 3.0
+    assert any("schedule" in line and "shift 3" in line for line in pipe.model.assumptions)
+
+
 def test_what_shapes_do_not_tell_is_said(states, folder, tmp_path):
     file = loose.save(states["dit"], tmp_path / "dit.safetensors")
-    assert [line.split()[0] for line in zimage.ZImage.load(folder, dit=file).model.assumptions] == ["DiT"]
+    assert [line.split()[0] for line in zimage.ZImage.load(folder, dit=file, variant="base").model.assumptions] == [
+        "DiT"
+    ]
     assert zimage.ZImage.load(folder).model.assumptions == []
     done = CliRunner().invoke(cli, ["info", str(folder), "--dit", str(file)])
     assert done.exit_code == 0, done.output
@@ -150,7 +158,7 @@ def test_a_file_that_is_something_else(folder, change, says):
 
 def test_a_missing_tokenizer_says_where_to_get_one(states, folder, tmp_path):
     file = loose.save(states["text_encoder"], tmp_path / "encoder.safetensors")
-    with pytest.raises(CheckpointError, match=r"give --tokenizer DIR.*Qwen3-4B"):
+    with pytest.raises(CheckpointError, match=r"use --tokenizer DIR.*Qwen3-4B"):
         zimage.ZImage.load(dit=folder / "transformer", text_encoder=file, vae=folder / "vae")
     with pytest.raises(RequestError, match="vae is missing"):
         zimage.ZImage.load(dit=folder / "transformer", text_encoder=file)
@@ -261,7 +269,7 @@ def test_a_folder_may_hold_quantised_weights(tiny_folder, tmp_path):
     file, numbers = loose.quantised(load_file(weights), loose.lightx2v_fp8)
     save_file(file, weights)
     pipe = zimage.ZImage.load(folder, **FP32)
-    assert pipe.plan.weight_bytes("dit") < zimage.ZImage.load(tiny_folder, **FP32).plan.weight_bytes("dit")
+    assert pipe.planner.sizes["dit"].weights < zimage.ZImage.load(tiny_folder, **FP32).planner.sizes["dit"].weights
     quantised = pipe.generate("a cat", **SETTINGS).images[0]
     save_file(numbers, weights)
     plain = zimage.ZImage.load(folder, **FP32).generate("a cat", **SETTINGS).images[0]

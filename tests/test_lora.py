@@ -131,15 +131,15 @@ def test_the_same_file_twice_counts_twice(pipe, folder, stored):
 def test_before_loading_after_it_and_after_a_release(tiny_folder, folder, stored):
     early = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="stage")
     late = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="keep")
-    assert not early.parts.loaded
+    assert not early.loaded
     handle = early.lora.add(folder / "style.safetensors", 0.8)
-    assert not early.parts.loaded
+    assert not early.loaded
     assert late.dit is not None
     late.lora.add(folder / "style.safetensors", 0.8)
     assert pixels(early) == pixels(late)
     late.release()
     assert pixels(early) == pixels(late)
-    assert not early.parts.loaded
+    assert not early.loaded
     early.lora.remove(handle)
     assert_stored_bits(early, stored)
 

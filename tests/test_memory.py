@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lora_files
@@ -22,6 +22,8 @@ from zimage.errors import OutOfMemory, RequestError
 from zimage.loading import streaming as offload
 from zimage.loading.devices import Place, choose_places
 from zimage.loading.memory import out_of_memory_in
+from zimage.loading.plan import Workload
+from zimage.loading.registry import REQUIRED
 from zimage.nn.layers import StreamedLinear
 from zimage.settings.declared import LoadSettings
 from zimage.text import Qwen3
@@ -42,9 +44,9 @@ import hashlib, json, sys
 import torch, zimage
 settings, size = json.loads(sys.argv[1])
 pipe = zimage.ZImage.load(device="cpu", path=sys.argv[2], **settings)
-request = pipe.resolve(zimage.Request("a cat", steps=2, seed=1, **size))
-stages = pipe.schedule(request).stages.values()
-image = [event.image for event in pipe.run(request)][-1]
+job = pipe.prepare(zimage.Request("a cat", steps=2, seed=1, **size))
+stages = job.plan.stages.values()
+image = [event.image for event in pipe.run(job)][-1]
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"peak": peak, "planned": max(s.peak for s in stages), "streamed": [len(s.streamed) for s in stages],
                   "pixels": hashlib.sha256(image.tobytes()).hexdigest()}))
@@ -59,8 +61,8 @@ def load(folder, **settings):
     return zimage.ZImage.load(folder, **{"device": "cpu", "dtype": "fp32", **settings})
 
 
-def schedule(pipe, **request):
-    return pipe.schedule(pipe.resolve(zimage.Request("a cat", **{**SMALL, **request})))
+def plan_of(pipe, **request):
+    return pipe.prepare(zimage.Request("a cat", **{**SMALL, **request}), must_fit=False).plan
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def weightless(monkeypatch):
 @pytest.fixture
 def least(tiny_folder, weightless) -> float:
     """GB that a small picture needs at least."""
-    return schedule(load(tiny_folder, memory=1e-9)).tightest.peak / 1e9
+    return plan_of(load(tiny_folder, memory=1e-9)).tightest.peak / 1e9
 
 
 # ------------------------------------------------------------------ what the plan decides
@@ -80,12 +82,12 @@ def least(tiny_folder, weightless) -> float:
 
 def test_the_least_costly_way_that_fits_is_taken(tiny_folder, least):
     """keep → stage by stage → streamed, as the budget shrinks; in between as many blocks stay as fit."""
-    together = sum(stage.weights for stage in schedule(load(tiny_folder, residency="stage")).stages.values())
+    together = sum(stage.weights for stage in plan_of(load(tiny_folder, residency="stage")).stages.values())
     budgets = [least + i * (2 * together / 1e9 - least) / 200 for i in range(201)]
     found, pipe = [], load(tiny_folder)
     for budget in budgets:
-        pipe.plan.settings = LoadSettings(memory=budget)
-        found.append(schedule(pipe))
+        pipe.planner.settings = LoadSettings(memory=budget)
+        found.append(plan_of(pipe))
         assert all(stage.peak <= budget * 1e9 for stage in found[-1].stages.values())
     streamed = [len(s.stages["dit"].streamed) for s in found]
     assert streamed == sorted(streamed, reverse=True)
@@ -98,20 +100,20 @@ def test_the_least_costly_way_that_fits_is_taken(tiny_folder, least):
 
 def test_a_batch_is_planned_as_large_as_it_gets(tiny_folder):
     pipe, sizes = load(tiny_folder), ((1, 1), (4, 1), (4, 3), (4, 4), (4, 9))
-    work = [schedule(pipe, batch_size=most, images=n).stages["dit"].activations for most, n in sizes]
+    work = [plan_of(pipe, batch_size=most, images=n).stages["dit"].activations for most, n in sizes]
     assert work[0] == work[1] < work[2] < work[3] == work[4]
 
 
 def test_strips_come_before_refusal_and_large_pictures_are_always_cut(tiny_folder, weightless, monkeypatch):
     pipe = load(tiny_folder, residency="stage")
-    whole, strips = (schedule(pipe, width=4096, height=4096, tile_mode=m).stages["vae"].peak for m in ("off", "exact"))
+    whole, strips = (plan_of(pipe, width=4096, height=4096, tile_mode=m).stages["vae"].peak for m in ("off", "exact"))
     assert strips < whole
-    tight = schedule(load(tiny_folder, memory=(strips + whole) / 2e9), width=4096, height=4096)
+    tight = plan_of(load(tiny_folder, memory=(strips + whole) / 2e9), width=4096, height=4096)
     assert tight.tile_mode == "exact"
     for budget in (whole, 100 * whole):  # strips equal the whole to rounding: which one may not hang on the memory
-        assert schedule(load(tiny_folder, memory=budget / 1e9), width=4096, height=4096).tile_mode == "exact"
+        assert plan_of(load(tiny_folder, memory=budget / 1e9), width=4096, height=4096).tile_mode == "exact"
     monkeypatch.setattr("zimage.loading.planner.WHOLE_BYTES", whole)
-    assert schedule(load(tiny_folder, memory=2 * whole / 1e9), width=4096, height=4096).tile_mode == "off"
+    assert plan_of(load(tiny_folder, memory=2 * whole / 1e9), width=4096, height=4096).tile_mode == "off"
 
 
 def test_all_weights_and_the_largest_activation_fit_on_a_24_gb_card():
@@ -126,8 +128,9 @@ def test_all_weights_and_the_largest_activation_fit_on_a_24_gb_card():
         }
     card = {name: Place(torch.device("cuda", 0), torch.bfloat16) for name in parts}
     for free, expected in ((24.3, (3, 0, 0)), (16, (0, 0, 0)), (12, (0, 0, "some")), (6, (0, "some", "some"))):
-        with planned(parts, card, free) as plan:
-            found = plan.check(zimage.Request("a", width=1024, height=1024), tokens=30)
+        with planned(parts, card, free) as planner:
+            found = planner.plan(Workload(1024, 1024, 30))
+            planner.check(found)
         streamed = [len(found.stages[name].streamed) for name in ("text_encoder", "dit")]
         counts = [count if isinstance(e, int) else "some" for count, e in zip(streamed, expected[1:], strict=True)]
         assert (len(found.kept), *counts) == expected, free
@@ -137,47 +140,52 @@ def test_all_weights_and_the_largest_activation_fit_on_a_24_gb_card():
 
 @contextmanager
 def planned(parts, places, free):
-    """A MemoryPlan of modules on meta, as if their files were bf16 and the card had `free` GB."""
-    from zimage.loading.planner import MemoryPlan
+    """A Planner for modules on meta, as if their files were bf16 and the card had `free` GB."""
+    from zimage.loading.planner import Planner
+    from zimage.loading.registry import ROWS
+    from zimage.loading.sizes import BlockBytes
 
-    class Part:
+    class Unopened:
         is_packed = False
 
-        def __init__(self, skeleton):
-            self.skeleton = self.checkpoint = skeleton
-            skeleton.stored_bytes = lambda: self.weight_bytes(torch.bfloat16)
+        def __init__(self, name, skeleton):
+            self.row, self.skeleton = ROWS[name], skeleton
+            self.sizes = {key: weight.numel() for key, weight in skeleton.named_parameters()}
 
         def weight_bytes(self, dtype, late=False):
-            return sum(w.numel() for w in self.skeleton.parameters()) * dtype.itemsize
+            return sum(self.sizes.values()) * dtype.itemsize
 
-        def unread_bytes(self, dtype, late=False):
+        def stored_bytes(self):
+            return self.weight_bytes(torch.bfloat16)
+
+        def reads(self):
+            return self.skeleton.parameters()
+
+        def work_bytes(self, work, dtype):
+            return self.row.work(self.skeleton.config, work, dtype)
+
+        def view_bytes(self, name, dtype, late):
             return 0
 
-        def block_bytes(self, dtype, late=False):
-            from zimage.loading.files import BlockBytes
-
-            blocks = self.skeleton.blocks() if hasattr(self.skeleton, "blocks") else []
-            return [BlockBytes(sum(w.numel() for w in ws) * dtype.itemsize, 0) for _, ws in blocks]
+        def block_bytes(self, names, dtype, late):
+            return BlockBytes(sum(self.sizes[name] for name in names) * dtype.itemsize, 0)
 
     class Model:
-        components = {name: Part(part) for name, part in parts.items()}  # noqa: RUF012
-
-        def skeleton(self, name):
-            return parts[name]
+        components = {name: Unopened(name, module) for name, module in parts.items()}  # noqa: RUF012
 
     with pytest.MonkeyPatch.context() as patch:
         memory = {"cuda": free * 1e9, "cpu": 64e9}
         patch.setattr("zimage.loading.planner.available_memory", lambda device: int(memory[device.type]))
         patch.setattr("zimage.loading.planner._base_bytes", lambda device: 0)
-        yield MemoryPlan(Model(), places, LoadSettings())
+        yield Planner(Model(), places, LoadSettings())
 
 
 def test_on_a_cpu_half_of_what_is_free_is_left_to_others(tiny_folder, weightless, monkeypatch):
-    largest = schedule(load(tiny_folder, residency="keep")).tightest.peak
+    largest = plan_of(load(tiny_folder, residency="keep")).tightest.peak
     for free, kept in ((1.9, 0), (2.1, 3)):
         monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device, free=free: int(free * largest))
-        assert len(schedule(load(tiny_folder)).kept) == kept
-        assert len(schedule(load(tiny_folder, memory=1.01 * largest / 1e9)).kept) == 3, "a budget is used to the full"
+        assert len(plan_of(load(tiny_folder)).kept) == kept
+        assert len(plan_of(load(tiny_folder, memory=1.01 * largest / 1e9)).kept) == 3, "a budget is used to the full"
 
 
 @pytest.mark.parametrize(
@@ -199,23 +207,23 @@ def test_unusable_budgets_are_refused(tiny_folder, value, words):
 
 @pytest.mark.parametrize("memory", [1_000_000, 500_000.0])
 def test_a_huge_budget_is_what_is_free(tiny_folder, memory):
-    assert schedule(load(tiny_folder, memory=memory)).limits[torch.device("cpu")] < memory * 1e9
+    assert plan_of(load(tiny_folder, memory=memory)).limits["cpu"] < memory * 1e9
 
 
 def test_what_cannot_be_met_is_refused_before_loading_with_what_would_fit(tiny_folder, weightless, least):
     nothing = load(tiny_folder, memory=least / 2)
-    with pytest.raises(RequestError, match=r"32×32 needs at least .* GB are allowed \(memory .*; no size fits: give"):
+    with pytest.raises(RequestError, match=r"32×32 needs at least .* GB are allowed \(memory .*; no size fits: set"):
         nothing.generate("a cat", **SMALL)
     little = load(tiny_folder, memory=3 * least)
     with pytest.raises(RequestError) as refusal:
         little.generate("a cat", **{**SMALL, "width": 2048, "height": 1024})
     message = str(refusal.value)
     assert "\n" not in message
-    assert not little.parts.loaded
+    assert not little.loaded
     width, height = map(int, message.split("choose at most ")[1].split()[0].split("×"))
-    assert little.check(little.resolve(zimage.Request("a cat", width=width, height=height, seed=1)))
+    assert little.prepare(zimage.Request("a cat", width=width, height=height, seed=1)).plan.fits
     with pytest.raises(RequestError):
-        little.check(little.resolve(zimage.Request("a cat", width=width + 32, height=height + 16, seed=1)))
+        little.prepare(zimage.Request("a cat", width=width + 32, height=height + 16, seed=1))
 
 
 # ------------------------------------------------------------------ streaming
@@ -227,7 +235,7 @@ def test_no_budget_changes_a_pixel(tiny_folder, least):
     for factor in (1.0, 1.15, 1.4, 2.0, 4.0):
         pipe = load(tiny_folder, memory=factor * least)
         assert pixels(pipe.generate("a cat", guidance=2.0, **SMALL)) == expected
-        streamed.add(len(schedule(pipe).stages["dit"].streamed))
+        streamed.add(len(plan_of(pipe).stages["dit"].streamed))
     assert max(streamed) > 1
     assert min(streamed) == 0
 
@@ -246,9 +254,9 @@ def as_stored(folder, target, dtype):
 def test_streamed_blocks_stored_in_another_dtype_are_cast(tiny_folder, tmp_path, weightless, stored, dtype):
     folder = as_stored(tiny_folder, tmp_path / "model", getattr(torch, stored))
     expected = pixels(load(folder, dtype=dtype).generate("a cat", **SMALL))
-    memory = schedule(load(folder, dtype=dtype, memory=1e-9)).tightest.peak / 1e9
+    memory = plan_of(load(folder, dtype=dtype, memory=1e-9)).tightest.peak / 1e9
     pipe = load(folder, dtype=dtype, memory=memory)
-    assert schedule(pipe).stages["dit"].streamed
+    assert plan_of(pipe).stages["dit"].streamed
     assert pixels(pipe.generate("a cat", **SMALL)) == expected
 
 
@@ -258,16 +266,16 @@ def test_blocks_of_packed_weights_stream_too(tiny_folder, tmp_path, weightless):
     for file in folder.glob("transformer/*.safetensors"):
         save_file(writers.quantised(load_file(file), writers.lightx2v_fp8)[0], file)
     expected = pixels(load(folder, dtype="fp32").generate("a cat", **SMALL))
-    memory = schedule(load(folder, dtype="fp32", memory=1e-9)).tightest.peak / 1e9
+    memory = plan_of(load(folder, dtype="fp32", memory=1e-9)).tightest.peak / 1e9
     pipe = load(folder, dtype="fp32", memory=memory)
-    assert schedule(pipe).stages["dit"].streamed
+    assert plan_of(pipe).stages["dit"].streamed
     assert pixels(pipe.generate("a cat", **SMALL)) == expected
 
 
 def test_streamed_layers_can_be_told_and_their_weights_stay_away(tiny_folder, least):
     pipe = load(tiny_folder, memory=least)
     streamed = pipe.dit.streaming.count
-    assert streamed == len(schedule(pipe).stages["dit"].streamed) > 0
+    assert streamed == len(plan_of(pipe).stages["dit"].streamed) > 0
     layers = [m for m in pipe.dit.modules() if isinstance(m, nn.Linear)]
     assert sum(type(layer) is StreamedLinear for layer in layers) == 7 * streamed
     pipe.release("dit")
@@ -324,7 +332,7 @@ def test_cancelling_while_streaming_lets_go(tiny_folder, least):
     run = pipe.run(zimage.Request("a cat", **{**SMALL, "steps": 50}))
     assert next(e.step for e in run if e.stage == "denoise" and e.step == 2) == 2
     run.close()
-    assert not pipe.parts.loaded
+    assert not pipe.loaded
     assert not [t for t in threading.enumerate() if t.name == "zimage-prefetch"]
     assert pixels(pipe.generate("a cat", **SMALL)) == pixels(load(tiny_folder).generate("a cat", **SMALL))
 
@@ -339,16 +347,16 @@ def test_a_block_that_fails_does_not_lock_the_others_out(tiny_folder, least, err
         patch.setattr("zimage.dit.blocks.FeedForward.forward", fail)
         with pytest.raises(error):
             pipe.generate("a cat", **SMALL)
-    assert not pipe.parts.loaded
+    assert not pipe.loaded
     assert len(pipe.generate("a cat", **SMALL).images) == 1
 
 
 def test_a_larger_picture_streams_more_of_a_part_that_is_loaded(tiny_folder, least):
     pipe, tight = load(tiny_folder, residency="stage"), load(tiny_folder, memory=least)
-    needed = len(schedule(tight).stages["dit"].streamed)
-    for now, count in ((schedule(pipe), 0), (schedule(tight), needed), (schedule(pipe), needed)):
-        pipe.parts.schedule = now
-        assert offload.streamed_blocks(pipe.dit) == count
+    needed = len(plan_of(tight).stages["dit"].streamed)
+    for now, count in ((plan_of(pipe), 0), (plan_of(tight), needed), (plan_of(pipe), needed)):
+        with pipe.residency.use("dit", now) as dit:
+            assert offload.streamed_blocks(dit) == count
 
 
 # ------------------------------------------------------------------ streaming to a GPU, its logic on stand-ins
@@ -461,9 +469,9 @@ def test_a_whole_model_streams_through_device_buffers(tiny_folder, tmp_path, mon
     offload_copied = offload.CopiedBlocks
     monkeypatch.setattr(offload, "MappedBlocks", carry)
     monkeypatch.setattr("zimage.loading.planner._base_bytes", lambda device: 0)
-    memory = schedule(load(tiny_folder, dtype="bf16", memory=1e-9)).tightest.peak / 1e9
+    memory = plan_of(load(tiny_folder, dtype="bf16", memory=1e-9)).tightest.peak / 1e9
     pipe = load(tiny_folder, dtype="bf16", memory=memory)
-    assert schedule(pipe).stages["dit"].streamed
+    assert plan_of(pipe).stages["dit"].streamed
     assert pixels(pipe.generate("a cat", **SMALL)) == expected
 
 
@@ -472,10 +480,12 @@ def test_a_whole_model_streams_through_device_buffers(tiny_folder, tmp_path, mon
 
 def test_each_part_has_its_device_and_a_dtype_that_suits_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    places = choose_places(LoadSettings(device="cpu", dit_device="cuda:1", vae_device="cuda:0"), None)
+    places = choose_places(REQUIRED, LoadSettings(device="cpu", dit_device="cuda:1", vae_device="cuda:0"), None)
     assert [str(place.device) for place in places.values()] == ["cpu", "cuda:1", "cuda:0"]
     assert places["dit"].dtype == torch.bfloat16
-    assert {place.dtype for place in choose_places(LoadSettings(device="cpu"), "fp32").values()} == {torch.float32}
+    assert {place.dtype for place in choose_places(REQUIRED, LoadSettings(device="cpu"), "fp32").values()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "dit", "vae"])
@@ -497,16 +507,16 @@ def test_tensors_are_moved_where_a_stage_runs(tiny_folder, monkeypatch):
         args = tuple(torch.device("cpu") if a in named else a for a in args)
         return original(tensor, *args, **{k: torch.device("cpu") if v in named else v for k, v in kwargs.items()})
 
-    modules = {name: pipe.parts.get(name) for name in ("text_encoder", "dit", "vae")}
-    monkeypatch.setattr(pipe.parts, "get", modules.__getitem__)
+    modules = {"text_encoder": pipe.text_encoder, "dit": pipe.dit, "vae": pipe.vae}
+    monkeypatch.setattr(pipe.residency, "use", lambda name, *_: nullcontext(modules[name]))
     monkeypatch.setattr(torch.Tensor, "to", to)
     pipe.places = {name: Place(torch.device("cpu", i), torch.float32) for i, name in enumerate(modules)}
-    pipe.device = pipe.places["dit"].device
+    pipe.residency.places = pipe.places
     captions = pipe.encode(["a cat"])
     latents = pipe.denoise(captions, torch.randn(1, 16, 4, 4), steps=1)
-    assert moves == [1, 1], "captions, then noise, go where the DiT is"
+    assert moves == [0, 1, 1], "a caption is given where the encoder is; noise, then captions, go where the DiT is"
     pipe.decode(latents, tile_mode="off")
-    assert moves == [1, 1, 2]
+    assert moves == [0, 1, 1, 2]
 
 
 def test_each_device_has_its_own_budget():
@@ -518,9 +528,10 @@ def test_each_device_has_its_own_budget():
         }
     places = {name: Place(torch.device("cuda", 0), torch.bfloat16) for name in parts}
     places["text_encoder"] = Place(torch.device("cpu"), torch.float32)
-    with planned(parts, places, 0.01) as plan:
-        found = plan.check(zimage.Request("a", width=64, height=64), tokens=30)
-    assert found.limits == {torch.device("cuda", 0): 10_000_000, torch.device("cpu"): 64_000_000_000}
+    with planned(parts, places, 0.01) as planner:
+        found = planner.plan(Workload(64, 64, 30))
+        planner.check(found)
+    assert found.limits == {"cuda:0": 10_000_000, "cpu": 64_000_000_000}
     assert found.stages["text_encoder"].weights == 4 * sum(w.numel() for w in parts["text_encoder"].parameters())
     beside = sum(w.numel() for name in ("dit", "vae") for w in parts[name].parameters())
     assert found.stages["vae"].weights == 2 * beside, "the text encoder is elsewhere"
@@ -540,7 +551,7 @@ ON_CPU = (
     [
         (RuntimeError(ON_CPU), "allocating 40 GB"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"), "2.50 GiB"),
-        (MemoryError(), "in the dit stage; set memory"),
+        (MemoryError(), "in the DiT stage; set memory"),
     ],
     ids=["cpu", "cuda", "python"],
 )

@@ -86,24 +86,24 @@ def test_closing_the_generator_cancels_and_lets_go(tiny_folder, monkeypatch):
     steps = next(e.step for e in run if e.stage == "denoise" and e.step == 2)
     run.close()
     assert steps == 2
-    assert not pipe.parts.loaded
+    assert not pipe.loaded
     assert not [t for t in threading.enumerate() if t.name == "zimage-prefetch"]
 
 
 @pytest.mark.parametrize(("residency", "most"), [("stage", 1), ("keep", 3)])
 def test_residency_bounds_what_is_loaded(tiny_folder, residency, most):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency=residency)
-    held = [len(pipe.parts.loaded) for _ in pipe.run(zimage.Request(prompt="a", steps=1, seed=1, **SIZE))]
+    held = [len(pipe.loaded) for _ in pipe.run(zimage.Request(prompt="a", steps=1, seed=1, **SIZE))]
     assert max(held) == most
-    assert len(pipe.parts.loaded) == (0 if residency == "stage" else 3)
+    assert len(pipe.loaded) == (0 if residency == "stage" else 3)
 
 
 def test_stages_called_one_by_one_let_go_of_one_another(tiny_folder):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="stage")
     captions = pipe.encode(["a"])
-    assert list(pipe.parts.loaded) == ["text_encoder"]
+    assert list(pipe.loaded) == ["text_encoder"]
     pipe.decode(pipe.denoise(captions, flow.start_noise(1, 16, 4, 4), steps=1))
-    assert list(pipe.parts.loaded) == ["vae"]
+    assert list(pipe.loaded) == ["vae"]
 
 
 def test_each_stage_loads_once_per_request(tiny_folder):
@@ -146,10 +146,10 @@ def test_guidance_negative_truncation_and_normalization_each_change_the_picture(
 
 def test_defaults_follow_the_checkpoint(tiny_folder):
     turbo = zimage.ZImage.load(tiny_folder)
-    r = turbo.resolve(zimage.Request(prompt="a"))
+    r = turbo.prepare(zimage.Request(prompt="a")).request
     assert (r.width, r.height, r.steps, r.guidance, r.shift, r.negative) == (64, 64, 8, 0.0, 3.0, None)
     turbo.model.shift = 6.0
-    r = turbo.resolve(zimage.Request(prompt="a"))
+    r = turbo.prepare(zimage.Request(prompt="a")).request
     assert (r.steps, r.guidance, r.shift, r.negative) == (30, 4.0, 6.0, "")
 
 
@@ -191,7 +191,7 @@ def test_bad_requests_are_refused_in_one_line_before_loading(tiny_folder, settin
         pipe.generate(**{"prompt": "a", **settings})
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert not pipe.parts.loaded
+    assert not pipe.loaded
 
 
 @pytest.mark.parametrize(
@@ -248,12 +248,12 @@ def test_a_missing_folder_says_so(tmp_path):
 def test_where_the_whole_does_not_fit_strips_decode_the_same_picture(tiny_folder, monkeypatch):
     """Chosen when the request is resolved, and recorded, so that the same request gives the same pixels elsewhere."""
     whole = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")
-    request = whole.resolve(zimage.Request("a", seed=1, width=64, height=64, steps=1))
+    request = whole.prepare(zimage.Request("a", seed=1, width=64, height=64, steps=1)).request
     assert request.tile_mode == "off"
-    weights = sum(map(whole.plan.weight_bytes, whole.model.components))
+    weights = sum(sizes.weights for sizes in whole.planner.sizes.values())
     monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device: 2 * weights + 1_000_000)
     tight = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", residency="keep")
-    assert tight.resolve(zimage.Request("a", width=1024, height=1024)).tile_mode == "exact"
+    assert tight.prepare(zimage.Request("a", width=1024, height=1024), must_fit=False).plan.tile_mode == "exact"
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr("zimage.loading.planner.available_memory", lambda device: 0)
     torch.testing.assert_close(tight.decode(latents), whole.decode(latents, tile_mode="off"), rtol=0, atol=1e-4)

@@ -81,7 +81,7 @@ def test_a_whole_model(precision, blocks, limit):
 def test_through_the_pipeline(tiny_folder):
     plain = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")
     coarse = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", precision="int8")
-    assert coarse.plan.weight_bytes("dit") < plain.plan.weight_bytes("dit")
+    assert coarse.planner.sizes["dit"].weights < plain.planner.sizes["dit"].weights
     settings = {"seed": 1, "width": 64, "height": 64, "steps": 2}
     result = coarse.generate("a", **settings)
     assert result.metadata[0]["precision"] == "int8"

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from zimage.cli import main
-from zimage.cli.resume import StateFile
 from zimage.events import Event
-from zimage.render.state import RenderState, load_state, save_state
+from zimage.render.state import RenderState, StateFile, load_state, save_state
 
 ROOT = Path(__file__).parent.parent
 RENDER = ["-n", "3", "--steps", "6", "--width", "64", "--height", "48", "--dtype", "fp32", "--device", "cpu"]
@@ -26,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 import zimage.pipeline
 from zimage.cli import main
-from zimage.cli.resume import StateFile
+from zimage.render.state import StateFile
 from zimage.events import Event
 
 def start(arguments, log):
@@ -170,11 +169,11 @@ def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypat
     [
         (["--resume", "state", "--steps", "9"], "goes on with steps 2, not 9"),
         (["a dog", "--resume", "state"], "goes on with prompt 'a cat', not 'a dog'"),
-        (["--resume", "state", "--checkpoint", "other"], "leave --checkpoint out"),
+        (["--resume", "state", "--save-state", "other"], "leave --save-state out"),
         (["--resume", "state", "--from", "x.png"], "leave --from out"),
         (["--resume", "state", "--dtype", "bf16"], "began with another dtype: float32; now bfloat16"),
-        (["a cat", "--checkpoint", "state"], "go on with --resume state"),
-        (["a cat", "--checkpoint", "nowhere/state"], "does not exist"),
+        (["a cat", "--checkpoint", "state"], "continue with --resume state"),
+        (["a cat", "--save-state", "nowhere/state"], "does not exist"),
         (["--resume", "nothing"], "no prompt was given"),
         (["--resume", "text"], "cannot be read as the state"),
         (["--resume", "hollow"], "does not hold all of a render"),
@@ -208,5 +207,5 @@ def test_the_state_is_written_before_the_first_step(run, monkeypatch):
         assert run("a cat", *run.model, "--steps", "1", "--checkpoint", "state", "-o", "x.png")[0] == 130
     state, record = load_state(Path("state"))
     assert (state.step, state.decoded) == (0, 0)
-    assert record["request"]["seed"] is not None
+    assert record["job"]["seeds"] is not None
     assert run("--resume", "state")[0] == 0

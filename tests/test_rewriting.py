@@ -60,16 +60,16 @@ def test_the_encoders_own_weights_write(writer):
 
 
 def test_later_stages_are_not_planned_as_for_writing(writer):
-    writer.parts.schedule = None
+    before = writer.prepare(zimage.Request("a cat", seed=0)).plan
     writer.rewrite("a cat", **SHORT)
-    usual = writer.schedule(writer.resolve(zimage.Request(seed=0))).stages["dit"].activations
-    assert writer.parts.schedule.stages["dit"].activations == usual
+    after = writer.prepare(zimage.Request("a cat", seed=0)).plan
+    assert {n: s.activations for n, s in after.stages.items()} == {n: s.activations for n, s in before.stages.items()}
 
 
 def test_the_chat_has_the_rewriters_words_and_a_closed_think_block(pipe, says):
     asked = says("A fine cat.")
     assert pipe.rewrite("a cat").prompt == "A fine cat."
-    system = pipe.captions.templates.get(DEFAULT).system_prompt
+    system = pipe.texts.templates.get(DEFAULT).system_prompt
     head = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
     pipe.rewrite("a cat", rewrite_thinking=True)
     assert asked == [head + "<think>\n\n</think>\n\n", head]
@@ -121,14 +121,14 @@ def test_a_server_writes_without_the_encoder(tiny_folder, monkeypatch):
     (body,) = server.asked
     assert (body["model"], body["seed"], body["top_k"], body["messages"][1]["content"]) == ("big", 3, 7, "a cat")
     assert server.keys == ["Bearer sesame"]
-    assert not pipe.parts.loaded
+    assert not pipe.loaded
     with pytest.raises(RemoteError):
         pipe.rewrite("a cat", rewriter_url="http://127.0.0.1:9")
 
 
 def test_the_plan_reckons_with_what_writing_takes(tiny_folder):
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")
-    little, much = (pipe.plan.writing(tokens).stages["text_encoder"] for tokens in (10, 10_000))
+    little, much = (pipe.planner.plan_writing(tokens).stages["text_encoder"] for tokens in (10, 10_000))
     config = pipe.model.skeleton("text_encoder").config
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert much.activations - little.activations >= 9_990 * cache

@@ -168,15 +168,15 @@ RENDERS = {
 @pytest.mark.parametrize("kind", RENDERS)
 def test_a_render_goes_on_to_the_same_bits_from_any_event(pipe, picture, kind, tmp_path):
     settings = {k: picture if v is True else v for k, v in RENDERS[kind].items()}
-    request = pipe.resolve(zimage.Request(seed=5, **settings))
-    pipe.captions.cache.clear()
-    events = list(pipe.run(request))
+    job = pipe.prepare(zimage.Request(seed=5, **settings))
+    pipe.cache.clear()
+    events = list(pipe.run(job))
     expected = [e.image.tobytes() for e in events if e.image]
     steps = sum(e.latents is not None for e in events)
     path = tmp_path / "state"
-    for stop in range(len(list(pipe.run(request)))):
+    for stop in range(len(list(pipe.run(job)))):
         state, before = RenderState(), []
-        run = pipe.run(request)
+        run = pipe.run(job)
         for event in itertools.islice(run, stop):
             state.update(event)
             before.append(event)
@@ -184,7 +184,7 @@ def test_a_render_goes_on_to_the_same_bits_from_any_event(pipe, picture, kind, t
         save_state(path, state, {"note": "x"})
         again, record = load_state(path)
         assert record == {"note": "x"}
-        whole = before + list(pipe.run(request, again))
+        whole = before + list(pipe.run(job, again))
         assert [e.image.tobytes() for e in whole if e.image] == expected, stop
         assert sum(e.latents is not None for e in whole) == steps, "no step is computed twice"
 

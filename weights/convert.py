@@ -17,7 +17,8 @@ from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.layouts import Layout, fused_name, layout, split_names
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, Maps, Stored
-from zimage.loading.files import SUBFOLDERS, Component
+from zimage.loading.files import Component
+from zimage.loading.registry import ROWS
 from zimage.weights.manifest import Progress, silent
 from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
@@ -137,7 +138,7 @@ def _check_replaceable(target: Path, force: bool) -> None:
     if target.is_dir() == _is_file(target):
         kind, other = ("folder", "file") if target.is_dir() else ("file", "folder")
         raise RequestError(f"{target} is a {kind}, which --force does not replace by a {other}; remove it yourself")
-    marks = ("model_index.json", "config.json", *(f"{folder}/config.json" for folder in SUBFOLDERS.values()))
+    marks = ("model_index.json", "config.json", *(f"{row.folder}/config.json" for row in ROWS.values()))
     if target.is_dir() and not any((target / mark).is_file() for mark in marks) and any(target.iterdir()):
         raise RequestError(f"{target} is not a model's folder, so --force does not replace it; remove it yourself")
 
@@ -233,7 +234,7 @@ def _write_folder(
     folder.mkdir()
     whole = len(components) > 1
     for name, component in components.items():
-        inner = folder / SUBFOLDERS[name] if whole else folder
+        inner = folder / ROWS[name].folder if whole else folder
         inner.mkdir(exist_ok=True)
         _write_config(inner / "config.json", component.config, dtype)
         write_shards(inner, STEMS[name], plans[name], shard_size, progress)

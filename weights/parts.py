@@ -7,7 +7,8 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
-from zimage.loading.files import PARTS, SUBFOLDERS, VAE_CLASSES, Component
+from zimage.loading.files import Component
+from zimage.loading.registry import REQUIRED, ROWS, VAE
 
 
 def find_parts(path: Path) -> dict[str, Path]:
@@ -15,14 +16,14 @@ def find_parts(path: Path) -> dict[str, Path]:
     if path.is_file():
         found = dict.fromkeys(parts_of(path), path)
     elif path.is_dir():
-        found = {part: path / SUBFOLDERS[part] for part in PARTS if (path / SUBFOLDERS[part]).is_dir()}
+        found = {part: path / ROWS[part].folder for part in REQUIRED if (path / ROWS[part].folder).is_dir()}
         if not found and (path / "config.json").is_file():
             found = {_part_of(path): path}
     else:
         raise CheckpointError(f"{path} does not exist; give a model folder, a component's folder or a weight file")
     if not found:
-        raise CheckpointError(f"{path} holds no part of a model: no {', '.join(PARTS)}")
-    return {part: found[part] for part in PARTS if part in found}
+        raise CheckpointError(f"{path} holds no part of a model: no {', '.join(REQUIRED)}")
+    return {part: found[part] for part in REQUIRED if part in found}
 
 
 def check_configs(path: Path, configs: Path | None) -> None:
@@ -37,7 +38,7 @@ def open_part(part: str, path: Path, configs: Path | None = None) -> Component:
     """A part, checked against its config: `configs` is a model folder that has the one of a loose file."""
     if configs is None or path.is_dir():
         return Component.open(part, path)
-    config = read_json(configs / SUBFOLDERS[part] / "config.json")
+    config = read_json(configs / ROWS[part].folder / "config.json")
     return Component(part, config, Checkpoint.of_file(path, part))
 
 
@@ -51,7 +52,7 @@ def all_finite(numbers: Tensor) -> bool:
 
 def _part_of(folder: Path) -> str:
     config = read_json(folder / "config.json")
-    kinds = {**dict.fromkeys(VAE_CLASSES, "vae"), "ZImageTransformer2DModel": "dit", "qwen3": "text_encoder"}
+    kinds = {**dict.fromkeys(ROWS[VAE].classes, VAE), "ZImageTransformer2DModel": "dit", "qwen3": "text_encoder"}
     kind = config.get("_class_name") or config.get("model_type")
     if kind not in kinds:
         raise CheckpointError(f"{folder / 'config.json'} is of {kind!r}; known are {', '.join(kinds)}")

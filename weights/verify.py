@@ -13,7 +13,8 @@ from zimage.errors import CheckpointError
 from zimage.formats.checkpoint import read_json
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, NUMBERS, Maps
-from zimage.loading.files import PARTS, Model
+from zimage.loading.files import ModelFiles
+from zimage.loading.registry import REQUIRED
 from zimage.weights.headers import Header, Slot, read_header
 from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
 from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
@@ -192,14 +193,14 @@ def _check_part(part: str, place: Path, configs: Path | None) -> Report:
 
 def _check_whole(path: Path, parts: dict[str, Path]) -> Report:
     report = Report("model")
-    absent = [part for part in PARTS if part not in parts]
+    absent = [part for part in REQUIRED if part not in parts]
     if absent:
         report.problems.append(f"it has no {' and no '.join(absent)}")
         return report
     try:
         if (path / "model_index.json").is_file():
             read_json(path / "model_index.json")
-        model = Model.of_folder(path)
+        model = ModelFiles.of_folder(path)
     except CheckpointError as error:
         report.problems.append(str(error))
         return report

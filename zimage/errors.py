@@ -6,6 +6,10 @@ class ZImageError(Exception):
 
     exit_status = 1
 
+    def __init__(self, text: str = "", *, fields: tuple[str, ...] = ()):
+        super().__init__(text)
+        self.fields = fields
+
 
 class RequestError(ZImageError, ValueError):
     """A setting or an argument that cannot be used: the caller has to change the call."""

@@ -22,7 +22,7 @@ def render(
     # Without the cache of captions, which the other side lacks: a warm encode is to be an encode.
     settings = {"precision": precision, "memory": memory, "cache_entries": 0}
     pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, **settings)
-    request = pipe.resolve(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
+    request = pipe.prepare(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
     clock.lap("load")
     step_seconds, image = [], None
     for event in pipe.run(request):

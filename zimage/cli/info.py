@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,11 @@ from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.settings.declared import LoadSettings, Request
+
+if TYPE_CHECKING:
+    from zimage.loading.files import Component
+    from zimage.pipeline import ZImage
+    from zimage.render.job import Job
 
 PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
 
@@ -31,7 +36,8 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> N
         return
     _print(facts)
     if with_plan:
-        click.echo("\n".join(plan_lines(pipe, _request(pipe, size))))
+        job = _job(pipe, size)
+        click.echo("\n".join(plan_lines(job.plan, pipe.refusal(job))))
 
 
 def _planned(request: dict[str, Any]) -> dict[str, Any]:
@@ -57,22 +63,22 @@ def _print(facts: dict[str, Any]) -> None:
     click.echo(
         f"memory        {facts['dtype']} on {facts['device']}: "
         + ", ".join(f"{name} {_size(stage['peak'])}" for name, stage in facts["plan"]["stages"].items())
-        + (" (all stages stay loaded)" if len(facts["plan"]["kept"]) == len(facts["components"]) else "")
+        + (" (all components stay loaded)" if len(facts["plan"]["kept"]) == len(facts["components"]) else "")
     )
 
 
-def describe(pipe: Any, size: dict[str, Any]) -> dict[str, Any]:
+def describe(pipe: "ZImage", size: dict[str, Any]) -> dict[str, Any]:
     """All that `info` prints, as plain values; the plan for a picture of `size`, where one is given."""
     components = [_describe_component(c, pipe) for c in pipe.model.components.values()]
     known_shift = pipe.model.shift is not None
-    request = _request(pipe, {})
+    request = _job(pipe, {}).request
     return {
         "name": pipe.model.name,
         "fingerprint": pipe.model.fingerprint,
         "components": components,
         "assumptions": pipe.model.assumptions,
         "vocabulary": pipe.model.tokenizer.vocab_size,
-        "caption_tokens": pipe.captions.limit,
+        "caption_tokens": pipe.texts.limit,
         "defaults": {
             "width": request.width,
             "height": request.height,
@@ -82,17 +88,17 @@ def describe(pipe: Any, size: dict[str, Any]) -> dict[str, Any]:
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "plan": plan_facts(pipe, _request(pipe, size)),
+        "plan": plan_facts(_job(pipe, size).plan),
     }
 
 
-def _request(pipe: Any, size: dict[str, Any]) -> Request:
-    """A resolved request, short of what it draws, for as many images as are denoised together."""
+def _job(pipe: "ZImage", size: dict[str, Any]) -> "Job":
+    """A job for nothing but its plan: as many images as are denoised together."""
     shift, images = 3.0 if pipe.model.shift is None else None, size.get("batch_size", 1)
-    return pipe.resolve(Request(prompt="", images=images, shift=shift, seed=0, **size))
+    return pipe.prepare(Request(prompt="", images=images, shift=shift, seed=0, **size), must_fit=False)
 
 
-def _describe_component(component: Any, pipe: Any) -> dict[str, Any]:
+def _describe_component(component: "Component", pipe: "ZImage") -> dict[str, Any]:
     checkpoint = component.checkpoint
     stored = Counter(entry.dtype for entry in checkpoint.entries.values())
     return {
@@ -102,7 +108,7 @@ def _describe_component(component: Any, pipe: Any) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in component.skeleton.parameters()),
         "disk_bytes": checkpoint.stored_bytes(),
         "stored": ", ".join(f"{dtype}" for dtype, _ in stored.most_common()),
-        "memory_bytes": pipe.plan.weight_bytes(component.name),
+        "memory_bytes": pipe.planner.sizes[component.name].weights,
     }
 
 

@@ -2,39 +2,34 @@
 
 from typing import Any
 
-import click
+from zimage.loading.plan import MemoryPlan, StagePlan
 
-from zimage.cli.progress import STAGES
-from zimage.errors import RequestError
+DECODING = {"off": "decoded whole", "exact": "decoded in strips", "blend": "decoded in blended tiles"}
 
 
-def plan_lines(pipe: Any, request: Any) -> list[str]:
-    """The plan of a resolved request: what each stage holds, what comes and goes, and the peak to expect."""
-    schedule = pipe.schedule(request)
-    lines = [f"plan          {request.width}×{request.height}; {_limits(schedule)}; {_strategy(schedule)}"]
+def plan_lines(plan: MemoryPlan, refusal: str = "") -> list[str]:
+    """What each stage holds, what comes and goes, and the peak to expect; and why it was refused, if it was."""
+    lines = [f"plan          {plan.work.width}×{plan.work.height}; {_limits(plan)}; {_strategy(plan)}"]
     lines.append(f"{'':14}{'device':8}{'weights':>10}{'activations':>13}{'other':>10}{'peak':>10}  streamed")
-    for stage in schedule.stages.values():
+    for stage in plan.stages.values():
         figures = (stage.weights + stage.window, stage.activations, stage.base, stage.peak)
         weights, work, base, peak = (f"{size / 1e9:.2f} GB" for size in figures)
-        lines.append(
-            f"{STAGES[stage.name]:14}{stage.device!s:8}{weights:>10}{work:>13}{base:>10}{peak:>10}  {_streamed(stage)}"
-        )
-    return lines + _refusal(pipe, request)
+        lines.append(f"{stage.title:14}{stage.device:8}{weights:>10}{work:>13}{base:>10}{peak:>10}  {_streamed(stage)}")
+    return [*lines, f"refused       {refusal}"] if refusal else lines
 
 
-def plan_facts(pipe: Any, request: Any) -> dict[str, Any]:
+def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
     """The same as plain values, in bytes."""
-    schedule = pipe.schedule(request)
     return {
-        "width": request.width,
-        "height": request.height,
-        "fits": schedule.fits,
-        "tile_mode": schedule.tile_mode,
-        "kept": sorted(schedule.kept),
-        "limits": {str(device): limit for device, limit in schedule.limits.items()},
+        "width": plan.work.width,
+        "height": plan.work.height,
+        "fits": plan.fits,
+        "tile_mode": plan.tile_mode,
+        "kept": sorted(plan.kept),
+        "limits": dict(plan.limits),
         "stages": {
-            stage.name: {
-                "device": str(stage.device),
+            name: {
+                "device": stage.device,
                 "weights": stage.weights,
                 "activations": stage.activations,
                 "other": stage.base,
@@ -44,41 +39,26 @@ def plan_facts(pipe: Any, request: Any) -> dict[str, Any]:
                 "streamed_at_once": stage.window,
                 "page_locked_on_host": stage.pinned,
             }
-            for stage in schedule.stages.values()
+            for name, stage in plan.stages.items()
         },
     }
 
 
-def show_plan(pipe: Any, request: Any) -> None:
-    """Print the plan to standard error, as `gen` does with all but the pictures' names."""
-    for line in plan_lines(pipe, request):
-        click.echo(line, err=True)
+def _limits(plan: MemoryPlan) -> str:
+    limits = ", ".join(f"{limit / 1e9:.2f} GB on {device}" for device, limit in plan.limits.items())
+    return f"at most {limits} ({'free now' if plan.budget is None else f'memory {plan.budget:g}'})"
 
 
-def _limits(schedule: Any) -> str:
-    limits = ", ".join(f"{limit / 1e9:.2f} GB on {device}" for device, limit in schedule.limits.items())
-    return f"at most {limits} ({'free now' if schedule.given is None else f'memory {schedule.given:g}'})"
+def _strategy(plan: MemoryPlan) -> str:
+    streamed = [stage.title for stage in plan.stages.values() if stage.streamed]
+    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else "each component loaded in its turn"
+    streaming = f"{' and '.join(streamed)} streamed" if streamed else ""
+    return ", ".join(filter(None, [kept, DECODING[plan.tile_mode], streaming]))
 
 
-def _strategy(schedule: Any) -> str:
-    streamed = [STAGES[stage.name] for stage in schedule.stages.values() if stage.streamed]
-    loading = "all parts stay loaded" if len(schedule.kept) == len(schedule.stages) else "each part loaded in its turn"
-    decoding = {"off": "decoded whole", "exact": "decoded in strips", "blend": "decoded in blended tiles"}
-    parts = [loading, decoding[schedule.tile_mode], f"{' and '.join(streamed)} streamed" if streamed else ""]
-    return ", ".join(filter(None, parts))
-
-
-def _streamed(stage: Any) -> str:
+def _streamed(stage: StagePlan) -> str:
     if not stage.streamed:
         return "-"
     at_once, total = stage.window / 1e9, stage.streamed_bytes / 1e9
     host = f", {stage.pinned / 1e9:.2f} GB page-locked on the host" if stage.pinned else ""
     return f"{len(stage.streamed)} of {stage.blocks} blocks, {total:.2f} GB, {at_once:.2f} GB at a time{host}"
-
-
-def _refusal(pipe: Any, request: Any) -> list[str]:
-    try:
-        pipe.check(request)
-    except RequestError as error:
-        return [f"refused       {error}"]
-    return []

@@ -3,8 +3,6 @@
 import sys
 from typing import Any
 
-STAGES = {"text_encoder": "text encoder", "dit": "DiT", "vae": "VAE"}
-
 
 class Progress:
     """A consumer of pipeline events. Progress and notes go to standard error, names of files to standard output."""
@@ -26,7 +24,9 @@ class Progress:
 
     def update(self, event: Any) -> None:
         if event.stage == "load":
-            self.show(f"loading the {STAGES[event.detail]}")
+            from zimage.loading.registry import ROWS
+
+            self.show(f"loading the {ROWS[event.detail].title}")
             return
         place = f" ({event.index + 1} of {event.count})" if event.count > 1 else ""
         self.show(f"{event.stage}{place} {_bar(event.step, event.total)} {event.step}/{event.total}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,11 @@ from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.profiles import Resolved
+
+if TYPE_CHECKING:
+    from zimage.pipeline import ZImage
+    from zimage.render.job import Job
+    from zimage.render.rewriting import Rewrite
 
 
 @click.command(cls=GroupedCommand)
@@ -55,23 +60,28 @@ def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
     return None if settings.rewriter is None or (again and "rewriter" not in given) else settings
 
 
-def rewritten(
-    pipe: Any, request: Request, settings: RewriteSettings | None, progress: Progress
-) -> tuple[Request, list]:
-    """A request with its prompts rewritten, and what came of each."""
+def prepared(
+    pipe: "ZImage", request: Request, settings: RewriteSettings | None, progress: Progress, must_fit: bool
+) -> tuple["Job", list["Rewrite"]]:
+    """The job of a request, its prompts rewritten first where that is asked for, and what came of each."""
+    job = pipe.prepare(request, must_fit=must_fit)
     if settings is None:
-        return request, []
+        return job, []
     if request.embeddings is not None:
-        raise RequestError("rewriter: embeddings hold no prompt that could be rewritten; leave one of them out")
+        raise RequestError(
+            "rewriter: embeddings hold no prompt that could be rewritten; leave one of them out",
+            fields=("rewriter", "embeddings"),
+        )
     _warn_of_demo(pipe, settings, progress)
     results = [write(pipe, prompt, settings, progress) for prompt in request.prompts]
     for result in results:
         progress.note(f"rewritten ({result.rewriter}, seed {result.seed}): {result.prompt}")
     prompts = [result.prompt for result in results]
-    return dataclasses.replace(request, prompt=prompts if isinstance(request.prompt, list) else prompts[0]), results
+    prompt = prompts if isinstance(request.prompt, list) else prompts[0]
+    return pipe.prepare(dataclasses.replace(job.request, prompt=prompt), must_fit=must_fit), results
 
 
-def write(pipe: Any, prompt: str, settings: RewriteSettings, progress: Progress) -> Any:
+def write(pipe: "ZImage", prompt: str, settings: RewriteSettings, progress: Progress) -> "Rewrite":
     """The rewritten prompt, its pieces counted while they come."""
     progress.show("rewriting")
     pieces, count = pipe.rewriter.pieces(prompt, settings), 0
@@ -85,6 +95,6 @@ def write(pipe: Any, prompt: str, settings: RewriteSettings, progress: Progress)
         progress.show(f"rewriting {count}/{settings.max_tokens}")
 
 
-def _warn_of_demo(pipe: Any, settings: RewriteSettings, progress: Progress) -> None:
+def _warn_of_demo(pipe: "ZImage", settings: RewriteSettings, progress: Progress) -> None:
     if pipe.is_demo and not settings.rewriter_url:
         progress.note("the bundled demo's text encoder was never taught to write; use a real model or --rewriter-url")

@@ -52,7 +52,7 @@ def encode(prompt: str, output: Path, **options: Any) -> None:
     if output.suffix != ".safetensors":
         raise RequestError(f"output {output.name!r} should end in .safetensors")
     pipe, text = _opened(options)
-    request = {"prompt": prompt, **pipe.captions.filled(TextSettings.from_mapping(text)).to_mapping()}
+    request = {"prompt": prompt, **pipe.texts.filled(TextSettings.from_mapping(text)).to_mapping()}
     from zimage.text.embeddings import save_embeddings
 
     (caption,) = pipe.encode(prompt, **text)
@@ -68,5 +68,5 @@ def _opened(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     resolved = resolve_options(options)
     pipe, text = load_pipeline(resolved), resolved.of(TextSettings)
     with resolved.naming_sources():
-        pipe.captions.filled(TextSettings.from_mapping(text))
+        pipe.texts.filled(TextSettings.from_mapping(text))
     return pipe, text

@@ -135,7 +135,7 @@ class ContextRefiner(nn.Module):
 
     def _refine_padded(self, captions: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """All captions in one padded batch (B, max Lp, dim), and their Lp."""
-        lengths = [_padded(len(caption)) for caption in captions]
+        lengths = [padded_length(len(caption)) for caption in captions]
         tokens = torch.stack([self._embed(c, n, max(lengths)) for c, n in zip(captions, lengths, strict=True)])
         turn = self._rotation(caption_positions(max(lengths))[None])
         padding = Padding.of(lengths, tokens.device)
@@ -186,15 +186,6 @@ class ZImageDiT(ContextRefiner):
     def final_layer(self) -> FinalLayer:
         return self.all_final_layer[f"{PATCH}-1"]
 
-    def read_order(self) -> Iterator[nn.Parameter]:
-        """Weights in the order in which a run reads them: `modulate` comes before the blocks."""
-        first, blocks = [], []
-        for name, weight in self.named_parameters():
-            in_block = name.startswith(("noise_refiner.", "layers.")) and "adaLN" not in name
-            (blocks if in_block else first).append(weight)
-        yield from first
-        yield from blocks
-
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The modules that run one after another, in that order, each with the weights that its forward reads.
 
@@ -202,14 +193,6 @@ class ZImageDiT(ContextRefiner):
         """
         for block in (*self.context_refiner, *self.noise_refiner, *self.layers):
             yield block, [weight for name, weight in block.named_parameters() if "adaLN" not in name]
-
-    def activation_bytes(self, image_tokens: int, dtype: torch.dtype, caption_tokens: int | None = None) -> int:
-        """About the peak of one evaluation for one image: the feed-forward's hidden maps and a few of width dim.
-
-        Without `caption_tokens`, for the longest caption there is.
-        """
-        tokens = image_tokens + (self.config.max_caption_tokens if caption_tokens is None else _padded(caption_tokens))
-        return tokens * (2 * int(self.config.dim / 3 * 8) + 8 * self.config.dim) * dtype.itemsize
 
     def forward(self, latents: Tensor, sigma: Tensor, captions: Sequence[Tensor]) -> Tensor:
         """Velocity (B, C, h, w) fp32 of latents (B, C, h, w) at noise levels σ (B,) and B captions (L, caption width).
@@ -237,7 +220,7 @@ class ZImageDiT(ContextRefiner):
 
     def _context(self, tokens: Tensor, lengths: list[int], h: int, w: int) -> Context:
         rows, columns = h // PATCH, w // PATCH
-        padded = _padded(rows * columns)
+        padded = padded_length(rows * columns)
         image = torch.stack(
             [image_positions(rows, columns, padded, n) for n in (lengths if len(set(lengths)) > 1 else lengths[:1])]
         )  # (B or 1, Np, 3): a caption's length shifts only its own image
@@ -271,7 +254,7 @@ class ZImageDiT(ContextRefiner):
                 f"{self.config.in_channels} channels and even sides are needed"
             )
         tokens = self.x_embedder(patchify(latents.to(self.x_pad_token), PATCH))
-        pads = self.x_pad_token.expand(len(tokens), _padded(tokens.shape[1]) - tokens.shape[1], -1)
+        pads = self.x_pad_token.expand(len(tokens), padded_length(tokens.shape[1]) - tokens.shape[1], -1)
         return torch.cat((tokens, pads), dim=1)
 
 
@@ -279,5 +262,6 @@ def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleLi
     return nn.ModuleList(Block(config.dim, config.n_heads, config.norm_eps, modulated) for _ in range(count))
 
 
-def _padded(length: int) -> int:
+def padded_length(length: int) -> int:
+    """The length that a sequence is filled up to."""
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE

@@ -1,5 +1,6 @@
-"""Where the parts of a model run and what they compute in: devices and dtypes by name, checked against the machine."""
+"""Where components run and what they compute in: devices and dtypes by name, checked against the machine."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,32 +8,35 @@ import torch
 from zimage.errors import RequestError
 from zimage.settings.declared import LoadSettings
 
-PARTS = ("text_encoder", "dit", "vae")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Place(NamedTuple):
-    """Where a part runs, and what it computes in."""
+    """Where a component runs, and what it computes in."""
 
     device: torch.device
     dtype: torch.dtype
 
 
-def choose_places(settings: LoadSettings, dtype: str | torch.dtype | None) -> dict[str, Place]:
-    """The place of each part: its own device, where one is named, and the dtype that suits it. Raises RequestError."""
+def choose_places(names: Iterable[str], settings: LoadSettings, dtype: str | torch.dtype | None) -> dict[str, Place]:
+    """The place of each component: its own device, where one is named, and the dtype that suits it.
+
+    Raises RequestError.
+    """
     places = {}
-    for part in PARTS:
-        field = f"{part}_device" if getattr(settings, f"{part}_device") else "device"
+    for name in names:
+        own = f"{name}_device"
+        field = own if getattr(settings, own, None) else "device"
         device = choose_device(getattr(settings, field), field)
-        places[part] = Place(device, choose_dtype(dtype, device))
+        places[name] = Place(device, choose_dtype(dtype, device))
     return places
 
 
-def device_names(places: dict[str, Place]) -> str:
-    """The device's type, or each part's where they differ."""
+def device_names(places: Mapping[str, Place]) -> str:
+    """The device's type, or each component's where they differ."""
     kinds = {name: place.device.type for name, place in places.items()}
-    alike = len(set(kinds.values())) == 1
-    return kinds["dit"] if alike else ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+    alike = set(kinds.values())
+    return alike.pop() if len(alike) == 1 else ", ".join(f"{name} {kind}" for name, kind in kinds.items())
 
 
 def choose_device(name: str, setting: str = "device") -> torch.device:
@@ -44,14 +48,16 @@ def choose_device(name: str, setting: str = "device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RequestError(f"{setting} {name!r} is not known; use auto, cpu, cuda, cuda:N or mps") from None
+        raise RequestError(
+            f"{setting} {name!r} is not known; use auto, cpu, cuda, cuda:N or mps", fields=(setting,)
+        ) from None
     present = {
         "cpu": True,
         "cuda": (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type):
-        raise RequestError(f"{setting} {name!r} is not on this machine; use auto or cpu")
+        raise RequestError(f"{setting} {name!r} is not on this machine; use auto or cpu", fields=(setting,))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device
@@ -64,7 +70,9 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         return torch.bfloat16 if native else torch.float32
     chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if chosen in (torch.float16, "fp16", "float16"):
-        raise RequestError("dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32")
+        raise RequestError(
+            "dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32", fields=("dtype",)
+        )
     if chosen not in (torch.bfloat16, torch.float32, torch.float64):
-        raise RequestError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}")
+        raise RequestError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}", fields=("dtype",))
     return chosen

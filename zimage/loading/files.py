@@ -1,30 +1,32 @@
-"""The parts of a model: which module each one is, how it is found, checked and loaded."""
+"""The components of a model in their files: found, checked each and against one another, loaded when asked."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
 from zimage.kernels.backend import check_triton
-from zimage.loading.devices import PARTS, choose_device, choose_dtype
+from zimage.loading.devices import choose_device, choose_dtype
 from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
+from zimage.loading.plan import Workload
+from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Row
+from zimage.loading.sizes import BlockBytes
 from zimage.loading.weights import check_fit, late_matrices, load_weights, loaded_bytes, on_meta
 from zimage.nn.config import read_architecture
 from zimage.settings.declared import LoadSettings
-from zimage.text import Qwen3, Tokenizer
-from zimage.vae import AutoencoderKL, AutoencoderKLWan
+from zimage.text import Tokenizer
 
-SUBFOLDERS = {"text_encoder": "text_encoder", "dit": "transformer", "context_refiner": "transformer", "vae": "vae"}
+log = logging.getLogger("zimage")
+
 VARIANTS = {"turbo": 3.0, "base": 6.0}  # the schedule's shift, which loose files do not carry
-VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLWan": AutoencoderKLWan}
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,8 @@ class SchedulerConfig:
     }
 
 
-class BlockBytes(NamedTuple):
-    """What a block takes that is streamed instead of loaded."""
-
-    loaded: int  # its weights as they are used
-    source: int  # of those that are cast: as they are stored
-
-
 class Component:
-    """One part of a model, opened and checked but not loaded. Raises CheckpointError or ConfigError."""
+    """One component of a model, opened and checked but not loaded. Raises CheckpointError or ConfigError."""
 
     def __init__(self, name: str, config: Mapping[str, Any], checkpoint: Checkpoint):
         self.name, self.config, self.checkpoint = name, config, checkpoint
@@ -63,57 +58,20 @@ class Component:
     @classmethod
     def open(cls, name: str, path: Path) -> "Component":
         """From a component folder with its config, or from a loose file whose shapes tell the architecture."""
-        part = "dit" if name == "context_refiner" else name
+        whole = ROWS[name].inside or name
         if path.is_dir():
-            return cls(name, read_json(path / "config.json"), Checkpoint.of_folder(path, part))
-        checkpoint = Checkpoint.of_file(path, part)
-        return cls(name, architecture(part, path, checkpoint.entries), checkpoint)
+            return cls(name, read_json(path / "config.json"), Checkpoint.of_folder(path, whole))
+        checkpoint = Checkpoint.of_file(path, whole)
+        return cls(name, architecture(whole, path, checkpoint.entries), checkpoint)
 
-    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
-        """Bytes of the loaded weights as `dtype`, or as they are stored."""
-        if widen_late:
-            return self.checkpoint.stored_bytes()
-        return loaded_bytes(self.skeleton, self.checkpoint, dtype)
+    @property
+    def row(self) -> Row:
+        return ROWS[self.name]
 
     @cached_property
     def is_packed(self) -> bool:
         """Whether some of the weights are quantised and stay so."""
         return any(entry.packed for entry in self.checkpoint.entries.values())
-
-    def unread_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
-        """Of `weight_bytes`, on a CPU, what stays on disk: weights that are views of the file and no render reads."""
-        read = {id(weight) for weight in self.skeleton.read_order()}
-        unread = 0
-        for name, weight in self.skeleton.named_parameters():
-            if id(weight) not in read and self._is_view(name, dtype, widen_late):
-                unread += self.checkpoint.entries[name].nbytes
-        return unread
-
-    def is_viewed(self, dtype: torch.dtype, widen_late: bool = False) -> bool:
-        """Whether most of the weights, once loaded on a CPU, are views of the file."""
-        names = [name for name, _ in self.skeleton.named_parameters()]
-        return 2 * sum(self._is_view(name, dtype, widen_late) for name in names) > len(names)
-
-    def block_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> list[BlockBytes]:
-        """The size of each block that can be streamed, in the order of `blocks()`; 0 where a render runs none."""
-        if not hasattr(self.skeleton, "blocks"):
-            return []
-        read = {id(weight) for weight in self.skeleton.read_order()}
-        names = {id(w): name for name, w in self.skeleton.named_parameters() if id(w) in read}
-        return [
-            self._block_bytes([names[id(w)] for w in weights if id(w) in names], dtype, widen_late)
-            for _, weights in self.skeleton.blocks()
-        ]
-
-    def _block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes:
-        loaded = source = 0
-        for entry, name in ((self.checkpoint.entries[n], n) for n in names if self._can_be_view(n)):
-            if self._is_view(name, dtype, widen_late):
-                loaded += entry.nbytes
-            else:
-                loaded += entry.count * dtype.itemsize
-                source += entry.nbytes
-        return BlockBytes(loaded, source)
 
     def load(
         self, device: torch.device, dtype: torch.dtype, widen_late: bool = False, streamed: Sequence[int] = ()
@@ -131,6 +89,42 @@ class Component:
         load_weights(model, self.checkpoint, dtype, device, widen_late, away)
         return model
 
+    # ------------------------------------------------------------------ what `sizes` asks
+
+    def reads(self) -> Iterator[nn.Parameter]:
+        """The weights that a render reads, in its order."""
+        return self.row.reads(self.skeleton)
+
+    def work_bytes(self, work: Workload, dtype: torch.dtype) -> int:
+        """What its stage needs besides weights."""
+        return self.row.work(self.skeleton.config, work, dtype)
+
+    def stored_bytes(self) -> int:
+        return self.checkpoint.stored_bytes()
+
+    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
+        """Bytes of the loaded weights as `dtype`, or as they are stored."""
+        return self.stored_bytes() if widen_late else loaded_bytes(self.skeleton, self.checkpoint, dtype)
+
+    def view_bytes(self, name: str, dtype: torch.dtype, widen_late: bool) -> int:
+        """Bytes of a weight that stays a view of the file when it is loaded on a CPU; 0 for one that does not."""
+        entry = self.checkpoint.entries.get(name)
+        if entry is None or not self._can_be_view(name):
+            return 0
+        stays = entry.packed or entry.kind == dtype or (widen_late and name in self._matrices)
+        return entry.nbytes if stays else 0
+
+    def block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes:
+        """Of a block with these weights, those that can be streamed."""
+        loaded = stored = 0
+        for entry, name in ((self.checkpoint.entries[n], n) for n in names if self._can_be_view(n)):
+            viewed = self.view_bytes(name, dtype, widen_late)
+            loaded += viewed or entry.count * dtype.itemsize
+            stored += 0 if viewed else entry.nbytes
+        return BlockBytes(loaded, stored)
+
+    # ------------------------------------------------------------------ the rest
+
     def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
         names = {id(weight): name for name, weight in model.named_parameters()}
         chosen = [weights for i, (_, weights) in enumerate(model.blocks()) if i in blocks]
@@ -140,59 +134,70 @@ class Component:
         """Whether a weight is a view of the file before it is cast; one that loading has to copy is not."""
         return not hasattr(self.skeleton, "fold") and self.checkpoint.entries[name].aligned
 
-    def _is_view(self, name: str, dtype: torch.dtype, widen_late: bool) -> bool:
-        """Whether a weight stays a view of the file when it is loaded on a CPU."""
-        entry = self.checkpoint.entries.get(name)
-        if entry is None or not self._can_be_view(name):
-            return False
-        return entry.packed or entry.kind == dtype or (widen_late and name in self._matrices)
-
     @cached_property
     def _matrices(self) -> set[str]:
         return late_matrices(self.skeleton)
 
-    def _build(self) -> nn.Module:
+    def _build(self, name: str = "") -> Any:
         with on_meta():
-            return _module_class(self.name, self.config).from_config(self.config)
+            return ROWS[name or self.name].module(self.config).from_config(self.config)
 
     def _other_keys(self) -> set[str]:
-        """The context refiner shares its file with the rest of the DiT."""
-        if self.name != "context_refiner":
-            return set()
-        with on_meta():
-            return set(ZImageDiT.from_config(self.config).state_dict())
+        """The keys of the component in whose file this one lies."""
+        return set(self._build(self.row.inside).state_dict()) if self.row.inside else set()
 
 
-class Model:
-    """A whole model: text encoder, DiT, VAE, tokenizer and schedule, checked each and against one another.
+class ModelFiles:
+    """A whole model in its files: components, tokenizer and schedule, checked each and against one another.
 
     `shift` is None where nothing tells it; `assumptions` are lines on what loose files do not say.
     """
 
-    def __init__(self, origin: Path, components: dict[str, Component], tokenizer: Tokenizer, shift: float | None):
+    def __init__(
+        self,
+        origin: Path,
+        components: dict[str, Component],
+        tokenizer: Tokenizer,
+        shift: float | None,
+        assumptions: Sequence[str] = (),
+    ):
         self.origin, self.components, self.tokenizer, self.shift = origin, components, tokenizer, shift
         loose = [name for name, component in components.items() if component.checkpoint.origin.is_file()]
-        self.assumptions = [ASSUMED[name] for name in loose if name in ASSUMED]
+        self.assumptions = [*(ASSUMED[name] for name in loose if name in ASSUMED), *assumptions]
         self._check_agreement()
 
     @classmethod
-    def of_folder(cls, folder: Path) -> "Model":
+    def of_folder(cls, folder: Path) -> "ModelFiles":
         """A folder in the published layout. Raises CheckpointError or ConfigError."""
         if not folder.is_dir():
             raise CheckpointError(f"model {str(folder)!r} is neither a folder in the published layout nor a file")
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
-        return cls(folder, {name: Component.open(name, folder / SUBFOLDERS[name]) for name in PARTS}, tokenizer, shift)
+        components = {name: Component.open(name, folder / ROWS[name].folder) for name in REQUIRED}
+        return cls(folder, components, tokenizer, shift)
 
     @classmethod
-    def of_parts(cls, paths: Mapping[str, Path], tokenizer: Path | None, variant: str | None) -> "Model":
-        """Loose files or component folders, one for each of PARTS; the schedule's shift goes by the variant."""
-        for name in PARTS:
+    def of_components(
+        cls, paths: Mapping[str, Path], tokenizer: Path | None, variant: str | None, folder: Path | None = None
+    ) -> "ModelFiles":
+        """Loose files or component folders, one for each that is required.
+
+        The schedule's shift goes by the variant, else by the folder that the DiT lies in, else by the model `folder`
+        whose component a loose DiT replaces.
+        """
+        for name in REQUIRED:
             if name not in paths:
-                raise RequestError(f"{name} is missing: give {', '.join(PARTS)} together, or a whole model")
-        components = {name: Component.open(name, paths[name]) for name in PARTS}
-        found = tokenizer or find_tokenizer(paths["text_encoder"])
-        shift = VARIANTS[variant] if variant else _shift_beside(paths["dit"])
-        return cls(paths["dit"], components, Tokenizer.load(found), shift)
+                raise RequestError(
+                    f"{name} is missing: pass {', '.join(REQUIRED)} together, or a whole model", fields=(name,)
+                )
+        components = {name: Component.open(name, paths[name]) for name in REQUIRED}
+        found = Tokenizer.load(tokenizer or find_tokenizer(paths[TEXT_ENCODER]))
+        if variant:
+            return cls(paths[DIT], components, found, VARIANTS[variant])
+        if paths[DIT].is_dir() or folder is None:
+            return cls(paths[DIT], components, found, _shift_beside(paths[DIT]))
+        shift = read_shift(folder)
+        line = f"DiT from a loose file: the schedule of {folder} (shift {shift:g}) is assumed" if shift else ""
+        return cls(paths[DIT], components, found, shift, [line] if line else [])
 
     @property
     def name(self) -> str:
@@ -208,9 +213,13 @@ class Model:
         """A component's module on meta: its config and shapes without its weights."""
         return self.components[name].skeleton
 
+    def config(self, name: str) -> Any:
+        """A component's architecture."""
+        return self.components[name].skeleton.config
+
     def _check_agreement(self) -> None:
-        """Parts from different models may each be whole and still not fit together."""
-        encoder, dit, vae = (self.skeleton(name).config for name in self.components)
+        """Components of different models may each be whole and still not fit together."""
+        encoder, dit, vae = (self.config(name) for name in (TEXT_ENCODER, DIT, VAE))
         pairs = (
             ("the DiT's caption width", dit.cap_feat_dim, "the text encoder's width", encoder.hidden_size),
             ("the DiT's latent channels", dit.in_channels, "the VAE's", vae.latent_channels),
@@ -225,33 +234,33 @@ class Model:
             )
 
 
-def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> Model:
-    """A folder or an all-in-one file, with the settings' parts in the place of its own; or a model of parts alone.
+def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> ModelFiles:
+    """A folder or an all-in-one file, with the settings' components in the place of its own; or these alone.
 
     `default` is opened where neither is given. Raises CheckpointError, ConfigError or RequestError.
     """
-    parts = {name: Path(value).expanduser() for name in PARTS if (value := getattr(settings, name))}
+    named = {name: Path(value).expanduser() for name in REQUIRED if (value := getattr(settings, name))}
     tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else None
-    if path is None and parts:
-        return Model.of_parts(parts, tokenizer, settings.variant)
+    if path is None and named:
+        return ModelFiles.of_components(named, tokenizer, settings.variant)
     path = Path(default if path is None else path).expanduser()
     if path.is_file():
-        return Model.of_parts(dict.fromkeys(parts_of(path), path) | parts, tokenizer, settings.variant)
-    if not (parts or tokenizer or settings.variant):
-        return Model.of_folder(path)
-    own = {name: path / SUBFOLDERS[name] for name in PARTS}
-    return Model.of_parts(own | parts, tokenizer or path / "tokenizer", settings.variant)
+        return ModelFiles.of_components(dict.fromkeys(parts_of(path), path) | named, tokenizer, settings.variant)
+    if not (named or tokenizer or settings.variant):
+        return ModelFiles.of_folder(path)
+    own = {name: path / ROWS[name].folder for name in REQUIRED}
+    return ModelFiles.of_components(own | named, tokenizer or path / "tokenizer", settings.variant, path)
 
 
 def load_component(
     path: str | Path, name: str, device: str = "cpu", dtype: str | torch.dtype | None = None
 ) -> nn.Module:
-    """Load one part by itself: "text_encoder", "dit", "context_refiner" or "vae".
+    """Load one component by itself: "text_encoder", "dit", "context_refiner" or "vae".
 
     `path` is the model folder, the component's own, or a loose file. Raises RequestError or CheckpointError.
     """
-    if name not in SUBFOLDERS:
-        raise RequestError(f"there is no component {name!r}; use one of {', '.join(SUBFOLDERS)}")
+    if name not in ROWS:
+        raise RequestError(f"component {name!r} does not exist; use one of {', '.join(ROWS)}")
     place = choose_device(device)
     return Component.open(name, component_folder(Path(path), name)).load(place, choose_dtype(dtype, place))
 
@@ -262,7 +271,7 @@ def component_folder(path: Path, name: str) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder in the published layout nor a file")
-    inner = path / SUBFOLDERS[name]
+    inner = path / ROWS[name].folder
     if not inner.is_dir() and (path / "config.json").is_file():
         return path
     return inner
@@ -275,8 +284,8 @@ def find_tokenizer(text_encoder: Path) -> Path:
         if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
             return folder
     raise CheckpointError(
-        f"{text_encoder} comes with no tokenizer, and none is beside it; give --tokenizer DIR, the folder `tokenizer` "
-        "of Tongyi-MAI/Z-Image-Turbo or of Qwen/Qwen3-4B (tokenizer.json)"
+        f"{text_encoder} comes with no tokenizer, and there is none beside it; use --tokenizer DIR with the folder "
+        "`tokenizer` of Tongyi-MAI/Z-Image-Turbo or of Qwen/Qwen3-4B (tokenizer.json)"
     )
 
 
@@ -294,12 +303,3 @@ def read_shift(folder: Path) -> float | None:
     if not shift > 0:
         raise ConfigError(f"{path}: shift = {shift} must be above 0")
     return float(shift)
-
-
-def _module_class(name: str, config: Mapping[str, Any]) -> type:
-    if name == "vae":
-        kind = config.get("_class_name")
-        if kind not in VAE_CLASSES:
-            raise ConfigError(f"vae config: _class_name = {kind!r} is not implemented; use {' or '.join(VAE_CLASSES)}")
-        return VAE_CLASSES[kind]
-    return {"text_encoder": Qwen3, "dit": ZImageDiT, "context_refiner": ContextRefiner}[name]

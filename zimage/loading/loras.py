@@ -1,7 +1,9 @@
-"""The LoRA adapters of a pipeline: added, re-weighted and removed, whether its DiT is loaded or not.
+"""The LoRA adapters of a pipeline: which files at which scale, whether its DiT is loaded or not.
 
 Adapters add up. A layer is always made from the checkpoint's weight and all that is wanted of it, never from what it
-holds at the moment, so that an adapter that is removed leaves nothing behind.
+holds at the moment, so that an adapter that is removed leaves nothing behind. What is listed here is what requests
+prepared from now on take along; the loaded DiT belongs to `residency`, which gives it the adapters of the request at
+work.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,40 +32,45 @@ class Handle:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """One adapter in use: `scale` is what its deltas are multiplied by."""
+class LoraUse:
+    """Which adapter at which scale, as plain values: `scale` is what its deltas are multiplied by."""
 
-    handle: Handle
-    file: LoraFile = dataclasses.field(repr=False)
+    name: str  # of the file, without its folder
     scale: float
-
-    @property
-    def name(self) -> str:
-        """The file's name, without its folder."""
-        return self.file.name
+    hash: str
+    path: str
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for a picture's metadata."""
-        return {"name": self.name, "scale": self.scale, "hash": self.file.fingerprint}
+        """Plain values for a picture's metadata, which names no folders."""
+        return {"name": self.name, "scale": self.scale, "hash": self.hash}
+
+
+@dataclass(frozen=True)
+class Adapter(LoraUse):
+    """One adapter in use, read from its file."""
+
+    file: LoraFile = dataclasses.field(repr=False, compare=False)
+    handle: Handle = dataclasses.field(default_factory=Handle, repr=False, compare=False)
+
+
+Adapters = tuple[Adapter, ...]
+
+
+class Owner(Protocol):
+    """Who has the loaded DiT."""
+
+    def adapt_idle(self, adapters: Adapters) -> None: ...
 
 
 class Loras:
-    """`pipe.lora`. For several threads at once; a render under way goes on with what is changed meanwhile.
+    """`pipe.lora`. For several threads at once; a render keeps the adapters that it was prepared with.
 
-    `loaded` are the pipeline's parts and `lock` is what guards them; `mergeable` says that the DiT's layers are plain.
+    `mergeable` says that the DiT's layers are plain.
     """
 
-    def __init__(
-        self,
-        dit: Component,
-        device: torch.device,
-        dtype: torch.dtype,
-        loaded: dict[str, nn.Module],
-        lock: threading.Lock,
-        mergeable: bool,
-    ):
-        self._dit, self._device, self._dtype = dit, device, dtype
-        self._loaded, self._lock, self._mergeable = loaded, lock, mergeable
+    def __init__(self, dit: Component, owner: Owner, mergeable: bool):
+        self._dit, self._owner, self._mergeable = dit, owner, mergeable
+        self._lock = threading.Lock()
         self._adapters: dict[Handle, Adapter] = {}
 
     def add(self, path: str | os.PathLike, scale: float = 1.0) -> Handle:
@@ -71,40 +78,49 @@ class Loras:
 
         Raises RequestError for a scale that cannot be used and CheckpointError for a file that cannot.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise RequestError(f"lora {path!r} is a {type(path).__name__}; it should be the path of a file")
-        check_lora_scale(scale)
-        file = read_lora(Path(os.path.expanduser(path)), linear_shapes(self._dit.skeleton))
-        decomposed = [path for path, delta in file.deltas.items() if isinstance(delta, Decomposed)]
-        if not all(self._mergeable and not self._is_packed(path) for path in decomposed):
-            raise RequestError(f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16")
-        adapter = Adapter(Handle(), file, float(scale))
+        adapter = self.adapter(path, scale)
         with self._lock:
-            self._become({**self._adapters, adapter.handle: adapter}, file.deltas)
+            self._become({**self._adapters, adapter.handle: adapter})
         return adapter.handle
+
+    def adapter(self, path: str | os.PathLike, scale: float = 1.0, expected: str = "") -> Adapter:
+        """The adapter of a file, checked but not added; `expected` is the hash that its content must have."""
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(
+                f"lora {path!r} is a {type(path).__name__}; it should be the path of a file", fields=("lora",)
+            )
+        check_lora_scale(scale)
+        named = Path(os.path.expanduser(path))
+        file = read_lora(named, linear_shapes(self._dit.skeleton))
+        if expected and file.fingerprint != expected:
+            raise RequestError(
+                f"lora {named} is not the file that was meant: its content has changed", fields=("lora",)
+            )
+        decomposed = [layer for layer, delta in file.deltas.items() if isinstance(delta, Decomposed)]
+        if not all(self._mergeable and not self._is_packed(layer) for layer in decomposed):
+            raise RequestError(f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16")
+        return Adapter(file.name, float(scale), file.fingerprint, os.path.abspath(named), file)
 
     def set(self, handle: Handle, scale: float) -> None:
         """Give an adapter another scale; at 0 the weights are as without it. Raises RequestError."""
         check_lora_scale(scale)
         with self._lock:
             adapter = dataclasses.replace(self._known(handle), scale=float(scale))
-            self._become({**self._adapters, handle: adapter}, adapter.file.deltas)
+            self._become({**self._adapters, handle: adapter})
 
     def remove(self, handle: Handle) -> None:
         """Take an adapter away; when none is left the weights are the checkpoint's own bits. Raises RequestError."""
         with self._lock:
-            removed = self._known(handle)
-            others = {key: adapter for key, adapter in self._adapters.items() if key is not handle}
-            self._become(others, removed.file.deltas)
+            self._known(handle)
+            self._become({key: adapter for key, adapter in self._adapters.items() if key is not handle})
 
-    def list(self) -> tuple[Adapter, ...]:
+    def list(self) -> Adapters:
         """The adapters in use, in the order in which they were added."""
         return tuple(self._adapters.values())
 
-    def apply(self, dit: nn.Module) -> None:
-        """Give a DiT that was just loaded all adapters; for the pipeline, which holds the lock."""
-        paths = {path: None for adapter in self._adapters.values() for path in adapter.file.deltas}
-        self._bring(dit, self._adapters, paths)
+    def read(self, uses: Iterable[LoraUse]) -> Adapters:
+        """The adapters that a job names, those from their files that are not read yet. Raises as `adapter` does."""
+        return tuple(u if isinstance(u, Adapter) else self.adapter(u.path, u.scale, u.hash) for u in uses)
 
     def _is_packed(self, path: str) -> bool:
         return self._dit.checkpoint.entries[f"{path}.weight"].packed
@@ -114,27 +130,47 @@ class Loras:
             raise RequestError(f"there is no lora with the handle {handle!r} (any more); use one that add returned")
         return self._adapters[handle]
 
-    def _become(self, adapters: Mapping[Handle, Adapter], paths: Iterable[str]) -> None:
-        """Have these adapters from now on; `paths` are the layers where that makes a difference."""
-        if "dit" in self._loaded:
-            try:
-                self._bring(self._loaded["dit"], adapters, paths)
-            except BaseException:
-                del self._loaded["dit"]  # changed by half: it is loaded anew, with the adapters there were
-                raise
+    def _become(self, adapters: Mapping[Handle, Adapter]) -> None:
+        """Have these adapters from now on, unless the DiT cannot carry them."""
+        self._owner.adapt_idle(tuple(adapters.values()))
         self._adapters = dict(adapters)
 
-    def _bring(self, dit: nn.Module, adapters: Mapping[Handle, Adapter], paths: Iterable[str]) -> None:
-        """Make the layers at `paths` carry what the adapters have for them."""
-        read, wanted = self._dit.checkpoint.reader(), [a for a in adapters.values() if a.scale != 0]
-        stacks = {path: [(a.file.deltas[path], a.scale) for a in wanted if path in a.file.deltas] for path in paths}
-        plain = [path for path, stack in stacks.items() if stack and is_plain(dit, path, self._dtype)]
-        merged = {path: read(f"{path}.weight") for path in plain}
-        prefetch = Prefetch(merged.values())
-        try:
-            for path, stack in stacks.items():
-                adapt(dit, path, stack, partial(read, f"{path}.weight"), self._dtype, self._device)
-                if path in merged:
-                    forget_pages(merged[path])
-        finally:
-            prefetch.stop()
+
+def bring(
+    dit: nn.Module,
+    component: Component,
+    before: Adapters,
+    after: Adapters,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Make a DiT that carries the adapters `before` carry those of `after`, layer by layer where that is different."""
+    old, new = _stacks(before), _stacks(after)
+    changed = {path: new.get(path, []) for path in {**old, **new} if _told(old, path) != _told(new, path)}
+    if not changed:
+        return
+    read = component.checkpoint.reader()
+    plain = [path for path, stack in changed.items() if stack and is_plain(dit, path, dtype)]
+    merged = {path: read(f"{path}.weight") for path in plain}
+    prefetch = Prefetch(merged.values())
+    try:
+        for path, stack in changed.items():
+            deltas = [(adapter.file.deltas[path], adapter.scale) for adapter in stack]
+            adapt(dit, path, deltas, partial(read, f"{path}.weight"), dtype, device)
+            if path in merged:
+                forget_pages(merged[path])
+    finally:
+        prefetch.stop()
+
+
+def _stacks(adapters: Adapters) -> dict[str, list[Adapter]]:
+    """Layer → the adapters that have something for it, at a scale other than 0."""
+    stacks: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        for path in adapter.file.deltas if adapter.scale else ():
+            stacks.setdefault(path, []).append(adapter)
+    return stacks
+
+
+def _told(stacks: Mapping[str, list[Adapter]], path: str) -> list[tuple[str, float]]:
+    return [(adapter.hash, adapter.scale) for adapter in stacks.get(path, [])]

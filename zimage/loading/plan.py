@@ -1,25 +1,50 @@
-"""What a memory plan says of one request: the memory of each stage, what stays loaded, what each device allows."""
+"""A memory plan as plain values: what a request asks of the memory, and what is in it while each stage runs."""
 
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage's memory on its device, in bytes."""
+class Workload:
+    """What decides on the memory of a request: sizes in pixels, tokens of its longest text, images denoised together.
 
-    name: str
-    device: torch.device
+    `tile_mode` "" leaves the way of decoding to the planner; `tile_size` 0 is the usual one. `stored_tokens` is how
+    many tokens the text encoder's cache has room for when it writes; 0 when it only encodes.
+    """
+
+    width: int
+    height: int
+    tokens: int
+    batch: int = 1
+    tile_mode: str = ""
+    tile_size: int = 0
+    stored_tokens: int = 0
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+    def with_mode(self, tile_mode: str) -> "Workload":
+        return replace(self, tile_mode=tile_mode)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The memory of the stage in which one component works, on its device, in bytes."""
+
+    component: str
+    title: str  # of the component, in sentences
+    device: str
     base: int  # what is there before anything is loaded
-    weights: int  # in memory throughout, other parts' included
+    weights: int  # in memory throughout, other components' included
     activations: int
     streamed: tuple[int, ...] = ()  # indices of the blocks that come and go
     streamed_bytes: int = 0
     window: int = 0  # of their weights in memory at once
     blocks: int = 0  # in all
     pinned: int = 0  # page-locked on the host, for streaming to a GPU
-    tile_mode: str | None = None
+    tile_mode: str = ""  # of the VAE's stage
 
     @property
     def peak(self) -> int:
@@ -27,26 +52,41 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How one request is run: its stages, the parts that stay loaded, and what each device allows."""
+class MemoryPlan:
+    """How a workload runs: its stages, the components that stay loaded after theirs, and what each device allows."""
 
-    stages: dict[str, Stage]
+    work: Workload
+    stages: Mapping[str, StagePlan]  # by component
     kept: frozenset[str]
-    limits: dict[torch.device, int]
-    given: float | None  # the setting `memory`
+    limits: Mapping[str, int]  # bytes, by device
+    budget: float | None  # the setting `memory` in GB; None: what is free
 
     @property
     def tile_mode(self) -> str:
-        return self.stages["vae"].tile_mode
+        return next((stage.tile_mode for stage in self.stages.values() if stage.tile_mode), "off")
 
-    def excess(self, stage: Stage) -> int:
+    def excess(self, stage: StagePlan) -> int:
+        """Bytes by which a stage exceeds what its device allows; negative where there is room."""
         return stage.peak - self.limits[stage.device]
 
     @property
-    def tightest(self) -> Stage:
+    def tightest(self) -> StagePlan:
         """The stage with the least room left, or the most lacking."""
         return max(self.stages.values(), key=self.excess)
 
     @property
     def fits(self) -> bool:
         return self.excess(self.tightest) <= 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        stages = {name: {**asdict(stage), "streamed": list(stage.streamed)} for name, stage in self.stages.items()}
+        kept, limits = sorted(self.kept), dict(self.limits)
+        return {"work": asdict(self.work), "stages": stages, "kept": kept, "limits": limits, "budget": self.budget}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "MemoryPlan":
+        """The inverse of `to_dict`. Raises KeyError or TypeError for anything else."""
+        stages = {n: StagePlan(**{**s, "streamed": tuple(s["streamed"])}) for n, s in plain["stages"].items()}
+        work, kept = Workload(**plain["work"]), frozenset(plain["kept"])
+        return cls(work, stages, kept, dict(plain["limits"]), plain["budget"])

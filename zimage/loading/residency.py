@@ -1,113 +1,163 @@
-"""The loaded parts of a pipeline: brought in when a stage needs them, transformed in one visible list, let go after it.
+"""The loaded components of a model: brought in for a stage, transformed in one visible list, let go.
 
-For several threads at once: one lock guards what is loaded. Which parts stay, and which of their blocks are streamed,
-is what the schedule of the latest request says.
+Which components stay, and which of their blocks are streamed, is what a plan says, and every call brings its own: two
+requests on one pipeline, interleaved or in threads, cannot see each other's. Work on a component is done inside `use`,
+which holds its device: one piece of work at a time (an evaluation, a text, a picture), so that weights move between
+them only, and a request whose component was let go for another's finds it loaded anew, with the LoRAs it began with.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from zimage.events import Event
+from zimage.errors import RequestError
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.loading.devices import Place
-from zimage.loading.files import Model
-from zimage.loading.loras import Loras
+from zimage.loading.files import ModelFiles
+from zimage.loading.loras import Adapters, bring
 from zimage.loading.memory import out_of_memory_in, release_cached
-from zimage.loading.plan import Schedule
-from zimage.loading.planner import MemoryPlan
+from zimage.loading.plan import MemoryPlan, StagePlan
+from zimage.loading.registry import DIT, ROWS
+from zimage.loading.sizes import ComponentSizes
 from zimage.loading.streaming import resident_weights, stop_streaming, stream, streamed_blocks
 from zimage.nn.attention import choose_attention, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
-from zimage.settings.declared import LoadSettings, split_lora
+from zimage.settings.declared import LoadSettings
 
 log = logging.getLogger("zimage")
 
 
-class Parts:
-    """`loaded` holds the modules that are in memory; `attention` names the backend of the DiT.
+@dataclass
+class _Loaded:
+    """A module in memory, the adapters it carries, and what reads its weights ahead."""
 
-    `usual` gives the schedule that holds for stages called one by one, before any request.
-    """
+    module: nn.Module
+    adapters: Adapters = ()
+    ahead: Prefetch | None = None
+
+
+class Residency:
+    """Owns what is loaded; `attention` names the backend of the DiT."""
 
     def __init__(
         self,
-        model: Model,
+        model: ModelFiles,
         places: Mapping[str, Place],
         settings: LoadSettings,
-        plan: MemoryPlan,
+        sizes: Mapping[str, ComponentSizes],
         attention: str,
-        usual: Callable[[], Schedule],
     ):
-        self.model, self.places, self.settings, self.plan = model, places, settings, plan
-        # A backend that is named is meant for the DiT; parts on another device take what runs there.
-        chosen = {n: choose_attention(attention if p == places["dit"] else "auto", *p) for n, p in places.items()}
-        self.attention, self._attend = chosen["dit"][0], {name: attend for name, (_, attend) in chosen.items()}
-        check_precision(settings.precision, places["dit"].device)
-        self.loaded: dict[str, nn.Module] = {}
-        self.schedule: Schedule | None = None  # of the latest request
-        self._usual, self._lock = usual, threading.Lock()
-        mergeable = settings.precision == "bf16" and not plan.widens_late("dit")
-        self.lora = Loras(model.components["dit"], *places["dit"], self.loaded, self._lock, mergeable)
-        for text in settings.lora or []:
-            self.lora.add(*split_lora(text))
+        self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
+        # A backend that is named is meant for the DiT; components on another device take what runs there.
+        chosen = {n: choose_attention(attention if p == places[DIT] else "auto", *p) for n, p in places.items()}
+        self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
+        check_precision(settings.precision, places[DIT].device)
+        self._held: dict[str, _Loaded] = {}
+        self._busy: Counter[str] = Counter()  # stages under way, by component
+        self._devices = {place.device: threading.RLock() for place in places.values()}
 
-    def get(self, name: str, schedule: Schedule | None = None) -> Any:
-        """The module called `name`, loaded if it is not; by a schedule of its own where one is given."""
-        with self._lock:
-            if self.schedule is None:
-                self.schedule = self._usual()
-            schedule = schedule or self.schedule
-            needed = schedule.stages[name].streamed
-            if name not in self.loaded or streamed_blocks(self.loaded[name]) < len(needed):
-                log.debug("loading %s", name)
-                if name not in schedule.kept:  # also when stages are called one by one
-                    here = self.places[name].device
-                    self._let_go([n for n in self.loaded if self.places[n].device == here])
-                with out_of_memory_in(name):
-                    self.loaded[name] = self._prepared(name, needed)
-            return self.loaded[name]
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the components that are in memory now."""
+        return tuple(self._held)
+
+    @contextmanager
+    def use(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> Iterator[Any]:
+        """A component for one piece of work, loaded by `plan` and carrying `adapters`; its device is held meanwhile.
+
+        Never yield out of a generator inside: another request on the same pipeline would wait for ever.
+        """
+        with self._devices[self.places[name].device]:
+            yield self._brought(name, plan, adapters).module
+
+    def begin(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> None:
+        """A stage begins: its component is loaded, and read ahead."""
+        with self._devices[self.places[name].device]:
+            held = self._brought(name, plan, adapters)
+            if held.ahead is None:
+                held.ahead = Prefetch(resident_weights(held.module, ROWS[name].reads))
+            self._busy[name] += 1
+
+    def finish(self, name: str, plan: MemoryPlan) -> None:
+        """A stage ends: its component is let go unless the plan keeps it, or another request's stage still needs it."""
+        with self._devices[self.places[name].device]:
+            self._busy[name] -= 1
+            if self._busy[name]:
+                return
+            if name not in plan.kept:
+                self._let_go([name])
+            elif (held := self._held.get(name)) and held.ahead:
+                held.ahead.stop()
+                held.ahead = None
 
     def release(self, *names: str) -> None:
-        """Let go of loaded parts (all, when none is named); they load again when next used."""
-        with self._lock:
-            self._let_go(names or tuple(self.loaded))
+        """Let go of loaded components (all, when none is named); they load again when next used."""
+        for name in names or self.loaded:
+            if name not in self.places:
+                raise RequestError(f"component {name!r} does not exist; use one of {', '.join(self.places)}")
+            with self._devices[self.places[name].device]:
+                self._let_go([name])
 
-    def stage(self, name: str, events: Iterator[Event]) -> Generator[Event, None, Any]:
-        """Run one stage's events with its part loaded and read ahead; afterwards let it go unless it is kept."""
-        yield Event("load", 0, 1, detail=name)
-        kept, prefetch = name in self.schedule.kept, Prefetch(resident_weights(self.get(name)))
+    def adapt_idle(self, adapters: Adapters) -> None:
+        """Give a DiT that is loaded and in no request's stage these adapters now; a fault raises and loses nothing."""
+        with self._devices[self.places[DIT].device]:
+            if DIT in self._held and not self._busy[DIT]:
+                self._adapted(self._held[DIT], adapters)
+
+    # ------------------------------------------------------------------ with the device held
+
+    def _brought(self, name: str, plan: MemoryPlan, adapters: Adapters) -> _Loaded:
+        stage, here = plan.stages[name], self.places[name].device
+        self._let_go([n for n in self.loaded if n not in (name, *plan.kept) and self.places[n].device == here])
+        if name in self._held and streamed_blocks(self._held[name].module) < len(stage.streamed):
+            self._let_go([name])
+        if name not in self._held:
+            log.debug("loading %s", name)
+            with out_of_memory_in(ROWS[name].title):
+                self._held[name] = self._prepared(name, stage, adapters)
+        elif ROWS[name].transformed:
+            self._adapted(self._held[name], adapters)
+        return self._held[name]
+
+    def _prepared(self, name: str, stage: StagePlan, adapters: Adapters) -> _Loaded:
+        """Load a plain module, then transform it, in this order."""
+        (device, dtype), row, component = self.places[name], ROWS[name], self.model.components[name]
+        module = component.load(device, dtype, self._sizes[name].widen_late, stage.streamed)
+        if row.transformed and self.settings.precision != "bf16":
+            quantise(module, self.settings.precision, forget_pages)
+        if row.transformed:
+            bring(module, component, (), adapters, dtype, device)
+        use_attention(module, self._attend[name])
+        if row.transformed and self.settings.compile:
+            compile_blocks(module)
+        if stage.streamed:
+            stream(module, stage.streamed, device)
+        return _Loaded(module, adapters if row.transformed else ())
+
+    def _adapted(self, held: _Loaded, adapters: Adapters) -> None:
+        """Exchange the adapters that the DiT carries; one that is changed by half is loaded anew."""
+        device, dtype = self.places[DIT]
         try:
-            yield Event("load", 1, 1, detail=name)
-            with out_of_memory_in(name):
-                return (yield from events)
-        finally:
-            prefetch.stop()
-            if not kept:
-                self.release(name)
+            bring(held.module, self.model.components[DIT], held.adapters, adapters, dtype, device)
+        except BaseException:
+            self._let_go([DIT])
+            raise
+        held.adapters = adapters
 
     def _let_go(self, names: Sequence[str]) -> None:
         for name in names:
-            if name in self.loaded:
-                stop_streaming(self.loaded.pop(name))
-        for device in dict.fromkeys(self.places[name].device for name in names):
-            release_cached(device)
-
-    def _prepared(self, name: str, streamed: Sequence[int]) -> nn.Module:
-        """Load a plain module, then transform it, in this order."""
-        device, dtype = self.places[name]
-        module = self.model.components[name].load(device, dtype, self.plan.widens_late(name), streamed)
-        if name == "dit" and self.settings.precision != "bf16":
-            quantise(module, self.settings.precision, forget_pages)
-        if name == "dit":
-            self.lora.apply(module)
-        use_attention(module, self._attend[name])
-        if name == "dit" and self.settings.compile:
-            compile_blocks(module)
-        if streamed:
-            stream(module, streamed, device)
-        return module
+            held = self._held.pop(name, None)
+            if held is None:
+                continue
+            if held.ahead is not None:
+                held.ahead.stop()
+            stop_streaming(held.module)
+            del held  # or its memory would not be free yet
+            release_cached(self.places[name].device)

@@ -13,7 +13,7 @@ the other buffer's block computes. Values and kernels are those of resident weig
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -51,9 +51,9 @@ def streamed_blocks(model: nn.Module) -> int:
     return model.streaming.count if hasattr(model, "streaming") else 0
 
 
-def resident_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights that stay in memory, in the order in which a run reads them."""
-    return (weight for weight in model.read_order() if not hasattr(weight, "wanted"))
+def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.Parameter]]) -> Iterator[nn.Parameter]:
+    """The weights that stay in memory, in the order in which a run `reads` them."""
+    return (weight for weight in reads(model) if not hasattr(weight, "wanted"))
 
 
 def _forward(block: "weakref.ref[nn.Module]", *args: Any, **kwargs: Any) -> Any:

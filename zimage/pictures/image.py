@@ -7,6 +7,8 @@ Shapes: images (B, 3, H, W) fp32 in [−1, 1]; masks (1, 1, H, W) fp32, 1 = repa
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,35 @@ from PIL import Image, ImageOps
 from zimage.errors import RequestError
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 
-Source = str | os.PathLike | Image.Image
+Given = str | os.PathLike | Image.Image
 THRESHOLD = 128  # the first of 256 levels that is at least one half
 
 
+@dataclass(frozen=True)
+class InputPicture:
+    """A picture that a render starts from: opened once, remembered by name, folder and contents."""
+
+    picture: Image.Image = field(repr=False)
+    name: str
+    hash: str
+    path: str = ""  # where it lies; empty for one that was given as an object
+
+    @classmethod
+    def of(cls, given: Any, opened: Callable[[Any], Image.Image]) -> "InputPicture":
+        """From a path or an object, by a function that opens it. Raises RequestError where it cannot."""
+        if isinstance(given, cls):
+            return given
+        picture, path = opened(given), os.path.abspath(given) if isinstance(given, str | os.PathLike) else ""
+        return cls(picture, os.path.basename(path) or "a picture in memory", content_hash(picture), path)
+
+    def describe(self) -> dict[str, str]:
+        """Plain values for a picture's metadata, which names no folders."""
+        return {"name": self.name, "hash": self.hash}
+
+
 def to_pil(images: Any) -> list[Image.Image]:
-    """(B, 3, H, W) tensor in [−1, 1] → PIL images, rounded to the nearest of 256 levels."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    """(B, 3, H, W) tensor in [−1, 1], rounded to the nearest of 256 levels, or of such levels → PIL images."""
+    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte() if images.is_floating_point() else images
     return [Image.fromarray(pixels) for pixels in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -42,7 +66,7 @@ def mask_tensor(mask: Image.Image, width: int, height: int) -> Any:
     return torch.from_numpy((levels >= THRESHOLD).astype(np.float32))[None, None]
 
 
-def open_image(source: Source) -> Image.Image:
+def open_image(source: Given) -> Image.Image:
     """Any picture as "RGB": upright by its EXIF rotation, transparency on white, 16 bits rounded to 8.
 
     Raises RequestError where there is none, where it is damaged, or where a side is past the limit.
@@ -50,7 +74,7 @@ def open_image(source: Source) -> Image.Image:
     return _on_ground(source, "white")
 
 
-def open_mask(source: Source) -> Image.Image:
+def open_mask(source: Given) -> Image.Image:
     """Any picture as a mask "L", white = repaint: its luminance, transparency on black.
 
     So what is transparent is kept, and white strokes drawn on an empty layer are what is repainted.
@@ -88,7 +112,7 @@ def content_hash(image: Image.Image) -> str:
     return digest.hexdigest()[:16]
 
 
-def _on_ground(source: Source, ground: str) -> Image.Image:
+def _on_ground(source: Given, ground: str) -> Image.Image:
     """The picture, decoded and upright, on a ground of one colour, as "RGB"."""
     given = isinstance(source, Image.Image)
     name = "the picture given" if given else str(_file(source))

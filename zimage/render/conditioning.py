@@ -1,29 +1,36 @@
-"""From a prompt to its caption: template, chat format, tokens, the text encoder's layers, and what is kept of them.
+"""From a prompt to its caption.
 
-    prompt ─ template, chat parts ─→ text ─ tokenizer ─→ ids ─ text encoder ─→ layers ─ blend, cache, shorten ─→ caption
+    prompt ─ template, chat parts ─→ text ─ tokenizer ─→ ids ─ encoder ─→ layers, blended ─ shortened ─→ caption
+
+`Texts` does what needs no weights, once, when a request is prepared. What turns a text into its caption is an
+`Encoder`: the model's own, saved embeddings, or one of these behind a cache; a server or a model that sees pictures
+stands in the same place.
 
 Shapes: L tokens, C caption width.
 """
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from zimage.errors import RequestError
-from zimage.loading.files import Model
-from zimage.loading.residency import Parts
+from zimage.loading.files import ModelFiles
+from zimage.loading.plan import MemoryPlan
+from zimage.loading.registry import DIT, TEXT_ENCODER
+from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
-from zimage.settings.declared import LoadSettings, Request, TextSettings
+from zimage.settings.declared import TextSettings
 from zimage.settings.fields import Weights, either
 from zimage.text.cache import EmbeddingCache, cache_key
 from zimage.text.chat import format_chat
 from zimage.text.compress import compress, describe
-from zimage.text.templates import Template, Templates, user_folder
+from zimage.text.templates import Template, Templates
 
 log = logging.getLogger("zimage")
 T = TypeVar("T", bound=TextSettings)
@@ -37,104 +44,167 @@ class TokenCount(NamedTuple):
     outcome: str
 
 
-class Captions:
-    """What a pipeline knows of text. `cache` and `templates` are the user's to look at."""
+class ChatParts(NamedTuple):
+    """All that is written round a prompt, its template's parts included."""
 
-    def __init__(self, model: Model, parts: Parts, settings: LoadSettings):
-        self._model, self._parts = model, parts
-        self._folder = Path(settings.templates).expanduser() if settings.templates else user_folder()
-        folder = Path(settings.cache_folder).expanduser() if settings.cache_folder else None
-        self.cache = EmbeddingCache(settings.cache_entries, folder)
-        self.limit: int = model.skeleton("dit").config.max_caption_tokens
+    system_prompt: str | None = None
+    thinking_content: str | None = None
+    assistant_content: str | None = None
+    force_think_block: bool = False
+    strip_quotes: bool = False
+
+    def format(self, prompt: str) -> str:
+        """What the text encoder reads."""
+        texts = (prompt, self.system_prompt, self.thinking_content, self.assistant_content)
+        if self.strip_quotes:
+            texts = tuple(text and text.replace('"', "") for text in texts)
+        return format_chat(texts[0] or "", *texts[1:], think_block=self.force_think_block)
+
+
+class Texts:
+    """What a model knows of text without its weights; `templates` are the shipped ones and the user's own."""
+
+    def __init__(self, model: ModelFiles, folder: Path | None):
+        self._model, self._folder = model, folder
+        self.limit: int = model.config(DIT).max_caption_tokens
+        self.width: int = model.config(TEXT_ENCODER).hidden_size
 
     @cached_property
     def templates(self) -> Templates:
-        """The shipped templates and the user's own."""
         return Templates.open(self._folder)
 
-    def filled(self, text: T) -> T:
-        """The settings with every part that the template has and they leave open. Raises RequestError."""
+    def parts(self, text: TextSettings) -> ChatParts:
+        """The chat parts that are given, and where they are left open the template's. Raises RequestError."""
         self._check_layers(text.layers)
         template = self.templates.get(text.template) if text.template else Template("", "", "")
         thinking = either(text.thinking_content, template.thinking_content)
-        block = text.force_think_block
-        if block is None:
-            block = bool(thinking or template.add_think_block)
-        return dataclasses.replace(
-            text,
-            system_prompt=either(text.system_prompt, template.system_prompt or None),
-            thinking_content=thinking if block else None,
-            assistant_content=either(text.assistant_content, template.assistant_content),
-            force_think_block=block,
+        block = either(text.force_think_block, bool(thinking or template.add_think_block))
+        return ChatParts(
+            either(text.system_prompt, template.system_prompt or None),
+            thinking if block else None,
+            either(text.assistant_content, template.assistant_content),
+            block,
+            text.strip_quotes,
         )
 
-    def format(self, prompt: str, text: TextSettings) -> str:
-        """What the text encoder reads, by settings that are filled in."""
-        parts = (prompt, text.system_prompt, text.thinking_content, text.assistant_content)
-        if text.strip_quotes:
-            parts = tuple(part and part.replace('"', "") for part in parts)
-        return format_chat(*parts, think_block=bool(text.force_think_block))
+    def filled(self, text: T) -> T:
+        """The settings with every part that the template has and they leave open. Raises RequestError."""
+        return dataclasses.replace(text, **self.parts(text)._asdict())
 
-    def texts(self, request: Request) -> tuple[list[str], list[str]]:
-        """What the text encoder reads for the prompts of a resolved request, and for its negative, if it has one.
-
-        A negative prompt takes no parts: what it has in common with the prompt, guidance would cancel.
-        """
-        prompts = [] if request.embeddings is not None else request.prompts
-        plain = TextSettings(strip_quotes=request.strip_quotes)
-        negatives = [self.format(request.negative, plain)] if request.guidance > 0 else []
-        return [self.format(prompt, request) for prompt in prompts], negatives
-
-    def longest(self, request: Request) -> int:
-        """Tokens of the longest text of a resolved request, at least of an empty prompt."""
-        prompts, negatives = self.texts(request)
-        lengths = [len(self.tokenize(text)) for text in [*prompts, *negatives]]
-        return max([*lengths, len(request.embeddings.caption) if request.embeddings is not None else 0])
-
-    def tokenize(self, formatted: str) -> list[int]:
-        return self._model.tokenizer.encode(formatted)
+    def tokenize(self, formatted: str) -> tuple[int, ...]:
+        return tuple(self._model.tokenizer.encode(formatted))
 
     def count(self, prompt: str, text: TextSettings) -> TokenCount:
-        """Tokens of a prompt and what `long_prompt` will do to them; by settings that are filled in."""
-        tokens = len(self.tokenize(self.format(prompt, text)))
+        """Tokens of a prompt, and what `long_prompt` will do to them."""
+        tokens = len(self.tokenize(self.parts(text).format(prompt)))
         return TokenCount(tokens, self.limit, describe(tokens, self.limit, text.long_prompt))
 
-    def kept(self, formatted: str, text: TextSettings) -> Tensor | None:
-        """The caption (L, C) of a text that was encoded before, all its tokens, or None."""
-        return self.cache.get(self._key(formatted, text.layers))
-
-    def caption(self, formatted: str, text: TextSettings, kept: Tensor | None) -> Tensor:
-        """The caption (L, C) of a text, from what was `kept` of it or encoded now, shortened as the settings say."""
-        return self.shorten(self.encode(formatted, text) if kept is None else kept, text)
-
-    def encode(self, formatted: str, text: TextSettings) -> Tensor:
-        """The caption (L, C) of a text, all its tokens: encoded now, and kept."""
-        encoder, device = self._parts.get("text_encoder"), self._parts.places["text_encoder"].device
-        ids = torch.tensor([self.tokenize(formatted)], device=device)
-        caption = finite(encoder.blend(ids, text.layers)[0], "the text encoder", encoder)
-        self.cache.put(self._key(formatted, text.layers), caption)
-        return caption
-
-    def shorten(self, caption: Tensor, text: TextSettings) -> Tensor:
+    def shorten(self, caption: Tensor, long_prompt: str) -> Tensor:
         """The caption as `long_prompt` wants it; warns where it stays longer than the model was trained for."""
-        if len(caption) > self.limit and text.long_prompt == "none":
+        if len(caption) > self.limit and long_prompt == "none":
             log.warning("the prompt has %d tokens; the model was trained for at most %d", len(caption), self.limit)
-        return compress(caption, self.limit, text.long_prompt).to(self._parts.places["text_encoder"].device)
-
-    def _key(self, formatted: str, layers: Weights) -> str:
-        """All that the bits of a caption depend on."""
-        place, (fingerprint, stamp) = self._parts.places["text_encoder"], self._encoder
-        more = {"files": stamp, "device": place.device.type, "attention": self._parts.attention}
-        return cache_key(formatted, layers, fingerprint, place.dtype, **more)
-
-    @cached_property
-    def _encoder(self) -> tuple[str, str]:
-        """What tells the text encoder from others; its files are read for it, so only once."""
-        checkpoint = self._model.components["text_encoder"].checkpoint
-        return checkpoint.fingerprint(), checkpoint.stamp()
+        return compress(caption, self.limit, long_prompt)
 
     def _check_layers(self, layers: Weights) -> None:
-        states = self._model.skeleton("text_encoder").config.num_hidden_layers + 1
+        states = self._model.config(TEXT_ENCODER).num_hidden_layers + 1
         for layer in layers:
             if layer < -states:
-                raise RequestError(f"hidden layer {layer} does not exist; use −{states} to −1")
+                raise RequestError(
+                    f"hidden layer {layer} does not exist; use −{states} to −1",
+                    fields=("hidden_layer", "layer_weights"),
+                )
+
+
+# ---------------------------------------------------------------------- encoders
+
+
+class Text(NamedTuple):
+    """A text to be encoded: formatted, its tokens, and the layers that its caption is made of."""
+
+    formatted: str
+    ids: tuple[int, ...]
+    layers: Weights
+
+
+class Encoder(Protocol):
+    """Turns texts into captions (L, C), all their tokens.
+
+    `component` is what of the model works meanwhile and is loaded for it; "" where nothing is.
+    """
+
+    component: str
+
+    def known(self, text: Text) -> Tensor | None:
+        """The caption where it is there without work, else None."""
+
+    def encode(self, text: Text, plan: MemoryPlan) -> Tensor:
+        """The caption, computed now."""
+
+
+class LocalEncoder:
+    """The model's own text encoder."""
+
+    component = TEXT_ENCODER
+
+    def __init__(self, model: ModelFiles, residency: Residency):
+        self._model, self._residency = model, residency
+
+    def known(self, text: Text) -> Tensor | None:
+        return None
+
+    def encode(self, text: Text, plan: MemoryPlan) -> Tensor:
+        with self._residency.use(TEXT_ENCODER, plan) as encoder, torch.no_grad():
+            ids = torch.tensor([text.ids], device=self._residency.places[TEXT_ENCODER].device)
+            return finite(encoder.blend(ids, text.layers)[0], "the text encoder", encoder)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """All that the bits of a caption depend on besides the text; files are read for it, so only once."""
+        place, checkpoint = self._residency.places[TEXT_ENCODER], self._model.components[TEXT_ENCODER].checkpoint
+        return {
+            "encoder": checkpoint.fingerprint(),
+            "dtype": str(place.dtype),
+            "files": checkpoint.stamp(),
+            "device": place.device.type,
+            "attention": self._residency.attention,
+        }
+
+
+class SavedEmbeddings:
+    """A caption that was encoded before, in the place of the prompt; other texts go to another encoder."""
+
+    def __init__(self, caption: Tensor, others: Encoder):
+        self._caption, self._others = caption, others
+        self.component = others.component
+
+    def known(self, text: Text) -> Tensor | None:
+        return self._others.known(text) if text.ids else self._caption
+
+    def encode(self, text: Text, plan: MemoryPlan) -> Tensor:
+        return self._others.encode(text, plan)
+
+
+class Identified(Encoder, Protocol):
+    """An encoder that can tell its captions from those of others."""
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+
+
+class CachedEncoder:
+    """Another encoder, whose captions are kept: a text is encoded once."""
+
+    def __init__(self, inner: Identified, cache: EmbeddingCache):
+        self._inner, self._cache = inner, cache
+        self.component = inner.component
+
+    def known(self, text: Text) -> Tensor | None:
+        return self._cache.get(self._key(text))
+
+    def encode(self, text: Text, plan: MemoryPlan) -> Tensor:
+        caption = self._inner.encode(text, plan)
+        self._cache.put(self._key(text), caption)
+        return caption
+
+    def _key(self, text: Text) -> str:
+        return cache_key(text.formatted, text.layers, **self._inner.identity)

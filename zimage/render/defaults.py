@@ -1,13 +1,13 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
-import dataclasses
 import secrets
+from typing import Any
 
 from zimage.errors import RequestError
-from zimage.loading.files import Model
-from zimage.pictures.image import natural_size, open_image, open_mask
-from zimage.pictures.source import Source
-from zimage.render.conditioning import Captions
+from zimage.loading.files import ModelFiles
+from zimage.loading.registry import TEXT_ENCODER, VAE
+from zimage.pictures.image import InputPicture, natural_size, open_image, open_mask
+from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, Request
 from zimage.settings.fields import either
 from zimage.text.embeddings import Embeddings
@@ -16,67 +16,66 @@ BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Tu
 USUAL_SIDE = 1024
 
 
-def complete(request: Request, model: Model, captions: Captions) -> Request:
-    """The request with all but `tile_mode` filled in and its files opened. Raises RequestError or CheckpointError."""
-    request = captions.filled(_opened(request, model))
+def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, Any]:
+    """Everything that a request leaves open but `tile_mode`, its files opened. Raises RequestError, CheckpointError."""
     is_base = model.shift is not None and model.shift >= BASE_SHIFT
     guidance = either(request.guidance, 4.0 if is_base else 0.0)
-    width, height = _size(request, model)
-    return dataclasses.replace(
-        request,
-        width=width,
-        height=height,
-        steps=either(request.steps, 30 if is_base else 8),
-        guidance=guidance,
-        negative=request.negative if guidance == 0 else either(request.negative, ""),
-        shift=find_shift(model, request.shift),
-        seed=either(request.seed, secrets.randbelow(2**32)),
-        strength=_strength(request),
-        hidden_layer=None if request.layer_weights else next(iter(request.layers)),
-    )
+    attachments = _opened(request, model)
+    width, height = _size(request, model, attachments["image"])
+    return {
+        **parts._asdict(),
+        **attachments,
+        "width": width,
+        "height": height,
+        "steps": either(request.steps, 30 if is_base else 8),
+        "guidance": guidance,
+        "negative": request.negative if guidance == 0 else either(request.negative, ""),
+        "shift": find_shift(model, request.shift),
+        "seed": either(request.seed, secrets.randbelow(2**32)),
+        "strength": _strength(request),
+        "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
+    }
 
 
-def find_shift(model: Model, given: float | None) -> float:
+def find_shift(model: ModelFiles, given: float | None) -> float:
     """The shift that is given, or the checkpoint's. Raises RequestError where there is neither."""
     shift = either(given, model.shift)
     if shift is None:
         raise RequestError(
-            f"{model.origin} has no schedule; give the shift (3 for Turbo, 6 for Base) or, for loose files, the variant"
+            f"{model.origin} has no schedule; set the shift (3 for Turbo, 6 for Base) or, for loose files, the variant",
+            fields=("shift",),
         )
     return shift
 
 
-def first_pass(request: Request) -> Request:
-    """Of a resolved request in two passes the first, at the size divided by `hires`."""
-    sides = (max(1, round(side / request.hires / SIZE_MULTIPLE)) for side in (request.width, request.height))
-    width, height = (n * SIZE_MULTIPLE for n in sides)
-    return dataclasses.replace(request, width=width, height=height, hires=None, strength=None)
+def first_pass_size(width: int, height: int, hires: float) -> tuple[int, int]:
+    """The size of the first of two passes: each side divided by `hires`, at the nearest multiple."""
+    return _multiple(width / hires), _multiple(height / hires)
 
 
-def _opened(request: Request, model: Model) -> Request:
+def _opened(request: Request, model: ModelFiles) -> dict[str, Any]:
     image, mask, embeddings = request.image, request.mask, request.embeddings
-    width = model.skeleton("text_encoder").config.hidden_size
-    return dataclasses.replace(
-        request,
-        image=None if image is None else Source.of(image, open_image),
-        mask=None if mask is None else Source.of(mask, open_mask),
-        embeddings=None if embeddings is None else Embeddings.of(embeddings, width),
-    )
+    width = model.config(TEXT_ENCODER).hidden_size
+    return {
+        "image": None if image is None else InputPicture.of(image, open_image),
+        "mask": None if mask is None else InputPicture.of(mask, open_mask),
+        "embeddings": None if embeddings is None else Embeddings.of(embeddings, width),
+    }
 
 
-def _size(request: Request, model: Model) -> tuple[int, int]:
+def _size(request: Request, model: ModelFiles, image: InputPicture | None) -> tuple[int, int]:
     """What was given; else the picture's own, in its proportions where one side was given; else the checkpoint's."""
-    if request.image is None:
-        side = min(getattr(model.skeleton("vae").config, "sample_size", USUAL_SIDE), USUAL_SIDE)
+    if image is None:
+        side = min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
         return either(request.width, side), either(request.height, side)
-    wide, high = request.image.picture.size
+    wide, high = image.picture.size
     if request.width and request.height:
         return request.width, request.height
     if request.width:
         return request.width, _multiple(request.width * high / wide)
     if request.height:
         return _multiple(request.height * wide / high), request.height
-    return natural_size(request.image.picture)
+    return natural_size(image.picture)
 
 
 def _strength(request: Request) -> float | None:

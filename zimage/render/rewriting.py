@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from zimage.errors import RequestError, RewriteError
-from zimage.loading.files import Model
 from zimage.loading.memory import out_of_memory_in
-from zimage.loading.planner import MemoryPlan
-from zimage.loading.residency import Parts
-from zimage.render.conditioning import Captions
+from zimage.loading.planner import Planner
+from zimage.loading.registry import ROWS, TEXT_ENCODER
+from zimage.loading.residency import Residency
+from zimage.render.conditioning import Texts
 from zimage.settings.declared import RewriteSettings
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
+from zimage.text.tokenizer import Tokenizer
 
 DEFAULT = "rewrite-expand"
 KEY = "ZIMAGE_REWRITER_KEY"  # the server's key: a secret, hence no setting
@@ -43,8 +44,8 @@ class Rewrite:
 class Rewriter:
     """What of a pipeline writes."""
 
-    def __init__(self, model: Model, parts: Parts, captions: Captions, plan: MemoryPlan):
-        self._model, self._parts, self._captions, self._plan = model, parts, captions, plan
+    def __init__(self, tokenizer: Tokenizer, residency: Residency, texts: Texts, planner: Planner):
+        self._tokenizer, self._residency, self._texts, self._planner = tokenizer, residency, texts, planner
 
     def pieces(self, prompt: str, settings: RewriteSettings) -> Generator[str, None, Rewrite]:
         """Yield the text as it is written, thoughts included; returns the result. Closing the generator cancels.
@@ -70,9 +71,9 @@ class Rewriter:
 
     def template(self, settings: RewriteSettings) -> Template:
         """The rewriter that is named, else the usual one. Raises RequestError."""
-        template = self._captions.templates.get(settings.rewriter or DEFAULT)
+        template = self._texts.templates.get(settings.rewriter or DEFAULT)
         if template.category != REWRITER:
-            known = ", ".join(t.name for t in self._captions.templates.list(REWRITER))
+            known = ", ".join(t.name for t in self._texts.templates.list(REWRITER))
             raise RequestError(f"template {template.name!r} is no rewriter; use one of {known}")
         if template.assistant_content:
             raise RequestError(f"rewriter {template.name!r} has assistant_content, which would end the answer")
@@ -87,12 +88,12 @@ class Rewriter:
         thinking = template.thinking_content
         block = bool(thinking) or not settings.rewrite_thinking
         chat = format_chat(prompt, template.system_prompt, thinking, think_block=block)
-        tokenizer, parts = self._model.tokenizer, self._parts
-        tokens = len(tokenizer.encode(chat)) + settings.max_tokens
-        encoder, text = parts.get("text_encoder", self._plan.writing(tokens, list(parts.loaded))), ""
-        pieces = write(encoder, tokenizer, chat, settings, settings.max_tokens, seed)
+        tokens, text = len(self._tokenizer.encode(chat)) + settings.max_tokens, ""
+        plan = self._planner.plan_writing(tokens, self._residency.loaded)
+        with self._residency.use(TEXT_ENCODER, plan) as encoder:
+            pieces = write(encoder, self._tokenizer, chat, settings, settings.max_tokens, seed)
         while True:
-            with out_of_memory_in("text_encoder"), torch.no_grad():
+            with out_of_memory_in(ROWS[TEXT_ENCODER].title), self._residency.use(TEXT_ENCODER, plan), torch.no_grad():
                 piece = next(pieces, None)
             if piece is None:
                 return text

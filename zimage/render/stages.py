@@ -1,24 +1,71 @@
-"""One request as a generator of events: encode → start → denoise → decode, each stage with its part loaded once.
+"""The stages of a render as generators over (components, job): encode → start → denoise → decode.
 
-What an earlier run of the same request has done, its state, is not done again, and the bits are the same.
+Each begins with its component loaded and read ahead, does one piece of work at a time while it holds the component, and
+yields between them. What an earlier run of the same job has done, its state, is not done again; the bits are the same.
 
-Shapes: B images, L caption tokens, h × w latents.
+A hook takes the function that computes a step's velocity and gives another: a ControlNet, guidance split over devices
+or a second noise prediction stand there without another pipeline.
+
+Shapes: B images, L caption tokens, C caption width, h × w latents.
 """
 
-from collections.abc import Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from zimage import flow
+from zimage.dit.model import Context, Modulation, ZImageDiT
 from zimage.events import Event
+from zimage.kernels.tiles import to_levels
+from zimage.loading.devices import Place
+from zimage.loading.loras import Adapters
+from zimage.loading.memory import out_of_memory_in
+from zimage.loading.plan import MemoryPlan
+from zimage.loading.registry import DIT, ROWS, VAE
+from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
 from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
-from zimage.render.defaults import first_pass
+from zimage.render.conditioning import Encoder, Texts
+from zimage.render.job import Job, first_pass
 from zimage.render.state import RenderState
-from zimage.settings.declared import Request
+from zimage.settings.declared import TILE_OVERLAP
+
+R = TypeVar("R")
+
+
+class Components:
+    """The components of a pipeline as one job sees them: by its plan, with its adapters."""
+
+    def __init__(self, residency: Residency, plan: MemoryPlan, adapters: Adapters = ()):
+        self.residency, self.plan, self.adapters = residency, plan, adapters
+
+    def use(self, name: str) -> AbstractContextManager[Any]:
+        """A component for one piece of work; see `Residency.use`."""
+        return self.residency.use(name, self.plan, self.adapters)
+
+    def config(self, name: str) -> Any:
+        return self.residency.model.config(name)
+
+    def device(self, name: str) -> torch.device:
+        return self.residency.places[name].device
+
+    def stage(self, name: str, events: Generator[Event, None, R]) -> Generator[Event, None, R]:
+        """A stage's events, its component loaded before and, unless it is kept, let go after them; "" loads nothing."""
+        if not name:
+            return (yield from events)
+        yield Event("load", 0, 1, detail=name)
+        with out_of_memory_in(ROWS[name].title):
+            self.residency.begin(name, self.plan, self.adapters)
+        try:
+            yield Event("load", 1, 1, detail=name)
+            with out_of_memory_in(ROWS[name].title):
+                return (yield from events)
+        finally:
+            self.residency.finish(name, self.plan)
 
 
 class Conditions(NamedTuple):
@@ -28,127 +75,245 @@ class Conditions(NamedTuple):
     negative: Tensor | None
 
 
-class Render:
-    """`pipe` is the pipeline whose stages run; `request` is resolved."""
+def run(
+    components: Components, job: Job, encoder: Encoder, texts: Texts, state: RenderState, hooks: Sequence["Hook"] = ()
+) -> Generator[Event, None, None]:
+    """A whole job. Closing the generator cancels it; `state` is what an earlier run of the job has done."""
+    second = job.request.hires is None or bool(state.small)  # whether the state is one of the last pass
+    latents = state.finished if second else []
+    if len(latents) < job.count:
+        conditions = yield from encode(components, job, encoder, texts)
+        clean = yield from start_from(components, job, conditions, state, hooks)
+        events = denoise(components, job, conditions, clean, state if second else RenderState(), hooks)
+        latents = yield from components.stage(DIT, events)
+    yield from components.stage(VAE, decode(components, job, latents, state.decoded))
 
-    def __init__(self, pipe: Any, request: Request, state: RenderState):
-        self.pipe, self.request = pipe, request
-        self.state = state.snapshot()  # the consumer goes on with its own
 
-    def events(self) -> Iterator[Event]:
-        """The whole render. Closing the generator cancels it."""
-        request, state = self.request, self.state
-        second = request.hires is None or bool(state.small)  # whether the state is one of the last pass
-        latents = state.finished if second else []
-        if len(latents) < request.count:
-            conditions = yield from self._encode()
-            clean = yield from self._clean(conditions)
-            events = self._denoise(request, conditions, clean, state if second else RenderState())
-            latents = yield from self.pipe.parts.stage("dit", events)
-        yield from self.pipe.parts.stage("vae", self._decode(latents))
+# ------------------------------------------------------------------ captions
 
-    # ------------------------------------------------------------------ captions
 
-    def _encode(self) -> Generator[Event, None, Conditions]:
-        """Each distinct text once. The text encoder is loaded only for texts that are not in the cache."""
-        request, captions = self.request, self.pipe.captions
-        prompts, negatives = captions.texts(request)
-        kept = {text: captions.kept(text, request) for text in [*prompts, *negatives]}
-        missing = any(caption is None for caption in kept.values())
-        events = self._encode_texts(kept)
-        found = yield from self.pipe.parts.stage("text_encoder", events) if missing else events
-        given = [] if request.embeddings is None else [captions.shorten(request.embeddings.caption, request)]
-        return Conditions(given + [found[text] for text in prompts], found[negatives[0]] if negatives else None)
+def encode(components: Components, job: Job, encoder: Encoder, texts: Texts) -> Generator[Event, None, Conditions]:
+    """The caption of each distinct text, once. What encodes is loaded only for texts that are not known already."""
+    known = {text: encoder.known(job.text(text)) for text in job.token_ids}
+    missing = any(caption is None for caption in known.values())
+    events = _encode_texts(components, job, encoder, texts, known)
+    found = yield from components.stage(encoder.component if missing else "", events)
+    return Conditions([found[t] for t in job.texts], found[job.negative_texts[0]] if job.negative_texts else None)
 
-    def _encode_texts(self, kept: dict[str, Tensor | None]) -> Generator[Event, None, dict[str, Tensor]]:
-        captions, found = self.pipe.captions, {}
-        for i, text in enumerate(kept):
-            yield Event("encode", 0, 1, i, len(kept))
-            with torch.no_grad():
-                found[text] = captions.caption(text, self.request, kept[text])
-            yield Event("encode", 1, 1, i, len(kept))
-        return found
 
-    # ------------------------------------------------------------------ what denoising starts from
+def _encode_texts(
+    components: Components, job: Job, encoder: Encoder, texts: Texts, known: dict[str, Tensor | None]
+) -> Generator[Event, None, dict[str, Tensor]]:
+    found = {}
+    for i, (text, caption) in enumerate(known.items()):
+        yield Event("encode", 0, 1, i, len(known))
+        if caption is None:
+            caption = encoder.encode(job.text(text), components.plan)
+        found[text] = texts.shorten(caption, job.request.long_prompt)
+        yield Event("encode", 1, 1, i, len(known))
+    return found
 
-    def _clean(self, conditions: Conditions) -> Generator[Event, None, list[Tensor] | None]:
-        """The latents (1, 16, h, w) that each image starts from, where it does not start from noise alone."""
-        request, stage = self.request, self.pipe.parts.stage
-        if request.image is not None:
-            picture = from_pil(fit(request.image.picture, request.width, request.height))
-            (clean,) = yield from stage("vae", self._encode_pictures("encode image", [picture], 1))
-            return [clean] * request.count
-        if request.hires is None:
-            return None
-        small = self.state.small
-        if not small:
-            small = yield from stage("dit", self._denoise(first_pass(request), conditions, None, self.state))
-        enlarged = map(self._enlarged, small)
-        return (yield from stage("vae", self._encode_pictures("enlarge", enlarged, request.count)))
 
-    def _enlarged(self, latents: Tensor) -> Tensor:
+# ------------------------------------------------------------------ what denoising starts from
+
+
+def start_from(
+    components: Components, job: Job, conditions: Conditions, state: RenderState, hooks: Sequence["Hook"] = ()
+) -> Generator[Event, None, list[Tensor] | None]:
+    """The latents (1, 16, h, w) that each image starts from, where it does not start from noise alone."""
+    request, (width, height, _) = job.request, job.passes[-1]
+    if request.image is not None:
+        picture = from_pil(fit(request.image.picture, width, height))
+        events = _encode_pictures(components, job, "encode image", [picture], 1)
+        (clean,) = yield from components.stage(VAE, events)
+        return [clean] * job.count
+    if request.hires is None:
+        return None
+    small = state.small
+    if not small:
+        small = yield from components.stage(DIT, denoise(components, first_pass(job), conditions, None, state, hooks))
+
+    def enlarged(latents: Tensor) -> Tensor:
         """The picture (1, 3, H, W) of small latents at the request's size."""
-        return from_pil(fit(to_pil(self.pipe.decode(latents))[0], self.request.width, self.request.height))
+        with components.use(VAE) as vae:
+            images = decoded(vae, latents.to(components.device(VAE)), tile_mode=job.passes[0].tile_mode)
+            return from_pil(fit(picture_of(images), width, height))
 
-    def _encode_pictures(
-        self, stage: str, pictures: Iterable[Tensor], count: int
-    ) -> Generator[Event, None, list[Tensor]]:
-        """Latents (1, 16, h, w) of each picture (1, 3, H, W)."""
-        vae, device = self.pipe.vae, self.pipe.places["vae"].device
-        tiles = {name: getattr(self.request, name) for name in ("tile_size", "tile_overlap", "tile_mode")}
-        clean, remaining = [], iter(pictures)
-        for i in range(count):
-            yield Event(stage, 0, 1, i, count)
-            with torch.no_grad():
-                clean.append(finite(vae.encode(next(remaining).to(device), **tiles), "the VAE", vae))
-            yield Event(stage, 1, 1, i, count)
-        return clean
+    events = _encode_pictures(components, job, "enlarge", map(enlarged, small), job.count)
+    return (yield from components.stage(VAE, events))
 
-    # ------------------------------------------------------------------ denoising, decoding
 
-    def _denoise(
-        self, request: Request, conditions: Conditions, clean: list[Tensor] | None, state: RenderState
-    ) -> Generator[Event, None, list[Tensor]]:
-        """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
-        finished = list(state.finished)
-        for first in range(len(finished), request.count, request.batch_size):
-            batch = range(first, min(first + request.batch_size, request.count))
-            start, done = self._start(request, batch, clean), 0
-            total = request.steps - start.step
-            if first == len(state.finished) and state.latents is not None:
-                done = state.step
-                start = start._replace(latents=state.latents, step=start.step + done)
-            positive = [conditions.prompts[i // request.images] for i in batch]
-            negative = [conditions.negative] * len(batch)
-            yield Event("denoise", done, total, first, request.count)
-            for step, latents in enumerate(self.pipe.denoise_steps(positive, negative, start, request), done + 1):
-                yield Event("denoise", step, total, first, request.count, latents=latents)
-            finished += latents.split(1)
-        return finished
+def _encode_pictures(
+    components: Components, job: Job, stage: str, pictures: Iterable[Tensor], count: int
+) -> Generator[Event, None, list[Tensor]]:
+    """Latents (1, 16, h, w) of each picture (1, 3, H, W)."""
+    tiles = {name: getattr(job.request, name) for name in ("tile_size", "tile_overlap", "tile_mode")}
+    clean, remaining = [], iter(pictures)
+    for i in range(count):
+        yield Event(stage, 0, 1, i, count)
+        picture = next(remaining)
+        with components.use(VAE) as vae, torch.no_grad():
+            clean.append(finite(vae.encode(picture.to(components.device(VAE)), **tiles), "the VAE", vae))
+        yield Event(stage, 1, 1, i, count)
+    return clean
 
-    def _start(self, request: Request, batch: range, clean: list[Tensor] | None) -> flow.Start:
-        """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
-        factor = self.pipe.model.skeleton("vae").spatial_factor
-        channels = self.pipe.model.skeleton("dit").config.in_channels
-        h, w = request.height // factor, request.width // factor
-        noise = torch.cat([flow.start_noise(request.seeds[i], channels, h, w) for i in batch])
-        sigmas = flow.sigmas(request.steps, request.shift)
-        if clean is None:
-            return flow.start(noise, sigmas)
-        begin = torch.cat([clean[i] for i in batch]).cpu()
-        return flow.start(noise, sigmas, request.strength, begin, self._latent_mask(h, w))
 
-    def _latent_mask(self, h: int, w: int) -> Tensor | None:
-        """(1, 1, h, w): 1 where the picture is painted anew. A mask of another size is stretched over the image."""
-        request = self.request
-        if request.mask is None:
-            return None
-        mask = request.mask.picture.resize(request.image.picture.size, Image.Resampling.LANCZOS)
-        return flow.latent_mask(mask_tensor(mask, request.width, request.height), h, w)
+# ------------------------------------------------------------------ denoising
 
-    def _decode(self, latents: list[Tensor]) -> Iterator[Event]:
-        request = self.request
-        for i in range(self.state.decoded, len(latents)):
-            yield Event("decode", 0, 1, i, len(latents))
-            decoded = self.pipe.decode(latents[i], request.tile_size, request.tile_overlap, request.tile_mode)
-            yield Event("decode", 1, 1, i, len(latents), image=to_pil(decoded)[0])
+
+class Evaluation(NamedTuple):
+    """What one step's velocity is computed from.
+
+    `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; `negative` is there where `scale`, the guidance of
+    this step, is above 0.
+    """
+
+    dit: ZImageDiT
+    latents: Tensor
+    step: int
+    sigmas: Tensor  # (steps + 1,)
+    modulation: Modulation
+    positive: Context
+    negative: Context | None
+    scale: float
+    normalization: float
+
+
+Evaluate = Callable[[Evaluation], Tensor]  # → velocity (B, 16, h, w) fp32
+Hook = Callable[[Evaluate], Evaluate]
+
+
+def guided_velocity(e: Evaluation) -> Tensor:
+    """The model's velocity, with classifier-free guidance where there is any."""
+    velocity = e.dit.velocity(e.latents, e.modulation, e.positive)
+    if e.negative is None or e.scale <= 0:
+        return velocity
+    return flow.guide(velocity, e.dit.velocity(e.latents, e.modulation, e.negative), e.scale, e.normalization)
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance over a run, as `flow.guidance_at` and `flow.guide` take it."""
+
+    scale: float = 0.0
+    truncation: float = 1.0
+    normalization: float = 0.0
+
+
+def denoise_steps(
+    components: Components,
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor] | None,
+    start: flow.Start,
+    sigmas: Tensor,
+    guidance: Guidance,
+    hooks: Sequence[Hook] = (),
+) -> Iterator[Tensor]:
+    """Yield the latents (B, 16, h, w) fp32 after each Euler step of B captions (L, C), with as many negative ones."""
+    evaluate: Evaluate = guided_velocity
+    for hook in hooks:
+        evaluate = hook(evaluate)
+    place, last = components.residency.places[DIT], len(sigmas) - 2
+    start = start.to(place.device)
+    with components.use(DIT) as dit, torch.no_grad():
+        modulation = dit.modulate(sigmas[:-1])
+        context = _context(dit, positive, place, start)
+        opposite = _context(dit, negative, place, start) if negative and guidance.scale > 0 else None
+    latents = start.latents
+    for i in range(start.step, last + 1):
+        scale = flow.guidance_at(sigmas[i], guidance.scale, guidance.truncation)
+        with components.use(DIT) as dit, torch.no_grad():
+            now = modulation.step(i)
+            moment = Evaluation(dit, latents, i, sigmas, now, context, opposite, scale, guidance.normalization)
+            velocity = evaluate(moment)
+            latents = flow.euler_step(latents, velocity, sigmas[i], sigmas[i + 1])
+            if start.mask is not None and start.clean is not None:
+                latents = flow.keep_outside(latents, start.clean, start.noise, start.mask, sigmas[i + 1])
+            if i in (start.step, last):  # each look is a device sync; a bad weight shows at once
+                finite(latents, "the DiT", dit)
+        yield latents
+
+
+def _context(dit: ZImageDiT, captions: Sequence[Tensor], place: Place, start: flow.Start) -> Context:
+    """What stays the same over the steps; captions come from where the text encoder runs."""
+    return dit.context(dit.refine([caption.to(*place) for caption in captions]), *start.noise.shape[-2:])
+
+
+def denoise(
+    components: Components,
+    job: Job,
+    conditions: Conditions,
+    clean: list[Tensor] | None,
+    state: RenderState,
+    hooks: Sequence[Hook] = (),
+) -> Generator[Event, None, list[Tensor]]:
+    """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
+    request, finished = job.request, list(state.finished)
+    sigmas = flow.sigmas(*job.schedule)
+    guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
+    for first in range(len(finished), job.count, request.batch_size):
+        batch = range(first, min(first + request.batch_size, job.count))
+        start, done = _start(components, job, batch, clean, sigmas), 0
+        total = len(sigmas) - 1 - start.step
+        if first == len(state.finished) and state.latents is not None:
+            done = state.step
+            start = start._replace(latents=state.latents, step=start.step + done)
+        positive = [conditions.prompts[i // request.images] for i in batch]
+        negative = None if conditions.negative is None else [conditions.negative] * len(batch)
+        yield Event("denoise", done, total, first, job.count)
+        latents = start.latents
+        steps = denoise_steps(components, positive, negative, start, sigmas, guidance, hooks)
+        for step, latents in enumerate(steps, done + 1):
+            yield Event("denoise", step, total, first, job.count, latents=latents)
+        finished += latents.split(1)
+    return finished
+
+
+def _start(components: Components, job: Job, batch: range, clean: list[Tensor] | None, sigmas: Tensor) -> flow.Start:
+    """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
+    request, factor = job.request, components.residency.model.skeleton(VAE).spatial_factor
+    width, height, _ = job.passes[-1]
+    h, w = height // factor, width // factor
+    channels = components.config(DIT).in_channels
+    noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
+    if clean is None:
+        return flow.start(noise, sigmas)
+    begin = torch.cat([clean[i] for i in batch]).cpu()
+    return flow.start(noise, sigmas, request.strength or 1.0, begin, _latent_mask(job, h, w))
+
+
+def _latent_mask(job: Job, h: int, w: int) -> Tensor | None:
+    """(1, 1, h, w): 1 where the picture is painted anew. A mask of another size is stretched over the image."""
+    request = job.request
+    if request.mask is None:
+        return None
+    mask = request.mask.picture.resize(request.image.picture.size, Image.Resampling.LANCZOS)
+    return flow.latent_mask(mask_tensor(mask, *job.passes[-1][:2]), h, w)
+
+
+# ------------------------------------------------------------------ decoding
+
+
+def decode(components: Components, job: Job, latents: list[Tensor], done: int) -> Generator[Event, None, None]:
+    """The pictures of finished latents, after the first `done`."""
+    request = job.request
+    for i in range(done, len(latents)):
+        yield Event("decode", 0, 1, i, len(latents))
+        with components.use(VAE) as vae:
+            sample = latents[i].to(components.device(VAE))
+            images = decoded(vae, sample, request.tile_size, request.tile_overlap, job.passes[-1].tile_mode)
+            picture = picture_of(images)
+        yield Event("decode", 1, 1, i, len(latents), image=picture)
+
+
+@torch.no_grad()
+def decoded(
+    vae: Any, latents: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
+) -> Tensor:
+    """Images (B, 3, H, W) fp32 in [−1, 1] of latents (B, 16, h, w), each alone. Raises NonFiniteError."""
+    images = [vae.decode(sample[None], tile_size, tile_overlap, tile_mode) for sample in latents]
+    return finite(torch.cat(images), "the VAE", vae)
+
+
+def picture_of(images: Tensor) -> Image.Image:
+    """The one picture of images (1, 3, H, W) in [−1, 1]."""
+    return to_pil(to_levels(images))[0]

@@ -1,22 +1,30 @@
 """How far a render has come, and the file that keeps it: enough to go on from there to the same bits.
 
+    kept = StateFile(path, job.to_dict())
+    for event in pipe.run(job):
+        kept.update(event)
+    kept.remove()
+
+and after a crash `state, plain = load_state(path)`, then `pipe.run(Job.from_dict(plain), state)`.
+
 Shapes: latents (B, 16, h, w) fp32.
 """
 
 import json
 import os
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from zimage.errors import CheckpointError
+from zimage.errors import CheckpointError, RequestError
 from zimage.events import Event
 from zimage.formats.atomic import beside
 
 FORMAT = "zimage-render"
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass
@@ -52,6 +60,35 @@ class RenderState:
         return True
 
 
+class StateFile:
+    """Keeps the state of a render in a file; a consumer of its events. `record` tells what is rendered.
+
+    A state holds the latents of all finished images. It is written when an image is finished or saved, and after a step
+    unless that would take more than a tenth of the time. Raises RequestError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], state: RenderState | None = None):
+        self.path, self.record, self.state = path, record, state or RenderState()
+        self._write()
+
+    def update(self, event: Event) -> None:
+        if self.state.update(event) and (event.step == event.total or time.monotonic() >= self._due):
+            self._write()
+
+    def remove(self) -> None:
+        """When all pictures are saved there is nothing to go on with."""
+        self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        begun = time.monotonic()
+        try:
+            save_state(self.path, self.state, self.record)
+        except Exception as error:  # safetensors raises its own for a full disk
+            raise RequestError(f"state: {self.path} cannot be written: {error}", fields=("save_state",)) from error
+        now = time.monotonic()
+        self._due = now + 9 * (now - begun)
+
+
 def save_state(path: Path, state: RenderState, record: dict[str, Any]) -> None:
     """Write the state of a render whole or not at all; `record` are plain values that tell what is rendered."""
     from safetensors.torch import save_file
@@ -76,7 +113,7 @@ def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-            raise CheckpointError(f"{path} is not the state of a render; give a file that --checkpoint wrote")
+            raise CheckpointError(f"{path} is not the state of a render; pass a file that --save-state wrote")
         record = json.loads(metadata["state"])
         state = RenderState(
             _numbered(tensors, "small"),

@@ -18,6 +18,7 @@ ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
 TILE_MODES = ("exact", "blend", "off")
 MAX_LORA_SCALE = 100.0
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
+TILE_OVERLAP = 64  # px of blended tiles
 TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm

@@ -37,10 +37,14 @@ class Embeddings:
     encoder: str
     hash: str
     name: str = "embeddings in memory"
+    path: str = ""  # where the file lies
 
     @classmethod
-    def of(cls, given: Any, width: int) -> "Embeddings":
-        """From a file's path or a tensor (L, C). Raises RequestError or CheckpointError."""
+    def of(cls, given: Any, width: int = 0) -> "Embeddings":
+        """From a file's path or a tensor (L, C); `width` is the C that is needed, 0: any.
+
+        Raises RequestError or CheckpointError.
+        """
         if isinstance(given, cls):
             return given
         if not isinstance(given, Tensor):
@@ -67,8 +71,8 @@ def save_embeddings(path: str | os.PathLike, caption: Tensor, request: Mapping[s
         raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def load_embeddings(path: str | os.PathLike, width: int) -> Embeddings:
-    """The caption in a file, for a model whose captions are `width` wide.
+def load_embeddings(path: str | os.PathLike, width: int = 0) -> Embeddings:
+    """The caption in a file, for a model whose captions are `width` wide (0: any).
 
     Raises RequestError where there is no file, and CheckpointError naming what is wrong with what is there.
     """
@@ -79,7 +83,7 @@ def load_embeddings(path: str | os.PathLike, width: int) -> Embeddings:
     _check_values(caption, str(path), CheckpointError)
     _check_width(caption, width, str(path), CheckpointError)
     request, encoder = _described(path, metadata)
-    return Embeddings(caption, request, encoder, caption_hash(caption), path.name)
+    return Embeddings(caption, request, encoder, caption_hash(caption), path.name, os.path.abspath(path))
 
 
 def caption_hash(caption: Tensor) -> str:
@@ -130,7 +134,7 @@ def _check_values(caption: Tensor, name: str, kind: type[Exception]) -> None:
 
 
 def _check_width(caption: Tensor, width: int, name: str, kind: type[Exception]) -> None:
-    if caption.shape[1] != width:
+    if width not in (0, caption.shape[1]):
         raise kind(f"{name}: the embeddings are {caption.shape[1]} wide; this model takes {width}")
 
 

@@ -73,27 +73,10 @@ class Qwen3(nn.Module):
         """Build from the contents of `text_encoder/config.json`; raises ConfigError."""
         return cls(Qwen3Config.read(config))
 
-    def read_order(self) -> Iterator[nn.Parameter]:
-        """Weights in the order in which encoding reads them: not the last layer, and of the embeddings only rows."""
-        for layer in self.model.layers[:-1]:
-            yield from layer.parameters()
-
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The modules that run one after another, in that order, each with the weights that its forward reads."""
         for layer in self.model.layers:
             yield layer, list(layer.parameters())
-
-    def activation_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """About the peak of one layer: the feed-forward's hidden maps, q, k and v in fp32 and a few of its width."""
-        config = self.config
-        heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        return tokens * ((2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads)
-
-    def writing_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """What writing takes besides: the keys and values of `tokens`, and logits with the filters' copies in fp32."""
-        config = self.config
-        keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-        return tokens * keys + 24 * config.vocab_size
 
     def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | None" = None) -> Tensor:
         """Hidden state `layer` (B, L, hidden) of ids (B, L); layers above it are not run.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
-from zimage.vae.tiling import OFF, STRIP_BYTES, Tiling
+from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-6
 
@@ -58,19 +58,6 @@ class AutoencoderKL(nn.Module):
     def spatial_factor(self) -> int:
         """Pixels per latent along one side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
-
-    def read_order(self) -> Iterator[nn.Parameter]:
-        """Weights in the order in which decoding reads them."""
-        return self.decoder.parameters()
-
-    def activation_bytes(self, pixels: int, dtype: torch.dtype) -> int:
-        """About the peak of decoding one image: five maps of the second width at full size."""
-        return 5 * self.config.block_out_channels[1] * pixels * dtype.itemsize
-
-    def tiled_bytes(self, pixels: int, dtype: torch.dtype) -> int:
-        """About the peak of decoding one image in exact strips: two maps at full size and what a strip takes."""
-        first, second = self.config.block_out_channels[:2]
-        return (first + second) * pixels * dtype.itemsize + STRIP_BYTES
 
     def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, each (B, 16, h, w), unscaled."""

@@ -28,7 +28,6 @@ from zimage.vae.blend import blend
 
 Rows = Callable[[Tensor], Tensor]
 STRIP_VALUES = 4 << 20  # values of a strip when no height is asked for: small enough to stay near the processor
-STRIP_BYTES = 12 * 4 * STRIP_VALUES  # a few strips in fp32 live at a time
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from zimage.errors import CheckpointError, ConfigError
 from zimage.kernels.norm import rms_norm
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
-from zimage.vae.tiling import OFF, STRIP_BYTES, Tiling
+from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
 
@@ -78,21 +78,6 @@ class AutoencoderKLWan(nn.Module):
     def spatial_factor(self) -> int:
         """Pixels per latent along one side."""
         return 2 ** (len(self.config.dim_mult) - 1)
-
-    def read_order(self) -> Iterator[nn.Parameter]:
-        """Weights in the order in which decoding reads them."""
-        return self.decoder.parameters()
-
-    def activation_bytes(self, pixels: int, dtype: torch.dtype) -> int:
-        """About the peak of decoding one image: twelve maps of the first width at full size.
-
-        Measured: 6.3 in fp32; 11.7 in bf16, whose norms run in fp32.
-        """
-        return 12 * self.config.base_dim * pixels * dtype.itemsize
-
-    def tiled_bytes(self, pixels: int, dtype: torch.dtype) -> int:
-        """About the peak of decoding one image in exact strips: two maps at full size and what a strip takes."""
-        return 2 * self.config.base_dim * pixels * dtype.itemsize + STRIP_BYTES
 
     def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, each (B, 16, h, w), not standardised."""
