@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from zimage.cli import main
-from zimage.errors import ConfigFileError, RequestError
+from zimage.errors import CheckpointError, ConfigFileError, RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
 from zimage.settings.toml_file import TomlFile
@@ -385,6 +385,38 @@ def test_errors_of_later_stages_say_where_the_value_stands(run, write, monkeypat
     assert "(from" not in run("gen", "a", "--device", "cuda:8")[2]
     monkeypatch.setenv("ZIMAGE_MODEL", "nowhere")
     assert run("info", "--device", "cpu")[2].endswith("(from ZIMAGE_MODEL)\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        (("hidden_layer",), "zimage.toml [default] line 2"),
+        (("shift", "hidden_layer", "width"), "zimage.toml [default] line 2"),
+        (("width", "attention"), "ZIMAGE_ATTENTION"),
+        (("height",), None),
+        (("width", "height"), None),
+        (("hidden_layer", "height", "attention"), None),
+        (("shift",), None),
+        (("nothing",), None),
+        ((), None),
+    ],
+)
+def test_a_late_fault_is_found_by_its_fields_and_blamed_on_the_highest_source(fields, source):
+    text = "[default]\nhidden_layer = -400\nwidth = 1024\n"
+    resolved = resolve({"height": 512}, None, config(text), None, {"ZIMAGE_ATTENTION": "sdpa"})
+    with pytest.raises(CheckpointError) as caught, resolved.naming_sources():
+        raise CheckpointError("width and hidden layer −400: see there", fields=fields)
+    assert str(caught.value) == "width and hidden layer −400: see there" + (f" (from {source})" if source else "")
+    assert caught.value.fields == fields
+
+
+def test_words_in_a_message_are_not_taken_for_fields():
+    """A value that holds a setting's name says nothing about that setting."""
+    resolved = resolve({"system_prompt": "width"}, None, config("[default]\nwidth = 64\nstrength = 0.5\n"), None, {})
+    assert list(resolved.left_out) == ["strength"]
+    with pytest.raises(ConfigFileError, match=r"zimage.toml line 3: .*seed") as caught:
+        config("[default]\nwidth = 64\nseed = 'width guidance'\n")
+    assert caught.value.fields == ("seed",)
 
 
 @pytest.mark.parametrize("profile", ["default", "rtx4090", "low_vram", "cpu", "distributed"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from zimage.cli.options import GroupedCommand, given, options_of
-from zimage.errors import RequestError
+from zimage.errors import CheckpointError, RequestError
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import fields, parse_weights
 
@@ -51,8 +52,9 @@ def test_weights_as_text(text, weights):
 
 @pytest.mark.parametrize("text", ["", "-2", "-2:", ":1", "-2:x", "x:1", "-2:1,", "-2:1,-2:1", "-2:1:1", "-2.5:1"])
 def test_text_that_is_no_weights(text):
-    with pytest.raises(RequestError, match="write LAYER:WEIGHT,"):
+    with pytest.raises(RequestError, match="write LAYER:WEIGHT,") as caught:
         Request.from_mapping({"layer_weights": text})
+    assert caught.value.fields == ("layer_weights",)
 
 
 def test_weights_as_json_and_toml_hold_them():
@@ -80,8 +82,9 @@ def test_weights_as_json_and_toml_hold_them():
     ],
 )
 def test_weights_that_cannot_be_meant(weights, words):
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(RequestError, match=words) as caught:
         Request(layer_weights=weights)
+    assert caught.value.fields == ("layer_weights",)
 
 
 def test_flags_of_three_states():
@@ -146,10 +149,10 @@ def test_plain_values_go_through_json_and_back(settings):
     ],
 )
 def test_a_value_is_checked_by_itself_and_in_its_place(settings, name, value, words):
-    with pytest.raises(RequestError, match=words):
-        settings.check_one(name, value)
-    with pytest.raises(RequestError, match=words):
-        settings.from_mapping({name: value})
+    for check in (lambda: settings.check_one(name, value), lambda: settings.from_mapping({name: value})):
+        with pytest.raises(RequestError, match=words) as caught:
+            check()
+        assert caught.value.fields == (name,)
 
 
 def test_every_bound_is_held():
@@ -158,8 +161,48 @@ def test_every_bound_is_held():
         for field in dataclasses.fields(settings):
             for bound, past in (("minimum", -1), ("maximum", 1), ("above", 0)):
                 if (limit := field.metadata[bound]) is not None:
-                    with pytest.raises(RequestError, match=f"^{field.name} .* is too (small|large)"):
+                    with pytest.raises(RequestError, match=f"^{field.name} .* is too (small|large)") as caught:
                         settings.check_one(field.name, limit + past)
+                    assert caught.value.fields == (field.name,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "fields"),
+    [
+        (Request, {"layer_weights": {-2: 1.0}, "hidden_layer": -2}, ("layer_weights", "hidden_layer")),
+        (Request, {"force_think_block": False, "thinking_content": "a"}, ("thinking_content", "force_think_block")),
+        (Request, {"tile_mode": "blend", "tile_size": 64}, ("tile_overlap", "tile_size")),
+        (Request, {"prompt": []}, ("prompt",)),
+        (Request, {"negative": "dogs", "guidance": 0}, ("negative", "guidance")),
+        (Request, {"seed": [1, 2, 3]}, ("seed", "prompt", "images")),
+        (Request, {"mask": "a.png"}, ("mask", "image")),
+        (Request, {"strength": 0.5}, ("strength", "image", "hires")),
+        (Request, {"hires": 2, "image": "a.png"}, ("hires", "image")),
+        (Request, {"embeddings": "a.safetensors", "prompt": "a"}, ("embeddings", "prompt")),
+        (Request, {"embeddings": "a.safetensors", "template": "a", "system_prompt": "b"},
+         ("embeddings", "template", "system_prompt")),
+        (LoadSettings, {"lora": ["a.safetensors:nan"]}, ("lora",)),
+        (LoadSettings, {"lora": ["a.safetensors:1e9"]}, ("lora",)),
+        (RewriteSettings, {"rewrite_thinking": True, "rewriter_url": "http://a"}, ("rewrite_thinking", "rewriter_url")),
+        (Request, {"stepz": 3}, ("stepz",)),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together_are_named_as_data(settings, values, fields):
+    with pytest.raises(RequestError) as caught:
+        settings.from_mapping(values)
+    assert caught.value.fields == fields
+
+
+def test_errors_keep_their_fields():
+    error = CheckpointError("model: nothing there", fields=("model",))
+    longer = error.with_text(f"{error} (from a file)")
+    assert (type(longer), str(longer), longer.fields) == (
+        CheckpointError,
+        "model: nothing there (from a file)",
+        ("model",),
+    )
+    assert pickle.loads(pickle.dumps(error)).fields == ("model",)
+    assert CheckpointError("a").fields == ()
 
 
 def test_unknown_names_offer_the_nearest():

@@ -179,7 +179,8 @@ class Model:
     def of_folder(cls, folder: Path) -> "Model":
         """A folder in the published layout. Raises CheckpointError or ConfigError."""
         if not folder.is_dir():
-            raise CheckpointError(f"model {str(folder)!r} is neither a folder in the published layout nor a file")
+            text = f"model {str(folder)!r} is neither a folder in the published layout nor a file"
+            raise CheckpointError(text, fields=("model",))
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
         return cls(folder, {name: Component.open(name, folder / SUBFOLDERS[name]) for name in PARTS}, tokenizer, shift)
 

@@ -77,7 +77,8 @@ class Loras:
         file = read_lora(Path(os.path.expanduser(path)), linear_shapes(self._dit.skeleton))
         decomposed = [path for path, delta in file.deltas.items() if isinstance(delta, Decomposed)]
         if not all(self._mergeable and not self._is_packed(path) for path in decomposed):
-            raise RequestError(f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16")
+            text = f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16"
+            raise RequestError(text, fields=("lora", "precision"))
         adapter = Adapter(Handle(), file, float(scale))
         with self._lock:
             self._become({**self._adapters, adapter.handle: adapter}, file.deltas)

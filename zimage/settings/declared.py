@@ -22,6 +22,7 @@ TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
 STRENGTH = 0.6
+TEXT_PARTS = ("template", "system_prompt", "thinking_content", "assistant_content")
 SIDE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 
 
@@ -60,9 +61,14 @@ class TextSettings(Settings):
     def __post_init__(self):
         check_fields(self)
         if self.layer_weights is not None and self.hidden_layer is not None:
-            raise RequestError("layer_weights: hidden_layer is given too; give one of them")
+            raise RequestError(
+                "layer_weights: hidden_layer is given too; give one of them", fields=("layer_weights", "hidden_layer")
+            )
         if self.force_think_block is False and self.thinking_content:
-            raise RequestError("thinking_content: it needs a think block, and force_think_block is off")
+            raise RequestError(
+                "thinking_content: it needs a think block, and force_think_block is off",
+                fields=("thinking_content", "force_think_block"),
+            )
 
     @property
     def layers(self) -> Weights:
@@ -184,31 +190,47 @@ class Request(TextSettings):
         self._check_sources()
         if self.tile_mode == "blend" and self.tile_overlap >= (self.tile_size or BLEND_TILE):
             raise RequestError(
-                f"tile_overlap {self.tile_overlap} must be below the tile_size {self.tile_size or BLEND_TILE}"
+                f"tile_overlap {self.tile_overlap} must be below the tile_size {self.tile_size or BLEND_TILE}",
+                fields=("tile_overlap", "tile_size"),
             )
         if not self.prompts:
-            raise RequestError("prompt: the list is empty; give at least one prompt")
+            raise RequestError("prompt: the list is empty; give at least one prompt", fields=("prompt",))
         if self.negative is not None and self.guidance == 0:
-            raise RequestError("negative: it has no effect at guidance 0; give a guidance above 0 or leave it out")
+            raise RequestError(
+                "negative: it has no effect at guidance 0; give a guidance above 0 or leave it out",
+                fields=("negative", "guidance"),
+            )
         if isinstance(self.seed, list) and len(self.seed) not in (len(self.prompts), self.count):
             raise RequestError(
                 f"seed: {len(self.seed)} seeds were given; give one, one per prompt ({len(self.prompts)}) "
-                f"or one per image ({self.count})"
+                f"or one per image ({self.count})",
+                fields=("seed", "prompt", "images"),
             )
 
     def _check_sources(self) -> None:
         """What a picture may be made of, and what goes with what."""
         if self.mask is not None and self.image is None:
-            raise RequestError("mask: it has no effect without an image; give the image that it belongs to")
+            raise RequestError(
+                "mask: it has no effect without an image; give the image that it belongs to", fields=("mask", "image")
+            )
         if self.strength is not None and self.image is None and self.hires is None:
-            raise RequestError("strength: it has no effect without an image or hires; give one or leave it out")
+            raise RequestError(
+                "strength: it has no effect without an image or hires; give one or leave it out",
+                fields=("strength", "image", "hires"),
+            )
         if self.hires is not None and self.image is not None:
-            raise RequestError("hires: an image to start from is given too; give one of them")
+            raise RequestError(
+                "hires: an image to start from is given too; give one of them", fields=("hires", "image")
+            )
         if self.embeddings is not None and self.prompt:
-            raise RequestError("embeddings: a prompt is given too, which they replace; give one of them")
-        parts = ("template", "system_prompt", "thinking_content", "assistant_content")
-        if self.embeddings is not None and any(getattr(self, name) for name in parts):
-            raise RequestError(f"embeddings: they hold the whole text; leave out {', '.join(parts)}")
+            raise RequestError(
+                "embeddings: a prompt is given too, which they replace; give one of them",
+                fields=("embeddings", "prompt"),
+            )
+        parts = [name for name in TEXT_PARTS if getattr(self, name)]
+        if self.embeddings is not None and parts:
+            text = f"embeddings: they hold the whole text; leave out {', '.join(parts)}"
+            raise RequestError(text, fields=("embeddings", *parts))
 
     @property
     def prompts(self) -> list[str]:
@@ -394,7 +416,10 @@ class RewriteSettings(Sampling):
     def __post_init__(self):
         super().__post_init__()
         if self.rewrite_thinking and self.rewriter_url:
-            raise RequestError("rewrite_thinking: the server at the rewriter_url decides that itself; leave it out")
+            raise RequestError(
+                "rewrite_thinking: the server at the rewriter_url decides that itself; leave it out",
+                fields=("rewrite_thinking", "rewriter_url"),
+            )
 
 
 ALL_SETTINGS = (Request, LoadSettings, RewriteSettings)
@@ -416,6 +441,7 @@ def split_lora(text: str) -> tuple[str, float]:
 def check_lora_scale(scale: Any) -> None:
     """Raise RequestError unless `scale` is a number that may be meant."""
     if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise RequestError(f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number")
+        raise RequestError(f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number", fields=("lora",))
     if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
-        raise RequestError(f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}")
+        text = f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}"
+        raise RequestError(text, fields=("lora",))

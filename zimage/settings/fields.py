@@ -60,7 +60,7 @@ class Settings:
         """From plain values, as JSON and TOML hold them; an unknown name is an error that offers the nearest."""
         for key in values:
             if key not in cls.names():
-                raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}")
+                raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}", fields=(key,))
         hints = _hints(cls)
         return cls(**{name: _coerced(name, value, hints[name]) for name, value in values.items()})
 
@@ -139,7 +139,8 @@ def _coerced(name: str, value: Any, accepted: Any) -> Any:
                 return weights
             raise ValueError("a layer is named twice")
     except ValueError:
-        raise RequestError(f"{name} {value!r} cannot be read; write LAYER:WEIGHT,… as in -2:0.7,-8:0.3") from None
+        text = f"{name} {value!r} cannot be read; write LAYER:WEIGHT,… as in -2:0.7,-8:0.3"
+        raise RequestError(text, fields=(name,)) from None
     return value
 
 
@@ -158,34 +159,32 @@ def _described(attachment: Any) -> Any:
 def _check(field: dataclasses.Field, accepted: Any, value: Any) -> None:
     if value is None:
         if types.NoneType not in _members(accepted) and not field.metadata["attachment"]:
-            raise RequestError(f"{field.name}: a value is needed")
+            raise _fault(field.name, ": a value is needed")
         return
     if field.metadata["attachment"]:
         if isinstance(value, PLAIN):
-            raise RequestError(f"{field.name} {value!r} is a {type(value).__name__}; it should be a file's path")
+            raise _fault(field.name, f" {value!r} is a {type(value).__name__}; it should be a file's path")
         return
     if Weights in _members(accepted):
         _check_weights(field.name, value)
         return
     many = isinstance(value, list) and bool(_list_types(accepted))
     if not many and not _takes_one(accepted):
-        raise RequestError(f"{field.name} {value!r} is a {type(value).__name__}; it should be a list")
+        raise _fault(field.name, f" {value!r} is a {type(value).__name__}; it should be a list")
     for item in value if many else [value]:
         _check_scalar(field, _scalar_types(accepted), item)
 
 
 def _check_weights(name: str, value: Any) -> None:
     if not isinstance(value, dict) or not value:
-        raise RequestError(
-            f"{name} {value!r} should be a table of layers and their weights, as in {{-2: 0.7, -8: 0.3}}"
-        )
+        raise _fault(name, f" {value!r} should be a table of layers and their weights, as in {{-2: 0.7, -8: 0.3}}")
     for layer, weight in value.items():
         if not isinstance(layer, int) or isinstance(layer, bool) or layer > -1:
-            raise RequestError(f"{name}: layer {layer!r} should be a whole number below 0, counted from the last layer")
+            raise _fault(name, f": layer {layer!r} should be a whole number below 0, counted from the last layer")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_WEIGHT:
-            raise RequestError(f"{name}: the weight {weight!r} of layer {layer} should be a number ≤ {MAX_WEIGHT:g}")
+            raise _fault(name, f": the weight {weight!r} of layer {layer} should be a number ≤ {MAX_WEIGHT:g}")
     if not abs(sum(value.values())) > 1e-6:
-        raise RequestError(f"{name}: the weights add up to 0, by which they cannot be divided")
+        raise _fault(name, ": the weights add up to 0, by which they cannot be divided")
 
 
 @functools.cache
@@ -217,27 +216,30 @@ def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: A
     numbers = (int, float) if float in accepted else accepted
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
         kind = " or ".join(t.__name__ for t in accepted)
-        raise RequestError(f"{name} {value!r} is a {type(value).__name__}; it should be of type {kind}")
+        raise _fault(name, f" {value!r} is a {type(value).__name__}; it should be of type {kind}")
     if m["choices"] and value not in m["choices"]:
-        raise RequestError(f"{name} {value!r} is not known; use {', '.join(m['choices'])}")
+        raise _fault(name, f" {value!r} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
         if not value.isascii() and value != value.encode(errors="ignore").decode():
-            raise RequestError(f"{name} is not valid text; it must be encoded in UTF-8")
+            raise _fault(name, " is not valid text; it must be encoded in UTF-8")
     elif not isinstance(value, bool):
         _check_number(name, m, value)
 
 
 def _check_number(name: str, m: Mapping[str, Any], value: float) -> None:
     if value != value:
-        raise RequestError(f"{name} is not a number")
+        raise _fault(name, " is not a number")
     if m["minimum"] is not None and value < m["minimum"]:
-        raise RequestError(f"{name} {value} is too small; the least is {m['minimum']}")
+        raise _fault(name, f" {value} is too small; the least is {m['minimum']}")
     if m["above"] is not None and value <= m["above"]:
-        raise RequestError(f"{name} {value} is too small; it must be above {m['above']}")
+        raise _fault(name, f" {value} is too small; it must be above {m['above']}")
     if m["maximum"] is not None and value > m["maximum"]:
-        raise RequestError(f"{name} {value} is too large; the most is {m['maximum']}")
+        raise _fault(name, f" {value} is too large; the most is {m['maximum']}")
     if m["multiple"] and value % m["multiple"]:
         down = value // m["multiple"] * m["multiple"]
-        raise RequestError(
-            f"{name} {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}"
-        )
+        raise _fault(name, f" {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}")
+
+
+def _fault(name: str, rest: str) -> RequestError:
+    """The error on one field, whose name begins the text."""
+    return RequestError(name + rest, fields=(name,))

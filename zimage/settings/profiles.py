@@ -9,12 +9,11 @@
 Sources by rank: options, the picture of --from, the environment, the profile, what it inherits, defaults. A picture
 brings its whole request. A setting that cannot go together with those of a higher rank (a file's `hidden_layer` and
 `--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and that is told.
-Which settings these are, the settings' own checks say: their messages name them.
+Which settings these are, the settings' own checks say: their errors carry the names.
 """
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -72,15 +71,15 @@ class Resolved:
 
     @contextlib.contextmanager
     def naming_sources(self) -> Iterator[None]:
-        """Errors on a setting that stands in a file or the environment say so."""
+        """Errors on settings say where the one of the highest rank stands, unless an option is at fault."""
         try:
             yield
         except ZImageError as error:
-            name = re.match(r"\w*", str(error))[0].lower()
-            source = self.source(name)
-            if source == "default" or source.startswith("--"):
+            found = [self.entries[name] for name in error.fields if name in self.entries]
+            source = max(found, key=lambda entry: entry.rank).source if found else "--"
+            if source.startswith("--"):
                 raise
-            raise type(error)(f"{error} (from {source})") from error
+            raise error.with_text(f"{error} (from {source})") from error
 
 
 class Config:
@@ -137,9 +136,11 @@ class Config:
             try:
                 entries[name] = Entry(_from_file(name, value, self.path.parent), source)
             except RequestError as error:
-                raise self._file.fault(str(error), profile, name) from None
+                raise self._file.fault(str(error), profile, name, fields=error.fields) from None
             except (ValueError, RecursionError):  # of showing the value in a message
-                raise self._file.fault(f"{name} is too long or nested too deeply", profile, name) from None
+                raise self._file.fault(
+                    f"{name} is too long or nested too deeply", profile, name, fields=(name,)
+                ) from None
         return entries
 
     def _check_together(self, profile: str) -> None:
@@ -149,11 +150,11 @@ class Config:
             error = _error_of({name: entry})
             if error is None:
                 whole[name] = entry
-            elif _mentioned(error) in ([], [name]):
-                raise self._file.fault(str(error), profile, name)
+            elif error.fields == (name,):
+                raise self._file.fault(str(error), profile, name, fields=error.fields)
         if error := _error_of(whole):
-            name = next(iter([n for n in _mentioned(error) if n in own]), "")
-            raise self._file.fault(str(error), profile, name)
+            name = next((name for name in error.fields if name in own), "")
+            raise self._file.fault(str(error), profile, name, fields=error.fields)
 
 
 def find_config(named: str | os.PathLike | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -220,7 +221,7 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
 
 def _owner(name: str) -> type[Settings]:
     if name not in OWNERS:
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}")
+        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}", fields=(name,))
     return OWNERS[name]
 
 
@@ -262,12 +263,13 @@ def _from_text(name: str, text: str) -> Any:
 def _from_file(name: str, value: Any, folder: Path) -> Any:
     if name not in OWNERS:
         known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}")
+        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
     if FIELDS[name].metadata["per_call"]:
-        raise RequestError(f"{name} belongs to a single call; give it there and leave it out of the file")
+        text = f"{name} belongs to a single call; give it there and leave it out of the file"
+        raise RequestError(text, fields=(name,))
     value = OWNERS[name].check_one(name, value)
     if isinstance(value, list) and list_fields(OWNERS[name])[name]:
-        raise RequestError(f"{name}: a list belongs to a single call; give one value")
+        raise RequestError(f"{name}: a list belongs to a single call; give one value", fields=(name,))
     if not FIELDS[name].metadata["path"]:
         return value
     return [_path(name, text, folder) for text in value] if isinstance(value, list) else _path(name, value, folder)
@@ -275,7 +277,7 @@ def _from_file(name: str, value: Any, folder: Path) -> Any:
 
 def _path(name: str, text: str, folder: Path) -> str:
     if not text:
-        raise RequestError(f"{name}: the path is empty; write one or leave the line out")
+        raise RequestError(f"{name}: the path is empty; write one or leave the line out", fields=(name,))
     return str(folder / os.path.expanduser(text))
 
 
@@ -287,12 +289,13 @@ def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]
     left_out = {}
     while error := _error_of(entries):
         lower = sorted(
-            (n for n in _mentioned(error) if n in entries and entries[n].rank < top),
+            (n for n in error.fields if n in entries and entries[n].rank < top),
             key=lambda name: entries[name].rank,
         )
         for names in [*([name] for name in lower), lower]:  # one of them, else all
             rest = {name: entry for name, entry in entries.items() if name not in names}
-            if str(_error_of(rest)) != str(error):
+            left = _error_of(rest)
+            if left is None or left.fields != error.fields:
                 left_out |= {name: (entries.pop(name), str(error)) for name in names}
                 break
         else:
@@ -308,9 +311,3 @@ def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
     except RequestError as error:
         return error
     return None
-
-
-def _mentioned(error: RequestError) -> list[str]:
-    """The settings that a message names, outside quotation marks."""
-    words = re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", str(error)))
-    return [name for name in dict.fromkeys(words) if name in OWNERS]

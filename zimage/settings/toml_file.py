@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ class TomlFile:
         found = (self._lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self._lines)
         return next(found, 1)
 
-    def fault(self, message: str, *keys: str) -> ConfigFileError:
+    def fault(self, message: str, *keys: str, fields: Iterable[str] = ()) -> ConfigFileError:
         """The error on what stands at these keys."""
-        return fault(self.path, self.line(*keys), message)
+        return fault(self.path, self.line(*keys), message, fields)
 
     @cached_property
     def _lines(self) -> dict[tuple[str, ...], int]:
@@ -81,12 +81,12 @@ def read_text(path: Path) -> str:
         raise fault(path, line, "the file is not in UTF-8; save it in this encoding") from None
 
 
-def fault(path: Path, line: int, message: str) -> ConfigFileError:
+def fault(path: Path, line: int, message: str, fields: Iterable[str] = ()) -> ConfigFileError:
     """The error on a line, itself on one line."""
     message = " ".join(message.split())
     if len(message) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 4 :]}"
-    return ConfigFileError(f"{path} line {line}: {message}")
+    return ConfigFileError(f"{path} line {line}: {message}", fields=fields)
 
 
 def statements(text: str) -> Iterator[tuple[int, str]]:

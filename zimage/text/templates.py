@@ -153,7 +153,8 @@ def _files(folder: Path) -> dict[str, Path]:
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".md" and not p.name.startswith("."))
     except OSError as error:
-        raise RequestError(f"templates: the folder {folder} cannot be read: {error.strerror or error}") from None
+        text = f"templates: the folder {folder} cannot be read: {error.strerror or error}"
+        raise RequestError(text, fields=("templates",)) from None
     paths: dict[str, Path] = {}
     for path in found:
         if path.stem in paths:
