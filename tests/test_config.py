@@ -269,6 +269,8 @@ def test_every_setting_that_names_a_file_is_a_path():
     [
         ("[default]\nsteps = \n", 2, "Invalid value; texts stand in quotation marks (column 9)"),
         ("[default]\nsteps = 4\nsteps = 5\n", 3, "Cannot overwrite a value; the key stands there a second time"),
+        ("[default]\nsteps = 4\nsteps = 5", 3, "Cannot overwrite a value"),
+        ("[default]\nlora = [\n" + "['']\n,\n" * 600 + "]\nsteps = 4", 2, "too many lines that end in brackets"),
         ("[default]\n[default]\n", 2, "Cannot declare [default] twice"),
         ("[default]\nsteps = 4\n\nsystem_prompt = '''\na\nb\n", 4, "Expected \"'''\""),
         ("[default]\nlora = [\n  'a',\n", 2, "Invalid value"),
@@ -348,6 +350,13 @@ def test_byte_order_marks_and_windows_line_ends_are_read(write):
     found = resolve({}, None, read_config("zimage.toml"))
     assert found.of(Request) == {"system_prompt": "a\nb", "steps": 3}
     assert found.source("steps") == "zimage.toml [default] line 4"
+
+
+def test_lines_of_keys_after_values_of_many_lines():
+    text = "[default]\nlora = [ # ]\n  'a', # ]\n  'b ]' ]\nsystem_prompt = '''\n[a]\nsteps = 1 ]\n''' # }\nsteps = 3\n"
+    resolved = resolve({}, None, config(text), None, {})
+    lines = {name: resolved.source(name).rpartition(" ")[2] for name in resolved.entries}
+    assert lines == {"lora": "2", "system_prompt": "5", "steps": "9"}
 
 
 # ---------------------------------------------------------------------- on the command line
