@@ -14,6 +14,7 @@ import pytest
 from zimage.cli import main
 from zimage.errors import CheckpointError, ConfigFileError, RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.environment import REWRITER_KEY, from_environment, rewriter_key
 from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
 from zimage.settings.toml_file import TomlFile
 
@@ -148,8 +149,21 @@ def test_a_picture_brings_its_whole_request_and_says_nothing_on_loading():
 
 
 def test_values_of_the_environment_are_checked():
-    with pytest.raises(RequestError, match=r"attention 'flash9' is not known; .* \(from ZIMAGE_ATTENTION\)"):
-        resolve({}, environ={"ZIMAGE_ATTENTION": "flash9"})
+    for read in (lambda e: resolve({}, environ=e), lambda e: from_environment(LoadSettings, e)):
+        with pytest.raises(
+            RequestError, match=r"attention 'flash9' is not known; .* \(from ZIMAGE_ATTENTION\)"
+        ) as caught:
+            read({"ZIMAGE_ATTENTION": "flash9"})
+        assert caught.value.fields == ("attention",)
+
+
+def test_the_library_reads_the_environment_in_the_same_place():
+    environ = {"ZIMAGE_MODEL": "/env/model", "ZIMAGE_ATTENTION": "", "ZIMAGE_REWRITER_URL": "http://a", "HOME": "/b"}
+    assert from_environment(LoadSettings, environ) == {"model": "/env/model"}
+    assert from_environment(RewriteSettings, environ) == {"rewriter_url": "http://a"}
+    assert from_environment(Request, environ) == {}
+    assert rewriter_key({REWRITER_KEY: "secret"}) == "secret"
+    assert rewriter_key({REWRITER_KEY: ""}) is None
 
 
 @pytest.mark.parametrize(

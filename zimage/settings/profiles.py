@@ -22,6 +22,7 @@ from typing import Any
 
 from zimage.errors import ConfigFileError, RequestError, ZImageError
 from zimage.settings.declared import ALL_SETTINGS
+from zimage.settings.environment import CONFIG, PROFILE, from_environment
 from zimage.settings.fields import Settings, fields, list_fields, nearest
 from zimage.settings.toml_file import TomlFile, read_text
 
@@ -30,7 +31,6 @@ FILE_NAME = "zimage.toml"
 PICTURE = "picture"
 OWNERS: dict[str, type[Settings]] = {name: settings for settings in ALL_SETTINGS for name in settings.names()}
 FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(settings)}
-TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ def find_config(named: str | os.PathLike | None = None, environ: Mapping[str, st
     """The file that was named, here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
     if named:
         return Path(named).expanduser()
-    if chosen := environ.get("ZIMAGE_CONFIG"):
+    if chosen := environ.get(CONFIG):
         if not os.path.exists(os.path.expanduser(chosen)):
-            raise ConfigFileError(f"{chosen}: there is no such settings file (from ZIMAGE_CONFIG)")
+            raise ConfigFileError(f"{chosen}: there is no such settings file (from {CONFIG})")
         return Path(chosen).expanduser()
     return next((path for path in usual_places(environ) if os.path.exists(path)), None)
 
@@ -205,7 +205,7 @@ def resolve(
 
 def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
     """The profile that was named, here or by ZIMAGE_PROFILE, else `default` where there is one."""
-    wanted = named or environ.get("ZIMAGE_PROFILE")
+    wanted = named or environ.get(PROFILE)
     if not wanted:
         return "default" if config is not None and "default" in config.profiles else None
     if config is None:
@@ -235,29 +235,8 @@ def _checked(values: Mapping[str, Any], source: Any) -> dict[str, Entry]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
-    entries = {}
-    for name, owner in OWNERS.items():
-        variable = FIELDS[name].metadata["env"]
-        if variable and (text := environ.get(variable)):
-            try:
-                entries[name] = Entry(owner.check_one(name, _from_text(name, text)), variable)
-            except RequestError as error:
-                raise RequestError(f"{error} (from {variable})") from None
-    return entries
-
-
-def _from_text(name: str, text: str) -> Any:
-    """The value that a text stands for, by the field's type."""
-    kinds = next(kinds for field, kinds in fields(OWNERS[name]) if field.name == name)
-    if kinds[-1] is bool:
-        if text.lower() not in TRUE + FALSE:
-            raise RequestError(f"{name} {text!r} should be one of {', '.join(TRUE + FALSE)}")
-        return text.lower() in TRUE
-    try:
-        value = kinds[-1](text)
-    except ValueError:
-        raise RequestError(f"{name} {text!r} should be of type {kinds[-1].__name__}") from None
-    return value if list_fields(OWNERS[name]).get(name, True) else [value]
+    values = {name: value for settings in ALL_SETTINGS for name, value in from_environment(settings, environ).items()}
+    return {name: Entry(value, FIELDS[name].metadata["env"]) for name, value in values.items()}
 
 
 def _from_file(name: str, value: Any, folder: Path) -> Any:
