@@ -71,13 +71,13 @@ def test_weights_as_json_and_toml_hold_them():
         ({}, "should be a table of layers"),
         (3, "should be a table of layers"),
         ([-2], "should be a table of layers"),
-        ({0: 1.0}, "layer 0 should be a whole number below 0"),
+        ({0: 1.0}, "layer 0 should be a negative integer"),
         ({True: 1.0}, "layer True should be"),
         ({-2: "a"}, "the weight 'a' of layer -2 should be a number"),
         ({-2: True}, "the weight True"),
         ({-2: float("nan")}, "the weight nan"),
         ({-2: float("inf")}, "the weight inf"),
-        ({-2: 10**400}, "should be a number ≤ 1e\\+06"),
+        ({-2: 10**400}, "should be a number up to 1e\\+06"),
         ({-2: 1.0, -3: -1.0}, "add up to 0"),
     ],
 )
@@ -109,7 +109,7 @@ def test_options_become_values():
 @pytest.mark.parametrize("value", [3, 0.5, True, b"png", ["a.png"], {"name": "a.png"}])
 @pytest.mark.parametrize("name", ["image", "mask", "embeddings"])
 def test_attachments_are_paths_or_objects(name, value):
-    with pytest.raises(RequestError, match=f"{name} .* is a {type(value).__name__}; it should be a file's path"):
+    with pytest.raises(RequestError, match=f"{name} .* is a {type(value).__name__}; it should be the path of a file"):
         Request(**{name: value})
 
 
@@ -137,10 +137,10 @@ def test_plain_values_go_through_json_and_back(settings):
 @pytest.mark.parametrize(
     ("settings", "name", "value", "words"),
     [
-        (Request, "steps", 0, "steps 0 is too small; the least is 1"),
+        (Request, "steps", 0, "steps 0 is too small; the minimum is 1"),
         (Request, "steps", True, "steps True is a bool"),
         (Request, "guidance", float("nan"), "guidance is not a number"),
-        (Request, "hidden_layer", 0, "hidden_layer 0 is too large; the most is -1"),
+        (Request, "hidden_layer", 0, "hidden_layer 0 is too large; the maximum is -1"),
         (Request, "long_prompt", "cut", "use none, truncate, interpolate"),
         (Request, "long_prompt", None, "long_prompt: a value is needed"),
         (Request, "template", "\ud800", "template is not valid text"),

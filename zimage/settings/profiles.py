@@ -3,19 +3,19 @@
     [default]
     model = "Z-Image-Turbo"     # a setting's name and its value; paths are relative to the file
 
-    [low_vram]                  # has what [default] has; of another with inherit = "NAME", of none with inherit = ""
+    [low_vram]                  # inherits from [default], or from [NAME] with inherit = "NAME", or not at all with ""
     memory = 8
 
 Sources by rank: options, the picture of --from, the environment, the profile, what it inherits, defaults. A picture
-brings its whole request. A setting that cannot go together with those of a higher rank (a file's `hidden_layer` and
-`--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and that is told.
-Which settings these are, the settings' own checks say: their errors carry the names.
+brings its whole request. A setting that does not go together with one of a higher rank (a file's `hidden_layer` and
+`--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and a note says so.
+The settings' own checks find these settings: their errors carry the names.
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings of all sources, made one."""
+    """The settings of all sources, merged."""
 
     entries: dict[str, Entry]
-    left_out: dict[str, tuple[Entry, str]]  # what did not go together with the rest, and why
+    left_out: dict[str, tuple[Entry, str]]  # what does not go together with the rest, and why
     config: "Config | None" = None
     profile: str | None = None
 
@@ -60,13 +60,13 @@ class Resolved:
 
     @property
     def note(self) -> str | None:
-        """A line on the file in use and on what was left out, or None where there is neither."""
+        """A line on the file in use and the settings left out, or None where there is neither."""
         parts = []
         if self.config is not None and self.config.profiles:
-            nothing = f"nothing of {self.config.path}, which has no [default]; choose with --profile"
+            nothing = f"nothing from {self.config.path}, which has no [default]; choose a profile with --profile"
             parts.append(nothing if self.profile is None else f"{self.config.path} [{self.profile}]")
         for name, (entry, _) in self.left_out.items():
-            parts.append(f"{name} of {entry.source} is left out")
+            parts.append(f"{name} from {entry.source} is left out")
         return f"settings: {'; '.join(parts)}" if parts else None
 
     @contextlib.contextmanager
@@ -89,7 +89,7 @@ class Config:
         self.path, self._file, document = file.path, file, file.document
         for name, table in document.items():
             if not isinstance(table, dict):
-                message = f"{name} stands outside a profile; write it under [default], a profile as [NAME]"
+                message = f"{name} is outside of any profile; put it under [default] or another [NAME]"
                 raise file.fault(message, name)
         self._parents = {name: table.get("inherit") for name, table in document.items()}
         self._chains = {name: self._chain(name) for name in document}
@@ -110,7 +110,9 @@ class Config:
         while (parent := self._parent(chain[-1])) is not None:
             if parent in chain:
                 circle = " → ".join([*chain[chain.index(parent) :], parent])
-                raise self._file.fault(f'inherit: {circle} goes round; end it with inherit = ""', chain[-1], "inherit")
+                raise self._file.fault(
+                    f'inherit: {circle} is a cycle; break it with inherit = ""', chain[-1], "inherit"
+                )
             chain.append(parent)
         return chain
 
@@ -120,7 +122,7 @@ class Config:
             return "default" if profile != "default" and "default" in self._parents else None
         if not isinstance(named, str):
             raise self._file.fault(
-                f"inherit is a {type(named).__name__}; it should be a profile's name", profile, "inherit"
+                f"inherit is a {type(named).__name__}; it should be the name of a profile", profile, "inherit"
             )
         if named and named not in self._parents:
             hint = nearest(named, self._parents)
@@ -144,7 +146,7 @@ class Config:
         return entries
 
     def _check_together(self, profile: str) -> None:
-        """What needs a setting of another source may stand in a file; what contradicts another may not."""
+        """A setting may need one of another source, but may not contradict one in the same file."""
         own, whole = self.profiles[profile], {}
         for name, entry in own.items():
             error = _error_of({name: entry})
@@ -157,8 +159,8 @@ class Config:
             raise self._file.fault(str(error), profile, name, fields=error.fields)
 
 
-def find_config(named: str | os.PathLike | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The file that was named, here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
+def find_config(named: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The settings file named here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
     if named:
         return Path(named).expanduser()
     if chosen := environ.get(CONFIG):
@@ -169,12 +171,12 @@ def find_config(named: str | os.PathLike | None = None, environ: Mapping[str, st
 
 
 def usual_places(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """The folder one is in, then the user's own settings."""
+    """The current folder, then the user's own settings."""
     home = environ.get("APPDATA") if sys.platform == "win32" else environ.get("XDG_CONFIG_HOME")
     return [Path(FILE_NAME), (Path(home) if home else Path("~/.config").expanduser()) / "zimage" / FILE_NAME]
 
 
-def read_config(path: str | os.PathLike) -> Config:
+def read_config(path: str | os.PathLike[str]) -> Config:
     """Read a settings file and check all of it. Raises ConfigFileError."""
     return Config(TomlFile(Path(path), read_text(Path(path))))
 
@@ -186,12 +188,12 @@ def resolve(
     profile: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Resolved:
-    """Settings of all sources: options `given`, the request `origin` of a picture, environment, file.
+    """Merge the settings of all sources: options `given`, the request `origin` of a picture, environment, file.
 
-    Raises RequestError where one is at fault by itself or two of the options contradict each other.
+    Raises RequestError where a value is at fault by itself, or where two options contradict each other.
     """
     profile = choose_profile(config, profile, environ)
-    layers = config.layers(profile) if profile is not None else []
+    layers = config.layers(profile) if config is not None and profile is not None else []
     layers = [*layers, _from_environment(environ)]
     if origin:
         brought = {_owner(name) for name in origin}
@@ -204,7 +206,7 @@ def resolve(
 
 
 def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The profile that was named, here or by ZIMAGE_PROFILE, else `default` where there is one."""
+    """The profile named here or by ZIMAGE_PROFILE, else `default` where there is one."""
     wanted = named or environ.get(PROFILE)
     if not wanted:
         return "default" if config is not None and "default" in config.profiles else None
@@ -230,7 +232,7 @@ def _flag(name: str) -> str:
     return flag if flag.startswith("--") else "--" + name.replace("_", "-")
 
 
-def _checked(values: Mapping[str, Any], source: Any) -> dict[str, Entry]:
+def _checked(values: Mapping[str, Any], source: Callable[[str], str]) -> dict[str, Entry]:
     return {name: Entry(_owner(name).check_one(name, value), source(name)) for name, value in values.items()}
 
 
@@ -244,11 +246,11 @@ def _from_file(name: str, value: Any, folder: Path) -> Any:
         known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
         raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
     if FIELDS[name].metadata["per_call"]:
-        text = f"{name} belongs to a single call; give it there and leave it out of the file"
+        text = f"{name} belongs to a single call; pass it there and remove it from the file"
         raise RequestError(text, fields=(name,))
     value = OWNERS[name].check_one(name, value)
     if isinstance(value, list) and list_fields(OWNERS[name])[name]:
-        raise RequestError(f"{name}: a list belongs to a single call; give one value", fields=(name,))
+        raise RequestError(f"{name}: a list belongs to a single call; write a single value", fields=(name,))
     if not FIELDS[name].metadata["path"]:
         return value
     return [_path(name, text, folder) for text in value] if isinstance(value, list) else _path(name, value, folder)
@@ -256,7 +258,7 @@ def _from_file(name: str, value: Any, folder: Path) -> Any:
 
 def _path(name: str, text: str, folder: Path) -> str:
     if not text:
-        raise RequestError(f"{name}: the path is empty; write one or leave the line out", fields=(name,))
+        raise RequestError(f"{name}: the path is empty; write a path or remove the line", fields=(name,))
     return str(folder / os.path.expanduser(text))
 
 
@@ -264,8 +266,8 @@ def _path(name: str, text: str, folder: Path) -> str:
 
 
 def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]:
-    """Take out what has a rank below `top` and does not go together with the rest; raises what that does not mend."""
-    left_out = {}
+    """Take out what has a rank below `top` and does not go together with the rest. Raises what that does not solve."""
+    left_out: dict[str, tuple[Entry, str]] = {}
     while error := _error_of(entries):
         lower = sorted(
             (n for n in error.fields if n in entries and entries[n].rank < top),
@@ -283,7 +285,7 @@ def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]
 
 
 def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
-    """What the settings' own checks say of values together."""
+    """What the settings' own checks say about values together."""
     try:
         for settings in ALL_SETTINGS:
             settings.from_mapping({name: e.value for name, e in entries.items() if OWNERS[name] is settings})

@@ -22,8 +22,8 @@ BACKSLASH = "; write paths in 'single quotes', where a backslash stands for itse
 HINTS = {
     "Unescaped": BACKSLASH,
     "Invalid hex value": BACKSLASH,
-    "Cannot overwrite": "; the key stands there a second time",
-    "Invalid value": "; texts stand in quotation marks",
+    "Cannot overwrite": "; the key appears twice",
+    "Invalid value": "; text needs quotation marks",
 }
 ENDS = re.compile(r"""("{3}|'{3}|[\]}])\s*(#.*)?$""")  # how the last of a statement's several lines ends
 
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except IsADirectoryError:
-        raise ConfigFileError(f"{path} is a folder; name the settings file in it") from None
+        raise ConfigFileError(f"{path} is a folder; pass the settings file in it") from None
     except FileNotFoundError:
         raise ConfigFileError(f"{path}: there is no such settings file") from None
     except (OSError, ValueError) as error:
@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise fault(path, line, "the file is not in UTF-8; save it in this encoding") from None
+        raise fault(path, line, "the file is not encoded in UTF-8; save it as UTF-8") from None
 
 
 def fault(path: Path, line: int, message: str, fields: Iterable[str] = ()) -> ConfigFileError:
