@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import re
+import types
 from pathlib import Path
 
 import click
@@ -13,7 +15,7 @@ from PIL import Image
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.errors import CheckpointError, RequestError
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings, Request, RewriteSettings
-from zimage.settings.fields import fields, parse_weights
+from zimage.settings.fields import fields, json_schema, parse_weights
 
 
 def parsed(*arguments):
@@ -208,3 +210,85 @@ def test_errors_keep_their_fields():
 def test_unknown_names_offer_the_nearest():
     with pytest.raises(RequestError, match="there is no setting 'stepz'; did you mean 'steps'"):
         Request.from_mapping({"stepz": 3})
+
+
+# ---------------------------------------------------------------------- as JSON Schema
+
+JSON_TYPES = {
+    **{"string": str, "integer": int, "number": (int, float), "boolean": bool},
+    **{"array": list, "object": dict, "null": types.NoneType},
+}
+
+
+def allowed(schema, value):
+    """Whether a value is valid by the few words of JSON Schema that are used."""
+    if "anyOf" in schema:
+        return any(allowed(form, value) for form in schema["anyOf"])
+    names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    kinds = [name for name in names if isinstance(value, JSON_TYPES[name])]
+    if not kinds or (isinstance(value, bool) and "boolean" not in kinds):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if isinstance(value, list):
+        return all(allowed(schema["items"], item) for item in value)
+    if isinstance(value, dict):
+        keys = all(re.search(schema["propertyNames"]["pattern"], key) for key in value)
+        return (
+            keys
+            and len(value) >= schema["minProperties"]
+            and all(allowed(schema["additionalProperties"], item) for item in value.values())
+        )
+    return not isinstance(value, int | float) or (
+        schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        and value > schema.get("exclusiveMinimum", value - 1)
+        and value % schema.get("multipleOf", 1) in (0, value % 1)
+    )
+
+
+@pytest.mark.parametrize("settings", ALL_SETTINGS)
+def test_json_schema_has_every_field_as_declared(settings):
+    schema = json.loads(json.dumps(json_schema(settings)))
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert (schema["type"], schema["additionalProperties"]) == ("object", False)
+    assert list(schema["properties"]) == settings.names()
+    for field in dataclasses.fields(settings):
+        entry, m = schema["properties"][field.name], field.metadata
+        assert (entry["default"], entry["description"], entry["x-group"]) == (field.default, m["help"], m["group"])
+        assert (entry.get("x-attachment", False), entry.get("x-per-call", False)) == (m["attachment"], m["per_call"])
+        assert allowed(entry, field.default), field.name
+        if m["attachment"]:
+            assert entry["type"] == ["string", "null"]
+            continue
+        scalar = entry.get("anyOf", [entry])[0]
+        scalar = scalar.get("items", scalar)
+        bounds = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
+        if "object" not in scalar["type"]:
+            assert {scalar.get(name) == m[bound] for bound, name in bounds.items()} == {True}, field.name
+        assert [value for value in scalar.get("enum", []) if value is not None] == list(m["choices"] or [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "values"),
+    [
+        (Request, "seed", [None, 0, 2**63 - 1, [1, 2], -1, 2**63, [-1], "a", 0.5, True]),
+        (Request, "prompt", ["a", ["a", "b"], None, 3, [3]]),
+        (Request, "width", [None, 16, 1024, 1000, 0, 16_400, "a"]),
+        (Request, "shift", [None, 3, 0.1, 0, 101]),
+        (Request, "tile_mode", [None, "exact", "cut", 3]),
+        (Request, "long_prompt", ["pool", None, "cut"]),
+        (Request, "force_think_block", [None, True, False, 1, "yes"]),
+        (Request, "layer_weights", [None, {"-2": 1}, "-2:1", {}, {"2": 1}, {"-2": "a"}, {"-2": 1e7}, 3]),
+        (LoadSettings, "lora", [None, ["a.safetensors"], "a.safetensors", [3]]),
+        (LoadSettings, "compile", [True, None, 1]),
+    ],
+)
+def test_json_schema_allows_what_the_checks_allow(settings, name, values):
+    entry = json_schema(settings)["properties"][name]
+    for value in values:
+        try:
+            settings.check_one(name, value)
+            is_right = True
+        except RequestError:
+            is_right = False
+        assert allowed(entry, value) == is_right, value

@@ -1,5 +1,6 @@
 """What a run setting is: a dataclass field that knows its help text, bounds, flag and group, and how it is checked.
 
+Options, settings files and `json_schema` (server, forms) are all made from these declarations.
 
 A value may be a str, int, float or bool, a list of these, a mapping of whole numbers to numbers (`Weights`), or an
 attachment: a picture, a mask or embeddings, given as a path or as an object. No torch here: `--help` must be quick.
@@ -22,6 +23,9 @@ Hint: TypeAlias = Any  # a type, or a union of types, as a field is annotated wi
 Plain: TypeAlias = Any  # a plain value, as JSON and TOML hold it
 MAX_WEIGHT = 1e6
 NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+JSON_BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
 _hints: Callable[[type], dict[str, Hint]] = functools.cache(typing.get_type_hints)
 
 
@@ -120,11 +124,48 @@ def list_fields(cls: type[Settings]) -> dict[str, bool]:
     return {name: _takes_one(hint) for name, hint in hints.items() if _list_types(hint)}
 
 
+def json_schema(cls: type[Settings]) -> dict[str, Plain]:
+    """JSON Schema (draft 2020-12) of the plain values that `from_mapping` takes.
+
+    `x-group` is the field's section in the help. `x-attachment` marks pictures and embeddings, which are paths here;
+    `x-per-call` marks what may not stand in a settings file. The checks of several fields together are not part of it.
+    """
+    hints = _hints(cls)
+    properties = {field.name: _schema(field, hints[field.name]) for field in dataclasses.fields(cls)}
+    whole = {"$schema": DRAFT, "title": cls.__name__, "type": "object"}
+    return {**whole, "properties": properties, "additionalProperties": False}
+
+
 def check_fields(settings: Settings) -> None:
     """Raise RequestError unless every value has its field's type and lies within its bounds."""
     hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         _check(field, hints[field.name], getattr(settings, field.name))
+
+
+def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
+    m, forms = field.metadata, _forms(field.metadata, accepted)
+    if types.NoneType in _members(accepted) or m["attachment"]:
+        forms[0] |= {"type": [forms[0]["type"], "null"]}
+        forms[0] |= {"enum": [*forms[0]["enum"], None]} if "enum" in forms[0] else {}
+    shape = forms[0] if len(forms) == 1 else {"anyOf": forms}
+    marks = {"x-attachment": m["attachment"], "x-per-call": m["per_call"]}
+    shown = {"default": _plain(field.default), "description": m["help"], "x-group": m["group"]}
+    return {**shape, **shown, **{mark: True for mark, holds in marks.items() if holds}}
+
+
+def _forms(m: Mapping[str, Any], accepted: Hint) -> list[dict[str, Plain]]:
+    """The schema of each form that a value may have, None aside."""
+    if m["attachment"]:
+        return [{"type": "string"}]
+    if Weights in _members(accepted):
+        weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
+        layers = {"propertyNames": {"pattern": r"^-\d+$"}, "additionalProperties": weight, "minProperties": 1}
+        return [{"type": "object", **layers}, {"type": "string"}]
+    one: dict[str, Plain] = {"type": JSON_TYPES[_scalar_types(accepted)[-1]]}
+    one |= {name: m[bound] for bound, name in JSON_BOUNDS.items() if m[bound] is not None}
+    one |= {"enum": list(m["choices"])} if m["choices"] else {}
+    return [one] * _takes_one(accepted) + [{"type": "array", "items": one}] * bool(_list_types(accepted))
 
 
 def _coerced(name: str, value: Plain, accepted: Hint) -> Any:
