@@ -271,7 +271,7 @@ def test_json_schema_has_every_field_as_declared(settings):
 @pytest.mark.parametrize(
     ("settings", "name", "values"),
     [
-        (Request, "seed", [None, 0, 2**63 - 1, [1, 2], -1, 2**63, [-1], "a", 0.5, True]),
+        (Request, "seed", [None, 0, 2**63 - 1, [1, 2], -1, 2**63, [-1], [None], "a", 0.5, True]),
         (Request, "prompt", ["a", ["a", "b"], None, 3, [3]]),
         (Request, "width", [None, 16, 1024, 1000, 0, 16_400, "a"]),
         (Request, "shift", [None, 3, 0.1, 0, 101]),

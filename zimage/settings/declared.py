@@ -47,7 +47,7 @@ MAX_TIMEOUT = 86_400  # seconds
 class TextSettings(Settings):
     """How a prompt becomes a caption. None means: what the template says, else nothing.
 
-    Raises RequestError by the field's name.
+    Raises RequestError with the fields at fault.
     """
 
     template: str | None = setting(None, "Template that supplies the parts that no option sets.", group="Text")
@@ -75,7 +75,7 @@ class TextSettings(Settings):
     )
     long_prompt: str = setting(
         "none",
-        "How to shorten captions beyond the trained length; none keeps all, with a warning.",
+        "How to shorten captions beyond the trained length; 'none' keeps all, with a warning.",
         group="Text",
         choices=LONG_PROMPTS,
     )
@@ -100,7 +100,7 @@ class Request(TextSettings):
     """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.resolve` fills it in).
 
     `prompt` may be a list; `seed` a single number, one per prompt, or one per image. `image`, `mask` and `embeddings`
-    are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError by the field's name.
+    are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError with the fields at fault.
     """
 
     prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True)
@@ -262,7 +262,7 @@ class Request(TextSettings):
 
 @dataclass(frozen=True)
 class LoadSettings(Settings):
-    """How a model is loaded. Raises RequestError by the field's name."""
+    """How a model is loaded. Raises RequestError with the fields at fault."""
 
     model: str | None = setting(
         None,
@@ -284,14 +284,17 @@ class LoadSettings(Settings):
     variant: str | None = setting(
         None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", group="Machine")
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:N or mps.", group="Machine")
     text_encoder_device: str | None = setting(
         None, "Device of the text encoder. Default: as --device.", group="Machine"
     )
     dit_device: str | None = setting(None, "Device of the DiT. Default: as --device.", group="Machine")
     vae_device: str | None = setting(None, "Device of the VAE. Default: as --device.", group="Machine")
     dtype: str | None = setting(
-        None, "Default: bf16 on GPUs and on CPUs with native bf16, else fp32.", choices=DTYPES, group="Machine"
+        None,
+        "Dtype of weights. Default: bf16 on GPUs and on CPUs with native bf16, else fp32.",
+        choices=DTYPES,
+        group="Machine",
     )
     attention: str | None = setting(
         None,
@@ -357,7 +360,7 @@ class LoadSettings(Settings):
 
 @dataclass(frozen=True)
 class Sampling(Settings):
-    """How the next token of a text is drawn. Raises RequestError by the field's name."""
+    """How the next token of a text is drawn. Raises RequestError with the fields at fault."""
 
     temperature: float = setting(
         0.6,
@@ -395,7 +398,7 @@ class Sampling(Settings):
 
 @dataclass(frozen=True)
 class RewriteSettings(Sampling):
-    """How a prompt is rewritten before it is drawn. Raises RequestError by the field's name."""
+    """How a prompt is rewritten before it is drawn. Raises RequestError with the fields at fault."""
 
     rewriter: str | None = setting(
         None,
@@ -421,7 +424,7 @@ class RewriteSettings(Sampling):
     )
     max_tokens: int = setting(
         MAX_TOKENS,
-        "Most tokens to write, thoughts included.",
+        "Maximum number of tokens, thoughts included.",
         group="Rewriting",
         minimum=1,
         maximum=32_768,
@@ -454,7 +457,7 @@ def split_lora(text: str) -> tuple[str, float]:
 
 
 def check_lora_scale(scale: object) -> None:
-    """Raise RequestError unless `scale` is a number that may be meant."""
+    """Raise RequestError unless `scale` is a number within its bounds."""
     if not isinstance(scale, int | float) or isinstance(scale, bool):
         text = f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number"
         raise RequestError(text, fields=("lora",))

@@ -146,8 +146,8 @@ def check_fields(settings: Settings) -> None:
 def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
     m, forms = field.metadata, _forms(field.metadata, accepted)
     if types.NoneType in _members(accepted) or m["attachment"]:
-        forms[0] |= {"type": [forms[0]["type"], "null"]}
-        forms[0] |= {"enum": [*forms[0]["enum"], None]} if "enum" in forms[0] else {}
+        enum = {"enum": [*forms[0]["enum"], None]} if "enum" in forms[0] else {}
+        forms[0] = {**forms[0], **enum, "type": [forms[0]["type"], "null"]}
     shape = forms[0] if len(forms) == 1 else {"anyOf": forms}
     marks = {"x-attachment": m["attachment"], "x-per-call": m["per_call"]}
     shown = {"default": _plain(field.default), "description": m["help"], "x-group": m["group"]}

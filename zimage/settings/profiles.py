@@ -76,10 +76,10 @@ class Resolved:
             yield
         except ZImageError as error:
             found = [self.entries[name] for name in error.fields if name in self.entries]
-            source = max(found, key=lambda entry: entry.rank).source if found else "--"
-            if source.startswith("--"):
+            highest = max(found, key=lambda entry: entry.rank, default=None)
+            if highest is None or highest.source.startswith("--"):
                 raise
-            raise error.with_text(f"{error} (from {source})") from error
+            raise error.with_text(f"{error} (from {highest.source})") from error
 
 
 class Config:
