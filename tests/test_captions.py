@@ -163,9 +163,9 @@ def test_layers_above_the_highest_one_needed_are_not_run(pipe, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ({"layer_weights": {-2: 1.0}, "hidden_layer": -2}, "give one of them"),
+        ({"layer_weights": {-2: 1.0}, "hidden_layer": -2}, "pass only one of them"),
         ({"layer_weights": {-2: 1.0, -3: -1.0}}, "add up to 0"),
-        ({"layer_weights": {2: 1.0}}, "below 0"),
+        ({"layer_weights": {2: 1.0}}, "negative integer"),
         ({"layer_weights": {}}, "table of layers"),
         ({"layer_weights": {-2: "much"}}, "should be a number"),
         ({"layer_weights": "x"}, "write LAYER:WEIGHT"),
@@ -318,8 +318,8 @@ def test_embeddings_give_the_pixels_of_their_prompt(pipe, tmp_path):
         ({"embeddings": torch.zeros(4, 7)}, RequestError, "7 wide"),
         ({"embeddings": torch.zeros(4, 4, 4)}, RequestError, "tokens, width"),
         ({"embeddings": torch.full((4, 64), torch.nan)}, RequestError, "NaN"),
-        ({"embeddings": 3}, RequestError, "a file's path"),
-        ({"embeddings": torch.zeros(4, 64), "prompt": "a"}, RequestError, "give one of them"),
+        ({"embeddings": 3}, RequestError, "the path of a file"),
+        ({"embeddings": torch.zeros(4, 64), "prompt": "a"}, RequestError, "pass only one of them"),
         ({"embeddings": torch.zeros(4, 64), "template": "noir"}, RequestError, "the whole text"),
         ({"embeddings": __file__}, CheckpointError, "cannot be read"),
         ({}, RequestError, "a value is needed"),

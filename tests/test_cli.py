@@ -169,9 +169,9 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
     [
         (["gen"], 2, "no prompt was given"),
         (["gen", "a", "--template", "photo-overcats"], 2, "did you mean 'photo-overcast'"),
-        (["gen", "a", "--steps", "0"], 2, "steps 0 is too small; the least is 1"),
+        (["gen", "a", "--steps", "0"], 2, "steps 0 is too small; the minimum is 1"),
         (["gen", "a", "--width", "1000"], 2, "nearest 992 or 1008"),
-        (["gen", "a", "--height", "99999"], 2, "the most is 16384"),
+        (["gen", "a", "--height", "99999"], 2, "the maximum is 16384"),
         (["gen", "a", "--steps", "many"], 2, "not a valid int"),
         (["gen", "a", "--seed", "-1"], 2, "seed -1 is too small"),
         (["gen", "a", "--device", "tpu"], 2, "device 'tpu' is not known"),

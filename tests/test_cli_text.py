@@ -87,7 +87,7 @@ def test_a_caption_in_a_file_draws_what_its_prompt_draws(run):
         (["encode", "a", "-o", "nowhere/a.safetensors"], "does not exist"),
         (["encode", "a", "-o", "a.safetensors", "--hidden-layer", "-99"], "does not exist; use"),
         (["tokens", "a", "--template", "nothing-like-it"], "there is no template"),
-        (["gen", "a", "--embeddings", "a.safetensors"], "give one of them"),
+        (["gen", "a", "--embeddings", "a.safetensors"], "pass only one of them"),
         (["gen", "--embeddings", "a.safetensors"], "is missing"),
     ],
 )

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from zimage.cli import main
-from zimage.errors import ConfigFileError, RequestError
+from zimage.errors import CheckpointError, ConfigFileError, RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.environment import REWRITER_KEY, from_environment, rewriter_key
 from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
 from zimage.settings.toml_file import TomlFile
 
@@ -148,8 +149,21 @@ def test_a_picture_brings_its_whole_request_and_says_nothing_on_loading():
 
 
 def test_values_of_the_environment_are_checked():
-    with pytest.raises(RequestError, match=r"attention 'flash9' is not known; .* \(from ZIMAGE_ATTENTION\)"):
-        resolve({}, environ={"ZIMAGE_ATTENTION": "flash9"})
+    for read in (lambda e: resolve({}, environ=e), lambda e: from_environment(LoadSettings, e)):
+        with pytest.raises(
+            RequestError, match=r"attention 'flash9' is not known; .* \(from ZIMAGE_ATTENTION\)"
+        ) as caught:
+            read({"ZIMAGE_ATTENTION": "flash9"})
+        assert caught.value.fields == ("attention",)
+
+
+def test_the_library_reads_the_environment_in_the_same_place():
+    environ = {"ZIMAGE_MODEL": "/env/model", "ZIMAGE_ATTENTION": "", "ZIMAGE_REWRITER_URL": "http://a", "HOME": "/b"}
+    assert from_environment(LoadSettings, environ) == {"model": "/env/model"}
+    assert from_environment(RewriteSettings, environ) == {"rewriter_url": "http://a"}
+    assert from_environment(Request, environ) == {}
+    assert rewriter_key({REWRITER_KEY: "secret"}) == "secret"
+    assert rewriter_key({REWRITER_KEY: ""}) is None
 
 
 @pytest.mark.parametrize(
@@ -192,7 +206,7 @@ def test_what_does_not_go_together_is_left_out_of_the_lower_source(text, given, 
     assert sorted(resolved.left_out) == sorted(left_out.split(", ") if left_out else [])
     file, *notes = resolved.note.split("; ")
     assert file == f"settings: {Path('folder/zimage.toml')} [default]"
-    assert [re.match(r"(\w+) of zimage.toml \[default\] line \d is left out", note)[1] for note in notes] == list(
+    assert [re.match(r"(\w+) from zimage.toml \[default\] line \d is left out", note)[1] for note in notes] == list(
         resolved.left_out
     )
 
@@ -215,11 +229,11 @@ def test_a_picture_gives_way_to_options():
     resolved = resolve({"guidance": 0.0}, origin, None, None, {})
     assert resolved.of(Request)["guidance"] == 0
     assert "negative" not in resolved.of(Request)
-    assert resolved.note == "settings: negative of picture is left out"
+    assert resolved.note == "settings: negative from picture is left out"
 
 
 def test_options_that_contradict_each_other_are_an_error():
-    with pytest.raises(RequestError, match="layer_weights: hidden_layer is given too"):
+    with pytest.raises(RequestError, match="layer_weights: hidden_layer is set too"):
         resolve({"hidden_layer": -2, "layer_weights": "-2:1"}, None, config(TEXT), None, {})
     with pytest.raises(RequestError, match="strength: it has no effect without an image or hires"):
         resolve({"strength": 0.5}, None, config("[default]\nstrength = 0.4\n"), None, {})
@@ -267,8 +281,10 @@ def test_every_setting_that_names_a_file_is_a_path():
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("[default]\nsteps = \n", 2, "Invalid value; texts stand in quotation marks (column 9)"),
-        ("[default]\nsteps = 4\nsteps = 5\n", 3, "Cannot overwrite a value; the key stands there a second time"),
+        ("[default]\nsteps = \n", 2, "Invalid value; text needs quotation marks (column 9)"),
+        ("[default]\nsteps = 4\nsteps = 5\n", 3, "Cannot overwrite a value; the key appears twice"),
+        ("[default]\nsteps = 4\nsteps = 5", 3, "Cannot overwrite a value"),
+        ("[default]\nlora = [\n" + "['']\n,\n" * 600 + "]\nsteps = 4", 2, "too many lines that end in brackets"),
         ("[default]\n[default]\n", 2, "Cannot declare [default] twice"),
         ("[default]\nsteps = 4\n\nsystem_prompt = '''\na\nb\n", 4, "Expected \"'''\""),
         ("[default]\nlora = [\n  'a',\n", 2, "Invalid value"),
@@ -276,7 +292,7 @@ def test_every_setting_that_names_a_file_is_a_path():
         ('[default]\nmodel = "C:\\Users"\n', 2, "; write paths in 'single quotes', where a backslash stands for"),
         ("[default]\n\nsteps = 1" + "0" * 5000, 3, "a number has too many digits"),
         ("[default]\nsteps = 0x1" + "0" * 5000, 2, "too long or nested too deeply"),
-        ("[default]\nsteps = 1" + "0" * 4000, 2, "is too large; the most is 1000"),
+        ("[default]\nsteps = 1" + "0" * 4000, 2, "is too large; the maximum is 1000"),
         ("[default]\nseed = " + "[" * 5000, 2, "nested too deeply"),
         ("[default]\nsteps" + ".a" * 40_000 + " = 1", 2, "nested too deeply"),
         ("[default]\nsteps = {a" + ".a" * 3000 + " = 1}", 2, "too long or nested too deeply"),
@@ -295,19 +311,19 @@ def test_every_setting_that_names_a_file_is_a_path():
         ("[default]\nprompt = 'a cat'\n", 2, "prompt belongs to a single call"),
         ("[default]\nimage = 'a.png'\n", 2, "image belongs to a single call"),
         ("[default]\nseed = [1, 2]\n", 2, "a list belongs to a single call"),
-        ("steps = 4\n[default]\n", 1, "steps stands outside a profile; write it under [default]"),
-        ("[[default]]\nsteps = 4\n", 1, "default stands outside a profile"),
+        ("steps = 4\n[default]\n", 1, "steps is outside of any profile; put it under [default]"),
+        ("[[default]]\nsteps = 4\n", 1, "default is outside of any profile"),
         ("[default.steps]\na = 4\n", 1, "it should be of type int"),
         ("[default]\nsteps = 4\n[default.layers]\n-2 = 1\n", 3, "there is no setting 'layers'"),
         ("[default]\n[default.layer_weights]\n-2 = 'a'\n", 2, "the weight 'a' of layer -2"),
         ("[default]\nlayer_weights = {-2 = 1, -3 = -1}\n", 2, "add up to 0"),
         ("[default]\nlayer_weights.-2 = 1e400\n", 2, "the weight inf"),
         ("[default]\n[a]\ninherit = 'defualt'\n", 3, "there is no profile 'defualt'; did you mean 'default'?"),
-        ("[default]\n[a]\ninherit = 'a'\n", 3, "inherit: a → a goes round"),
-        ("[a]\ninherit = 'b'\n[b]\ninherit = 'c'\n[c]\ninherit = 'b'\n", 6, "inherit: b → c → b goes round"),
-        ("[default]\ninherit = 'a'\n[a]\nsteps = 3\n", 3, "goes round; end it with inherit = \"\""),
-        ("[default]\ninherit = 3\n", 2, "inherit is a int; it should be a profile's name"),
-        ("[a]\nsteps = 1\nhidden_layer = -2\nlayer_weights = '-2:1'\n", 4, "hidden_layer is given too"),
+        ("[default]\n[a]\ninherit = 'a'\n", 3, "inherit: a → a is a cycle"),
+        ("[a]\ninherit = 'b'\n[b]\ninherit = 'c'\n[c]\ninherit = 'b'\n", 6, "inherit: b → c → b is a cycle"),
+        ("[default]\ninherit = 'a'\n[a]\nsteps = 3\n", 3, "is a cycle; break it with inherit = \"\""),
+        ("[default]\ninherit = 3\n", 2, "inherit is a int; it should be the name of a profile"),
+        ("[a]\nsteps = 1\nhidden_layer = -2\nlayer_weights = '-2:1'\n", 4, "hidden_layer is set too"),
         ("[a]\nguidance = 0\nnegative = 'b'\n", 3, "negative: it has no effect at guidance 0"),
         ("[a]\ntile_mode = 'blend'\ntile_overlap = 600\n", 3, "tile_overlap 600 must be below the tile_size"),
         ("[a]\n[unused]\nsteps = 0\n", 3, "steps 0 is too small"),
@@ -333,12 +349,12 @@ def test_files_that_cannot_be_read(write, tmp_path):
         read_config("absent.toml")
     with pytest.raises(ConfigFileError, match=r"there is no such settings file \(from ZIMAGE_CONFIG\)"):
         find_config(environ={"ZIMAGE_CONFIG": "absent.toml"})
-    with pytest.raises(ConfigFileError, match="is a folder; name the settings file in it"):
+    with pytest.raises(ConfigFileError, match="is a folder; pass the settings file in it"):
         read_config(tmp_path)
     with pytest.raises(ConfigFileError, match="is larger than 100 kB"):
         read_config(write("#" * 100_001))
     Path("latin.toml").write_bytes("[default]\nsteps = 3\nnegative = 'ärger'\n".encode("latin-1"))
-    with pytest.raises(ConfigFileError, match=r"latin.toml line 3: the file is not in UTF-8"):
+    with pytest.raises(ConfigFileError, match=r"latin.toml line 3: the file is not encoded in UTF-8"):
         read_config("latin.toml")
     assert read_config(os.devnull).profiles == {}
 
@@ -348,6 +364,13 @@ def test_byte_order_marks_and_windows_line_ends_are_read(write):
     found = resolve({}, None, read_config("zimage.toml"))
     assert found.of(Request) == {"system_prompt": "a\nb", "steps": 3}
     assert found.source("steps") == "zimage.toml [default] line 4"
+
+
+def test_lines_of_keys_after_values_of_many_lines():
+    text = "[default]\nlora = [ # ]\n  'a', # ]\n  'b ]' ]\nsystem_prompt = '''\n[a]\nsteps = 1 ]\n''' # }\nsteps = 3\n"
+    resolved = resolve({}, None, config(text), None, {})
+    lines = {name: resolved.source(name).rpartition(" ")[2] for name in resolved.entries}
+    assert lines == {"lora": "2", "system_prompt": "5", "steps": "9"}
 
 
 # ---------------------------------------------------------------------- on the command line
@@ -363,13 +386,13 @@ def test_gen_and_info_take_their_settings_from_the_file(run, write, tiny_folder)
     assert (request["steps"], request["width"], request["height"]) == (2, 64, 48)
     status, out, err = run("gen", "a", "--profile", "small", "--steps", 1, "--device", "cpu", "--dtype", "fp32")
     assert status == 0
-    assert err.splitlines()[0] == "settings: zimage.toml [small]; strength of zimage.toml [small] line 8 is left out"
+    assert err.splitlines()[0] == "settings: zimage.toml [small]; strength from zimage.toml [small] line 8 is left out"
     assert "32×48, 1 steps" in err
     assert "settings" not in run("gen", "a", "-q", "--steps", 1, "--device", "cpu")[2]
     assert "plan          64×48" in run("info", "--plan")[1]
     assert json.loads(run("info", "--json")[1])["name"] == Path(tiny_folder).name
     write("[a]\nsteps = 3\n")
-    assert "nothing of zimage.toml, which has no [default]" in run("gen", "a", "--steps", 1, "--device", "cpu")[2]
+    assert "nothing from zimage.toml, which has no [default]" in run("gen", "a", "--steps", 1, "--device", "cpu")[2]
 
 
 def test_errors_of_later_stages_say_where_the_value_stands(run, write, monkeypatch):
@@ -385,6 +408,38 @@ def test_errors_of_later_stages_say_where_the_value_stands(run, write, monkeypat
     assert "(from" not in run("gen", "a", "--device", "cuda:8")[2]
     monkeypatch.setenv("ZIMAGE_MODEL", "nowhere")
     assert run("info", "--device", "cpu")[2].endswith("(from ZIMAGE_MODEL)\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        (("hidden_layer",), "zimage.toml [default] line 2"),
+        (("shift", "hidden_layer", "width"), "zimage.toml [default] line 2"),
+        (("width", "attention"), "ZIMAGE_ATTENTION"),
+        (("height",), None),
+        (("width", "height"), None),
+        (("hidden_layer", "height", "attention"), None),
+        (("shift",), None),
+        (("nothing",), None),
+        ((), None),
+    ],
+)
+def test_a_late_fault_is_found_by_its_fields_and_blamed_on_the_highest_source(fields, source):
+    text = "[default]\nhidden_layer = -400\nwidth = 1024\n"
+    resolved = resolve({"height": 512}, None, config(text), None, {"ZIMAGE_ATTENTION": "sdpa"})
+    with pytest.raises(CheckpointError) as caught, resolved.naming_sources():
+        raise CheckpointError("width and hidden layer −400: see there", fields=fields)
+    assert str(caught.value) == "width and hidden layer −400: see there" + (f" (from {source})" if source else "")
+    assert caught.value.fields == fields
+
+
+def test_words_in_a_message_are_not_taken_for_fields():
+    """A value that holds a setting's name says nothing about that setting."""
+    resolved = resolve({"system_prompt": "width"}, None, config("[default]\nwidth = 64\nstrength = 0.5\n"), None, {})
+    assert list(resolved.left_out) == ["strength"]
+    with pytest.raises(ConfigFileError, match=r"zimage.toml line 3: .*seed") as caught:
+        config("[default]\nwidth = 64\nseed = 'width guidance'\n")
+    assert caught.value.fields == ("seed",)
 
 
 @pytest.mark.parametrize("profile", ["default", "rtx4090", "low_vram", "cpu", "distributed"])
@@ -428,7 +483,7 @@ def test_show_says_what_is_left_out_and_where_there_is_no_file(run, write):
     assert "there is no settings file zimage.toml or " in err
     write('[default]\nstrength = 0.4\nsystem_prompt = "a\\nb"\n')
     out = run("config", "show", "--layer-weights", "-2:1,-3:0.5")[1]
-    assert "left out: strength 0.4 of zimage.toml [default] line 2, since\n  strength: it has no effect without" in out
+    assert "left out: strength 0.4 from zimage.toml [default] line 2, because\n  strength: it has no effect" in out
     assert re.search(r"layer_weights +-2: 1.0, -3: 0.5 +--layer-weights", out)
     assert re.search(r"system_prompt +a b +zimage.toml \[default\] line 3", out)
     assert run("config", "path")[1].strip() == str(Path("zimage.toml").absolute())
@@ -473,7 +528,7 @@ def test_a_new_field_appears_everywhere(write, tmp_path):
     assert files.split() == ["one.png", "two.png"]
     for name in files.split():
         assert read_metadata(tmp_path / name)["request"]["sparkle"] == 7
-    assert done.stderr == "error: sparkle -1 is too small; the least is 0\n"
+    assert done.stderr == "error: sparkle -1 is too small; the minimum is 0\n"
     assert done.returncode == 2
 
 

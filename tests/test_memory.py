@@ -194,7 +194,7 @@ def test_on_a_cpu_half_of_what_is_free_is_left_to_others(tiny_folder, weightless
         (0, "must be above 0"),
         (-1, "must be above 0"),
         (float("nan"), "memory is not a number"),
-        (float("inf"), "the most is"),
+        (float("inf"), "the maximum is"),
         ("8", "should be of type float"),
         (True, "should be of type float"),
     ],

@@ -1,14 +1,25 @@
 """Every error a user can cause. Each message says what was wrong and what would be right, on one line."""
 
+from collections.abc import Iterable
+from typing import Self
+
 
 class ZImageError(Exception):
-    """Base of all errors raised on purpose; `exit_status` is what the command line returns for it."""
+    """Base of all errors that are raised on purpose; `exit_status` is what the command line returns for it.
+
+    `fields` names the settings at fault, the foremost first. Code reads these names, and never the wording of the text:
+    the line in a settings file, the answer of a server and the marked field of a form are found by them.
+    """
 
     exit_status = 1
 
-    def __init__(self, text: str = "", *, fields: tuple[str, ...] = ()):
+    def __init__(self, text: str = "", *, fields: Iterable[str] = ()):
         super().__init__(text)
-        self.fields = fields
+        self.fields = tuple(fields)
+
+    def with_text(self, text: str) -> Self:
+        """The same error with another text."""
+        return type(self)(text, fields=self.fields)
 
 
 class RequestError(ZImageError, ValueError):

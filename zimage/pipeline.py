@@ -52,6 +52,7 @@ from zimage.settings.declared import (
     TextSettings,
     split_lora,
 )
+from zimage.settings.environment import from_environment
 from zimage.text import Qwen3
 from zimage.text.cache import EmbeddingCache
 from zimage.text.templates import user_folder
@@ -70,8 +71,7 @@ class ZImage:
         self.model, self.places, self.settings = model, places, settings
         self.device, self.dtype = places[DIT]
         self.planner = Planner(model, places, settings)
-        attention = settings.attention or os.environ.get("ZIMAGE_ATTENTION", "auto")
-        self.residency = Residency(model, places, settings, self.planner.sizes, attention)
+        self.residency = Residency(model, places, settings, self.planner.sizes)
         mergeable = settings.precision == "bf16" and not self.planner.sizes[DIT].widen_late
         self.lora = Loras(model.components[DIT], self.residency, mergeable)
         for text in settings.lora or []:
@@ -96,11 +96,13 @@ class ZImage:
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
         Further keywords are the fields of LoadSettings, which says what each does: loose files (dit, text_encoder,
         vae, tokenizer, variant), devices of single components, attention, precision, compile, memory, residency, lora.
-        `device` and `dtype` of the pipeline are the DiT's. Raises CheckpointError or RequestError.
+        What is not given is taken from the environment's variables where these are set. `device` and `dtype` of the
+        pipeline are the DiT's. Raises CheckpointError or RequestError.
         """
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
-        checked = LoadSettings.from_mapping({"device": device, **plain})
-        model = open_model(path, checked, default=DEMO)
+        given = {name: value for name, value in plain.items() if value is not None}
+        checked = LoadSettings.from_mapping({**from_environment(LoadSettings), "device": device, **given})
+        model = open_model(path or checked.model, checked, default=DEMO)
         return cls(model, choose_places(model.components, checked, dtype), checked)
 
     # ------------------------------------------------------------------ components

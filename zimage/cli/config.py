@@ -1,4 +1,4 @@
-"""`config`: which settings hold, and where each came from."""
+"""`config`: which settings are in force, and where each comes from."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.options import Command, GroupedCommand, options_of
 from zimage.cli.settings import configured, resolve_options
 from zimage.errors import ConfigFileError
 from zimage.settings.declared import ALL_SETTINGS
@@ -20,10 +20,10 @@ START_ONE = "start one with: zimage config example > zimage.toml"
 
 @click.group()
 def config() -> None:
-    """Show settings files, their profiles and what they come to."""
+    """Show settings files, their profiles and the resulting settings."""
 
 
-def every_setting(command: Any) -> Any:
+def every_setting(command: Command) -> Command:
     """A decorator that adds the options of all settings."""
     for settings in reversed(ALL_SETTINGS):
         command = options_of(settings, skip=("prompt",))(command)
@@ -35,7 +35,7 @@ def every_setting(command: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @every_setting
 def show(as_json: bool, **options: Any) -> None:
-    """Show every setting, its value and where it came from."""
+    """Show every setting, its value and where it comes from."""
     resolved = resolve_options(options)
     if as_json:
         click.echo(json.dumps(_facts(resolved), ensure_ascii=False))
@@ -89,8 +89,8 @@ def _facts(resolved: Resolved) -> dict[str, Any]:
 
 
 def _values(resolved: Resolved) -> dict[str, Any]:
-    """Every setting's value; what belongs to a single call only where it was given."""
-    values = {}
+    """Every setting's value; those of a single call only where they were passed."""
+    values: dict[str, Any] = {}
     for settings in ALL_SETTINGS:
         values |= settings.from_mapping(resolved.of(settings)).to_mapping()
     return {n: v for n, v in values.items() if n in resolved.entries or not FIELDS[n].metadata["per_call"]}
@@ -98,7 +98,8 @@ def _values(resolved: Resolved) -> dict[str, Any]:
 
 def _lines(resolved: Resolved) -> Iterator[str]:
     yield from _file_lines(resolved)
-    values, groups = _values(resolved), {}
+    values = _values(resolved)
+    groups: dict[str, list[str]] = {}
     for name in values:
         groups.setdefault(FIELDS[name].metadata["group"], []).append(name)
     names = max(map(len, values))
@@ -111,11 +112,11 @@ def _lines(resolved: Resolved) -> Iterator[str]:
             line = f"  {name:{names}}  {shown[name]:{width}}  {resolved.source(name)}"
             yield line if name in resolved.entries else click.style(line + _meaning(name), dim=True)
     for name, (entry, reason) in resolved.left_out.items():
-        yield f"\nleft out: {name} {_shown(entry.value)} of {entry.source}, since\n  {reason}"
+        yield f"\nleft out: {name} {_shown(entry.value)} from {entry.source}, because\n  {reason}"
 
 
 def _meaning(name: str) -> str:
-    """What a default that is no value comes to, as the help says it."""
+    """What a default of None comes to, as the help says."""
     field = FIELDS[name]
     said = re.search(r"Default: (.+)\.$", field.metadata["help"]) if field.default is None else None
     return f": {said[1]}" if said else ""
@@ -128,14 +129,14 @@ def _file_lines(resolved: Resolved) -> Iterator[str]:
     yield f"file     {resolved.config.path.absolute()}"
     others = ", ".join(name for name in resolved.config.profiles if name != resolved.profile) or "none"
     if resolved.profile is None:
-        yield f"profile  none, as there is no [default]; --profile chooses from: {others}"
+        yield f"profile  none, because there is no [default]; choose one with --profile: {others}"
         return
     inherited = resolved.config.inherited(resolved.profile)
     yield f"profile  {resolved.profile}{', inherits ' + ', '.join(inherited) if inherited else ''} (others: {others})"
 
 
 def _shown(value: Any) -> str:
-    """A value on one line; nothing as a dash, long texts cut."""
+    """A value on one line: an empty one as a dash, a long text cut."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):

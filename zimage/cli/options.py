@@ -1,11 +1,14 @@
 """Command-line options made from the settings' dataclass fields, and help that shows them by their groups."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import click
 
-from zimage.settings.fields import fields, list_fields
+from zimage.settings.fields import Field, Settings, fields, list_fields
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 
 class GroupedOption(click.Option):
@@ -20,7 +23,7 @@ class GroupedCommand(click.Command):
     """A command whose help shows its settings section by section, after its own options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list] = {"Options": []}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None and isinstance(param, click.Option):
@@ -30,10 +33,12 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def options_of(settings: type, skip: tuple[str, ...] = (), only: tuple[str, ...] | None = None) -> Callable:
-    """A decorator that adds one option per field of a settings dataclass; options not given stay None."""
+def options_of(
+    settings: type[Settings], skip: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> Callable[[Command], Command]:
+    """A decorator that adds one option per field of a settings dataclass; options that are not passed stay None."""
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Command) -> Command:
         repeatable = list_fields(settings)
         for field, kinds in reversed(fields(settings)):
             if field.name not in skip and (only is None or field.name in only):
@@ -43,34 +48,35 @@ def options_of(settings: type, skip: tuple[str, ...] = (), only: tuple[str, ...]
     return decorate
 
 
-def given(values: dict[str, Any], settings: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Of all option values those that belong to `settings` and were given."""
+def given(values: Mapping[str, Any], settings: type[Settings], skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Those of all option values that belong to `settings` and were passed."""
     names = {field.name for field, _ in fields(settings)} - set(skip)
     found = {name: value for name, value in values.items() if name in names and value not in (None, ())}
     takes_one = list_fields(settings)
-    return {name: _plain(value, takes_one.get(name, True)) for name, value in found.items()}
+    return {name: _single(value, takes_one.get(name, True)) for name, value in found.items()}
 
 
-def _option(field: Any, kinds: tuple[type, ...], repeatable: bool) -> Callable:
+def _option(field: Field, kinds: tuple[type, ...], repeatable: bool) -> Callable[[Command], Command]:
     m, flag = field.metadata, field.name.replace("_", "-")
     default = "" if field.default in (None, "") or field.default is False else f" Default: {field.default}."
     default += f" Environment: {m['env']}." if m["env"] else ""
-    shared = {"cls": GroupedOption, "section": m["group"], "help": m["help"] + default}
+    shared: dict[str, Any] = {"cls": GroupedOption, "section": m["group"], "help": m["help"] + default}
     if kinds[-1] is bool:
         return click.option(f"--{flag}/--no-{flag}", field.name, default=None, **shared)
     kind = str if m["attachment"] else kinds[-1]
+    metavar = None if m["choices"] else "PATH" if m["path"] else METAVARS[kind]
     return click.option(
         *[name for name in (m["flag"], f"--{flag}") if name],
         field.name,
         type=click.Choice(m["choices"]) if m["choices"] else kind,
         multiple=repeatable,
-        metavar=m["metavar"] or (None if m["choices"] else kind.__name__.upper()),
+        metavar=m["metavar"] or metavar,
         **shared,
     )
 
 
-def _plain(value: Any, takes_one: bool) -> Any:
-    """What repeatable options collect, as a list; given once, as the single value where the field takes one."""
+def _single(value: Any, takes_one: bool) -> Any:
+    """The values of a repeatable option as a list; a single one by itself, where the field takes one."""
     if not isinstance(value, tuple):
         return value
     return value[0] if takes_one and len(value) == 1 else list(value)

@@ -1,36 +1,37 @@
-"""From click's options to resolved settings: the one way that every command takes."""
+"""From click's options to resolved settings: the one path that every command takes."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage.cli.options import given
+from zimage.cli.options import Command, given
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.profiles import Resolved, find_config, read_config, resolve
 
+if TYPE_CHECKING:
+    from zimage.pipeline import ZImage
 
-def configured(command: Callable) -> Callable:
-    """A decorator that adds the options naming the settings file and its profile."""
-    command = click.option(
-        "--profile", metavar="NAME", help="Profile of the settings file. Default: ZIMAGE_PROFILE, else default."
-    )(command)
-    return click.option(
-        "--config",
-        metavar="FILE",
-        help="Settings file (TOML). Default: ZIMAGE_CONFIG, else zimage.toml here, else the user's own.",
-    )(command)
+
+def configured(command: Command) -> Command:
+    """A decorator that adds the options --config and --profile."""
+    profile = f"Profile in the settings file. Default: {PROFILE}, else default."
+    config = f"Settings file (TOML). Default: {CONFIG}, else ./zimage.toml, else the user's own."
+    command = click.option("--profile", metavar="NAME", help=profile)(command)
+    return click.option("--config", metavar="FILE", help=config)(command)
 
 
 def resolve_options(options: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> Resolved:
-    """Options before the picture's request `origin`, environment, file and defaults. Raises RequestError."""
+    """The options over the picture's request `origin`, the environment, the file and defaults. Raises RequestError."""
     path = find_config(options.get("config"))
+    config = None if path is None else read_config(path)
     values = {name: value for settings in ALL_SETTINGS for name, value in given(options, settings).items()}
-    return resolve(values, origin, path and read_config(path), options.get("profile"))
+    return resolve(values, origin, config, options.get("profile"))
 
 
-def load_pipeline(resolved: Resolved) -> Any:
-    """The pipeline that settings ask for. Torch is imported only now: help and usage errors are quick without it."""
+def load_pipeline(resolved: Resolved) -> "ZImage":
+    """The pipeline that the settings ask for. Only this imports torch, so that help and usage errors are quick."""
     from zimage.pipeline import ZImage
 
     loading = resolved.of(LoadSettings)

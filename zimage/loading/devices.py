@@ -48,9 +48,8 @@ def choose_device(name: str, setting: str = "device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RequestError(
-            f"{setting} {name!r} is not known; use auto, cpu, cuda, cuda:N or mps", fields=(setting,)
-        ) from None
+        text = f"{setting} {name!r} is not known; use auto, cpu, cuda, cuda:N or mps"
+        raise RequestError(text, fields=(setting,)) from None
     present = {
         "cpu": True,
         "cuda": (device.index or 0) < torch.cuda.device_count(),
@@ -70,9 +69,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         return torch.bfloat16 if native else torch.float32
     chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if chosen in (torch.float16, "fp16", "float16"):
-        raise RequestError(
-            "dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32", fields=("dtype",)
-        )
+        text = "dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32"
+        raise RequestError(text, fields=("dtype",))
     if chosen not in (torch.bfloat16, torch.float32, torch.float64):
         raise RequestError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}", fields=("dtype",))
     return chosen

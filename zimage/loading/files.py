@@ -170,7 +170,8 @@ class ModelFiles:
     def of_folder(cls, folder: Path) -> "ModelFiles":
         """A folder in the published layout. Raises CheckpointError or ConfigError."""
         if not folder.is_dir():
-            raise CheckpointError(f"model {str(folder)!r} is neither a folder in the published layout nor a file")
+            text = f"model {str(folder)!r} is neither a folder in the published layout nor a file"
+            raise CheckpointError(text, fields=("model",))
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
         components = {name: Component.open(name, folder / ROWS[name].folder) for name in REQUIRED}
         return cls(folder, components, tokenizer, shift)

@@ -98,7 +98,8 @@ class Loras:
             )
         decomposed = [layer for layer, delta in file.deltas.items() if isinstance(delta, Decomposed)]
         if not all(self._mergeable and not self._is_packed(layer) for layer in decomposed):
-            raise RequestError(f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16")
+            text = f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16"
+            raise RequestError(text, fields=("lora", "precision"))
         return Adapter(file.name, float(scale), file.fingerprint, os.path.abspath(named), file)
 
     def set(self, handle: Handle, scale: float) -> None:

@@ -52,10 +52,10 @@ class Residency:
         places: Mapping[str, Place],
         settings: LoadSettings,
         sizes: Mapping[str, ComponentSizes],
-        attention: str,
     ):
         self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
         # A backend that is named is meant for the DiT; components on another device take what runs there.
+        attention = settings.attention or "auto"
         chosen = {n: choose_attention(attention if p == places[DIT] else "auto", *p) for n, p in places.items()}
         self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
         check_precision(settings.precision, places[DIT].device)

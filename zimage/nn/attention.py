@@ -152,7 +152,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     Raises RequestError, with the command that installs what is missing.
     """
     if name not in ATTENTIONS:
-        raise RequestError(f"attention {name!r} is not known; use {', '.join(ATTENTIONS)}")
+        raise RequestError(f"attention {name!r} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))
     if name == "auto":
         runs = [name for name in AUTOMATIC if _obstacle(name, device, dtype) is None]
         name = runs[0] if runs else "sdpa"
@@ -160,11 +160,12 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
         return name, attention
     if name in _TORCH:
         if device.type != "cuda" and name in ("sdpa-cudnn", "sdpa-efficient"):
-            raise RequestError(f"attention {name!r} runs on NVIDIA GPUs only, not on {device.type}; use sdpa")
+            text = f"attention {name!r} runs on NVIDIA GPUs only, not on {device.type}; use sdpa"
+            raise RequestError(text, fields=("attention",))
         return name, partial(_torch_only, _TORCH[name])
     obstacle = _obstacle(name, device, dtype)
     if obstacle:
-        raise RequestError(f"attention {name!r} {obstacle}")
+        raise RequestError(f"attention {name!r} {obstacle}", fields=("attention",))
     package = _PACKAGES[name]
     return name, partial(package.run, importlib.import_module(package.module))
 

@@ -114,7 +114,8 @@ def check_precision(precision: str, device: torch.device) -> None:
     if precision != "fp8":
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise RequestError("precision fp8 needs a GPU of compute capability 8.9 (RTX 4090) or newer; use int8 or bf16")
+        text = "precision fp8 needs a GPU of compute capability 8.9 (RTX 4090) or newer; use int8 or bf16"
+        raise RequestError(text, fields=("precision",))
     if device.type != "cuda":
         log.warning(
             "precision fp8 on %s: rounded to fp8 but multiplied as before; no faster, for looking at quality", device

@@ -3,7 +3,6 @@
 prompt ─ rewriter's template, chat format ─→ text ─ write ─→ thoughts and answer ─ split ─→ prompt
 """
 
-import os
 import secrets
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ from zimage.loading.registry import ROWS, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.render.conditioning import Texts
 from zimage.settings.declared import RewriteSettings
+from zimage.settings.environment import rewriter_key
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
 from zimage.text.tokenizer import Tokenizer
 
 DEFAULT = "rewrite-expand"
-KEY = "ZIMAGE_REWRITER_KEY"  # the server's key: a secret, hence no setting
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Rewriter:
 
         messages = [{"role": "system", "content": template.system_prompt}, {"role": "user", "content": prompt}]
         asked = (settings.rewriter_url, settings.rewriter_model, messages, settings, settings.max_tokens, seed)
-        text = complete(*asked, timeout=settings.rewriter_timeout, api_key=os.environ.get(KEY) or None)
+        text = complete(*asked, timeout=settings.rewriter_timeout, api_key=rewriter_key())
         yield text
         return text
 

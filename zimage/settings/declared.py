@@ -5,55 +5,77 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from zimage.errors import RequestError
+from zimage.settings.environment import REWRITER_KEY
 from zimage.settings.fields import Settings, Weights, check_fields, setting
+
+
+class Bounds(TypedDict):
+    """Bounds that several fields share."""
+
+    minimum: int
+    maximum: int
+    multiple: int
+
 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384
+SIDE: Bounds = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 MAX_SEED = 2**63 - 1
 SDPA = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
 ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
+DTYPES = ("bf16", "fp32")
+PRECISIONS = ("bf16", "int8", "fp8")
+VARIANTS = ("turbo", "base")
+RESIDENCIES = ("auto", "keep", "stage")
 TILE_MODES = ("exact", "blend", "off")
-MAX_LORA_SCALE = 100.0
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
-TILE_OVERLAP = 64  # px of blended tiles
-TILE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
+TILE_OVERLAP = 64  # px
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
+TEXT_PARTS = ("template", "system_prompt", "thinking_content", "assistant_content")
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
 STRENGTH = 0.6
-SIDE = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
+MAX_LORA_SCALE = 100.0
+MAX_TOKENS = 512
+REWRITER_TIMEOUT = 120.0  # seconds
+MAX_TIMEOUT = 86_400  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
     """How a prompt becomes a caption. None means: what the template says, else nothing.
 
-    Raises RequestError by the field's name.
+    Raises RequestError with the fields at fault.
     """
 
-    template: str | None = setting(None, "Template whose parts are used where none is given here.", group="Text")
-    system_prompt: str | None = setting(None, "Text of a system turn before the prompt.", group="Text")
-    thinking_content: str | None = setting(None, "What the model is made to have thought.", group="Text")
-    assistant_content: str | None = setting(None, "What the model is made to have answered.", group="Text")
-    force_think_block: bool | None = setting(
-        None, "Write a think block, empty or not, or none at all. Default: one where there is content.", group="Text"
+    template: str | None = setting(None, "Template that supplies the parts that no option sets.", group="Text")
+    system_prompt: str | None = setting(None, "System message before the prompt.", group="Text")
+    thinking_content: str | None = setting(
+        None, "Content of the think block, as if the model had thought it.", group="Text"
     )
-    strip_quotes: bool = setting(False, 'Remove " from all parts; the model paints quoted text.', group="Text")
+    assistant_content: str | None = setting(
+        None, "Assistant message after the prompt, as if the model had written it.", group="Text"
+    )
+    force_think_block: bool | None = setting(
+        None, "Always or never write a think block. Default: only if it has content.", group="Text"
+    )
+    strip_quotes: bool = setting(False, 'Remove " from all parts: the model paints quoted text.', group="Text")
     hidden_layer: int | None = setting(
         None,
-        "Layer of the text encoder to take, counted from the end; the tokens' own embeddings come first. Default: -2.",
+        "Layer of the text encoder to use, counted from the end; the first is the token embeddings. "
+        f"Default: {HIDDEN_LAYER}.",
         group="Text",
         minimum=-1000,
         maximum=-1,
     )
     layer_weights: Weights | None = setting(
-        None, "Blend of several layers instead, by weights.", group="Text", metavar="LAYER:WEIGHT,…"
+        None, "Weighted blend of several layers, instead of one.", group="Text", metavar="LAYER:WEIGHT,…"
     )
     long_prompt: str = setting(
         "none",
-        "What happens to captions past the trained length: none keeps all of it (with a warning), the others shorten.",
+        "How to shorten captions beyond the trained length; 'none' keeps all, with a warning.",
         group="Text",
         choices=LONG_PROMPTS,
     )
@@ -61,9 +83,11 @@ class TextSettings(Settings):
     def __post_init__(self):
         check_fields(self)
         if self.layer_weights is not None and self.hidden_layer is not None:
-            raise RequestError("layer_weights: hidden_layer is given too; give one of them")
+            text = "layer_weights: hidden_layer is set too; pass only one of them"
+            raise RequestError(text, fields=("layer_weights", "hidden_layer"))
         if self.force_think_block is False and self.thinking_content:
-            raise RequestError("thinking_content: it needs a think block, and force_think_block is off")
+            text = "thinking_content: it needs a think block, but force_think_block is off"
+            raise RequestError(text, fields=("thinking_content", "force_think_block"))
 
     @property
     def layers(self) -> Weights:
@@ -76,7 +100,7 @@ class Request(TextSettings):
     """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.resolve` fills it in).
 
     `prompt` may be a list; `seed` a single number, one per prompt, or one per image. `image`, `mask` and `embeddings`
-    are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError by the field's name.
+    are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError with the fields at fault.
     """
 
     prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True)
@@ -85,7 +109,7 @@ class Request(TextSettings):
     )
     embeddings: Any = setting(
         None,
-        "Caption embeddings saved by `encode`, in the place of a prompt.",
+        "Caption embeddings saved by `encode`, in place of a prompt.",
         group="Text",
         metavar="FILE",
         attachment=True,
@@ -98,21 +122,21 @@ class Request(TextSettings):
     )
     steps: int | None = setting(
         None,
-        "Denoising steps, each one model evaluation. Default: 8 (Turbo) or 30 (Base).",
+        "Denoising steps, one model evaluation each. Default: 8 (Turbo) or 30 (Base).",
         group="Sampling",
         minimum=1,
         maximum=1000,
     )
     seed: int | list[int] | None = setting(
         None,
-        "Seed of the noise; image k of a prompt uses seed + k. Default: drawn and reported.",
+        "Seed of the noise; image k of a prompt uses seed + k. Default: random, and reported.",
         group="Sampling",
         minimum=0,
         maximum=MAX_SEED,
     )
     guidance: float | None = setting(
         None,
-        "Classifier-free guidance, counted from 0 (off). Default: 0 (Turbo) or 4 (Base).",
+        "Classifier-free guidance; 0 is off. Default: 0 (Turbo) or 4 (Base).",
         group="Sampling",
         minimum=0,
         maximum=100,
@@ -125,32 +149,32 @@ class Request(TextSettings):
         maximum=100,
     )
     cfg_truncation: float = setting(
-        1.0, "Guidance is off on steps where 1 − sigma is past this.", group="Sampling", minimum=0, maximum=1
+        1.0, "Turn guidance off on steps where 1 − sigma exceeds this.", group="Sampling", minimum=0, maximum=1
     )
     cfg_normalization: float = setting(
         0.0,
-        "Scale a guided velocity back to this many times the unguided length; 0: off.",
+        "Limit the guided velocity's norm to this multiple of the unguided norm; 0 is off.",
         group="Sampling",
         minimum=0,
         maximum=100,
     )
     image: Any = setting(
-        None, "Picture to start from instead of pure noise.", group="Picture", metavar="FILE", attachment=True
+        None, "Picture to start from, instead of pure noise.", group="Picture", metavar="FILE", attachment=True
     )
     strength: float | None = setting(
         None,
-        f"How far from the image, or from the first pass of --hires: 1 starts from pure noise. "
+        "How much to change the image, or the first pass of --hires; 1 starts from pure noise. "
         f"Default: {STRENGTH}, with a mask 1.",
         group="Picture",
         above=0,
         maximum=1,
     )
     mask: Any = setting(
-        None, "Picture that is white where the image is painted anew.", group="Picture", metavar="FILE", attachment=True
+        None, "Mask of the image: white areas are repainted.", group="Picture", metavar="FILE", attachment=True
     )
     hires: float | None = setting(
         None,
-        "Render first at the size divided by this, then enlarge and refine. Default: in one pass.",
+        "First render at the size divided by this, then enlarge and refine. Default: one pass.",
         group="Picture",
         above=1,
         maximum=8,
@@ -158,58 +182,63 @@ class Request(TextSettings):
     images: int = setting(1, "Images per prompt.", group="Picture", flag="-n", minimum=1, maximum=10_000)
     batch_size: int = setting(
         1,
-        "Images denoised together. Above 1 the bits depend on the batch; helps on large GPUs only.",
+        "Images denoised together; above 1 the bits depend on the batch. Helps on large GPUs only.",
         group="Sampling",
         minimum=1,
         maximum=1024,
     )
     tile_mode: str | None = setting(
         None,
-        "How the picture is cut for decoding: exact strips, blended tiles or not at all. "
+        "Decode in exact strips, in blended tiles, or whole (off). "
         "Default: exact where the whole would take more than 3 GB or does not fit in memory, else off.",
         group="Decoding",
         choices=TILE_MODES,
     )
     tile_size: int | None = setting(
         None,
-        "Height of exact strips or side of blended tiles in pixels. Default: by the map; blend: 512.",
+        "Height of exact strips or side of blended tiles in pixels. "
+        f"Default: chosen for each layer; blend: {BLEND_TILE}.",
         group="Decoding",
-        **TILE,
+        **SIDE,
     )
     tile_overlap: int = setting(
-        64, "Overlap of blended tiles in pixels.", group="Decoding", minimum=0, maximum=MAX_SIDE
+        TILE_OVERLAP, "Overlap of blended tiles in pixels.", group="Decoding", minimum=0, maximum=MAX_SIDE
     )
 
     def __post_init__(self):
         super().__post_init__()
         self._check_sources()
-        if self.tile_mode == "blend" and self.tile_overlap >= (self.tile_size or BLEND_TILE):
-            raise RequestError(
-                f"tile_overlap {self.tile_overlap} must be below the tile_size {self.tile_size or BLEND_TILE}"
-            )
+        tile = self.tile_size or BLEND_TILE
+        if self.tile_mode == "blend" and self.tile_overlap >= tile:
+            text = f"tile_overlap {self.tile_overlap} must be below the tile_size {tile}"
+            raise RequestError(text, fields=("tile_overlap", "tile_size"))
         if not self.prompts:
-            raise RequestError("prompt: the list is empty; give at least one prompt")
+            raise RequestError("prompt: the list is empty; pass at least one prompt", fields=("prompt",))
         if self.negative is not None and self.guidance == 0:
-            raise RequestError("negative: it has no effect at guidance 0; give a guidance above 0 or leave it out")
+            text = "negative: it has no effect at guidance 0; pass a guidance above 0 or leave it out"
+            raise RequestError(text, fields=("negative", "guidance"))
         if isinstance(self.seed, list) and len(self.seed) not in (len(self.prompts), self.count):
-            raise RequestError(
-                f"seed: {len(self.seed)} seeds were given; give one, one per prompt ({len(self.prompts)}) "
-                f"or one per image ({self.count})"
-            )
+            text = f"pass one seed, one per prompt ({len(self.prompts)}) or one per image ({self.count})"
+            raise RequestError(f"seed: the list has {len(self.seed)}; {text}", fields=("seed", "prompt", "images"))
 
     def _check_sources(self) -> None:
         """What a picture may be made of, and what goes with what."""
         if self.mask is not None and self.image is None:
-            raise RequestError("mask: it has no effect without an image; give the image that it belongs to")
+            text = "mask: it has no effect without an image; pass the image that it belongs to"
+            raise RequestError(text, fields=("mask", "image"))
         if self.strength is not None and self.image is None and self.hires is None:
-            raise RequestError("strength: it has no effect without an image or hires; give one or leave it out")
+            text = "strength: it has no effect without an image or hires; pass one of them or leave it out"
+            raise RequestError(text, fields=("strength", "image", "hires"))
         if self.hires is not None and self.image is not None:
-            raise RequestError("hires: an image to start from is given too; give one of them")
+            text = "hires: it does not work with an image to start from; pass only one of them"
+            raise RequestError(text, fields=("hires", "image"))
         if self.embeddings is not None and self.prompt:
-            raise RequestError("embeddings: a prompt is given too, which they replace; give one of them")
-        parts = ("template", "system_prompt", "thinking_content", "assistant_content")
-        if self.embeddings is not None and any(getattr(self, name) for name in parts):
-            raise RequestError(f"embeddings: they hold the whole text; leave out {', '.join(parts)}")
+            text = "embeddings: they replace the prompt; pass only one of them"
+            raise RequestError(text, fields=("embeddings", "prompt"))
+        parts = [name for name in TEXT_PARTS if getattr(self, name)]
+        if self.embeddings is not None and parts:
+            text = f"embeddings: they contain the whole text; leave out {', '.join(parts)}"
+            raise RequestError(text, fields=("embeddings", *parts))
 
     @property
     def prompts(self) -> list[str]:
@@ -223,15 +252,17 @@ class Request(TextSettings):
     @property
     def seeds(self) -> list[int]:
         """One seed per image, prompt by prompt; needs a resolved request."""
-        given = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
-        if len(given) == self.count:
-            return given
-        return [(seed + k) % (MAX_SEED + 1) for seed in given for k in range(self.images)]
+        if self.seed is None:
+            raise RequestError("seed: it is still open; resolve the request first", fields=("seed",))
+        seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
+        if len(seeds) == self.count:
+            return seeds
+        return [(seed + k) % (MAX_SEED + 1) for seed in seeds for k in range(self.images)]
 
 
 @dataclass(frozen=True)
 class LoadSettings(Settings):
-    """How a model is loaded. Raises RequestError by the field's name."""
+    """How a model is loaded. Raises RequestError with the fields at fault."""
 
     model: str | None = setting(
         None,
@@ -241,28 +272,28 @@ class LoadSettings(Settings):
         path=True,
     )
     dit: str | None = setting(
-        None, "DiT from a loose file (safetensors or GGUF) or component folder.", group="Model", path=True
+        None, "DiT as a loose file (safetensors or GGUF) or a component folder.", group="Model", path=True
     )
     text_encoder: str | None = setting(
-        None, "Text encoder from a loose file or component folder.", group="Model", path=True
+        None, "Text encoder as a loose file or a component folder.", group="Model", path=True
     )
-    vae: str | None = setting(None, "VAE from a loose file or component folder.", group="Model", path=True)
+    vae: str | None = setting(None, "VAE as a loose file or a component folder.", group="Model", path=True)
     tokenizer: str | None = setting(
-        None, "Folder with tokenizer.json. Default: the model's, or beside the encoder.", group="Model", path=True
+        None, "Folder with tokenizer.json. Default: the model's, or beside the text encoder.", group="Model", path=True
     )
     variant: str | None = setting(
-        None, "What loose files are: turbo (shift 3) or base (shift 6).", choices=("turbo", "base"), group="Model"
+        None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps.", group="Machine")
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:N or mps.", group="Machine")
     text_encoder_device: str | None = setting(
-        None, "Where the text encoder runs. Default: as --device.", group="Machine"
+        None, "Device of the text encoder. Default: as --device.", group="Machine"
     )
-    dit_device: str | None = setting(None, "Where the DiT runs. Default: as --device.", group="Machine")
-    vae_device: str | None = setting(None, "Where the VAE runs. Default: as --device.", group="Machine")
+    dit_device: str | None = setting(None, "Device of the DiT. Default: as --device.", group="Machine")
+    vae_device: str | None = setting(None, "Device of the VAE. Default: as --device.", group="Machine")
     dtype: str | None = setting(
         None,
-        "Default: bf16 on GPUs and on CPUs that compute in it, else fp32.",
-        choices=("bf16", "fp32"),
+        "Dtype of weights. Default: bf16 on GPUs and on CPUs with native bf16, else fp32.",
+        choices=DTYPES,
         group="Machine",
     )
     attention: str | None = setting(
@@ -274,35 +305,37 @@ class LoadSettings(Settings):
     )
     precision: str = setting(
         "bf16",
-        "Matrix products of the DiT: bf16 (as --dtype says), int8 or fp8, with scales per token and channel.",
-        choices=("bf16", "int8", "fp8"),
+        "Matrix products of the DiT: bf16 (as --dtype says), or int8 or fp8 with scales per token and channel.",
+        choices=PRECISIONS,
         group="Machine",
     )
-    compile: bool = setting(False, "Compile the DiT's blocks: some seconds once, then quicker steps.", group="Machine")
+    compile: bool = setting(
+        False, "Compile the DiT's blocks: takes some seconds once, then steps are faster.", group="Machine"
+    )
     residency: str = setting(
         "auto",
-        "keep all weights in memory between stages, load each stage in its turn, or decide by the memory there is.",
-        choices=("auto", "keep", "stage"),
+        "Keep all weights in memory between stages, load them stage by stage, or decide by the free memory.",
+        choices=RESIDENCIES,
         group="Machine",
     )
     lora: list[str] | None = setting(
         None,
-        "LoRA file (.safetensors) and its scale, else 1; several add up. Default: none.",
+        "LoRA file (.safetensors) and its scale, else 1; repeat it to add several. Default: none.",
         metavar="PATH[:SCALE]",
         group="Model",
         path=True,
     )
     memory: float | None = setting(
         None,
-        "GB (10⁹ bytes) a render may take on its device; on the CPU the whole process. What does not fit is loaded "
-        "stage by stage, decoded in strips, streamed block by block. Default: by the free memory.",
+        "Memory budget in GB (10⁹ bytes) on the render's device; on the CPU, for the whole process. What does not fit "
+        "is loaded stage by stage, decoded in strips, streamed block by block. Default: the free memory.",
         above=0,
         maximum=1_000_000,
         group="Machine",
     )
     templates: str | None = setting(
         None,
-        "Folder with templates of your own, which come before those of the same name that are shipped.",
+        "Folder with your own templates, which override shipped ones of the same name.",
         group="Text",
         metavar="FOLDER",
         env="ZIMAGE_TEMPLATES",
@@ -310,13 +343,13 @@ class LoadSettings(Settings):
     )
     cache_entries: int = setting(
         100,
-        "Captions kept in memory, so that a prompt is encoded once; 0: none.",
+        "Captions kept in memory, so that a prompt is encoded only once; 0 is off.",
         group="Text",
         minimum=0,
         maximum=1_000_000,
     )
     cache_folder: str | None = setting(
-        None, "Folder to keep captions in between runs. Default: none.", group="Text", metavar="FOLDER", path=True
+        None, "Folder that keeps captions between runs. Default: none.", group="Text", metavar="FOLDER", path=True
     )
 
     def __post_init__(self):
@@ -327,29 +360,33 @@ class LoadSettings(Settings):
 
 @dataclass(frozen=True)
 class Sampling(Settings):
-    """How the next token of a text is drawn. Raises RequestError by the field's name."""
+    """How the next token of a text is drawn. Raises RequestError with the fields at fault."""
 
     temperature: float = setting(
-        0.6, "0: always the likeliest token; above, the more the freer.", group="Rewriting", minimum=0, maximum=5
+        0.6,
+        "0 always takes the most likely token; higher values vary more.",
+        group="Rewriting",
+        minimum=0,
+        maximum=5,
     )
     top_p: float = setting(
         0.95,
-        "Draw from the likeliest tokens that together have this probability; 1: off.",
+        "Sample from the most likely tokens up to this total probability; 1 is off.",
         group="Rewriting",
         above=0,
         maximum=1,
     )
-    top_k: int = setting(20, "Draw from this many of the likeliest tokens; 0: off.", group="Rewriting", minimum=0)
+    top_k: int = setting(20, "Sample from this many of the most likely tokens; 0 is off.", group="Rewriting", minimum=0)
     min_p: float = setting(
         0.0,
-        "Leave out tokens with less than this part of the likeliest one's probability.",
+        "Drop tokens below this fraction of the most likely token's probability.",
         group="Rewriting",
         minimum=0,
         maximum=1,
     )
     presence_penalty: float = setting(
         0.0,
-        "Taken once from the logit of every token already written: fewer repetitions.",
+        "Subtract this once from the logit of every token already written, against repetition.",
         group="Rewriting",
         minimum=0,
         maximum=2,
@@ -361,44 +398,49 @@ class Sampling(Settings):
 
 @dataclass(frozen=True)
 class RewriteSettings(Sampling):
-    """How a prompt is rewritten before it is drawn. Raises RequestError by the field's name."""
+    """How a prompt is rewritten before it is drawn. Raises RequestError with the fields at fault."""
 
     rewriter: str | None = setting(
         None,
-        "Rewrite prompts first, by a template of the category rewriter.",
+        "Rewrite prompts first, with a template of the category rewriter.",
         group="Rewriting",
         flag="--rewrite",
         metavar="NAME",
     )
     rewriter_url: str | None = setting(
         None,
-        "Server with OpenAI's chat completions that rewrites, in the place of the model's own text encoder; "
-        "its key is the environment's ZIMAGE_REWRITER_KEY.",
+        "Server with OpenAI's chat completions that rewrites, instead of the model's own text encoder; "
+        f"its key is read from {REWRITER_KEY}.",
         group="Rewriting",
         metavar="URL",
         env="ZIMAGE_REWRITER_URL",
     )
-    rewriter_model: str = setting("default", "Name of the server's model.", group="Rewriting")
+    rewriter_model: str = setting("default", "Name of the model on the server.", group="Rewriting")
     rewriter_timeout: float = setting(
-        120.0, "Seconds to wait for the server.", group="Rewriting", above=0, maximum=86_400
+        REWRITER_TIMEOUT, "Seconds to wait for the server.", group="Rewriting", above=0, maximum=MAX_TIMEOUT
     )
     rewrite_thinking: bool = setting(
-        False, "Let it think before it answers; thoughts are not drawn.", group="Rewriting"
+        False, "Let the rewriter think before it answers; thoughts are not drawn.", group="Rewriting"
     )
     max_tokens: int = setting(
-        512, "Tokens that are written at most, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
+        MAX_TOKENS,
+        "Maximum number of tokens, thoughts included.",
+        group="Rewriting",
+        minimum=1,
+        maximum=32_768,
     )
     rewrite_seed: int | None = setting(
-        None, "Seed of the rewriting. Default: drawn and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
+        None, "Seed of the rewriting. Default: random, and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.rewrite_thinking and self.rewriter_url:
-            raise RequestError("rewrite_thinking: the server at the rewriter_url decides that itself; leave it out")
+            text = "rewrite_thinking: the server at the rewriter_url decides this itself; leave it out"
+            raise RequestError(text, fields=("rewrite_thinking", "rewriter_url"))
 
 
-ALL_SETTINGS = (Request, LoadSettings, RewriteSettings)
+ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettings)
 
 
 def split_lora(text: str) -> tuple[str, float]:
@@ -414,9 +456,11 @@ def split_lora(text: str) -> tuple[str, float]:
     return path, scale
 
 
-def check_lora_scale(scale: Any) -> None:
-    """Raise RequestError unless `scale` is a number that may be meant."""
+def check_lora_scale(scale: object) -> None:
+    """Raise RequestError unless `scale` is a number within its bounds."""
     if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise RequestError(f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number")
+        text = f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number"
+        raise RequestError(text, fields=("lora",))
     if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
-        raise RequestError(f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}")
+        text = f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}"
+        raise RequestError(text, fields=("lora",))

@@ -1,5 +1,7 @@
 """What a run setting is: a dataclass field that knows its help text, bounds, flag and group, and how it is checked.
 
+Options, settings files and `json_schema` (server, forms) are all made from these declarations.
+
 A value may be a str, int, float or bool, a list of these, a mapping of whole numbers to numbers (`Weights`), or an
 attachment: a picture, a mask or embeddings, given as a path or as an object. No torch here: `--help` must be quick.
 """
@@ -10,14 +12,21 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self, TypeAlias
 
 from zimage.errors import RequestError
 
 Weights = dict[int, float]
+Field: TypeAlias = "dataclasses.Field[Any]"
+Hint: TypeAlias = Any  # a type, or a union of types, as a field is annotated with it
+Plain: TypeAlias = Any  # a plain value, as JSON and TOML hold it
 MAX_WEIGHT = 1e6
-PLAIN = (bool, int, float, list, tuple, dict, set, bytes)  # what no attachment can be
+NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+JSON_BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
+_hints: Callable[[type], dict[str, Hint]] = functools.cache(typing.get_type_hints)
 
 
 def setting(
@@ -37,10 +46,10 @@ def setting(
     path: bool = False,
     per_call: bool = False,
 ) -> Any:
-    """A run setting. `env` is the environment variable that gives it where no flag does.
+    """A run setting. `env` is the environment variable that sets it where no option does.
 
-    `path`: files and folders, which in a settings file are relative to that file. `per_call`: it belongs to one call
-    only, as attachments do, and stands in no settings file.
+    `path`: it names files or folders, which are relative to the settings file that they stand in. `per_call`: it
+    belongs to a single call, as attachments do, and may not stand in a settings file.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
     shown = {"help": help, "group": group, "flag": flag, "metavar": metavar}
@@ -48,6 +57,7 @@ def setting(
     return dataclasses.field(default=default, metadata={**shown, **kind, **bounds})
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """What settings dataclasses share."""
 
@@ -56,24 +66,24 @@ class Settings:
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values, as JSON and TOML hold them; an unknown name is an error that offers the nearest."""
+    def from_mapping(cls, values: Mapping[str, Plain]) -> Self:
+        """From plain values, as JSON and TOML hold them; an unknown name is an error that suggests the nearest."""
         for key in values:
             if key not in cls.names():
-                raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}")
+                raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}", fields=(key,))
         hints = _hints(cls)
         return cls(**{name: _coerced(name, value, hints[name]) for name, value in values.items()})
 
     @classmethod
-    def check_one(cls, name: str, value: Any) -> Any:
-        """The value as its field holds it, checked by itself; raises RequestError."""
+    def check_one(cls, name: str, value: Plain) -> Any:
+        """The value as its field holds it, checked by itself. Raises RequestError."""
         accepted = _hints(cls)[name]
         coerced = _coerced(name, value, accepted)
         _check(cls.__dataclass_fields__[name], accepted, coerced)
         return coerced
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them; of an attachment the name and the hash of its contents."""
+    def to_mapping(self) -> dict[str, Plain]:
+        """Plain values, as JSON holds them; an attachment becomes its name and the hash of its contents."""
         return {
             field.name: _described(value) if field.metadata["attachment"] else _plain(value)
             for field in dataclasses.fields(self)
@@ -87,7 +97,7 @@ def either(value: Any, default: Any) -> Any:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a message on a word that is not known: the nearest one, or all."""
+    """The end of a message on an unknown word: the nearest known one, or all of them."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(known) or "none")
@@ -102,31 +112,63 @@ def parse_weights(text: str) -> Weights:
     return weights
 
 
-def fields(cls: type) -> list[tuple[dataclasses.Field, tuple[type, ...]]]:
-    """Each field with the plain types that its value, or each in its list of values, may have."""
+def fields(cls: type[Settings]) -> list[tuple[Field, tuple[type, ...]]]:
+    """Each field with the plain types that its value may have, or each item of its list of values."""
     hints = _hints(cls)
     return [(field, _scalar_types(hints[field.name])) for field in dataclasses.fields(cls)]
 
 
-def list_fields(cls: type) -> dict[str, bool]:
+def list_fields(cls: type[Settings]) -> dict[str, bool]:
     """The fields that take a list → whether they also take a single value without one."""
     hints = _hints(cls)
     return {name: _takes_one(hint) for name, hint in hints.items() if _list_types(hint)}
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def json_schema(cls: type[Settings]) -> dict[str, Plain]:
+    """JSON Schema (draft 2020-12) of the plain values that `from_mapping` takes.
+
+    `x-group` is the field's section in the help. `x-attachment` marks pictures and embeddings, which are paths here;
+    `x-per-call` marks what may not stand in a settings file. The checks of several fields together are not part of it.
+    """
+    hints = _hints(cls)
+    properties = {field.name: _schema(field, hints[field.name]) for field in dataclasses.fields(cls)}
+    whole = {"$schema": DRAFT, "title": cls.__name__, "type": "object"}
+    return {**whole, "properties": properties, "additionalProperties": False}
 
 
-def check_fields(settings: Any) -> None:
+def check_fields(settings: Settings) -> None:
     """Raise RequestError unless every value has its field's type and lies within its bounds."""
     hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         _check(field, hints[field.name], getattr(settings, field.name))
 
 
-def _coerced(name: str, value: Any, accepted: Any) -> Any:
+def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
+    m, forms = field.metadata, _forms(field.metadata, accepted)
+    if types.NoneType in _members(accepted) or m["attachment"]:
+        enum = {"enum": [*forms[0]["enum"], None]} if "enum" in forms[0] else {}
+        forms[0] = {**forms[0], **enum, "type": [forms[0]["type"], "null"]}
+    shape = forms[0] if len(forms) == 1 else {"anyOf": forms}
+    marks = {"x-attachment": m["attachment"], "x-per-call": m["per_call"]}
+    shown = {"default": _plain(field.default), "description": m["help"], "x-group": m["group"]}
+    return {**shape, **shown, **{mark: True for mark, holds in marks.items() if holds}}
+
+
+def _forms(m: Mapping[str, Any], accepted: Hint) -> list[dict[str, Plain]]:
+    """The schema of each form that a value may have, None aside."""
+    if m["attachment"]:
+        return [{"type": "string"}]
+    if Weights in _members(accepted):
+        weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
+        layers = {"propertyNames": {"pattern": r"^-\d+$"}, "additionalProperties": weight, "minProperties": 1}
+        return [{"type": "object", **layers}, {"type": "string"}]
+    one: dict[str, Plain] = {"type": JSON_TYPES[_scalar_types(accepted)[-1]]}
+    one |= {name: m[bound] for bound, name in JSON_BOUNDS.items() if m[bound] is not None}
+    one |= {"enum": list(m["choices"])} if m["choices"] else {}
+    return [one] * _takes_one(accepted) + [{"type": "array", "items": one}] * bool(_list_types(accepted))
+
+
+def _coerced(name: str, value: Plain, accepted: Hint) -> Any:
     """JSON has text for a mapping's keys, the command line for the whole mapping."""
     if Weights not in _members(accepted):
         return value
@@ -139,105 +181,107 @@ def _coerced(name: str, value: Any, accepted: Any) -> Any:
                 return weights
             raise ValueError("a layer is named twice")
     except ValueError:
-        raise RequestError(f"{name} {value!r} cannot be read; write LAYER:WEIGHT,… as in -2:0.7,-8:0.3") from None
+        text = f"{name} {value!r} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
+        raise RequestError(text, fields=(name,)) from None
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> Plain:
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _described(attachment: Any) -> Any:
-    """What it is, without the folder that it lies in."""
+def _described(attachment: Any) -> Plain:
+    """What an attachment is, without its folder."""
     if attachment is None or hasattr(attachment, "describe"):
         return attachment and attachment.describe()
     is_path = isinstance(attachment, str | os.PathLike)
     return {"name": os.path.basename(attachment) if is_path else type(attachment).__name__}
 
 
-def _check(field: dataclasses.Field, accepted: Any, value: Any) -> None:
+def _check(field: Field, accepted: Hint, value: object) -> None:
     if value is None:
         if types.NoneType not in _members(accepted) and not field.metadata["attachment"]:
-            raise RequestError(f"{field.name}: a value is needed")
+            raise _fault(field.name, ": a value is needed")
         return
     if field.metadata["attachment"]:
-        if isinstance(value, PLAIN):
-            raise RequestError(f"{field.name} {value!r} is a {type(value).__name__}; it should be a file's path")
+        if isinstance(value, NO_ATTACHMENT):
+            raise _fault(field.name, f" {value!r} is a {type(value).__name__}; it should be the path of a file")
         return
     if Weights in _members(accepted):
         _check_weights(field.name, value)
         return
-    many = isinstance(value, list) and bool(_list_types(accepted))
-    if not many and not _takes_one(accepted):
-        raise RequestError(f"{field.name} {value!r} is a {type(value).__name__}; it should be a list")
-    for item in value if many else [value]:
+    items = value if isinstance(value, list) and _list_types(accepted) else None
+    if items is None and not _takes_one(accepted):
+        raise _fault(field.name, f" {value!r} is a {type(value).__name__}; it should be a list")
+    for item in [value] if items is None else items:
         _check_scalar(field, _scalar_types(accepted), item)
 
 
-def _check_weights(name: str, value: Any) -> None:
+def _check_weights(name: str, value: object) -> None:
     if not isinstance(value, dict) or not value:
-        raise RequestError(
-            f"{name} {value!r} should be a table of layers and their weights, as in {{-2: 0.7, -8: 0.3}}"
-        )
+        raise _fault(name, f" {value!r} should be a table of layers and their weights, such as {{-2: 0.7, -8: 0.3}}")
     for layer, weight in value.items():
         if not isinstance(layer, int) or isinstance(layer, bool) or layer > -1:
-            raise RequestError(f"{name}: layer {layer!r} should be a whole number below 0, counted from the last layer")
+            raise _fault(name, f": layer {layer!r} should be a negative integer, counted from the last layer")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_WEIGHT:
-            raise RequestError(f"{name}: the weight {weight!r} of layer {layer} should be a number ≤ {MAX_WEIGHT:g}")
+            raise _fault(name, f": the weight {weight!r} of layer {layer} should be a number up to {MAX_WEIGHT:g}")
     if not abs(sum(value.values())) > 1e-6:
-        raise RequestError(f"{name}: the weights add up to 0, by which they cannot be divided")
+        raise _fault(name, ": the weights add up to 0, so they cannot be normalised")
 
 
 @functools.cache
-def _scalar_types(accepted: Any) -> tuple[type, ...]:
-    """The types of a single value; where only lists are accepted, of what is in them."""
+def _scalar_types(accepted: Hint) -> tuple[type, ...]:
+    """The types of a single value, or of a list's items where only lists are accepted."""
     plain = tuple(m for m in _members(accepted) if m is not types.NoneType and typing.get_origin(m) is None)
     return plain or _list_types(accepted) or (str,)  # text on the command line stands for a mapping
 
 
 @functools.cache
-def _list_types(accepted: Any) -> tuple[type, ...]:
-    """The types of what a list may hold; none where no list is accepted."""
+def _list_types(accepted: Hint) -> tuple[type, ...]:
+    """The types of a list's items; none where no list is accepted."""
     return next((typing.get_args(m) for m in _members(accepted) if typing.get_origin(m) is list), ())
 
 
 @functools.cache
-def _takes_one(accepted: Any) -> bool:
+def _takes_one(accepted: Hint) -> bool:
     return any(m is not types.NoneType and typing.get_origin(m) is None for m in _members(accepted))
 
 
 @functools.cache
-def _members(accepted: Any) -> tuple[Any, ...]:
+def _members(accepted: Hint) -> tuple[Hint, ...]:
     is_union = typing.get_origin(accepted) in (typing.Union, types.UnionType)
     return typing.get_args(accepted) if is_union else (accepted,)
 
 
-def _check_scalar(field: dataclasses.Field, accepted: tuple[type, ...], value: Any) -> None:
+def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> None:
     name, m = field.name, field.metadata
     numbers = (int, float) if float in accepted else accepted
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
         kind = " or ".join(t.__name__ for t in accepted)
-        raise RequestError(f"{name} {value!r} is a {type(value).__name__}; it should be of type {kind}")
+        raise _fault(name, f" {value!r} is a {type(value).__name__}; it should be of type {kind}")
     if m["choices"] and value not in m["choices"]:
-        raise RequestError(f"{name} {value!r} is not known; use {', '.join(m['choices'])}")
+        raise _fault(name, f" {value!r} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
         if not value.isascii() and value != value.encode(errors="ignore").decode():
-            raise RequestError(f"{name} is not valid text; it must be encoded in UTF-8")
-    elif not isinstance(value, bool):
+            raise _fault(name, " is not valid text; it must be valid UTF-8")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(name, m, value)
 
 
 def _check_number(name: str, m: Mapping[str, Any], value: float) -> None:
     if value != value:
-        raise RequestError(f"{name} is not a number")
+        raise _fault(name, " is not a number")
     if m["minimum"] is not None and value < m["minimum"]:
-        raise RequestError(f"{name} {value} is too small; the least is {m['minimum']}")
+        raise _fault(name, f" {value} is too small; the minimum is {m['minimum']}")
     if m["above"] is not None and value <= m["above"]:
-        raise RequestError(f"{name} {value} is too small; it must be above {m['above']}")
+        raise _fault(name, f" {value} is too small; it must be above {m['above']}")
     if m["maximum"] is not None and value > m["maximum"]:
-        raise RequestError(f"{name} {value} is too large; the most is {m['maximum']}")
+        raise _fault(name, f" {value} is too large; the maximum is {m['maximum']}")
     if m["multiple"] and value % m["multiple"]:
         down = value // m["multiple"] * m["multiple"]
-        raise RequestError(
-            f"{name} {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}"
-        )
+        raise _fault(name, f" {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}")
+
+
+def _fault(name: str, rest: str) -> RequestError:
+    """The error on one field; its text begins with the name."""
+    return RequestError(name + rest, fields=(name,))

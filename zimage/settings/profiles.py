@@ -3,26 +3,25 @@
     [default]
     model = "Z-Image-Turbo"     # a setting's name and its value; paths are relative to the file
 
-    [low_vram]                  # has what [default] has; of another with inherit = "NAME", of none with inherit = ""
+    [low_vram]                  # inherits from [default], or from [NAME] with inherit = "NAME", or not at all with ""
     memory = 8
 
 Sources by rank: options, the picture of --from, the environment, the profile, what it inherits, defaults. A picture
-brings its whole request. A setting that cannot go together with those of a higher rank (a file's `hidden_layer` and
-`--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and that is told.
-Which settings these are, the settings' own checks say: their messages name them.
+brings its whole request. A setting that does not go together with one of a higher rank (a file's `hidden_layer` and
+`--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and a note says so.
+The settings' own checks find these settings: their errors carry the names.
 """
 
 import contextlib
 import os
-import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zimage.errors import ConfigFileError, RequestError, ZImageError
 from zimage.settings.declared import ALL_SETTINGS
+from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
 from zimage.settings.fields import Settings, fields, list_fields, nearest
 from zimage.settings.toml_file import TomlFile, read_text
 
@@ -31,7 +30,6 @@ FILE_NAME = "zimage.toml"
 PICTURE = "picture"
 OWNERS: dict[str, type[Settings]] = {name: settings for settings in ALL_SETTINGS for name in settings.names()}
 FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(settings)}
-TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings of all sources, made one."""
+    """The settings of all sources, merged."""
 
     entries: dict[str, Entry]
-    left_out: dict[str, tuple[Entry, str]]  # what did not go together with the rest, and why
+    left_out: dict[str, tuple[Entry, str]]  # what does not go together with the rest, and why
     config: "Config | None" = None
     profile: str | None = None
 
@@ -61,26 +59,26 @@ class Resolved:
 
     @property
     def note(self) -> str | None:
-        """A line on the file in use and on what was left out, or None where there is neither."""
+        """A line on the file in use and the settings left out, or None where there is neither."""
         parts = []
         if self.config is not None and self.config.profiles:
-            nothing = f"nothing of {self.config.path}, which has no [default]; choose with --profile"
+            nothing = f"nothing from {self.config.path}, which has no [default]; choose a profile with --profile"
             parts.append(nothing if self.profile is None else f"{self.config.path} [{self.profile}]")
         for name, (entry, _) in self.left_out.items():
-            parts.append(f"{name} of {entry.source} is left out")
+            parts.append(f"{name} from {entry.source} is left out")
         return f"settings: {'; '.join(parts)}" if parts else None
 
     @contextlib.contextmanager
     def naming_sources(self) -> Iterator[None]:
-        """Errors on a setting that stands in a file or the environment say so."""
+        """Errors on settings say where the one of the highest rank stands, unless an option is at fault."""
         try:
             yield
         except ZImageError as error:
-            name = re.match(r"\w*", str(error))[0].lower()
-            source = self.source(name)
-            if source == "default" or source.startswith("--"):
+            found = [self.entries[name] for name in error.fields if name in self.entries]
+            highest = max(found, key=lambda entry: entry.rank, default=None)
+            if highest is None or highest.source.startswith("--"):
                 raise
-            raise type(error)(f"{error} (from {source})") from error
+            raise error.with_text(f"{error} (from {highest.source})") from error
 
 
 class Config:
@@ -90,7 +88,7 @@ class Config:
         self.path, self._file, document = file.path, file, file.document
         for name, table in document.items():
             if not isinstance(table, dict):
-                message = f"{name} stands outside a profile; write it under [default], a profile as [NAME]"
+                message = f"{name} is outside of any profile; put it under [default] or another [NAME]"
                 raise file.fault(message, name)
         self._parents = {name: table.get("inherit") for name, table in document.items()}
         self._chains = {name: self._chain(name) for name in document}
@@ -111,7 +109,9 @@ class Config:
         while (parent := self._parent(chain[-1])) is not None:
             if parent in chain:
                 circle = " → ".join([*chain[chain.index(parent) :], parent])
-                raise self._file.fault(f'inherit: {circle} goes round; end it with inherit = ""', chain[-1], "inherit")
+                raise self._file.fault(
+                    f'inherit: {circle} is a cycle; break it with inherit = ""', chain[-1], "inherit"
+                )
             chain.append(parent)
         return chain
 
@@ -121,7 +121,7 @@ class Config:
             return "default" if profile != "default" and "default" in self._parents else None
         if not isinstance(named, str):
             raise self._file.fault(
-                f"inherit is a {type(named).__name__}; it should be a profile's name", profile, "inherit"
+                f"inherit is a {type(named).__name__}; it should be the name of a profile", profile, "inherit"
             )
         if named and named not in self._parents:
             hint = nearest(named, self._parents)
@@ -137,43 +137,44 @@ class Config:
             try:
                 entries[name] = Entry(_from_file(name, value, self.path.parent), source)
             except RequestError as error:
-                raise self._file.fault(str(error), profile, name) from None
+                raise self._file.fault(str(error), profile, name, fields=error.fields) from None
             except (ValueError, RecursionError):  # of showing the value in a message
-                raise self._file.fault(f"{name} is too long or nested too deeply", profile, name) from None
+                raise self._file.fault(
+                    f"{name} is too long or nested too deeply", profile, name, fields=(name,)
+                ) from None
         return entries
 
     def _check_together(self, profile: str) -> None:
-        """What needs a setting of another source may stand in a file; what contradicts another may not."""
+        """A setting may need one of another source, but may not contradict one in the same file."""
         own, whole = self.profiles[profile], {}
         for name, entry in own.items():
             error = _error_of({name: entry})
             if error is None:
                 whole[name] = entry
-            elif _mentioned(error) in ([], [name]):
-                raise self._file.fault(str(error), profile, name)
+            elif error.fields == (name,):
+                raise self._file.fault(str(error), profile, name, fields=error.fields)
         if error := _error_of(whole):
-            name = next(iter([n for n in _mentioned(error) if n in own]), "")
-            raise self._file.fault(str(error), profile, name)
+            name = next((name for name in error.fields if name in own), "")
+            raise self._file.fault(str(error), profile, name, fields=error.fields)
 
 
-def find_config(named: str | os.PathLike | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The file that was named, here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
+def find_config(named: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The settings file named here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
     if named:
         return Path(named).expanduser()
-    if chosen := environ.get("ZIMAGE_CONFIG"):
+    if chosen := environ.get(CONFIG):
         if not os.path.exists(os.path.expanduser(chosen)):
-            raise ConfigFileError(f"{chosen}: there is no such settings file (from ZIMAGE_CONFIG)")
+            raise ConfigFileError(f"{chosen}: there is no such settings file (from {CONFIG})")
         return Path(chosen).expanduser()
     return next((path for path in usual_places(environ) if os.path.exists(path)), None)
 
 
 def usual_places(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """The folder one is in, then the user's own settings."""
-    home = environ.get("APPDATA") if sys.platform == "win32" else environ.get("XDG_CONFIG_HOME")
-    return [Path(FILE_NAME), (Path(home) if home else Path("~/.config").expanduser()) / "zimage" / FILE_NAME]
+    """The current folder, then the user's own settings."""
+    return [Path(FILE_NAME), config_folder(environ) / FILE_NAME]
 
 
-def read_config(path: str | os.PathLike) -> Config:
+def read_config(path: str | os.PathLike[str]) -> Config:
     """Read a settings file and check all of it. Raises ConfigFileError."""
     return Config(TomlFile(Path(path), read_text(Path(path))))
 
@@ -185,12 +186,12 @@ def resolve(
     profile: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Resolved:
-    """Settings of all sources: options `given`, the request `origin` of a picture, environment, file.
+    """Merge the settings of all sources: options `given`, the request `origin` of a picture, environment, file.
 
-    Raises RequestError where one is at fault by itself or two of the options contradict each other.
+    Raises RequestError where a value is at fault by itself, or where two options contradict each other.
     """
     profile = choose_profile(config, profile, environ)
-    layers = config.layers(profile) if profile is not None else []
+    layers = config.layers(profile) if config is not None and profile is not None else []
     layers = [*layers, _from_environment(environ)]
     if origin:
         brought = {_owner(name) for name in origin}
@@ -203,8 +204,8 @@ def resolve(
 
 
 def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The profile that was named, here or by ZIMAGE_PROFILE, else `default` where there is one."""
-    wanted = named or environ.get("ZIMAGE_PROFILE")
+    """The profile named here or by ZIMAGE_PROFILE, else `default` where there is one."""
+    wanted = named or environ.get(PROFILE)
     if not wanted:
         return "default" if config is not None and "default" in config.profiles else None
     if config is None:
@@ -220,7 +221,7 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
 
 def _owner(name: str) -> type[Settings]:
     if name not in OWNERS:
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}")
+        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}", fields=(name,))
     return OWNERS[name]
 
 
@@ -229,45 +230,25 @@ def _flag(name: str) -> str:
     return flag if flag.startswith("--") else "--" + name.replace("_", "-")
 
 
-def _checked(values: Mapping[str, Any], source: Any) -> dict[str, Entry]:
+def _checked(values: Mapping[str, Any], source: Callable[[str], str]) -> dict[str, Entry]:
     return {name: Entry(_owner(name).check_one(name, value), source(name)) for name, value in values.items()}
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
-    entries = {}
-    for name, owner in OWNERS.items():
-        variable = FIELDS[name].metadata["env"]
-        if variable and (text := environ.get(variable)):
-            try:
-                entries[name] = Entry(owner.check_one(name, _from_text(name, text)), variable)
-            except RequestError as error:
-                raise RequestError(f"{error} (from {variable})") from None
-    return entries
-
-
-def _from_text(name: str, text: str) -> Any:
-    """The value that a text stands for, by the field's type."""
-    kinds = next(kinds for field, kinds in fields(OWNERS[name]) if field.name == name)
-    if kinds[-1] is bool:
-        if text.lower() not in TRUE + FALSE:
-            raise RequestError(f"{name} {text!r} should be one of {', '.join(TRUE + FALSE)}")
-        return text.lower() in TRUE
-    try:
-        value = kinds[-1](text)
-    except ValueError:
-        raise RequestError(f"{name} {text!r} should be of type {kinds[-1].__name__}") from None
-    return value if list_fields(OWNERS[name]).get(name, True) else [value]
+    values = {name: value for settings in ALL_SETTINGS for name, value in from_environment(settings, environ).items()}
+    return {name: Entry(value, FIELDS[name].metadata["env"]) for name, value in values.items()}
 
 
 def _from_file(name: str, value: Any, folder: Path) -> Any:
     if name not in OWNERS:
         known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}")
+        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
     if FIELDS[name].metadata["per_call"]:
-        raise RequestError(f"{name} belongs to a single call; give it there and leave it out of the file")
+        text = f"{name} belongs to a single call; pass it there and remove it from the file"
+        raise RequestError(text, fields=(name,))
     value = OWNERS[name].check_one(name, value)
     if isinstance(value, list) and list_fields(OWNERS[name])[name]:
-        raise RequestError(f"{name}: a list belongs to a single call; give one value")
+        raise RequestError(f"{name}: a list belongs to a single call; write a single value", fields=(name,))
     if not FIELDS[name].metadata["path"]:
         return value
     return [_path(name, text, folder) for text in value] if isinstance(value, list) else _path(name, value, folder)
@@ -275,7 +256,7 @@ def _from_file(name: str, value: Any, folder: Path) -> Any:
 
 def _path(name: str, text: str, folder: Path) -> str:
     if not text:
-        raise RequestError(f"{name}: the path is empty; write one or leave the line out")
+        raise RequestError(f"{name}: the path is empty; write a path or remove the line", fields=(name,))
     return str(folder / os.path.expanduser(text))
 
 
@@ -283,16 +264,17 @@ def _path(name: str, text: str, folder: Path) -> str:
 
 
 def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]:
-    """Take out what has a rank below `top` and does not go together with the rest; raises what that does not mend."""
-    left_out = {}
+    """Take out what has a rank below `top` and does not go together with the rest. Raises what that does not solve."""
+    left_out: dict[str, tuple[Entry, str]] = {}
     while error := _error_of(entries):
         lower = sorted(
-            (n for n in _mentioned(error) if n in entries and entries[n].rank < top),
+            (n for n in error.fields if n in entries and entries[n].rank < top),
             key=lambda name: entries[name].rank,
         )
         for names in [*([name] for name in lower), lower]:  # one of them, else all
             rest = {name: entry for name, entry in entries.items() if name not in names}
-            if str(_error_of(rest)) != str(error):
+            left = _error_of(rest)
+            if left is None or left.fields != error.fields:
                 left_out |= {name: (entries.pop(name), str(error)) for name in names}
                 break
         else:
@@ -301,16 +283,10 @@ def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]
 
 
 def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
-    """What the settings' own checks say of values together."""
+    """What the settings' own checks say about values together."""
     try:
         for settings in ALL_SETTINGS:
             settings.from_mapping({name: e.value for name, e in entries.items() if OWNERS[name] is settings})
     except RequestError as error:
         return error
     return None
-
-
-def _mentioned(error: RequestError) -> list[str]:
-    """The settings that a message names, outside quotation marks."""
-    words = re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", str(error)))
-    return [name for name in dict.fromkeys(words) if name in OWNERS]

@@ -15,15 +15,15 @@ names file and line, never skipped. A user's folder goes before the shipped one,
 import difflib
 import functools
 import json
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zimage.errors import RequestError, TemplateError
+from zimage.settings.declared import LoadSettings
+from zimage.settings.environment import config_folder, from_environment
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat
 
@@ -76,11 +76,10 @@ def count_added_tokens(template: Template, encode: Callable[[str], Sequence[int]
 
 
 def user_folder() -> Path | None:
-    """The user's: the environment's ZIMAGE_TEMPLATES, else `zimage/templates` in the config folder if it exists."""
-    if named := os.environ.get("ZIMAGE_TEMPLATES"):
+    """The user's own: the folder that ZIMAGE_TEMPLATES names, else `templates` in the config folder if it exists."""
+    if named := from_environment(LoadSettings).get("templates"):
         return Path(named).expanduser()
-    home = os.environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME") or "~/.config"
-    folder = Path(home).expanduser() / "zimage" / "templates"
+    folder = config_folder() / "templates"
     return folder if folder.is_dir() else None
 
 
@@ -153,7 +152,8 @@ def _files(folder: Path) -> dict[str, Path]:
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".md" and not p.name.startswith("."))
     except OSError as error:
-        raise RequestError(f"templates: the folder {folder} cannot be read: {error.strerror or error}") from None
+        text = f"templates: the folder {folder} cannot be read: {error.strerror or error}"
+        raise RequestError(text, fields=("templates",)) from None
     paths: dict[str, Path] = {}
     for path in found:
         if path.stem in paths:

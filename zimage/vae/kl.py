@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
+from zimage.settings.declared import TILE_OVERLAP
 from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-6
@@ -65,7 +66,7 @@ class AutoencoderKL(nn.Module):
         return mean, logvar
 
     def encode(
-        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
     ) -> Tensor:
         """Scaled latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode, not a draw.
 
@@ -75,7 +76,7 @@ class AutoencoderKL(nn.Module):
         return (mean.float() - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(
-        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
     ) -> Tensor:
         """Images (B, 3, H, W) fp32, clamped to [−1, 1], of scaled latents (B, 16, h, w); tiles as in `Tiling`."""
         tiling = Tiling(tile_mode, tile_size, tile_overlap)

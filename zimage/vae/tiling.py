@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.group_norm import channel_statistics, normalise
-from zimage.settings.declared import BLEND_TILE, TILE_MODES
+from zimage.settings.declared import BLEND_TILE, TILE_MODES, TILE_OVERLAP
 from zimage.vae.blend import blend
 
 Rows = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Tiling:
 
     mode: str = "off"
     size: int | None = None
-    overlap: int = 64
+    overlap: int = TILE_OVERLAP
 
     def __post_init__(self):
         if self.mode not in TILE_MODES:

@@ -19,6 +19,7 @@ from zimage.errors import CheckpointError, ConfigError
 from zimage.kernels.norm import rms_norm
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
+from zimage.settings.declared import TILE_OVERLAP
 from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
@@ -86,7 +87,7 @@ class AutoencoderKLWan(nn.Module):
         return mean, logvar
 
     def encode(
-        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
     ) -> Tensor:
         """Standardised latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode.
 
@@ -97,7 +98,7 @@ class AutoencoderKLWan(nn.Module):
         return (mean.float() - center) / spread
 
     def decode(
-        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = 64, tile_mode: str = "off"
+        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
     ) -> Tensor:
         """Images (B, 3, H, W) fp32, clamped to [−1, 1], of standardised latents (B, 16, h, w); tiles as in `Tiling`."""
         tiling = Tiling(tile_mode, tile_size, tile_overlap)

@@ -1,0 +1,55 @@
+"""The variables of the environment: all names stand here or beside their fields, and all values are read here."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zimage.errors import RequestError
+from zimage.settings.fields import Settings, fields, list_fields
+
+CONFIG = "ZIMAGE_CONFIG"  # the settings file
+PROFILE = "ZIMAGE_PROFILE"  # its profile
+REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # the rewriter's secret key: no setting, so that no file or picture ever holds it
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The checked values of those fields of `settings` whose variable (`env` in the declaration) is set and not empty.
+
+    They rank below what a caller passes and above defaults: `LoadSettings(**from_environment(LoadSettings) | passed)`.
+    Raises RequestError, which names the variable in its text and the field in its `fields`.
+    """
+    values = {}
+    for field, kinds in fields(settings):
+        variable = field.metadata["env"]
+        if variable and (text := environ.get(variable)):
+            try:
+                value = _from_text(field.name, text, kinds[-1])
+                takes_one = list_fields(settings).get(field.name, True)
+                values[field.name] = settings.check_one(field.name, value if takes_one else [value])
+            except RequestError as error:
+                raise error.with_text(f"{error} (from {variable})") from None
+    return values
+
+
+def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder `zimage` among the user's settings; it may not exist."""
+    home = environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "zimage"
+
+
+def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The secret key of the server that rewrites, if there is one."""
+    return environ.get(REWRITER_KEY) or None
+
+
+def _from_text(name: str, text: str, kind: type) -> Any:
+    """The value that a text stands for."""
+    if kind is bool and text.lower() not in TRUE + FALSE:
+        raise RequestError(f"{name} {text!r} should be one of {', '.join(TRUE + FALSE)}", fields=(name,))
+    try:
+        return text.lower() in TRUE if kind is bool else kind(text)
+    except ValueError:
+        raise RequestError(f"{name} {text!r} should be of type {kind.__name__}", fields=(name,)) from None
