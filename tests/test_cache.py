@@ -1,6 +1,9 @@
 """The embedding cache: what it keeps and counts, threads, shared folders, and files that were harmed."""
 
+import itertools
 import logging
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -188,6 +191,32 @@ def test_harmed_files_are_misses_and_are_replaced(tmp_path, harm, caplog):
     assert cache.stats.misses == 1
     cache.put(key(0), caption(0))
     assert torch.equal(EmbeddingCache(1, tmp_path).get(key(0)), caption(0))
+
+
+def test_an_entry_that_is_replaced_while_it_is_read_is_a_miss_or_whole(tmp_path):
+    """Entries of different sizes under one key: what is read is one of them, never a mixture or a traceback."""
+    cache, stop = EmbeddingCache(1, tmp_path), threading.Event()
+
+    def replace() -> None:
+        for length in itertools.cycle((3, 4000)):
+            if stop.is_set():
+                return
+            cache.put(key(0), torch.full((length, 8), float(length)))
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(300):
+            read = EmbeddingCache(1, tmp_path).get(key(0))
+            assert read is None or bool((read == len(read)).all())
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_fifo_in_the_folder_is_a_miss(tmp_path):
+    os.mkfifo(tmp_path / f"{key(0)}.safetensors")
+    assert EmbeddingCache(1, tmp_path).get(key(0)) is None
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tmp_path, caplog):

@@ -88,7 +88,7 @@ TENSORS = {
     "are [12]; they should be": {"embeddings": caption()[0]},
     "are [0, 12]; they should be": {"embeddings": caption()[:0]},
     "are 8 wide; this model takes 12": {"embeddings": caption()[:, :8]},
-    "dtype I64 are not known; use BF16, F16, F32, F64": {"embeddings": torch.ones(5, WIDTH, dtype=torch.int64)},
+    "dtype I64 are not known; use F64, F32, F16, BF16": {"embeddings": torch.ones(5, WIDTH, dtype=torch.int64)},
     "dtype F8_E4M3 are not known": {"embeddings": caption().to(torch.float8_e4m3fn)},
     "1 of 5 tokens hold NaN or infinity": {"embeddings": caption().index_fill(0, torch.tensor(2), torch.nan)},
     "2 of 5 tokens hold": {"embeddings": caption().index_fill(0, torch.tensor([0, 4]), -torch.inf)},

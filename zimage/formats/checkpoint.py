@@ -11,7 +11,7 @@ from zimage.errors import CheckpointError
 from zimage.formats import gguf as gguf_file
 from zimage.formats.layouts import Layout, recognise, split_names
 from zimage.formats.quantised import gathered
-from zimage.formats.stored import Maps, Stored, stored_in
+from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, stored_in
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 SHOWN = 120  # characters of a key in an error
@@ -54,7 +54,7 @@ class Checkpoint:
         raw = _opened(file)
         found = recognise(raw)
         if part not in found:
-            holds = " and ".join(found) or f"keys that are not known: {listing(list(raw) or ['none'])}"
+            holds = " and ".join(found) or f"keys that are not known: {listing(list(raw))}"
             raise CheckpointError(f"{file} holds no {part}; it holds {holds}")
         return cls(file, [file], _canonical(raw, *found[part]), found[part][1])
 
@@ -109,18 +109,11 @@ def _opened(file: Path) -> dict[str, Stored]:
     """A file's tensors, quantised weights gathered with their companions."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is not a file")
-    _refuse_pickles(file)
+    if is_pickle(file):
+        raise CheckpointError(f"{file} {A_PICKLE}")
     raw, metadata = gguf_file.stored_in(file) if gguf_file.is_gguf(file) else stored_in(file)
     maps = Maps()
     return gathered(file, raw, metadata, lambda key: raw[key].read(maps))
-
-
-def _refuse_pickles(file: Path) -> None:
-    with file.open("rb") as stream:
-        begins = stream.read(9)
-    # A safetensors file begins with any eight bytes, the length of its header, and the header's brace.
-    if begins[8:] != b"{" and (begins[:2] == b"PK" or re.match(rb"\x80[\x02-\x05]", begins)):
-        raise CheckpointError(f"{file} is a pickle, which can run code when opened; use a safetensors file")
 
 
 def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str, Stored]:
@@ -184,7 +177,7 @@ def _index_file(folder: Path) -> Path | None:
 def listing(names: list[str]) -> str:
     """The first names, and how many more there are."""
     rest = len(names) - LISTED
-    return ", ".join(map(_shown, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
+    return (", ".join(map(_shown, names[:LISTED])) or "none") + (f" and {rest} more" if rest > 0 else "")
 
 
 def _shown(name: str) -> str:

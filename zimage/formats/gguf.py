@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import Maps, Stored, plain
+from zimage.formats.stored import FLOATS, Maps, Stored, plain
 from zimage.nn import ggml
 from zimage.nn.packed import Blocks
 
 MAGIC = b"GGUF"
-PLAIN = ("F64", "F32", "F16", "BF16")  # kinds that go by the same names in safetensors
 
 
 def is_gguf(file: Path) -> bool:
@@ -33,7 +32,7 @@ def _stored(file: Path, tensor: Any) -> Stored:
     kind, begin, end = tensor.tensor_type.name, int(tensor.data_offset), int(tensor.data_offset + tensor.n_bytes)
     if end > file.stat().st_size:
         raise CheckpointError(f"{file} is not a whole GGUF file: {tensor.name} ends past its end; fetch it again")
-    if kind in PLAIN:
+    if kind in FLOATS:
         return plain(file, kind, shape, begin, end)
     unpack = partial(_unpacked, tensor.tensor_type)
     if len(shape) != 2 or not _can_unpack(tensor.tensor_type):

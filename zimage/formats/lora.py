@@ -18,9 +18,8 @@ from zimage.errors import CheckpointError
 from zimage.formats.checkpoint import listing
 from zimage.formats.lora_keys import Group, grouped, layer_names
 from zimage.formats.peft import PeftConfig
+from zimage.formats.stored import A_PICKLE, is_pickle
 from zimage.nn.deltas import Decomposed, Delta, Hadamard, Kronecker, LowRank
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 # Each form and its factors, a factor being a matrix or the product of two: (out, rank) and (rank, in).
 LOKR_FACTORS = [[(f"lokr_{w}",), (f"lokr_{w}_a", f"lokr_{w}_b")] for w in ("w1", "w2")]
@@ -59,13 +58,11 @@ def read_lora(file: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraFile:
 
 
 def _opened(file: Path) -> Any:
-    if file.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"a {file.suffix} file is a pickle, which may run code when it is opened; give a .safetensors file"
-        )
     try:
         if not file.is_file():
-            raise CheckpointError("this is a folder; give a file" if file.is_dir() else "there is no such file")
+            raise CheckpointError("this is not a file" if file.exists() else "there is no such file")
+        if is_pickle(file):
+            raise CheckpointError(f"this {A_PICKLE}")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"this is not a whole safetensors file ({error}); fetch it again") from error

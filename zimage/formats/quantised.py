@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import Maps, Stored
+from zimage.formats.stored import FP8, Maps, Stored
 from zimage.nn.packed import NVFP4, NVFP4_BLOCK, Packed, Scaled, unswizzled
 
-FP8 = ("F8_E4M3", "F8_E5M2")
 MARKER = "scaled_fp8"  # an empty tensor: the file has Comfy's older form
 WEIGHT_SCALES = ("weight_scale", "scale_weight")
 INPUT_SCALES = ("input_scale", "scale_input")  # of activations, which are scaled by what they are instead

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +15,12 @@ from torch import Tensor
 from zimage.errors import CheckpointError
 from zimage.formats.pages import forget_pages
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
+# Kinds of numbers as safetensors names them; GGUF gives the floats the same names.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+NUMBERS = {**FLOATS, **FP8}
+DTYPES = {**NUMBERS, "I8": torch.int8, "U8": torch.uint8}
+A_PICKLE = "is a pickle, which can run code when it is opened; use a safetensors file"
 COPIED_AT_ONCE = 32 << 20  # bytes
 
 
@@ -80,6 +74,13 @@ class Stored:
 
     def reshaped(self, *shape: int) -> "Stored":
         return replace(self, shape=shape, read=lambda maps: self.read(maps).reshape(shape))
+
+
+def is_pickle(file: Path) -> bool:
+    """By its first bytes; those of a safetensors file are any eight, which count its header, and the header's brace."""
+    with file.open("rb") as stream:
+        begins = stream.read(9)
+    return begins[8:] != b"{" and re.match(rb"PK|\x80[\x02-\x05]", begins) is not None
 
 
 def stored_in(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -7,25 +7,24 @@ request they were made from, as JSON, and the fingerprint of the encoder; files 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import beside
+from zimage.formats.checkpoint import listing
+from zimage.formats.stored import A_PICKLE, FLOATS, is_pickle
 
 TENSOR = "embeddings"
 FORMAT, VERSION = "zimage-embeddings", "1"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-LISTED = 5  # how many names an error lists before it only counts
-SHOWN = 60  # characters of a name in an error
+MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -98,30 +97,35 @@ def write_caption(path: Path, caption: Tensor, metadata: Mapping[str, str]) -> N
 
 
 def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """The tensor `embeddings` of a floating dtype, free of the file, and the metadata. Raises CheckpointError."""
+    """The tensor `embeddings` of a floating dtype, and the metadata. Raises CheckpointError.
+
+    The file is read at once: another process may replace it at any time.
+    """
     try:
-        _refuse_pickles(path)
-        with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            if names != [TENSOR]:
-                raise CheckpointError(f"{path} should hold one tensor {TENSOR!r}; it holds {_listing(names)}")
-            if (dtype := file.get_slice(TENSOR).get_dtype()) not in DTYPES:
-                raise CheckpointError(f"{path}: embeddings of dtype {dtype} are not known; use {', '.join(DTYPES)}")
-            return file.get_tensor(TENSOR).clone(), metadata
+        if not path.is_file():  # a FIFO, say, in the folder of a cache
+            raise CheckpointError(f"{path} is not a file")
+        if is_pickle(path):
+            raise CheckpointError(f"{path} {A_PICKLE}")
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_BYTES:,} bytes, too many for the embeddings of a prompt")
+        found = dict(deserialize(data))  # checks the header
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from error
-
-
-def _refuse_pickles(path: Path) -> None:
-    with path.open("rb") as stream:
-        begins = stream.read(9)
-    if begins[8:] != b"{" and re.match(rb"PK|\x80[\x02-\x05]", begins):
-        raise CheckpointError(f"{path} is a pickle, which can run code when opened; use a safetensors file")
+    if list(found) != [TENSOR]:
+        raise CheckpointError(f"{path} should hold one tensor {TENSOR!r}; it holds {listing(sorted(found))}")
+    dtype, shape, values = (found[TENSOR][name] for name in ("dtype", "shape", "data"))
+    if dtype not in FLOATS:
+        raise CheckpointError(f"{path}: embeddings of dtype {dtype} are not known; use {', '.join(FLOATS)}")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    caption = torch.frombuffer(values, dtype=FLOATS[dtype]) if values else torch.empty(0, dtype=FLOATS[dtype])
+    return caption.view(shape), header.get("__metadata__") or {}
 
 
 def _check_values(caption: Tensor, name: str, kind: type[Exception]) -> None:
-    if caption.dtype not in DTYPES.values():
-        raise kind(f"{name}: embeddings of {caption.dtype} are not known; use {', '.join(map(str, DTYPES.values()))}")
+    if caption.dtype not in FLOATS.values():
+        raise kind(f"{name}: embeddings of {caption.dtype} are not known; use {', '.join(map(str, FLOATS.values()))}")
     if caption.ndim != 2 or 0 in caption.shape:
         raise kind(f"{name}: the embeddings are {list(caption.shape)}; they should be [tokens, width], at least one")
     if not torch.isfinite(caption).all():
@@ -147,9 +151,3 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any],
     if not isinstance(request, dict):
         raise CheckpointError(f"{path}: the request in its metadata should be an object, not {type(request).__name__}")
     return request, metadata.get("encoder", "")
-
-
-def _listing(names: list[str]) -> str:
-    shown = [n if n.isprintable() and 0 < len(n) <= SHOWN else ascii(n[:SHOWN]) for n in names[:LISTED]]
-    rest = len(names) - LISTED
-    return (", ".join(shown) or "none") + (f" and {rest} more" if rest > 0 else "")
