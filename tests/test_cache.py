@@ -1,9 +1,10 @@
 """The embedding cache: what it keeps and counts, threads, shared folders, and files that were harmed."""
 
-import itertools
 import logging
 import os
-import threading
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -195,23 +196,20 @@ def test_harmed_files_are_misses_and_are_replaced(tmp_path, harm, caplog):
 
 def test_an_entry_that_is_replaced_while_it_is_read_is_a_miss_or_whole(tmp_path):
     """Entries of different sizes under one key: what is read is one of them, never a mixture or a traceback."""
-    cache, stop = EmbeddingCache(1, tmp_path), threading.Event()
-
-    def replace() -> None:
-        for length in itertools.cycle((3, 4000)):
-            if stop.is_set():
-                return
-            cache.put(key(0), torch.full((length, 8), float(length)))
-
-    thread = threading.Thread(target=replace)
-    thread.start()
-    try:
-        for _ in range(300):
-            read = EmbeddingCache(1, tmp_path).get(key(0))
-            assert read is None or bool((read == len(read)).all())
-    finally:
-        stop.set()
-        thread.join()
+    file = tmp_path / f"{key(0)}.safetensors"
+    for length in (3, 4000):
+        EmbeddingCache(1, tmp_path).put(key(0), torch.full((length, 8), float(length)))
+        file.rename(tmp_path / f"{length}")
+    code = f"import os\nwhile True:\n for n in '3', '4000': os.link(n, 'link'); os.replace('link', '{file.name}')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as other:
+        try:
+            while not file.exists():
+                time.sleep(0.01)
+            for _ in range(1000):
+                read = EmbeddingCache(1, tmp_path).get(key(0))
+                assert read is None or bool((read == len(read)).all())
+        finally:
+            other.kill()
 
 
 def test_a_fifo_in_the_folder_is_a_miss(tmp_path):
