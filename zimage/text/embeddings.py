@@ -1,7 +1,7 @@
-"""Caption embeddings ↔ files, so that a prompt is encoded once, or on another machine.
+"""Caption embeddings ↔ files, so that a prompt can be encoded once, or on another machine.
 
-A file is safetensors with one tensor `embeddings` (L, C): L tokens, C caption width. Ours carry in their metadata the
-request they were made from, as JSON, and the fingerprint of the encoder; files of other programs need neither.
+A file is safetensors with one tensor `embeddings` (L, C): L tokens, C caption width. The metadata of our files holds
+the request that they were made from, as JSON, and the encoder's fingerprint; files of other programs need neither.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A caption (L, C) on the CPU; `request` and `encoder` are empty where the file does not tell them."""
+    """A caption (L, C) on the CPU; `request` and `encoder` are empty if the file does not name them."""
 
     caption: Tensor = field(repr=False)
     request: dict[str, Any]
@@ -38,9 +38,9 @@ class Embeddings:
     name: str = "embeddings in memory"
 
     @classmethod
-    def of(cls, given: Any, width: int) -> "Embeddings":
-        """From a file's path or a tensor (L, C). Raises RequestError or CheckpointError."""
-        if isinstance(given, cls):
+    def of(cls, given: "Embeddings | Tensor | str | os.PathLike", width: int) -> "Embeddings":
+        """From the path of a file or a tensor (L, C). Raises RequestError or CheckpointError."""
+        if isinstance(given, Embeddings):
             return given
         if not isinstance(given, Tensor):
             return load_embeddings(given, width)
@@ -54,7 +54,7 @@ class Embeddings:
 
 
 def save_embeddings(path: str | os.PathLike, caption: Tensor, request: Mapping[str, Any], encoder: str) -> None:
-    """Write a caption (L, C) whole or not at all, in the place of what was there. Raises RequestError."""
+    """Write a caption (L, C), whole or not at all, and replace any earlier file. Raises RequestError."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise RequestError(f"embeddings {path.name!r} should end in .safetensors")
@@ -69,11 +69,11 @@ def save_embeddings(path: str | os.PathLike, caption: Tensor, request: Mapping[s
 def load_embeddings(path: str | os.PathLike, width: int) -> Embeddings:
     """The caption in a file, for a model whose captions are `width` wide.
 
-    Raises RequestError where there is no file, and CheckpointError naming what is wrong with what is there.
+    Raises RequestError if there is no such file, and CheckpointError naming what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
-        raise RequestError(f"{path} is {'not a file' if path.exists() else 'missing'}; give a file of embeddings")
+        raise RequestError(f"{path} is {'not a file' if path.exists() else 'missing'}; pass a file of embeddings")
     caption, metadata = read_caption(path)
     _check_values(caption, str(path), CheckpointError)
     _check_width(caption, width, str(path), CheckpointError)
@@ -82,15 +82,15 @@ def load_embeddings(path: str | os.PathLike, width: int) -> Embeddings:
 
 
 def caption_hash(caption: Tensor) -> str:
-    """Sixteen hex digits of SHA-256 over dtype, shape and values."""
+    """Sixteen hex digits of the SHA-256 of dtype, shape and values."""
     plain = caption.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {list(plain.shape)}\n".encode())
-    digest.update(plain.view(torch.uint8).numpy())
+    digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def write_caption(path: Path, caption: Tensor, metadata: Mapping[str, str]) -> None:
-    """In one step: readers and other writers see a whole file. Raises OSError."""
+    """Write a file in one step, so that readers and other writers always see a whole one. Raises OSError."""
     with beside(path) as temporary:
         temporary.write_bytes(save({TENSOR: caption.detach().cpu().contiguous()}, dict(metadata)))
         os.replace(temporary, path)
@@ -117,7 +117,7 @@ def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
         raise CheckpointError(f"{path} should hold one tensor {TENSOR!r}; it holds {listing(sorted(found))}")
     dtype, shape, values = (found[TENSOR][name] for name in ("dtype", "shape", "data"))
     if dtype not in FLOATS:
-        raise CheckpointError(f"{path}: embeddings of dtype {dtype} are not known; use {', '.join(FLOATS)}")
+        raise CheckpointError(f"{path}: embeddings of dtype {dtype} are not supported; use {', '.join(FLOATS)}")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     caption = torch.frombuffer(values, dtype=FLOATS[dtype]) if values else torch.empty(0, dtype=FLOATS[dtype])
     return caption.view(shape), header.get("__metadata__") or {}
@@ -125,12 +125,16 @@ def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 def _check_values(caption: Tensor, name: str, kind: type[Exception]) -> None:
     if caption.dtype not in FLOATS.values():
-        raise kind(f"{name}: embeddings of {caption.dtype} are not known; use {', '.join(map(str, FLOATS.values()))}")
+        raise kind(
+            f"{name}: embeddings of {caption.dtype} are not supported; use {', '.join(map(str, FLOATS.values()))}"
+        )
     if caption.ndim != 2 or 0 in caption.shape:
-        raise kind(f"{name}: the embeddings are {list(caption.shape)}; they should be [tokens, width], at least one")
+        raise kind(
+            f"{name}: the embeddings are {list(caption.shape)}; they should be [tokens, width] with at least one token"
+        )
     if not torch.isfinite(caption).all():
         bad = int((~torch.isfinite(caption)).any(-1).sum())
-        raise kind(f"{name}: {bad} of {len(caption)} tokens hold NaN or infinity; encode the prompt again")
+        raise kind(f"{name}: {bad} of {len(caption)} tokens contain NaN or infinity; encode the prompt again")
 
 
 def _check_width(caption: Tensor, width: int, name: str, kind: type[Exception]) -> None:
@@ -139,15 +143,17 @@ def _check_width(caption: Tensor, width: int, name: str, kind: type[Exception]) 
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """(request, encoder) of a file of ours; what other programs write is not read."""
+    """(request, encoder) of one of our files; the metadata of other programs is not read."""
     if metadata.get("format") != FORMAT:
         return {}, ""
     if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {metadata.get('version')!r} of the format; {VERSION!r} is known")
+        raise CheckpointError(
+            f"{path} has version {metadata.get('version')!r} of the format; this program reads version {VERSION!r}"
+        )
     try:
         request = json.loads(metadata.get("request", ""))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the request in its metadata is no JSON: {error}") from error
+        raise CheckpointError(f"{path}: the request in its metadata is not JSON: {error}") from error
     if not isinstance(request, dict):
         raise CheckpointError(f"{path}: the request in its metadata should be an object, not {type(request).__name__}")
     return request, metadata.get("encoder", "")
