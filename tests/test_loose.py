@@ -283,8 +283,8 @@ def test_nothing_is_widened_at_loading(states, tmp_path):
         (lambda f, m: f.update({f"{m}.weight_zero_point": torch.zeros(1)}), "unexpected: .*weight_zero_point"),
         (lambda f, m: f.update({f"{m}.weight_scale": torch.ones(7)}), "has 7 scales"),
         (lambda f, m: f.update({f"{m}.comfy_quant": loose.described({"format": "mxfp8"})}), "the format 'mxfp8'"),
-        (lambda f, m: f.update({f"{m}.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}), "is no JSON"),
-        (lambda f, m: f.update({f"{m}.weight": f[f"{m}.weight"].to(torch.int8)}), "I8 of an unknown meaning"),
+        (lambda f, m: f.update({f"{m}.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}), "is not JSON"),
+        (lambda f, m: f.update({f"{m}.weight": f[f"{m}.weight"].to(torch.int8)}), "I8 with an unknown meaning"),
         (lambda f, m: f.update({f"{m}.weight": f[f"{m}.weight"].to(torch.int32)}), r"not implemented: .*\(I32\)"),
     ],
 )
@@ -297,4 +297,4 @@ def test_what_is_not_understood_is_named(states, tmp_path, change, says):
 
 
 def test_layouts_of_a_part_have_names_of_their_own():
-    assert len({(known.part, known.name) for known in LAYOUTS}) == len(LAYOUTS)
+    assert len({(known.component, known.name) for known in LAYOUTS}) == len(LAYOUTS)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
+from zimage.formats.checkpoint import Checkpoint, components_in, read_json
 from zimage.loading.files import PARTS, SUBFOLDERS, VAE_CLASSES, Component
 
 
 def find_parts(path: Path) -> dict[str, Path]:
     """Part → the component folder or file that holds it. Raises CheckpointError where there is none."""
     if path.is_file():
-        found = dict.fromkeys(parts_of(path), path)
+        found = dict.fromkeys(components_in(path), path)
     elif path.is_dir():
         found = {part: path / SUBFOLDERS[part] for part in PARTS if (path / SUBFOLDERS[part]).is_dir()}
         if not found and (path / "config.json").is_file():

@@ -11,7 +11,7 @@ from torch import nn
 
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError, RequestError
-from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
+from zimage.formats.checkpoint import Checkpoint, components_in, read_json
 from zimage.kernels.backend import check_triton
 from zimage.loading.devices import PARTS, choose_device, choose_dtype
 from zimage.loading.infer import ASSUMED, architecture
@@ -236,7 +236,7 @@ def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -
         return Model.of_parts(parts, tokenizer, settings.variant)
     path = Path(default if path is None else path).expanduser()
     if path.is_file():
-        return Model.of_parts(dict.fromkeys(parts_of(path), path) | parts, tokenizer, settings.variant)
+        return Model.of_parts(dict.fromkeys(components_in(path), path) | parts, tokenizer, settings.variant)
     if not (parts or tokenizer or settings.variant):
         return Model.of_folder(path)
     own = {name: path / SUBFOLDERS[name] for name in PARTS}
