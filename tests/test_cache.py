@@ -212,6 +212,11 @@ def test_an_entry_that_is_replaced_while_it_is_read_is_a_miss_or_whole(tmp_path)
             other.kill()
 
 
+def test_a_single_number_in_the_folder_is_a_miss(tmp_path):
+    save_file({"embeddings": torch.tensor(1.0)}, tmp_path / f"{key(0)}.safetensors")
+    assert EmbeddingCache(1, tmp_path).get(key(0)) is None
+
+
 def test_a_fifo_in_the_folder_is_a_miss(tmp_path):
     os.mkfifo(tmp_path / f"{key(0)}.safetensors")
     assert EmbeddingCache(1, tmp_path).get(key(0)) is None

@@ -296,5 +296,18 @@ def test_what_is_not_understood_is_named(states, tmp_path, change, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("group", ["256", None, [4], 8, -4, 4096, 1.5])
+def test_a_rotation_that_does_not_fit_is_named(tmp_path, group):
+    about = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}
+    tensors = {
+        "weight": torch.ones(96, 64).char(),
+        "weight_scale": torch.ones(96, 1),
+        "comfy_quant": loose.described(about),
+    }
+    file = {f"layers.0.attention.qkv.{name}": tensor for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"convrot_groupsize .* does not fit its 64 columns"):
+        Checkpoint.of_file(loose.save(file, tmp_path / "dit.safetensors"), "dit")
+
+
 def test_layouts_of_a_part_have_names_of_their_own():
     assert len({(known.component, known.name) for known in LAYOUTS}) == len(LAYOUTS)

@@ -76,7 +76,7 @@ class Checkpoint:
         return "config.json" if self.origin.is_dir() else "the architecture inferred from their shapes"
 
     def is_mapped(self, key: str) -> bool:
-        """Whether a tensor can be a view of the file, which it cannot where a careless writer left it unaligned."""
+        """Whether a tensor can be a view of the file; it cannot if a careless writer left it unaligned."""
         return self.entries[key].aligned
 
     def stored_bytes(self) -> int:
@@ -124,8 +124,7 @@ def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str,
     own = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
     others = [other for other, _ in recognise(raw).values() if other and other != prefix]
     own = {key: value for key, value in own.items() if prefix or not key.startswith(tuple(others))}
-    last = layout.last_index(own)
-    entries: dict[str, Stored] = {}
+    last, entries = layout.last_index(own), dict[str, Stored]()
     for key, stored in own.items():
         names = split_names(key) if layout.fused else None
         if key in layout.unused:
@@ -155,9 +154,7 @@ def _weight_files(folder: Path) -> list[Path]:
         for name in SINGLE_NAMES:
             if (folder / name).is_file():
                 return [folder / name]
-        raise CheckpointError(
-            f"{folder}: no weights were found; it should hold {' or '.join(SINGLE_NAMES)}, or an index"
-        )
+        raise CheckpointError(f"{folder}: no weights were found; expected {' or '.join(SINGLE_NAMES)} or an index")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: the key 'weight_map' should map tensor names to file names")

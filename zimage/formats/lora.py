@@ -71,8 +71,7 @@ def _deltas(
     stored: safe_open, groups: list[Group], shapes: Mapping[str, tuple[int, int]], config: PeftConfig | None
 ) -> dict[str, Delta]:
     """The deltas of all layers. Raises CheckpointError listing the layers that do not fit."""
-    deltas: dict[str, Delta] = {}
-    misfits = []
+    deltas, misfits = dict[str, Delta](), []
     for group in groups:
         sizes = [shapes[layer] for layer in group.layers]
         whole = (sum(out for out, _ in sizes), sizes[0][1])

@@ -72,8 +72,7 @@ def layer_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def grouped(keys: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> list[Group]:
     """The adapters that the keys of a file form, one for each layer. Raises CheckpointError naming unknown keys."""
-    groups: dict[str, Group] = {}
-    unknown = []
+    groups, unknown = dict[str, Group](), []
     for key in keys:
         ending = next((ending for ending in ENDINGS if key.endswith(ending)), "")
         module = _without_prefix(key.removesuffix(ending))

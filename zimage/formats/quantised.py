@@ -58,9 +58,7 @@ def _packed(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, 
         return _scaled(where, raw, key, scale, f"int8{' ConvRot' if group else ''}", group)
     if weight.dtype in FP8 and kind in (None, "float8_e4m3fn", "float8_e5m2"):
         return _scaled(where, raw, key, scale, "fp8 scaled" if scale else "fp8", 0)
-    raise CheckpointError(
-        f"{where} is {weight.dtype} with an unknown meaning ({kind or 'its format is not described'})"
-    )
+    raise CheckpointError(f"{where} is {weight.dtype} with an unknown meaning ({kind or 'without a description'})")
 
 
 def _is_group(size: int, columns: int) -> bool:

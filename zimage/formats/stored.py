@@ -81,12 +81,12 @@ class Stored:
         return replace(self, shape=(end - begin, *self.shape[1:]), nbytes=nbytes, read=read)
 
     def reshaped(self, *shape: int) -> "Stored":
-        """For a plain tensor only."""
+        """The same values in another shape; for plain tensors only."""
         return replace(self, shape=shape, read=lambda maps: self.tensor(maps).reshape(shape))
 
 
 def is_pickle(file: Path) -> bool:
-    """By its first bytes; those of a safetensors file are any eight, which count its header, and the header's brace."""
+    """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
     with file.open("rb") as stream:
         begins = stream.read(9)
     return begins[8:] != b"{" and re.match(rb"PK|\x80[\x02-\x05]", begins) is not None

@@ -44,8 +44,8 @@ class LowRankBranch(nn.Module):
 class KroneckerBranch(nn.Module):
     """x ↦ x · (w1 ⊗ w2)ᵀ through its factors w1 (a, b) and w2 (c, d): a·c = O, b·d = I."""
 
-    w1: Tensor
-    w2: Tensor
+    w1: Tensor  # (a, b)
+    w2: Tensor  # (c, d)
 
     def __init__(self, delta: Kronecker, strength: float, like: Tensor):
         super().__init__()
@@ -131,9 +131,7 @@ def adapt(
         base.weight = nn.Parameter(merged(original().to(device), stack, dtype), requires_grad=False)
         return
     if any(isinstance(delta, Decomposed) for delta, _ in stack):
-        raise RequestError(
-            f"{path} is not a plain layer, and DoRA needs its float weight; load the model with precision bf16"
-        )
+        raise RequestError(f"{path} is not a plain layer, and DoRA needs its float weight; load with precision bf16")
     _replace(model, path, AdaptedLinear(base, _branches(stack, dtype, device)) if stack else base)
 
 

@@ -37,7 +37,7 @@ def read_architecture(cls: type[T], config: Mapping[str, object], implemented: M
 
 
 def _checked(name: object, field: dataclasses.Field, value: object) -> object:
-    """The value, if its type is the field's; a list becomes a tuple so that the dataclass stays hashable."""
+    """The value, if it has the type of the field, else ConfigError; lists become tuples, which can be hashed."""
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple": (list, tuple), "str": (str,)}
     wanted = str(getattr(field.type, "__name__", field.type))
     for kind, accepted in kinds.items():

@@ -48,10 +48,8 @@ def cache_key(
     dtype: torch.dtype | str,
     **more: str | int | float | bool | None,
 ) -> str:
-    """A hex digest of everything that a caption depends on.
-
-    That is the formatted text, the hidden layer or blend {layer: weight}, the encoder's fingerprint, the dtype, and
-    whatever else the caller passes.
+    """A hex digest of all that a caption depends on: the formatted text, the hidden layer or blend {layer: weight}, the
+    encoder's fingerprint, the dtype, and whatever else the caller passes.
     """
     weights = {layers: 1.0} if isinstance(layers, int) else layers
     blend = sorted((layer, float(weight)) for layer, weight in weights.items())

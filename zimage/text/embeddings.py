@@ -32,7 +32,7 @@ class Embeddings:
     """A caption (L, C) on the CPU; `request` and `encoder` are empty if the file does not name them."""
 
     caption: Tensor = field(repr=False)
-    request: dict[str, Any]
+    request: dict[str, Any]  # JSON
     encoder: str
     hash: str
     name: str = "embeddings in memory"
@@ -85,7 +85,7 @@ def caption_hash(caption: Tensor) -> str:
     """Sixteen hex digits of the SHA-256 of dtype, shape and values."""
     plain = caption.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {list(plain.shape)}\n".encode())
-    digest.update(plain.view(torch.uint8).numpy().data)
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -117,7 +117,7 @@ def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
         raise CheckpointError(f"{path} should hold one tensor {TENSOR!r}; it holds {listing(sorted(found))}")
     dtype, shape, values = (found[TENSOR][name] for name in ("dtype", "shape", "data"))
     if dtype not in FLOATS:
-        raise CheckpointError(f"{path}: embeddings of dtype {dtype} are not supported; use {', '.join(FLOATS)}")
+        raise CheckpointError(f"{path}: embeddings cannot be {dtype}; use {', '.join(FLOATS)}")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     caption = torch.frombuffer(values, dtype=FLOATS[dtype]) if values else torch.empty(0, dtype=FLOATS[dtype])
     return caption.view(shape), header.get("__metadata__") or {}
@@ -125,13 +125,9 @@ def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 def _check_values(caption: Tensor, name: str, kind: type[Exception]) -> None:
     if caption.dtype not in FLOATS.values():
-        raise kind(
-            f"{name}: embeddings of {caption.dtype} are not supported; use {', '.join(map(str, FLOATS.values()))}"
-        )
+        raise kind(f"{name}: embeddings cannot be {caption.dtype}; use {', '.join(map(str, FLOATS.values()))}")
     if caption.ndim != 2 or 0 in caption.shape:
-        raise kind(
-            f"{name}: the embeddings are {list(caption.shape)}; they should be [tokens, width] with at least one token"
-        )
+        raise kind(f"{name}: the embeddings are {list(caption.shape)}; they should be [tokens, width], not empty")
     if not torch.isfinite(caption).all():
         bad = int((~torch.isfinite(caption)).any(-1).sum())
         raise kind(f"{name}: {bad} of {len(caption)} tokens contain NaN or infinity; encode the prompt again")
@@ -147,9 +143,7 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any],
     if metadata.get("format") != FORMAT:
         return {}, ""
     if metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has version {metadata.get('version')!r} of the format; this program reads version {VERSION!r}"
-        )
+        raise CheckpointError(f"{path} has format version {metadata.get('version')!r}; supported is {VERSION!r}")
     try:
         request = json.loads(metadata.get("request", ""))
     except (ValueError, RecursionError) as error:

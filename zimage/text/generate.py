@@ -113,8 +113,7 @@ def _tokens(
 ) -> Iterator[int]:
     like = model.model.norm.weight  # has the dtype of the computation, however the matrices are stored
     cache = KVCache(model.config, len(ids) + max_tokens - 1, like)  # the last token's keys are never used
-    following = ids
-    generated: list[int] = []
+    following, generated = ids, list[int]()
     while len(generated) < max_tokens:
         logits = model.next_logits(torch.tensor([following], device=like.device), cache)
         token = choose(logits[0].cpu(), generated, sampling, generator)
@@ -161,9 +160,7 @@ def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
     What may be thinking never counts as answer: a block that is never closed is all thinking, nested blocks end with
     the outermost, and everything before a closing tag without an opening one is thinking.
     """
-    depth = int(opened)
-    thoughts: list[str] = []
-    answers: list[str] = []
+    depth, thoughts, answers = int(opened), list[str](), list[str]()
     for i, piece in enumerate(TAG.split(text)):
         if piece == THINK:
             depth += not (opened and i == 1 and not "".join(thoughts).strip())  # the model may repeat the prompt's tag

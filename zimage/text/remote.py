@@ -177,10 +177,8 @@ class Call:
             return _Exchange(request, self.limit).within(self._deadline - time.monotonic())
         except (TimeoutError, httpx.TimeoutException):
             raise self.error(f"did not answer within {self.timeout:g} seconds") from None
-        except _Moved as moved:
-            raise self.error(f"has moved ({moved.status}); pass the url that it has moved to: {moved}") from None
-        except _TooLong:
-            raise self.error(f"sent an answer of more than {self.limit / 1e6:g} MB") from None
+        except _Unusable as answer:
+            raise self.error(str(answer)) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
             # The last two for a host that cannot be one, and for a proxy that the environment names.
             if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError) and not _is_of_tls(error):
@@ -188,16 +186,8 @@ class Call:
             raise self.error(f"cannot be reached: {error}") from None
 
 
-class _Moved(Exception):
-    """A redirect, and where to."""
-
-    def __init__(self, status: int, location: str):
-        super().__init__(location)
-        self.status = status
-
-
-class _TooLong(Exception):
-    """An answer that has more bytes than it may."""
+class _Unusable(Exception):
+    """What makes an answer unusable: what follows the server's name in an error."""
 
 
 class _Exchange:
@@ -212,7 +202,7 @@ class _Exchange:
         self._over = False
 
     def within(self, seconds: float) -> Answer:
-        """Raises TimeoutError, _Moved, _TooLong, and what httpx raises."""
+        """Raises TimeoutError, _Unusable, and what httpx raises."""
         answer: Future[Answer] = Future()
 
         def work() -> None:
@@ -236,7 +226,7 @@ class _Exchange:
             response = client.send(self._request, stream=True)
             try:
                 body = self._body(response)
-            except (_TooLong, httpx.HTTPError):
+            except (_Unusable, httpx.HTTPError):
                 if response.is_success:
                     raise
                 body = b""  # the status says enough
@@ -247,7 +237,7 @@ class _Exchange:
         for piece in response.iter_raw():
             body += piece
             if len(body) > self._limit:
-                raise _TooLong
+                raise _Unusable(f"sent an answer of more than {self._limit / 1e6:g} MB")
         return bytes(body)
 
     def _trace(self, event: str, info: Mapping[str, object]) -> None:
@@ -265,9 +255,10 @@ class _Exchange:
 
 
 def _stop_at_redirect(response: "httpx.Response") -> None:
-    """Before httpx reads where to, which may be anything."""
-    if 300 <= response.status_code < 400:
-        raise _Moved(response.status_code, response.headers.get("location", "").split("?")[0])
+    """Before httpx reads the location, which may be any text."""
+    if 300 <= (status := response.status_code) < 400:
+        location = response.headers.get("location", "").split("?")[0]
+        raise _Unusable(f"has moved ({status}); pass the url that it has moved to: {location}")
 
 
 def _need_httpx() -> None:

@@ -200,9 +200,7 @@ def _read(path: Path) -> str:
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise _Flaw(
-            data[:-1].count(b"\n") + 1, f"the file is longer than {MAX_BYTES:,} bytes, the limit for a template"
-        )
+        raise _Flaw(data[:-1].count(b"\n") + 1, f"the file is longer than {MAX_BYTES:,} bytes, the limit here")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -218,9 +216,7 @@ def _parse(path: Path, text: str) -> Template:
     values, where = _front_matter("\n".join(lines[1 : end - 1]))
     _check_names(path, values, where)
     if values.get("add_think_block") is False and "thinking_content" in values:
-        raise _Flaw(
-            where["add_think_block"], "add_think_block is false, but there is thinking_content; remove one of them"
-        )
+        raise _Flaw(where["add_think_block"], "add_think_block is false, but there is thinking_content; remove one")
     if not body and not {"add_think_block", "thinking_content", "assistant_content"} & values.keys():
         raise _Flaw(end, f"no text follows this {_FENCE!r} and no other part is set, so the template does nothing")
     return Template(**values, system_prompt=body, path=path)
@@ -283,10 +279,7 @@ def _check_text(text: str, line: int | None = None) -> None:
     """Refuse what does not belong in a prompt; the error names its line in `text`, or the `line` passed."""
     for pattern, complaint in (
         (_UNPRINTABLE, "the character U+{0:04X} is not printable; delete it"),
-        (
-            _CONTROL_TOKEN,
-            "{1!r} is a control token of the chat format, which may stand around the parts but not in them",
-        ),
+        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which stands around parts but never in them"),
     ):
         if match := pattern.search(text):
             at = line or text.count("\n", 0, match.start()) + 1
@@ -304,10 +297,8 @@ def _pairs(text: str) -> list[tuple["yaml.ScalarNode", "yaml.ScalarNode"]]:
         problem = error.problem or "it cannot be read"
         unclosed = "end of stream" in problem  # of a quote, for example: the line where it opens helps more
         mark = error.context_mark if unclosed else error.problem_mark
-        raise _Flaw(
-            mark.line + _FIRST if mark else _FIRST,
-            f"broken YAML: {problem}; put text with a colon, # or quotes into quotes",
-        ) from None
+        line = (mark.line if mark else 0) + _FIRST
+        raise _Flaw(line, f"broken YAML: {problem}; put text with a colon, # or quotes into quotes") from None
     except (ValueError, OverflowError) as error:  # PyYAML does not catch what chr() and int() raise
         raise _Flaw(loader.line + _FIRST, f"broken YAML: {error}") from None
     if not isinstance(root, yaml.MappingNode):
@@ -332,7 +323,7 @@ def _loader() -> "type[yaml.SafeLoader]":
             event = self.peek_event()
             line = event.start_mark.line + _FIRST
             if isinstance(event, yaml.AliasEvent) or event.anchor:
-                raise _Flaw(line, "anchors and aliases are not supported; put text that begins with & or * in quotes")
+                raise _Flaw(line, "anchors and aliases are not supported; put text that begins with & or * into quotes")
             if parent is not None and isinstance(event, yaml.CollectionStartEvent):
                 what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"
                 raise _Flaw(line, f"{what} a list or a mapping; it should be text, in quotes if it begins with [ or {{")
