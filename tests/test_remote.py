@@ -205,6 +205,15 @@ def test_a_server_that_sends_in_circles_is_asked_once():
     assert len(chat.asked) == 1
 
 
+def test_a_key_with_spaces_is_not_shown_either():
+    key = "sk  with  spaces"
+    with (
+        serving(Reply({"error": f"what is {key}?"}, 418)) as chat,
+        pytest.raises(RemoteError, match=r"what is \[key\]\?$"),
+    ):
+        complete(chat.url, api_key=key)
+
+
 @pytest.mark.parametrize("status", [200, 404, 418])
 def test_what_a_server_says_cannot_steer_the_terminal(status):
     with serving(Reply({"error": "\x1b]0;owned\x07 \x9b31m \u202ered"}, status)) as chat:

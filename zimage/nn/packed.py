@@ -7,13 +7,16 @@ time to multiply with them, so the whole model never exists in bf16; quant.py mu
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage.nn.layers import PIECE
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -127,7 +130,7 @@ class Blocks:
         return self.unpack(self.codes)
 
 
-def is_packed(value: object) -> bool:
+def is_packed(value: Tensor | Packed) -> "TypeIs[Packed]":
     return isinstance(value, Scaled | NVFP4 | Blocks)
 
 

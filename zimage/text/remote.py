@@ -62,6 +62,14 @@ def complete(
 
 def endpoint(url: str) -> str:
     """The address of chat completions on the server `url`. Raises RequestError."""
+    base = checked_url(url)
+    if base.endswith("/chat/completions"):
+        return base
+    return base + ("/chat/completions" if base.endswith("/v1") else "/v1/chat/completions")
+
+
+def checked_url(url: str) -> str:
+    """The url of a server, without a slash at its end. Raises RequestError."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -71,10 +79,7 @@ def endpoint(url: str) -> str:
         raise RequestError("the server's url cannot be used; it should look like http://localhost:8000")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise RequestError("the server's url should not hold a password, query or fragment; pass a key as api_key")
-    base = url.rstrip("/")
-    if base.endswith("/chat/completions"):
-        return base
-    return base + ("/chat/completions" if base.endswith("/v1") else "/v1/chat/completions")
+    return url.rstrip("/")
 
 
 def _content(call: "Call", answer: "Answer") -> str:
@@ -153,7 +158,7 @@ class Call:
     def error(self, what: str) -> RemoteError:
         """The server's address and `what`, on one line, fit to be shown."""
         line = _one_line(f"{self.address} {what}")
-        line = line if self.key is None else line.replace(self.key, "[key]")
+        line = line if self.key is None else line.replace(_one_line(self.key), "[key]")
         return RemoteError(line if len(line) <= SHOWN else line[:SHOWN] + "…")
 
     def refused(self, answer: Answer) -> RemoteError:
