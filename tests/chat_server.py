@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -53,6 +54,41 @@ def serving(*replies: Reply) -> Iterator[FakeChat]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def dripping(begin: bytes, forever: Iterable[bytes], pause: float) -> Iterator[str]:
+    """The address of a server that reads nothing, sends `begin`, and then piece after piece, with a pause before each.
+
+    After five seconds it hangs up, so that a client without a deadline of its own fails its test and does not stop it.
+    """
+    done = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(begin)
+            for piece in forever:
+                if done.wait(pause):
+                    return
+                connection.sendall(piece)
+            if not forever:
+                done.wait()  # silence
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        timer = threading.Timer(5, done.set)
+        timer.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            timer.cancel()
+            done.set()
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,10 @@
 """The embedding cache: what it keeps and counts, threads, shared folders, and files that were harmed."""
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -100,7 +104,7 @@ def test_no_entries_turn_it_off(tmp_path):
     assert cache.get(key(1)) is None
     assert cache.stats == CacheStats()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RequestError, match="-1 entries"):
+    with pytest.raises(RequestError, match="is -1; it should be at least 0"):
         EmbeddingCache(-1)
 
 
@@ -188,6 +192,34 @@ def test_harmed_files_are_misses_and_are_replaced(tmp_path, harm, caplog):
     assert cache.stats.misses == 1
     cache.put(key(0), caption(0))
     assert torch.equal(EmbeddingCache(1, tmp_path).get(key(0)), caption(0))
+
+
+def test_an_entry_that_is_replaced_while_it_is_read_is_a_miss_or_whole(tmp_path):
+    """Entries of different sizes under one key: what is read is one of them, never a mixture or a traceback."""
+    file = tmp_path / f"{key(0)}.safetensors"
+    for length in (3, 4000):
+        EmbeddingCache(1, tmp_path).put(key(0), torch.full((length, 8), float(length)))
+        file.rename(tmp_path / f"{length}")
+    code = f"import os\nwhile True:\n for n in '3', '4000': os.link(n, 'link'); os.replace('link', '{file.name}')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as other:
+        try:
+            while not file.exists():
+                time.sleep(0.01)
+            for _ in range(1000):
+                read = EmbeddingCache(1, tmp_path).get(key(0))
+                assert read is None or bool((read == len(read)).all())
+        finally:
+            other.kill()
+
+
+def test_a_single_number_in_the_folder_is_a_miss(tmp_path):
+    save_file({"embeddings": torch.tensor(1.0)}, tmp_path / f"{key(0)}.safetensors")
+    assert EmbeddingCache(1, tmp_path).get(key(0)) is None
+
+
+def test_a_fifo_in_the_folder_is_a_miss(tmp_path):
+    os.mkfifo(tmp_path / f"{key(0)}.safetensors")
+    assert EmbeddingCache(1, tmp_path).get(key(0)) is None
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tmp_path, caplog):

@@ -133,7 +133,7 @@ def test_components_load_alone_and_agree(tiny_folder):
         (lambda f: (f / "vae" / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "vae" / "config.json").write_text("[]"), "should hold a JSON object"),
         (lambda f: (f / "vae" / "config.json").unlink(), "is missing"),
-        (lambda f: shutil.rmtree(f / "tokenizer"), "no tokenizer.json"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), "should hold tokenizer.json"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read"),
         (lambda f: _scheduler(f, use_dynamic_shifting=True), "use_dynamic_shifting = True is not implemented"),
     ],

@@ -88,10 +88,10 @@ TENSORS = {
     "are [12]; they should be": {"embeddings": caption()[0]},
     "are [0, 12]; they should be": {"embeddings": caption()[:0]},
     "are 8 wide; this model takes 12": {"embeddings": caption()[:, :8]},
-    "dtype I64 are not known; use BF16, F16, F32, F64": {"embeddings": torch.ones(5, WIDTH, dtype=torch.int64)},
-    "dtype F8_E4M3 are not known": {"embeddings": caption().to(torch.float8_e4m3fn)},
-    "1 of 5 tokens hold NaN or infinity": {"embeddings": caption().index_fill(0, torch.tensor(2), torch.nan)},
-    "2 of 5 tokens hold": {"embeddings": caption().index_fill(0, torch.tensor([0, 4]), -torch.inf)},
+    "embeddings cannot be I64; use F64, F32, F16, BF16": {"embeddings": torch.ones(5, WIDTH, dtype=torch.int64)},
+    "embeddings cannot be F8_E4M3": {"embeddings": caption().to(torch.float8_e4m3fn)},
+    "1 of 5 tokens contain NaN or infinity": {"embeddings": caption().index_fill(0, torch.tensor(2), torch.nan)},
+    "2 of 5 tokens contain": {"embeddings": caption().index_fill(0, torch.tensor([0, 4]), -torch.inf)},
 }
 
 
@@ -104,11 +104,11 @@ def test_tensors_that_are_no_caption(path, expected):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"request": "{"}, "is no JSON"),
-        ({"request": ""}, "is no JSON"),
-        ({"request": "[" * 100_000}, "is no JSON"),
+        ({"request": "{"}, "is not JSON"),
+        ({"request": ""}, "is not JSON"),
+        ({"request": "[" * 100_000}, "is not JSON"),
         ({"request": "[1]"}, "should be an object, not list"),
-        ({"version": "2"}, "has version '2' of the format; '1' is known"),
+        ({"version": "2"}, "has format version '2'; supported is '1'"),
     ],
 )
 def test_metadata_that_cannot_be_read(path, changes, expected):
@@ -157,7 +157,7 @@ def test_flipped_bytes_give_embeddings_or_one_line(path):
         (caption()[None], "are [1, 5, 12]"),
         (caption()[:0], "are [0, 12]"),
         (caption() / 0, "NaN or infinity"),
-        (torch.ones(5, WIDTH, dtype=torch.int32), "torch.int32 are not known"),
+        (torch.ones(5, WIDTH, dtype=torch.int32), "embeddings cannot be torch.int32"),
     ],
 )
 def test_no_fault_is_saved(path, tensor, expected):

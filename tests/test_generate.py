@@ -76,10 +76,10 @@ def test_a_cache_holds_what_it_was_made_for(model):
     per_token = 2 * QWEN["num_hidden_layers"] * QWEN["num_key_value_heads"] * QWEN["head_dim"]
     assert cache.nbytes == 5 * per_token * 4
     model.next_logits(token_ids(4), cache)
-    with pytest.raises(ValueError, match="2 tokens do not fit behind 4 in a cache for 5"):
+    with pytest.raises(ValueError, match="2 tokens cannot follow 4 in a cache for 5"):
         model.next_logits(token_ids(2), cache)
     model.next_logits(token_ids(1), cache)
-    with pytest.raises(ValueError, match="1 tokens do not fit behind 5"):
+    with pytest.raises(ValueError, match="1 tokens cannot follow 5"):
         model.next_logits(token_ids(1), cache)
 
 

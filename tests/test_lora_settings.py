@@ -100,7 +100,7 @@ def test_command_line_and_metadata(run, folder, tmp_path):
     ("value", "status", "words"),
     [
         ("absent.safetensors", 1, "LoRA absent.safetensors: there is no such file"),
-        ("absent.ckpt:0.5", 1, "is a pickle"),
+        ("absent.ckpt:0.5", 1, "there is no such file"),
         ("absent.safetensors:nan", 2, "lora scale nan should lie between -100 and 100"),
         ("", 1, "LoRA"),
     ],

@@ -1,10 +1,14 @@
 """Text from a server: what is sent, and one clear line for everything that can go wrong."""
 
+import itertools
 import re
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
-from chat_server import Reply, said, serving
+from chat_server import Reply, dripping, said, serving
 
 from zimage.errors import RemoteError, RequestError
 from zimage.settings.declared import Sampling
@@ -92,19 +96,19 @@ DEEP = b"[" * 100_000
 FAULTS = {
     "key": (Reply({"error": {"message": f"Incorrect API key: {KEY}"}}, 401), r"refused the key \(401\); check api_key"),
     "forbidden": (Reply(status=403), r"refused the key \(403\)"),
-    "page": (Reply(b"<html>not here</html>", 404), r"no such page or model \(404\)$"),
+    "page": (Reply(b"<html>not here</html>", 404), r"does not know this page or model \(404\)$"),
     "model": (Reply({"error": "no model 'qwen'"}, 404), r"\(404\): no model 'qwen'"),
     "status": (Reply({"detail": f"busy with\n{KEY}"}, 500), r"status 500: busy with \[key\]"),
-    "html": (Reply(b"<html>hello</html>"), "something else than JSON"),
-    "bytes": (Reply(b"\xff\xfe\x00"), "something else than JSON"),
-    "nested": (Reply(DEEP), "something else than JSON"),
-    "empty": (Reply(b""), "something else than JSON"),
+    "html": (Reply(b"<html>hello</html>"), "something other than JSON"),
+    "bytes": (Reply(b"\xff\xfe\x00"), "something other than JSON"),
+    "nested": (Reply(DEEP), "something other than JSON"),
+    "empty": (Reply(b""), "something other than JSON"),
     "list": (Reply([1]), r"without choices\[0\].message.content"),
     "fields": (Reply({"choices": []}), r"without choices\[0\].message.content"),
     "error as 200": (Reply({"error": {"message": "overloaded"}}), "content: overloaded"),
-    "null": (said(None, finish_reason="length"), "no text; max_tokens may be too few"),
-    "number": (said(7), "no text$"),
-    "surrogate": (said("\ud800"), "no text$"),
+    "null": (said(None, finish_reason="length"), "not text; max_tokens may be too small"),
+    "number": (said(7), "not text$"),
+    "surrogate": (said("\ud800"), "not text$"),
     "huge": (said("x" * 4_100_000), "more than 4 MB"),
     "huge error": (Reply(b"x" * 5_000_000, 418), "status 418$"),
     "long error": (Reply({"error": "x" * 390 + KEY}, 418), "x…$"),
@@ -130,6 +134,133 @@ def test_a_server_that_is_not_there():
     start = time.monotonic()
     assert "cannot be reached: " in failure(chat)
     assert time.monotonic() - start < 2
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+EVER = itertools.repeat
+DRIPS = {  # what a server sends at once, what it goes on to send, and the pause before each piece
+    "nothing": (b"", (), 0),
+    "status line": (b"HTTP/1.1 200 ", EVER(b"O"), 0.02),
+    "header": (OK + b"X-Name: ", EVER(b"x"), 0.02),
+    "headers": (OK, (b"X-%d: x\r\n" % i for i in itertools.count()), 0.02),
+    "body": (OK + b"Content-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
+    "body without an end": (OK + b"\r\n", EVER(b"x"), 0.02),
+    "chunk": (CHUNKED + b"fffff\r\n", EVER(b"x"), 0.02),
+    "chunks": (CHUNKED, EVER(b"1\r\nx\r\n"), 0.02),
+    "chunk size": (CHUNKED, EVER(b"0"), 0.02),
+    "chunk extension": (CHUNKED + b"5;", EVER(b"x"), 0.02),
+    "trailer": (CHUNKED + b"1\r\nx\r\n0\r\nX-Name: ", EVER(b"x"), 0.02),
+    "100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.02),
+    "flood of 100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), 0),
+    "error": (b"HTTP/1.1 500 No\r\nContent-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
+    "TLS": (b"", (), 0),
+    "TLS record": (b"\x16\x03\x03\x3f\xff", EVER(b"x"), 0.02),
+}
+
+
+@pytest.mark.parametrize("drip", DRIPS)
+def test_one_deadline_holds_for_all_that_a_server_may_drip(drip):
+    scheme = "https" if drip.startswith("TLS") else "http"
+    with dripping(*DRIPS[drip]) as address:
+        start = time.monotonic()
+        with pytest.raises(RemoteError, match=r"^\S+ did not answer within 0.4 seconds$"):
+            complete(f"{scheme}://{address}", timeout=0.4)
+        assert 0.3 < time.monotonic() - start < 1.5
+        for thread in threading.enumerate():
+            if thread.name == "zimage-remote":
+                thread.join(1.5)
+                assert not thread.is_alive()
+
+
+def test_the_deadline_covers_all_tries(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES", (0.3, 60))
+    start = time.monotonic()
+    with serving(Reply(status=503)) as chat:
+        assert "status 503" in failure(chat, timeout=1.0)
+    assert len(chat.asked) == 2
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200", b"nonsense\r\n\r\n", OK + b"x" * 200_000])
+def test_an_answer_that_breaks_off_is_one_line(begin):
+    with dripping(begin, [b""], 0) as address, pytest.raises(RemoteError, match=r"^http") as error:
+        complete(f"http://{address}", timeout=0.5)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("location", ["http://[", "//\x80:x", "http://h:99999/", "x" * 9000, "\x1b[31mred", ""])
+def test_a_location_that_is_none_is_one_line(location):
+    with serving(Reply(status=302, location=location)) as chat:
+        line = failure(chat)
+    assert "has moved (302)" in line
+    assert line.isprintable()
+    assert len(line) < 500
+    assert len(chat.asked) == 1
+
+
+def test_a_server_that_sends_in_circles_is_asked_once():
+    with serving(Reply(status=307, location="/v1/chat/completions")) as chat:
+        failure(chat)
+    assert len(chat.asked) == 1
+
+
+def test_a_key_with_spaces_is_not_shown_either():
+    key = "sk  with  spaces"
+    with (
+        serving(Reply({"error": f"what is {key}?"}, 418)) as chat,
+        pytest.raises(RemoteError, match=r"what is \[key\]\?$"),
+    ):
+        complete(chat.url, api_key=key)
+
+
+@pytest.mark.parametrize("status", [200, 404, 418])
+def test_what_a_server_says_cannot_steer_the_terminal(status):
+    with serving(Reply({"error": "\x1b]0;owned\x07 \x9b31m \u202ered"}, status)) as chat:
+        assert failure(chat).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("http_proxy", "socks5://127.0.0.1:9"), ("http_proxy", "nonsense://x"), ("http_proxy", "http://[")],
+)
+def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("no_proxy")
+    with pytest.raises(RemoteError, match=r"^http://h/v1/chat/completions cannot be reached: ") as error:
+        complete("http://h", timeout=1.0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["h..x", "x" * 70, "a" * 64 + ".com", "127.0.0.1:1"])
+def test_a_host_that_cannot_be_one(host):
+    with pytest.raises(RemoteError, match=" cannot be reached: "):
+        complete(f"http://{host}", timeout=5.0)
+
+
+def test_without_httpx_the_extra_is_named():
+    code = (
+        "import sys; sys.modules['httpx'] = None\n"
+        "from zimage.text.remote import complete\nfrom zimage.settings.declared import Sampling\n"
+        "try: complete('http://127.0.0.1:9', 'm', [], Sampling())\nexcept Exception as e: print(type(e).__name__, e)"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.startswith("RemoteError")
+    assert 'pip install "zimage-torch[remote]"' in said
+    assert 'pip install -e ".[remote]"' in said
+
+
+def test_bytes_are_sent_and_answered_as_they_are():
+    with serving(Reply(b"\0\x1b[1m\xff", 418)) as server:
+        call = remote.Call(server.url, KEY, 5.0)
+        answer = call.ask("POST", b"[1]", {"Content-Type": "application/octet-stream"})
+    assert (answer.status, answer.body, answer.headers["content-length"]) == (418, b"\0\x1b[1m\xff", "6")
+    assert (server.asked, server.keys) == ([[1]], [f"Bearer {KEY}"])
+
+
+def test_an_upload_that_nobody_reads_ends_too():
+    with dripping(b"", (), 0) as address, pytest.raises(RemoteError, match=r"did not answer within 0\.4 seconds"):
+        remote.Call(f"http://{address}", None, 0.4).ask("PUT", bytes(50_000_000))
 
 
 def test_a_redirect_is_not_followed_with_the_key():

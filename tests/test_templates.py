@@ -108,7 +108,7 @@ def test_other_editors_files_read_the_same(tmp_path, change):
         ("name: my-own\ndescription: Mine\n", "", 1, "lacks name and description"),
         ("category: photo", "category: photo\ncategroy: photo", 5, "no key 'categroy'; did you mean 'category'?"),
         ("category: photo", "category: photo\nxyz: photo", 5, "no key 'xyz'; known: name, description"),
-        ("category: photo", "category: photo\nname: my-own", 5, "name was given before, on line 2"),
+        ("category: photo", "category: photo\nname: my-own", 5, "name was already set on line 2"),
         ("Mine", "35", 3, "description is a number; it should be text; if it is meant as text, put it in quotes"),
         ("Mine", "yes", 3, "description is true or false; it should be text"),
         ("Mine", "2026-01-01", 3, "description is a date; it should be text"),
@@ -121,7 +121,7 @@ def test_other_editors_files_read_the_same(tmp_path, change):
         ("Mine", "!!python/object/apply:os.system [ls]", 3, "a list or a mapping"),
         ("Mine", "!!python/name:os.system ''", 3, "of the type"),
         ("Mine", "|\n  one\n  two", 3, "single line"),
-        ("category: photo", "category: Photo", 4, "'Photo' may hold only a-z"),
+        ("category: photo", "category: Photo", 4, "'Photo' may contain only a-z"),
         ("category: photo", "category: photo\nmodel: 3", 5, "model is a number"),
         ("category: photo", "category: photo\nadd_think_block: 1", 5, "add_think_block '1' should be true or false"),
         ("category: photo", "category: photo\nadd_think_block: yes", 5, "'yes' should be true or false"),
@@ -144,10 +144,10 @@ def test_other_editors_files_read_the_same(tmp_path, change):
         ("The text.", "a\x00b", 6, "U+0000"),
         ("The text.", "a\rb", 6, "U+000D"),
         ("The text.", "a\u2028b", 6, "U+2028"),
-        ("The text.", "", 5, "the template does nothing"),
+        ("The text.", "", 5, "so the template does nothing"),
         ("The text.", "word " * 14_000, 6, "65,536 bytes"),
-        ("my-own", "my-other", 2, "name 'my-other' differs from the file's, which makes it 'my-own'"),
-        ("my-own", "My own", 2, "name 'My own' may hold only a-z"),
+        ("my-own", "my-other", 2, "name 'my-other' should be 'my-own'"),
+        ("my-own", "My own", 2, "name 'My own' may contain only a-z"),
         ("my-own", "my--own", 2, "single hyphens"),
     ],
 )
@@ -174,10 +174,10 @@ def test_an_alias_bomb_is_refused(tmp_path):
 def test_files_that_cannot_be_opened(tmp_path):
     with pytest.raises(TemplateError, match=r"none\.md cannot be read: there is no such file"):
         read_template(tmp_path / "none.md")
-    with pytest.raises(TemplateError, match="cannot be read: it is no file"):
+    with pytest.raises(TemplateError, match="cannot be read: it is not a file"):
         read_template(tmp_path)
     os.mkfifo(tmp_path / "pipe.md")
-    with pytest.raises(TemplateError, match="cannot be read: it is no file"):
+    with pytest.raises(TemplateError, match="cannot be read: it is not a file"):
         read_template(tmp_path / "pipe.md")
 
 
@@ -468,7 +468,7 @@ def test_the_counts_can_be_made_anew(tmp_path, shipped):
     assert os.listdir(tmp_path) == ["t.json"]
     failed = subprocess.run([*command[:3], tmp_path], capture_output=True, text=True)
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
-    assert "no tokenizer.json" in failed.stderr
+    assert "should hold tokenizer.json" in failed.stderr
 
 
 # Commands ------------------------------------------------------------------------------------------------------------

@@ -80,10 +80,10 @@ def test_the_chat_string():
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("tokenizer_config.json", None, "is missing: vocab.json and merges.txt do not hold"),
+        ("tokenizer_config.json", None, "is missing: vocab.json and merges.txt do not contain"),
         ("tokenizer_config.json", "{}", "'added_tokens_decoder' is missing"),
         ("tokenizer_config.json", "{", "the tokenizer cannot be read"),
-        ("merges.txt", None, "no tokenizer.json, and no vocab.json with merges.txt"),
+        ("merges.txt", None, "should hold tokenizer.json, or vocab.json and merges.txt"),
         ("vocab.json", "[", "the tokenizer cannot be read"),
     ],
 )

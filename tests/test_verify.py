@@ -193,7 +193,7 @@ def test_loose_files(run, made, tmp_path):
     states = loose.states()
     native = loose.save(loose.renamed("dit", "native", states["dit"]), tmp_path / "native.safetensors")
     status, out = run(native)
-    assert (status, "ok    dit" in out, "the architecture that their shapes tell" in out) == (0, True, True)
+    assert (status, "ok    dit" in out, "the architecture inferred from their shapes" in out) == (0, True, True)
     assert run(made)[0] == 0
     assert run(made / "transformer")[0] == 0
     parts = loose.renamed("dit", "native", states["dit"], "model.diffusion_model.")

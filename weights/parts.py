@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
+from zimage.formats.checkpoint import Checkpoint, components_in, read_json
 from zimage.loading.files import Component
 from zimage.loading.registry import REQUIRED, ROWS, VAE
 
@@ -14,7 +14,7 @@ from zimage.loading.registry import REQUIRED, ROWS, VAE
 def find_parts(path: Path) -> dict[str, Path]:
     """Part → the component folder or file that holds it. Raises CheckpointError where there is none."""
     if path.is_file():
-        found = dict.fromkeys(parts_of(path), path)
+        found = dict.fromkeys(components_in(path), path)
     elif path.is_dir():
         found = {part: path / ROWS[part].folder for part in REQUIRED if (path / ROWS[part].folder).is_dir()}
         if not found and (path / "config.json").is_file():

@@ -1,1 +1,1 @@
-"""How weights, captions and adapters lie in files; knows no model class."""
+"""How files store weights and adapters; nothing here knows a model class."""

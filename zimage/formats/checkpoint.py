@@ -1,4 +1,4 @@
-"""The weights of one part, from folders and loose files: memory-mapped, checked strictly, never copied needlessly."""
+"""The weights of one component, from a folder or a loose file: mapped into memory and checked strictly."""
 
 import hashlib
 import json
@@ -7,19 +7,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from zimage.errors import CheckpointError
 from zimage.formats import gguf as gguf_file
 from zimage.formats.layouts import Layout, recognise, split_names
 from zimage.formats.quantised import gathered
-from zimage.formats.stored import Maps, Stored, stored_in
+from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, stored_in
+from zimage.nn.packed import Packed
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-SHOWN = 120  # characters of a key in an error
-LISTED = 5  # how many keys an error names before it only counts
+SHOWN = 120  # characters of a name in an error
+LISTED = 5  # names in an error; the others are only counted
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises CheckpointError where it is missing or is none."""
+    """The object in a JSON file. Raises CheckpointError if there is no file or it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,57 +35,57 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """The tensors of one part by their canonical keys: known, not read, and not mapped before `reader` is asked for."""
+    """The tensors of one component by their canonical keys: known, but neither mapped nor read before `reader`."""
 
     def __init__(self, origin: Path, files: list[Path], entries: dict[str, Stored], layout: Layout | None):
         self.origin, self.files, self.entries, self.layout = origin, files, entries, layout
 
     @classmethod
-    def of_folder(cls, folder: Path, part: str) -> "Checkpoint":
-        """A component folder: one file, or shards with their index. Raises CheckpointError."""
+    def of_folder(cls, folder: Path, component: str) -> "Checkpoint":
+        """From a component folder: one file, or shards with their index. Raises CheckpointError."""
         files = _weight_files(folder)
         raw: dict[str, Stored] = {}
         for file in files:
             raw |= _opened(file)
         _check_index(folder, raw)
-        layout = recognise(raw).get(part, ("", None))
+        layout = recognise(raw).get(component, ("", None))
         return cls(folder, files, _canonical(raw, *layout) if layout[1] else raw, layout[1])
 
     @classmethod
-    def of_file(cls, file: Path, part: str) -> "Checkpoint":
-        """A loose file of any layout, or an all-in-one file that holds the part. Raises CheckpointError."""
+    def of_file(cls, file: Path, component: str) -> "Checkpoint":
+        """From a loose file in any layout, or an all-in-one file that holds the component. Raises CheckpointError."""
         raw = _opened(file)
         found = recognise(raw)
-        if part not in found:
-            holds = " and ".join(found) or f"keys that are not known: {listing(list(raw) or ['none'])}"
-            raise CheckpointError(f"{file} holds no {part}; it holds {holds}")
-        return cls(file, [file], _canonical(raw, *found[part]), found[part][1])
+        if component not in found:
+            holds = " and ".join(found) or f"unknown keys: {listing(list(raw))}"
+            raise CheckpointError(f"{file} holds no {component}; it holds {holds}")
+        return cls(file, [file], _canonical(raw, *found[component]), found[component][1])
 
-    def reader(self) -> Callable[[str], Any]:
-        """key → view of the mapped file, or packed matrix of views; nothing is read before its values are.
+    def reader(self) -> Callable[[str], Tensor | Packed]:
+        """key → view of the mapped file, or packed matrix of views; values are read from disk only when they are used.
 
-        (The safetensors package touches every tensor that it hands out, and with each the kernel reads megabytes
-        around it.) The mapping lives as long as the reader or one of its tensors.
+        (The safetensors package touches every tensor that it returns, and the kernel then reads megabytes around it.)
+        The mapping lives as long as the reader or one of its tensors.
         """
         maps = Maps()
         return lambda key: self.entries[key].read(maps)
 
     @property
     def describes(self) -> str:
-        """What says of the model what the weights must fit."""
-        return "config.json" if self.origin.is_dir() else "the architecture that their shapes tell"
+        """What describes the architecture that the weights must fit."""
+        return "config.json" if self.origin.is_dir() else "the architecture inferred from their shapes"
 
     def is_mapped(self, key: str) -> bool:
-        """Whether a tensor can be a view of the file; a careless writer may leave one unaligned."""
+        """Whether a tensor can be a view of the file; it cannot if a careless writer left it unaligned."""
         return self.entries[key].aligned
 
     def stored_bytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that tell checkpoints apart: file sizes, headers and sixteen samples of each file's bytes.
+        """Twelve hex digits that tell checkpoints apart: a hash of sizes, headers and sixteen samples of each file.
 
-        Hashing everything would mean reading 20 GB before the first picture.
+        Hashing every byte would mean reading 20 GB before the first picture.
         """
         digest = hashlib.sha256()
         for file in self.files:
@@ -96,39 +99,32 @@ class Checkpoint:
         return digest.hexdigest()[:12]
 
     def stamp(self) -> str:
-        """When the files were last changed: tells apart, on one machine, what samples of their bytes may not."""
+        """When the files were last changed; on one machine this shows changes that the fingerprint's samples miss."""
         return " ".join(str(file.stat().st_mtime_ns) for file in self.files)
 
 
-def parts_of(file: Path) -> list[str]:
-    """The parts that a file holds, by its keys."""
+def components_in(file: Path) -> list[str]:
+    """The components that a file holds, recognised by its keys."""
     return list(recognise(_opened(file)))
 
 
 def _opened(file: Path) -> dict[str, Stored]:
-    """A file's tensors, quantised weights gathered with their companions."""
+    """The tensors of a file, each quantised weight joined with its companions."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is not a file")
-    _refuse_pickles(file)
+    if is_pickle(file):
+        raise CheckpointError(f"{file} {A_PICKLE}")
     raw, metadata = gguf_file.stored_in(file) if gguf_file.is_gguf(file) else stored_in(file)
     maps = Maps()
-    return gathered(file, raw, metadata, lambda key: raw[key].read(maps))
-
-
-def _refuse_pickles(file: Path) -> None:
-    with file.open("rb") as stream:
-        begins = stream.read(9)
-    # A safetensors file begins with any eight bytes, the length of its header, and the header's brace.
-    if begins[8:] != b"{" and (begins[:2] == b"PK" or re.match(rb"\x80[\x02-\x05]", begins)):
-        raise CheckpointError(f"{file} is a pickle, which can run code when opened; use a safetensors file")
+    return gathered(file, raw, metadata, lambda key: raw[key].tensor(maps))
 
 
 def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str, Stored]:
-    """The part behind `prefix` under canonical keys: fused matrices split into rows, 1 × 1 convolutions flat."""
+    """The tensors behind `prefix` under canonical keys: fused matrices split by rows, 1 × 1 convolutions flattened."""
     own = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
     others = [other for other, _ in recognise(raw).values() if other and other != prefix]
     own = {key: value for key, value in own.items() if prefix or not key.startswith(tuple(others))}
-    last, entries = layout.last_index(own), {}
+    last, entries = layout.last_index(own), dict[str, Stored]()
     for key, stored in own.items():
         names = split_names(key) if layout.fused else None
         if key in layout.unused:
@@ -145,13 +141,11 @@ def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str,
 
 
 def _check_index(folder: Path, raw: Mapping[str, Stored]) -> None:
-    """Every tensor that the index promises must be in the shard it names."""
+    """Raise CheckpointError if a tensor that the index lists is in none of the shards."""
     index = _index_file(folder)
-    if index is None:
-        return
-    missing = [key for key in read_json(index)["weight_map"] if key not in raw]
+    missing = [key for key in read_json(index)["weight_map"] if key not in raw] if index else []
     if missing:
-        raise CheckpointError(f"{index}: {listing(missing)} in none of the shards")
+        raise CheckpointError(f"{index} lists tensors that are in none of the shards: {listing(missing)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -182,11 +176,11 @@ def _index_file(folder: Path) -> Path | None:
 
 
 def listing(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, fit to be shown, and how many more there are."""
     rest = len(names) - LISTED
-    return ", ".join(map(_shown, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
+    return (", ".join(map(_shown, names[:LISTED])) or "none") + (f" and {rest} more" if rest > 0 else "")
 
 
 def _shown(name: str) -> str:
-    """A key as an error may print it: damaged files hold any."""
+    """A name as an error may print it: in a damaged file it may be any text."""
     return name if name.isprintable() and 0 < len(name) <= SHOWN else ascii(name[:SHOWN])

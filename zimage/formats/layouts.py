@@ -1,9 +1,10 @@
-"""The names that a part's tensors have in files of other tools, as tables that are read in both directions.
+"""The names of a component's tensors in files of other tools, as tables that are read in both directions.
 
-Canonical names are those of the published folders (diffusers naming). A file's parts are recognised by its keys, never
-by its name: an all-in-one file holds several parts, each behind a prefix.
+Canonical names are those of the published folders (diffusers naming). The components in a file are recognised by its
+keys, never by its name: an all-in-one file holds several, each behind a prefix.
 
-In a pair of templates `{name}` stands for any text, `{i}` and `{j}` for numbers, and `{~i}` counts from the other end.
+In a pair of templates `{name}` stands for any text, `{i}` and `{j}` stand for numbers, and `{~i}` for one that counts
+from the other end.
 """
 
 import re
@@ -56,31 +57,31 @@ BARE_QWEN3: tuple[Pair, ...] = (("model.{rest}", "{rest}"),)  # saved from the d
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tool names one part. Keys that no pair matches have the same name on both sides."""
+    """How one tool names the tensors of one component. Keys that match no pair have the same name on both sides."""
 
     name: str
-    part: str
-    signature: str  # a foreign key that no other layout of the part has
+    component: str
+    signature: str  # a foreign key that no other layout of the component has
     pairs: tuple[Pair, ...] = ()
-    fused: bool = False  # q, k and v of the DiT's attention in one matrix
+    fused: bool = False  # q, k and v of the DiT's attention lie in one matrix
     flat: str = r"(?!)"  # canonical matrices that are stored as 1 × 1 convolutions
-    unused: frozenset[str] = field(default_factory=frozenset)  # foreign keys that carry nothing we need
+    unused: frozenset[str] = field(default_factory=frozenset)  # foreign keys of tensors that no model needs
 
     def canonical(self, key: str, last: int = 0) -> str:
-        """A foreign key's canonical name; `last` is the highest index that `{~i}` counts from."""
+        """The canonical name of a foreign key; `last` is the highest index, from which `{~i}` counts down."""
         return _renamed(key, [(foreign, own) for own, foreign in self.pairs], last)
 
     def foreign(self, key: str, last: int = 0) -> str:
-        """A canonical key's name in this layout."""
+        """The name of a canonical key in this layout."""
         return _renamed(key, self.pairs, last)
 
     def last_index(self, keys: Iterable[str]) -> int:
-        """The highest index of the decoder's blocks among canonical or foreign keys."""
+        """The highest index of a decoder block among canonical or foreign keys."""
         found = (re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", key) for key in keys)
         return max((int(match[1]) for match in found if match), default=0)
 
 
-_LM_HEAD = frozenset({"lm_head.weight", "output.weight"})  # tied: the embeddings once more
+_LM_HEAD = frozenset({"lm_head.weight", "output.weight"})  # tied: a second copy of the embeddings
 LAYOUTS = (
     Layout("diffusers", "dit", "layers.0.attention.to_q.weight"),
     Layout(
@@ -110,23 +111,23 @@ PREFIXES = {
 }
 
 
-def layout(part: str, name: str) -> Layout:
-    """The layout of a part by name; raises KeyError."""
-    return {(known.part, known.name): known for known in LAYOUTS}[part, name]
+def layout(component: str, name: str) -> Layout:
+    """The layout `name` of a component. Raises KeyError."""
+    return {(known.component, known.name): known for known in LAYOUTS}[component, name]
 
 
 def recognise(keys: Mapping[str, object]) -> dict[str, tuple[str, Layout]]:
-    """Part → (prefix, layout) of every part that a file's keys hold."""
-    found = {}
+    """Component → (prefix, layout), for each component whose keys a file holds."""
+    found: dict[str, tuple[str, Layout]] = {}
     for known in LAYOUTS:
-        for prefix in PREFIXES[known.part]:
+        for prefix in PREFIXES[known.component]:
             if prefix + known.signature in keys:
-                found.setdefault(known.part, (prefix, known))
+                found.setdefault(known.component, (prefix, known))
     return found
 
 
 def split_names(fused: str) -> tuple[str, str, str] | None:
-    """Canonical names of the three matrices in a fused one, or None for any other key."""
+    """The canonical names of the three matrices in a fused one, or None for any other key."""
     if not fused.endswith(".attention.qkv.weight"):
         return None
     stem = fused.removesuffix("qkv.weight")
@@ -134,7 +135,7 @@ def split_names(fused: str) -> tuple[str, str, str] | None:
 
 
 def fused_name(split: str) -> str | None:
-    """The fused matrix that a canonical q, k or v matrix is a third of, or None for any other key."""
+    """The name of the fused matrix that holds a canonical q, k or v matrix, or None for any other key."""
     match = re.fullmatch(r"(.*\.attention\.)to_([qkv])\.weight", split)
     return f"{match[1]}qkv.weight" if match else None
 
@@ -152,15 +153,15 @@ def _filled(template: str, values: Mapping[str, str], last: int) -> Iterator[str
         if not name:
             yield text
         else:
-            # One of the two sides says {~i}: its pattern and its filling both count from the other end.
+            # Only one side of a pair has {~i}, so the number is mirrored whether that side is the pattern or is filled.
             value = values.get(name) or values[f"mirrored_{name}"]
             yield str(last - int(value)) if mirrored or name not in values else value
 
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    parts = []
+    pieces = []
     for text, mirrored, name in re.findall(r"([^{]+)|\{(~?)(\w+)\}", template):
         kind = r"\d+" if len(name) == 1 else ".+?" if name != "rest" else ".+"
-        parts.append(f"(?P<{'mirrored_' if mirrored else ''}{name}>{kind})" if name else re.escape(text))
-    return re.compile("".join(parts))
+        pieces.append(f"(?P<{'mirrored_' if mirrored else ''}{name}>{kind})" if name else re.escape(text))
+    return re.compile("".join(pieces))

@@ -1,6 +1,6 @@
-"""LoRA files: opened, checked whole, and given as the deltas of named layers.
+"""LoRA files: opened, checked completely, and read as the deltas of named layers.
 
-Recognised are LoRA, LoKr and LoHa, each also with DoRA's magnitudes; ΔW = alpha / rank · (product of the factors).
+Recognised forms are LoRA, LoKr and LoHa, each also with DoRA's magnitudes; ΔW = alpha / rank · product of the factors.
 """
 
 import hashlib
@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +17,10 @@ from zimage.errors import CheckpointError
 from zimage.formats.checkpoint import listing
 from zimage.formats.lora_keys import Group, grouped, layer_names
 from zimage.formats.peft import PeftConfig
+from zimage.formats.stored import A_PICKLE, is_pickle
 from zimage.nn.deltas import Decomposed, Delta, Hadamard, Kronecker, LowRank
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-
-# Each form and its factors, a factor being a matrix or the product of two: (out, rank) and (rank, in).
+# Each form and its factors. A factor is one matrix or the product of two, (out, rank) and (rank, in).
 LOKR_FACTORS = [[(f"lokr_{w}",), (f"lokr_{w}_a", f"lokr_{w}_b")] for w in ("w1", "w2")]
 FORMS: list[tuple[type, tuple[tuple[str, ...], ...]]] = [
     (LowRank, (("lora_B", "lora_A"),)),
@@ -33,7 +31,7 @@ FORMS: list[tuple[type, tuple[tuple[str, ...], ...]]] = [
 
 @dataclass(frozen=True)
 class LoraFile:
-    """`deltas`: path of a linear layer → its ΔW at strength 1. `fingerprint`: twelve hex digits of the content."""
+    """`deltas`: path of a linear layer → its ΔW at strength 1. `fingerprint`: twelve hex digits of the file's hash."""
 
     name: str
     fingerprint: str
@@ -43,8 +41,8 @@ class LoraFile:
 def read_lora(file: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraFile:
     """The deltas that a safetensors file holds for layers of these shapes (out, in).
 
-    Raises CheckpointError, on one line, where the file is missing, damaged, not safetensors or not for these layers:
-    every key must be understood and every tensor fit.
+    Raises CheckpointError, on one line, if the file is missing, damaged, not safetensors or not for these layers: every
+    key must be known and every tensor must fit.
     """
     try:
         stored = _opened(file)
@@ -52,30 +50,28 @@ def read_lora(file: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraFile:
         config = PeftConfig.find(file, stored.metadata() or {})
         deltas = _deltas(stored, groups, shapes, config)
     except CheckpointError as error:
-        raise CheckpointError(f"LoRA {file}: {' '.join(str(error).splitlines())}") from error  # a key may hold any text
+        raise CheckpointError(f"LoRA {file}: {' '.join(str(error).splitlines())}") from error  # a key may be any text
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return LoraFile(file.name, digest[:12], deltas)
 
 
-def _opened(file: Path) -> Any:
-    if file.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"a {file.suffix} file is a pickle, which may run code when it is opened; give a .safetensors file"
-        )
+def _opened(file: Path) -> safe_open:
     try:
         if not file.is_file():
-            raise CheckpointError("this is a folder; give a file" if file.is_dir() else "there is no such file")
+            raise CheckpointError("this is not a file" if file.exists() else "there is no such file")
+        if is_pickle(file):
+            raise CheckpointError(f"this {A_PICKLE}")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"this is not a whole safetensors file ({error}); fetch it again") from error
 
 
 def _deltas(
-    stored: Any, groups: list[Group], shapes: Mapping[str, tuple[int, int]], config: PeftConfig | None
+    stored: safe_open, groups: list[Group], shapes: Mapping[str, tuple[int, int]], config: PeftConfig | None
 ) -> dict[str, Delta]:
-    """The deltas of all layers; raises CheckpointError listing what does not fit."""
-    deltas, misfits = {}, []
+    """The deltas of all layers. Raises CheckpointError listing the layers that do not fit."""
+    deltas, misfits = dict[str, Delta](), []
     for group in groups:
         sizes = [shapes[layer] for layer in group.layers]
         whole = (sum(out for out, _ in sizes), sizes[0][1])
@@ -91,29 +87,29 @@ def _deltas(
     return deltas
 
 
-def _tensor(stored: Any, key: str) -> Tensor:
-    """A copy in memory, since a trainer may write its file anew while the deltas are in use."""
+def _tensor(stored: safe_open, key: str) -> Tensor:
+    """A copy in memory, since a trainer may rewrite its file while the deltas are in use."""
     try:
         tensor = stored.get_tensor(key).clone()
     except SafetensorError as error:
         raise CheckpointError(f"{key} cannot be read: {error}") from error
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
-        raise CheckpointError(f"{key} is stored as {tensor.dtype}; it should be a kind of float")
+        raise CheckpointError(f"{key} is stored as {tensor.dtype}; it should be a floating-point kind")
     if not torch.isfinite(tensor.float()).all():
         raise CheckpointError(f"{key} holds NaN or infinity")
     return tensor
 
 
-def _delta(group: Group, parts: dict[str, Tensor], config: PeftConfig | None) -> Delta:
+def _delta(group: Group, tensors: dict[str, Tensor], config: PeftConfig | None) -> Delta:
     """The delta of one module from its tensors."""
-    alpha, magnitude = parts.pop("alpha", None), parts.pop("dora_scale", None)
-    form, names = next(((form, names) for form, names in FORMS if parts.keys() == set(sum(names, ()))), (None, ()))
+    alpha, magnitude = tensors.pop("alpha", None), tensors.pop("dora_scale", None)
+    form, names = next(((form, names) for form, names in FORMS if tensors.keys() == set(sum(names, ()))), (None, ()))
     if form is None:
         raise CheckpointError(
             f"{group.module} has {', '.join(sorted(group.keys))}; it should have lora_A and lora_B, "
             "lokr_w1 and lokr_w2 or hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b"
         )
-    factors = [tuple(parts[name] for name in factor) for factor in names]
+    factors = [tuple(tensors[name] for name in factor) for factor in names]
     rank = _rank(group, factors)
     delta = form(*factors, scale=_scale(group, alpha, rank, config))
     if form is Hadamard and delta.shape != LowRank(delta.w2).shape:
@@ -122,7 +118,7 @@ def _delta(group: Group, parts: dict[str, Tensor], config: PeftConfig | None) ->
 
 
 def _rank(group: Group, factors: list[tuple[Tensor, ...]]) -> int | None:
-    """The size between the two matrices of a factor, where one is a product."""
+    """The inner size of the factors that are products, or None if there are none."""
     shapes = ", ".join(str(list(matrix.shape)) for factor in factors for matrix in factor)
     if any(matrix.ndim != 2 for factor in factors for matrix in factor):
         raise CheckpointError(f"{group.module}: tensors of shapes {shapes} should be matrices")
@@ -133,7 +129,7 @@ def _rank(group: Group, factors: list[tuple[Tensor, ...]]) -> int | None:
 
 
 def _scale(group: Group, alpha: Tensor | None, rank: int | None, config: PeftConfig | None) -> float:
-    """alpha / rank by the file's tensor, else by PEFT's settings, else 1; a LoKr of whole matrices has no rank."""
+    """alpha / rank, with alpha from the file's tensor or PEFT's settings; 1 without both or without a rank."""
     if alpha is None:
         return 1.0 if config is None else config.scale(group.module, rank)
     if alpha.numel() != 1 or alpha.item() == 0:

@@ -1,12 +1,12 @@
-"""The keys of LoRA files: which tensors make one adapter, and of which layer, whoever's trainer wrote the names.
+"""The keys of LoRA files: which tensors form one adapter, and of which layer, whichever trainer wrote the names.
 
-A key is a trainer's prefix, a module's name and an ending that says what the tensor is. With "." written as "_" the
-module's name is the checkpoint's own, but for three native names and the fused q, k and v:
+A key is a trainer's prefix, a module's name and an ending that says what the tensor is. With "." written as "_", the
+module's name is that of the checkpoint, except for three native names and the fused q, k and v:
 
     transformer.layers.0.attention.to_q.lora_A.weight      diffusers; with other prefixes PEFT, ComfyUI, ai-toolkit
-    lora_unet_layers_0_attention_to_q.lora_down.weight     kohya, musubi; lycoris_ in LyCORIS's
-    layers.0.attention.to.q.lora.down.weight               dotted throughout, with duplicates under the native names
-    diffusion_model.layers.0.attention.qkv.lora_A.weight   native: three layers as one, rows in the order q, k, v
+    lora_unet_layers_0_attention_to_q.lora_down.weight     kohya, musubi; lycoris_ in LyCORIS
+    layers.0.attention.to.q.lora.down.weight               dots throughout, with duplicates under the native names
+    diffusion_model.layers.0.attention.qkv.lora_A.weight   native: three layers as one, with rows in the order q, k, v
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,12 +43,12 @@ ENDINGS = {
     ".lora_magnitude_vector.weight": "dora_scale",
     ".lora_magnitude_vector.default.weight": "dora_scale",
 }
-REPEATING = ".lora.down.weight"  # who writes this repeats layers under their native names
+REPEATING = ".lora.down.weight"  # trainers that write this repeat layers under their native names
 
 
 @dataclass(frozen=True)
 class Group:
-    """One adapter: its module's name in the file, the layers that it stands for, and what each tensor is → its key."""
+    """One adapter: its module's name in the file, the layers that it changes, and role → key of its tensors."""
 
     module: str
     layers: tuple[str, ...]
@@ -56,8 +56,8 @@ class Group:
 
 
 def layer_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Every name that files use, underscored and without prefix → the layers it stands for."""
-    names = {}
+    """Each name that files use, underscored and without prefix → the layers that it stands for."""
+    names: dict[str, tuple[str, ...]] = {}
     for path in paths:
         name = native = underscored(path)
         for ours, theirs in NATIVE.items():
@@ -71,8 +71,8 @@ def layer_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def grouped(keys: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> list[Group]:
-    """The adapters that the keys of a file make up, one a layer. Raises CheckpointError naming keys that make none."""
-    groups, unknown = {}, []
+    """The adapters that the keys of a file form, one for each layer. Raises CheckpointError naming unknown keys."""
+    groups, unknown = dict[str, Group](), []
     for key in keys:
         ending = next((ending for ending in ENDINGS if key.endswith(ending)), "")
         module = _without_prefix(key.removesuffix(ending))
@@ -102,17 +102,17 @@ def _not_understood(unknown: list[str], count: int) -> str:
     text_encoder = [key for key in unknown if underscored(key).startswith(TEXT_ENCODER)]
     if text_encoder:
         return (
-            f"{len(text_encoder)} of its {count} keys are of the text encoder ({listing(text_encoder)}); "
+            f"it has keys of the text encoder, {len(text_encoder)} of {count} ({listing(text_encoder)}); "
             "only adapters of the DiT are implemented"
         )
     if len(unknown) == count:
         examples = f" ({listing(unknown)})" if unknown else ""
-        return f"none of its {count} keys names a layer of this DiT{examples}; give a LoRA that was trained for Z-Image"
-    return f"{len(unknown)} of its {count} keys are not understood: {listing(unknown)}"
+        return f"none of its {count} keys names a layer of this DiT{examples}; use a LoRA that was trained for Z-Image"
+    return f"{len(unknown)} of its {count} keys cannot be matched to a layer: {listing(unknown)}"
 
 
 def _without_duplicates(groups: list[Group]) -> list[Group]:
-    """Every layer once: what a trainer repeats under native names is skipped, anything else twice is an error."""
+    """Each layer once: a repetition under native names is skipped, any other is an error."""
     kept: dict[str, Group] = {}
     for group in sorted(groups, key=_is_native):
         taken = [kept[layer] for layer in group.layers if layer in kept]

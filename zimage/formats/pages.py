@@ -1,7 +1,7 @@
-"""Telling the kernel which mapped weights come next or are done with.
+"""Hints to the kernel on which mapped weights come next and which are no longer needed.
 
-Weights on the CPU are views of memory-mapped files. Read lazily they arrive 4 KB fault by fault, at half the disk's
-speed and while the processor waits; announced in the order of use they stream in ahead of the computation.
+Weights on the CPU are views of memory-mapped files. Read lazily, they arrive in page faults of 4 KB, at half the disk's
+speed, while the processor waits; announced in the order of use, they are read ahead of the computation.
 """
 
 import ctypes
@@ -19,26 +19,26 @@ PAGE = mmap.PAGESIZE
 
 
 class Prefetch:
-    """Brings mapped weights into memory from another thread, in the order given; `stop` ends it early.
+    """A thread that reads mapped weights into memory in the order given; `stop` ends it early.
 
-    `after`: begin when that one is done, since two at once would share the disk.
+    `after`: another one, which finishes first, since two at once would share the disk.
     """
 
     def __init__(self, tensors: Iterable[Tensor], after: "Prefetch | None" = None):
         self._after = after
-        self._tensors = [t for t in tensors if t.device.type == "cpu" and t.numel()]  # held: so they stay mapped
+        self._tensors = [t for t in tensors if t.device.type == "cpu" and t.numel()]  # held, so that they stay mapped
         self._ranges = [_pages(t) for t in self._tensors]
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="zimage-prefetch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when the pages are no longer being touched, so that they may be unmapped."""
+        """Return once no page is being read, so that the file may be unmapped."""
         self._stopped.set()
         self._thread.join()
 
     def finish(self) -> None:
-        """Returns when all has been read."""
+        """Return once everything has been read."""
         self._thread.join()
 
     def _work(self) -> None:
@@ -54,7 +54,7 @@ class Prefetch:
 
 
 def forget_pages(tensor: Tensor) -> None:
-    """Drop the pages of a mapped tensor that was copied elsewhere and is not read again; they stay in the file."""
+    """Drop from memory the pages of a mapped tensor that is not read again; the file keeps them."""
     if tensor.device.type == "cpu":
         start, length = _pages(tensor)
         _madvise(start, length, MADV_DONTNEED)
@@ -68,7 +68,7 @@ def _pages(tensor: Tensor) -> tuple[int, int]:
 
 
 def _madvise(address: int, length: int, advice: int) -> None:
-    """A hint only: a kernel that does not know it changes nothing but the speed, so its answer is not looked at."""
+    """A hint only: with a kernel that does not know it only the speed changes, so its answer is ignored."""
     if length and sys.platform == "linux":
         libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
 

@@ -1,33 +1,33 @@
-"""Quantised weights as files hold them: a weight and its companion tensors become one packed matrix.
+"""Quantised weights as files store them: a weight and its companion tensors become one packed matrix.
 
-Everywhere number = stored × scale. A companion that is present and ignored gives noise, so one that is not known here
-stays a tensor of its own, which the strict check then reports as unexpected.
+Everywhere number = stored × scale. Ignoring a companion would give noise, so an unknown one stays a tensor of its own,
+which the strict check then reports as unexpected.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import Maps, Stored
+from zimage.formats.stored import FP8, Maps, Stored
 from zimage.nn.packed import NVFP4, NVFP4_BLOCK, Packed, Scaled, unswizzled
 
-FP8 = ("F8_E4M3", "F8_E5M2")
-MARKER = "scaled_fp8"  # an empty tensor: the file has Comfy's older form
+MARKER = "scaled_fp8"  # an empty tensor that marks Comfy's older form
 WEIGHT_SCALES = ("weight_scale", "scale_weight")
-INPUT_SCALES = ("input_scale", "scale_input")  # of activations, which are scaled by what they are instead
+INPUT_SCALES = ("input_scale", "scale_input")  # of activations, which are scaled by their own values instead
 DESCRIPTION = "comfy_quant"
 HEADER = "_quantization_metadata"
+Read = Callable[[str], Tensor]
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4")
 
 
-def gathered(file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str], read: Any) -> dict[str, Stored]:
-    """`raw` tensors of a file with each quantised weight and its companions made one; raises CheckpointError.
+def gathered(file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str], read: Read) -> dict[str, Stored]:
+    """The `raw` tensors of a file, each quantised weight joined with its companions. Raises CheckpointError.
 
-    `read(key)` gives a small tensor's values at once: scales' shapes and descriptions must be known before loading.
+    `read(key)` returns the values of a small tensor at once: descriptions must be known before loading.
     """
     described = _described(file, raw, metadata, read)
     tensors = {key: value for key, value in raw.items() if key.rpartition(".")[2] != MARKER}
@@ -43,35 +43,40 @@ def gathered(file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str],
     return tensors
 
 
-def _packed(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, about: Mapping[str, Any]) -> Stored:
+def _packed(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, about: Mapping[str, object]) -> Stored:
     weight, kind = raw[key], about.get("format")
     if kind is not None and kind not in FORMATS:
         raise CheckpointError(f"{where} has the format {kind!r}; implemented are {', '.join(FORMATS)}")
     if weight.dtype == "U8" and kind == "nvfp4":
         return _nvfp4(where, raw, key)
     if weight.dtype == "I8" and kind == "int8_tensorwise":
-        group = int(about.get("convrot_groupsize", 256)) if about.get("convrot") else 0
-        if group and (4 ** round(group.bit_length() / 2 - 0.5) != group or weight.shape[-1] % group):
-            raise CheckpointError(f"{where}: convrot_groupsize {group} does not fit {weight.shape[-1]} columns")
+        group = about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+        if not isinstance(group, int) or (group and not _is_group(group, weight.shape[-1])):
+            raise CheckpointError(f"{where}: convrot_groupsize {group!r} does not fit its {weight.shape[-1]} columns")
         if scale is None:
             raise CheckpointError(f"{where} is int8 without a weight_scale; the file is incomplete")
         return _scaled(where, raw, key, scale, f"int8{' ConvRot' if group else ''}", group)
     if weight.dtype in FP8 and kind in (None, "float8_e4m3fn", "float8_e5m2"):
         return _scaled(where, raw, key, scale, "fp8 scaled" if scale else "fp8", 0)
-    raise CheckpointError(f"{where} is {weight.dtype} of an unknown meaning ({kind or 'no description of its format'})")
+    raise CheckpointError(f"{where} is {weight.dtype} with an unknown meaning ({kind or 'without a description'})")
+
+
+def _is_group(size: int, columns: int) -> bool:
+    """Whether a ConvRot group has this size: a power of 4 that divides the columns."""
+    return 0 < size <= columns and columns % size == 0 and size.bit_count() == 1 and size.bit_length() % 2 == 1
 
 
 def _scaled(where: str, raw: Mapping[str, Stored], key: str, scale: str | None, label: str, rotated: int) -> Stored:
     codes = raw[key]
     if scale is None and len(codes.shape) != 2:
-        return codes  # a norm or bias that was only cast
+        return codes  # a norm or a bias that was only cast
     factors = raw[scale].count if scale else 1
     if len(codes.shape) != 2 or factors not in (1, codes.shape[0]):
-        raise CheckpointError(f"{where} {list(codes.shape)} has {factors} scales; 1 or one per row is known")
+        raise CheckpointError(f"{where} {list(codes.shape)} has {factors} scales; it should have 1, or one per row")
 
     def read(maps: Maps) -> Packed:
-        factor = raw[scale].read(maps).float() if scale else torch.ones(())
-        return Scaled(codes.read(maps), factor.reshape(() if factors == 1 else (-1, 1)), rotated)
+        factor = raw[scale].tensor(maps).float() if scale else torch.ones(())
+        return Scaled(codes.tensor(maps), factor.reshape(() if factors == 1 else (-1, 1)), rotated)
 
     return Stored(codes.shape, label, codes.nbytes + 4 * factors, read, packed=True)
 
@@ -83,20 +88,20 @@ def _nvfp4(where: str, raw: Mapping[str, Stored], key: str) -> Stored:
         raise CheckpointError(f"{where} is nvfp4 and needs an fp8 weight_scale and one weight_scale_2")
     rows, columns = codes.shape[0], 2 * codes.shape[1]
     if block.count != (-(-rows // 128) * 128) * (-(-columns // (4 * NVFP4_BLOCK)) * 4):
-        raise CheckpointError(f"{where} [{rows}, {columns}] has {block.count} block scales, which does not fit")
+        raise CheckpointError(f"{where} [{rows}, {columns}] has {block.count} block scales, which do not fit")
 
     def read(maps: Maps) -> Packed:
-        blocks = unswizzled(block.read(maps), rows, -(-columns // NVFP4_BLOCK))
-        return NVFP4(codes.read(maps), blocks, scale.read(maps).float().reshape(()))
+        blocks = unswizzled(block.tensor(maps), rows, -(-columns // NVFP4_BLOCK))
+        return NVFP4(codes.tensor(maps), blocks, scale.tensor(maps).float().reshape(()))
 
     return Stored((rows, columns), "nvfp4", codes.nbytes + block.nbytes + 4, read, packed=True)
 
 
 def _described(
-    file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str], read: Any
-) -> dict[str, dict[str, Any]]:
-    """Module → what the file says of its format, from `comfy_quant` tensors or from the header."""
-    found = {}
+    file: Path, raw: Mapping[str, Stored], metadata: Mapping[str, str], read: Read
+) -> dict[str, dict[str, object]]:
+    """Module → what the file says about its format, from `comfy_quant` tensors or from the header."""
+    found: dict[str, dict[str, object]] = {}
     if HEADER in metadata:
         layers = _json(file, HEADER, metadata[HEADER]).get("layers")
         if not isinstance(layers, dict) or not all(isinstance(about, dict) for about in layers.values()):
@@ -106,16 +111,16 @@ def _described(
         module, _, leaf = key.rpartition(".")
         if leaf == DESCRIPTION:
             if stored.dtype != "U8" or stored.count > 4096:
-                raise CheckpointError(f"{file}: {key} should be a short JSON text in bytes")
+                raise CheckpointError(f"{file}: {key} should be a short JSON text, as bytes")
             found[module] = _json(file, key, bytes(read(key).tolist()))
     return found
 
 
-def _json(file: Path, name: str, text: str | bytes) -> dict[str, Any]:
+def _json(file: Path, name: str, text: str | bytes) -> dict[str, object]:
     try:
         content = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: {name} is no JSON: {error}") from error
+        raise CheckpointError(f"{file}: {name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: {name} should hold a JSON object, not {type(content).__name__}")
     return content

@@ -1,7 +1,8 @@
-"""A tensor as a file holds it: known by name, shape and size, not read."""
+"""Tensors as files store them: name, shape and size are known, values are not read."""
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,31 +14,25 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.formats.pages import forget_pages
+from zimage.nn.packed import Packed
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
+# Kinds of numbers as safetensors names them; GGUF gives the floats the same names.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+NUMBERS = {**FLOATS, **FP8}
+DTYPES = {**NUMBERS, "I8": torch.int8, "U8": torch.uint8}
+A_PICKLE = "is a pickle, which can run code when it is opened; use a safetensors file"
 COPIED_AT_ONCE = 32 << 20  # bytes
 
 
 class Maps:
-    """Files mapped into memory, each when first asked for; a mapping lives as long as this or one of its tensors."""
+    """Files mapped into memory, each on first use; a mapping lives as long as this object or one of its tensors."""
 
     def __init__(self) -> None:
         self._files: dict[Path, Tensor] = {}
 
     def __call__(self, file: Path) -> Tensor:
-        """The bytes of a file, none of them read yet."""
+        """The bytes of a file as a mapped tensor; none is read yet."""
         if file not in self._files:
             self._files[file] = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
         return self._files[file]
@@ -45,18 +40,18 @@ class Maps:
 
 @dataclass(frozen=True)
 class Stored:
-    """`read(maps)` gives a view of the mapped file, or a packed matrix made of such views."""
+    """A tensor in a file. `read(maps)` returns a view of the mapped file, or a packed matrix of such views."""
 
     shape: tuple[int, ...]
-    dtype: str  # as safetensors names it, or what a quantised matrix is
+    dtype: str  # as safetensors names it; for a packed matrix, its kind
     nbytes: int
-    read: Callable[[Maps], Any]
+    read: Callable[[Maps], Tensor | Packed]
     packed: bool = False
-    aligned: bool = True  # what is not must be copied out of the file
+    aligned: bool = True  # an unaligned tensor must be copied out of the file
 
     @property
     def kind(self) -> torch.dtype | None:
-        """The dtype of what `read` gives, or None for a packed matrix."""
+        """The dtype of the tensor that `read` returns, or None for a packed matrix."""
         return None if self.packed else DTYPES.get(self.dtype)
 
     @property
@@ -65,25 +60,40 @@ class Stored:
 
     @property
     def is_number(self) -> bool:
-        """Whether its values mean what they are."""
+        """Whether its values are the weights themselves, and not codes of an unknown meaning."""
         return self.packed or self.dtype in NUMBERS
+
+    def tensor(self, maps: Maps) -> Tensor:
+        """What `read` returns for a plain tensor; raises CheckpointError for a packed matrix."""
+        value = self.read(maps)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"a matrix of kind {self.dtype} should be a plain tensor")
+        return value
 
     def rows(self, begin: int, end: int) -> "Stored":
         """Rows begin … end − 1 of a matrix."""
 
-        def read(maps: Maps) -> Any:
+        def read(maps: Maps) -> Tensor | Packed:
             whole = self.read(maps)
             return whole[begin:end] if isinstance(whole, Tensor) else whole.rows(begin, end)
 
-        part = self.nbytes * (end - begin) // self.shape[0]
-        return replace(self, shape=(end - begin, *self.shape[1:]), nbytes=part, read=read)
+        nbytes = self.nbytes * (end - begin) // self.shape[0]
+        return replace(self, shape=(end - begin, *self.shape[1:]), nbytes=nbytes, read=read)
 
     def reshaped(self, *shape: int) -> "Stored":
-        return replace(self, shape=shape, read=lambda maps: self.read(maps).reshape(shape))
+        """The same values in another shape; for plain tensors only."""
+        return replace(self, shape=shape, read=lambda maps: self.tensor(maps).reshape(shape))
+
+
+def is_pickle(file: Path) -> bool:
+    """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
+    with file.open("rb") as stream:
+        begins = stream.read(9)
+    return begins[8:] != b"{" and re.match(rb"PK|\x80[\x02-\x05]", begins) is not None
 
 
 def stored_in(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file, and its header's metadata. Raises CheckpointError."""
+    """The tensors of a safetensors file, and the metadata in its header. Raises CheckpointError."""
     header, start = _header(file)
     metadata = header.pop("__metadata__", None) or {}
     return dict(_tensors(file, header, start)), metadata
@@ -92,7 +102,7 @@ def stored_in(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def _header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         with safe_open(file, framework="pt", device="cpu"):
-            pass  # the package checks the header: sizes against shapes, offsets against the file's length
+            pass  # the package checks the header: offsets against shapes and against the file's length
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             return json.loads(stream.read(length)), 8 + length
@@ -108,9 +118,9 @@ def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[s
 
 
 def plain(file: Path, name: str, shape: tuple[int, ...], begin: int, end: int) -> Stored:
-    """A tensor of the kind that safetensors calls `name` in these bytes of a file.
+    """The tensor in bytes `begin` to `end` of a file, of the kind that safetensors calls `name`.
 
-    Kinds that no weight has may stand in a file, among what belongs to nobody; as weights they are refused.
+    A file may hold kinds that no weight has, in tensors that no model uses; as weights they are refused later.
     """
     dtype = DTYPES.get(name, torch.uint8)
     read = _reader(file, dtype, shape, begin, end)
@@ -128,9 +138,9 @@ def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, 
 
 
 def _copied(data: Tensor) -> Tensor:
-    """A copy in memory, of whose original no more than a piece is held with it."""
+    """A copy in memory; at most one piece of the mapped original is resident beside it."""
     copy = torch.empty_like(data)
-    for target, source in zip(copy.split(COPIED_AT_ONCE), data.split(COPIED_AT_ONCE), strict=True):
-        target.copy_(source)
-        forget_pages(source)
+    for target, mapped in zip(copy.split(COPIED_AT_ONCE), data.split(COPIED_AT_ONCE), strict=True):
+        target.copy_(mapped)
+        forget_pages(mapped)
     return copy

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zimage.errors import CheckpointError, ConfigError, RequestError
-from zimage.formats.checkpoint import Checkpoint, parts_of, read_json
+from zimage.formats.checkpoint import Checkpoint, components_in, read_json
 from zimage.kernels.backend import check_triton
 from zimage.loading.devices import choose_device, choose_dtype
 from zimage.loading.infer import ASSUMED, architecture
@@ -246,7 +246,7 @@ def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -
         return ModelFiles.of_components(named, tokenizer, settings.variant)
     path = Path(default if path is None else path).expanduser()
     if path.is_file():
-        return ModelFiles.of_components(dict.fromkeys(parts_of(path), path) | named, tokenizer, settings.variant)
+        return ModelFiles.of_components(dict.fromkeys(components_in(path), path) | named, tokenizer, settings.variant)
     if not (named or tokenizer or settings.variant):
         return ModelFiles.of_folder(path)
     own = {name: path / ROWS[name].folder for name in REQUIRED}

@@ -21,6 +21,7 @@ from torch import nn
 from zimage.errors import RequestError
 from zimage.formats.lora import LoraFile, read_lora
 from zimage.formats.pages import Prefetch, forget_pages
+from zimage.formats.stored import Maps
 from zimage.loading.files import Component
 from zimage.nn.adapters import adapt, is_plain, linear_shapes
 from zimage.nn.deltas import Decomposed
@@ -150,14 +151,14 @@ def bring(
     changed = {path: new.get(path, []) for path in {**old, **new} if _told(old, path) != _told(new, path)}
     if not changed:
         return
-    read = component.checkpoint.reader()
+    maps, entries = Maps(), component.checkpoint.entries
     plain = [path for path, stack in changed.items() if stack and is_plain(dit, path, dtype)]
-    merged = {path: read(f"{path}.weight") for path in plain}
+    merged = {path: entries[f"{path}.weight"].tensor(maps) for path in plain}
     prefetch = Prefetch(merged.values())
     try:
         for path, stack in changed.items():
             deltas = [(adapter.file.deltas[path], adapter.scale) for adapter in stack]
-            adapt(dit, path, deltas, partial(read, f"{path}.weight"), dtype, device)
+            adapt(dit, path, deltas, partial(entries[f"{path}.weight"].tensor, maps), dtype, device)
             if path in merged:
                 forget_pages(merged[path])
     finally:

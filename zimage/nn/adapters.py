@@ -1,8 +1,8 @@
-"""Giving the Linear layers of a loaded model the deltas of adapters: a transformation, made after quantising.
+"""Gives the Linear layers of a loaded model the deltas of adapters: a transformation, made after quantising.
 
-A plain float layer gets a weight in which they are merged, computed anew from the checkpoint's every time: nothing is
-ever added to or subtracted from a merged weight, so that without deltas the layer holds the original bits. A layer of
-another kind (quantised, widened when used) is wrapped, and the deltas are computed beside it at run time.
+Deltas are merged into the weight of a plain float layer, which is computed from the checkpoint's weight every time:
+nothing is ever added to or subtracted from a merged weight, so without deltas the layer holds the original bits. A
+layer of another kind (quantised, or widened when it is used) is wrapped, and its deltas are computed at run time.
 
 Shapes: x (…, I), y (…, O), weights (O, I).
 """
@@ -22,14 +22,17 @@ Stack = Sequence[tuple[Delta, float]]  # deltas of one layer with their strength
 
 
 class LowRankBranch(nn.Module):
-    """x ↦ (x · downᵀ) · upᵀ for any number of low-rank deltas, their factors side by side."""
+    """x ↦ (x · downᵀ) · upᵀ for any number of low-rank deltas, with their factors side by side."""
+
+    down: Tensor  # (R, I)
+    up: Tensor  # (O, R)
 
     def __init__(self, stack: Sequence[tuple[LowRank, float]], like: Tensor):
         super().__init__()
         wide = like.float()
         down = torch.cat([delta.w[1].to(wide) for delta, _ in stack])
         up = torch.cat([delta.scale * strength * delta.w[0].to(wide) for delta, strength in stack], dim=1)
-        # Ranks in powers of two: every size is another compilation of a block.
+        # Ranks are powers of two, since each size means another compilation of a block.
         room = max(LEAST_RANK, 1 << (len(down) - 1).bit_length()) - len(down)
         self.register_buffer("down", F.pad(down, (0, 0, 0, room)).to(like))
         self.register_buffer("up", F.pad(up, (0, room)).to(like))
@@ -39,7 +42,10 @@ class LowRankBranch(nn.Module):
 
 
 class KroneckerBranch(nn.Module):
-    """x ↦ x · (w1 ⊗ w2)ᵀ by way of its factors w1 (a, b) and w2 (c, d): a·c = O, b·d = I."""
+    """x ↦ x · (w1 ⊗ w2)ᵀ through its factors w1 (a, b) and w2 (c, d): a·c = O, b·d = I."""
+
+    w1: Tensor  # (a, b)
+    w2: Tensor  # (c, d)
 
     def __init__(self, delta: Kronecker, strength: float, like: Tensor):
         super().__init__()
@@ -54,7 +60,12 @@ class KroneckerBranch(nn.Module):
 
 
 class HadamardBranch(nn.Module):
-    """x ↦ x · ((w1_a · w1_b) ∘ (w2_a · w2_b))ᵀ, the matrix made at every use: x cannot go through its factors."""
+    """x ↦ x · ((w1_a · w1_b) ∘ (w2_a · w2_b))ᵀ; the matrix is computed at each use: x cannot go through factors."""
+
+    a1: Tensor
+    b1: Tensor
+    a2: Tensor
+    b2: Tensor
 
     def __init__(self, delta: Hadamard, strength: float, like: Tensor):
         super().__init__()
@@ -67,7 +78,7 @@ class HadamardBranch(nn.Module):
         return F.linear(x, (self.a1 @ self.b1) * (self.a2 @ self.b2))
 
 
-BRANCHES = {Kronecker: KroneckerBranch, Hadamard: HadamardBranch}
+BRANCHES: dict[type[Delta], Callable[..., nn.Module]] = {Kronecker: KroneckerBranch, Hadamard: HadamardBranch}
 
 
 class AdaptedLinear(nn.Module):
@@ -80,7 +91,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        bias = self.base.bias
+        return bias if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
@@ -90,7 +102,7 @@ class AdaptedLinear(nn.Module):
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path → (O, I) of every linear layer; a model on meta will do."""
+    """Path → (O, I) of every linear layer; the model may be on meta."""
     layers = {path: module for path, module in model.named_modules() if hasattr(module, "in_features")}
     return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
@@ -109,7 +121,7 @@ def adapt(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Make the layer at `path` carry these deltas and no others; an empty stack gives it back as it was loaded.
+    """Give the layer at `path` these deltas and no others; an empty stack restores it as it was loaded.
 
     `original` reads the layer's weight from the checkpoint; `dtype` is that of the activations. Raises RequestError.
     """
@@ -124,7 +136,7 @@ def adapt(
 
 
 def merged(original: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
-    """W + Σ strength · ΔW, computed in fp32 (at least) and rounded once; without deltas `original` itself if it can."""
+    """W + Σ strength · ΔW, computed in fp32 or wider and rounded once; without deltas `original` itself if possible."""
     if not stack:
         return original.to(dtype).contiguous()
     weight = original.to(torch.promote_types(dtype, torch.float32))

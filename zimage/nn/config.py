@@ -1,22 +1,25 @@
-"""Architecture settings: frozen dataclasses filled from a checkpoint's `config.json`.
+"""Architecture settings: frozen dataclasses that are filled from a checkpoint's `config.json`.
 
-A key the dataclass needs and the file lacks is an error, never a guess; so is a value this code does not implement.
+A needed key that the file lacks is an error, never a guess; so is a value that this code does not implement.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zimage.errors import ConfigError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
-def read_architecture(cls: type[T], config: Mapping[str, Any], implemented: Mapping[str, tuple] | None = None) -> T:
+def read_architecture(cls: type[T], config: Mapping[str, object], implemented: Mapping[str, tuple] | None = None) -> T:
     """Fill the dataclass `cls` from `config`.
 
-    `implemented` maps further keys to the tuple of values this code implements; a key that is absent is taken as
-    the first of them. Raises ConfigError naming the key.
+    `implemented` maps further keys to the values that this code implements; the first one stands for an absent key.
+    Raises ConfigError naming the key.
     """
     name = config.get("_class_name") or cls.__name__.removesuffix("Config")
     for key, allowed in (implemented or {}).items():
@@ -24,7 +27,7 @@ def read_architecture(cls: type[T], config: Mapping[str, Any], implemented: Mapp
         if value not in allowed:
             choices = " or ".join(repr(a) for a in allowed)
             raise ConfigError(f"{name} config: {key} = {value!r} is not implemented; it must be {choices}")
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.name in config:
             values[field.name] = _checked(name, field, config[field.name])
@@ -33,8 +36,8 @@ def read_architecture(cls: type[T], config: Mapping[str, Any], implemented: Mapp
     return cls(**values)
 
 
-def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
-    """Refuse a value of another type than the field's; lists become tuples so that the dataclass stays hashable."""
+def _checked(name: object, field: dataclasses.Field, value: object) -> object:
+    """The value, if it has the type of the field, else ConfigError; lists become tuples, which can be hashed."""
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple": (list, tuple), "str": (str,)}
     wanted = str(getattr(field.type, "__name__", field.type))
     for kind, accepted in kinds.items():

@@ -1,6 +1,6 @@
-"""What an adapter adds to the weight of a Linear layer, kept as the factors that were trained.
+"""What an adapter adds to the weight of a Linear layer, kept as the trained factors.
 
-Shapes: W and ΔW (O, I), R the rank. `like` and `weight` give the dtype and device that a matrix is computed in.
+Shapes: W and ΔW (O, I), R the rank. A matrix is computed in the dtype and on the device of `like` or `weight`.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,15 @@ from torch import Tensor
 
 
 class Delta:
-    """One layer's ΔW. `rows` is the part of it that belongs to one of several layers that were trained as one."""
+    """One layer's ΔW."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)"""
+        raise NotImplementedError
 
     def rows(self, first: int, last: int) -> Self:
+        """Rows first … last − 1: those of one of several layers that were trained as one."""
         raise NotImplementedError
 
     def matrix(self, like: Tensor) -> Tensor:
@@ -24,7 +28,7 @@ class Delta:
         raise NotImplementedError
 
     def change(self, weight: Tensor) -> Tensor:
-        """What is to be added to this weight (O, I) at strength 1."""
+        """What to add to this weight (O, I) at strength 1."""
         return self.matrix(weight)
 
 
@@ -46,14 +50,14 @@ class LowRank(Delta):
 
     def matrix(self, like: Tensor) -> Tensor:
         up, down = self.w
-        return (self.scale * up.to(like)) @ down.to(like)  # the small factor is the one to scale
+        return (self.scale * up.to(like)) @ down.to(like)  # scales the smaller factor
 
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Delta):
-    """LoKr (Yeh et al. 2023): ΔW = scale · w1 ⊗ w2, of which rows `first` to `last` are meant.
+    """LoKr (Yeh et al. 2023): rows `first` to `last` of ΔW = scale · w1 ⊗ w2.
 
-    Each factor is a matrix by itself or the two whose product it is.
+    Each factor is one matrix, or two whose product it is.
     """
 
     w1: tuple[Tensor, ...]
@@ -96,9 +100,9 @@ class Hadamard(Delta):
 
 @dataclass(frozen=True, eq=False)
 class Decomposed(Delta):
-    """DoRA (Liu et al. 2024): W + ΔW = magnitude · (W + inner) / ‖W + inner‖, so that ΔW depends on W.
+    """DoRA (Liu et al. 2024): W + ΔW = magnitude · (W + inner) / ‖W + inner‖, so ΔW depends on W.
 
-    The norm is a row's for a magnitude (O, 1), a column's for (1, I). A strength s moves W by s · ΔW.
+    The norm is per row for a magnitude (O, 1) and per column for (1, I). A strength s moves W by s · ΔW.
     """
 
     inner: Delta
@@ -114,7 +118,7 @@ class Decomposed(Delta):
 
     def rows(self, first: int, last: int) -> Self:
         if not self.per_row:
-            raise ValueError("a norm per column cannot be taken of some of the rows")
+            raise ValueError("a norm per column cannot be taken over some of the rows")
         return replace(self, inner=self.inner.rows(first, last), magnitude=self.magnitude[first:last])
 
     def change(self, weight: Tensor) -> Tensor:
@@ -124,6 +128,6 @@ class Decomposed(Delta):
 
 
 def product(factors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """One matrix, or the product of two."""
+    """The only matrix, or the product of the two."""
     matrices = [factor.to(like) for factor in factors]
     return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]

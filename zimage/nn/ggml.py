@@ -1,8 +1,8 @@
-"""Numbers of llama.cpp's block-quantised matrices, in PyTorch, on any device: the kinds that image models come in.
+"""Decodes llama.cpp's block-quantised matrices in PyTorch, on any device: the kinds that image models use.
 
-A row is a sequence of blocks. A block of Q8_0 and Q4_0 has 32 numbers and a scale d; one of the K kinds has 256 numbers
+A row is a sequence of blocks. A block of Q8_0 or Q4_0 has 32 numbers and a scale d; a block of a K kind has 256 numbers
 in groups of 32 or 16, each group with a small integer scale (and minimum) times the block's d (and dmin).
-Source: ggml's quants (Gerganov et al.); tests compare every kind with PyPI's `gguf`, which unpacks the others.
+Source: ggml's quants (Gerganov et al.); tests compare every kind with PyPI's `gguf`, which unpacks the other kinds.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def q8_0(b: Tensor) -> Tensor:
 
 
 def q4_0(b: Tensor) -> Tensor:
-    """d (f16), 16 bytes: low halves are numbers 0 to 15, high halves 16 to 31, each less 8."""
+    """d (f16), 16 bytes: low halves are numbers 0 to 15, high halves 16 to 31, each minus 8."""
     return _half(b, 0) * (_halves(b[:, 2:]).flatten(1) - 8)
 
 
@@ -28,7 +28,7 @@ def q4_k(b: Tensor) -> Tensor:
 
 
 def q5_k(b: Tensor) -> Tensor:
-    """As Q4_K, with the fifth bits in 32 bytes more: bit g of byte i belongs to number i of group g."""
+    """As Q4_K, with the fifth bits in 32 more bytes: bit g of byte i belongs to number i of group g."""
     bits = torch.arange(8, dtype=torch.uint8, device=b.device)[:, None]
     fifth = (b[:, None, 16:48] >> bits) & 1  # (blocks, 8, 32)
     codes = _halves(b[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
@@ -36,7 +36,7 @@ def q5_k(b: Tensor) -> Tensor:
 
 
 def q6_k(b: Tensor) -> Tensor:
-    """128 bytes of lower four bits, 64 of upper two, 16 int8 scales of groups of 16, d (f16); numbers less 32."""
+    """128 bytes of lower four bits, 64 of upper two, 16 int8 scales of groups of 16, d (f16); numbers minus 32."""
     low = _halves(b[:, :128].unflatten(1, (2, 64))).flatten(2)  # (blocks, 2, 128): both halves of each 64 bytes
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=b.device)[:, None]
     high = (b[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts) & 3  # (blocks, 2, 4, 32)
@@ -51,7 +51,7 @@ DECODERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q4_K": (144, q4_k),
     "Q5_K": (176, q5_k),
     "Q6_K": (210, q6_k),
-}  # bytes of a block and what its numbers are
+}  # bytes of a block, and the function that decodes it
 
 
 def decode(kind: str, codes: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _half(b: Tensor, at: int) -> Tensor:
 
 
 def _halves(packed: Tensor) -> Tensor:
-    """(..., n) bytes → (..., 2, n): their low and their high halves."""
+    """(..., n) bytes → (..., 2, n): their low and high halves."""
     return torch.stack((packed & 15, packed >> 4), dim=-2).to(torch.int8)
 
 

@@ -1,13 +1,13 @@
-"""Matrices that stay quantised in memory and are widened piece by piece when used.
+"""Matrices that stay quantised in memory and are widened piece by piece when they are used.
 
-A packed matrix (out, in) is codes and what turns them into numbers. `PackedLinear` multiplies with a few rows widened
-at a time, so the whole model never exists in bf16; `quantise` (see quant.py) can multiply some kinds as they are.
+A packed matrix (out, in) consists of codes and what turns them into numbers. `PackedLinear` widens a few rows at a
+time to multiply with them, so the whole model never exists in bf16; quant.py multiplies some kinds without widening.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,24 @@ from torch import Tensor, nn
 
 from zimage.nn.layers import PIECE
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NVFP4_BLOCK = 16
 
 
 class Packed(Protocol):
-    """A quantised matrix. `shape` is that of its numbers."""
+    """A quantised matrix."""
 
-    shape: tuple[int, int]
+    @property
+    def codes(self) -> Tensor:
+        """The quantised values as they are stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of its numbers."""
 
     def rows(self, begin: int, end: int) -> Self:
         """Rows begin … end − 1, without a copy."""
@@ -31,7 +40,7 @@ class Packed(Protocol):
     def to(self, device: torch.device) -> Self: ...
 
     def tensors(self) -> list[Tensor]:
-        """What it occupies."""
+        """The tensors that it occupies memory with."""
 
     def decode(self) -> Tensor:
         """The numbers (out, in), fp32."""
@@ -39,9 +48,9 @@ class Packed(Protocol):
 
 @dataclass(frozen=True)
 class Scaled:
-    """codes × scale: int8 or fp8 codes (out, in); scale fp32, () for all or (out, 1) per row.
+    """codes × scale: int8 or fp8 codes (out, in); scale fp32, () for all rows or (out, 1) for each.
 
-    With `rotated` the rows were turned in groups of that many columns by the regular Hadamard matrix (ConvRot):
+    With `rotated`, groups of that many columns were rotated by the regular Hadamard matrix (ConvRot):
     codes × scale = W·Hᵀ, so W = codes × scale · H.
     """
 
@@ -51,7 +60,7 @@ class Scaled:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
+        return self.codes.shape[0], self.codes.shape[1]
 
     def rows(self, begin: int, end: int) -> "Scaled":
         scale = self.scale[begin:end] if self.scale.ndim else self.scale
@@ -98,7 +107,7 @@ class NVFP4:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of bytes that a library unpacks: `unpack` takes uint8 (out, bytes) and gives numbers (out, in), fp32."""
+    """Rows of bytes that a library unpacks: `unpack` takes uint8 (out, bytes) and returns numbers (out, in), fp32."""
 
     codes: Tensor
     columns: int
@@ -121,7 +130,7 @@ class Blocks:
         return self.unpack(self.codes)
 
 
-def is_packed(value: Any) -> bool:
+def is_packed(value: Tensor | Packed) -> "TypeIs[Packed]":
     return isinstance(value, Scaled | NVFP4 | Blocks)
 
 
@@ -140,7 +149,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """An Embedding whose table is packed: only the rows asked for are widened."""
+    """An Embedding whose table is packed; only the rows that are looked up are widened."""
 
     def __init__(self, packed: Packed):
         super().__init__()
@@ -166,14 +175,14 @@ def packed_product(x: Tensor, packed: Packed) -> Tensor:
 
 
 def packed_codes(module: nn.Module) -> list[Tensor]:
-    """The codes of a packed layer, on a CPU a view of the file; nothing for other modules."""
+    """The codes of a packed layer, on a CPU a view of the file; an empty list for other modules."""
     return [module.packed.codes] if isinstance(module, PackedLinear) else []
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
     """x · H in groups of `group` columns (..., C), H the normalised regular Hadamard matrix, symmetric and orthogonal.
 
-    It is the Kronecker power of HADAMARD_4 / 2 (ConvRot, Huang et al. 2025), so it is applied factor by factor.
+    It is the Kronecker power of HADAMARD_4 / 2 (ConvRot, Huang et al. 2025), and is therefore applied factor by factor.
     """
     factor = torch.tensor(HADAMARD_4, dtype=x.dtype, device=x.device) / 2
     shape, levels = x.shape, round(math.log(group, 4))
@@ -184,6 +193,6 @@ def rotate(x: Tensor, group: int) -> Tensor:
 
 
 def unswizzled(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Block scales (rows, columns) out of cuBLAS's tiles of 128 × 4, each stored as 32 × 16."""
+    """Block scales (rows, columns) from cuBLAS's tiles of 128 × 4, each stored as 32 × 16."""
     tiles = scales.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)  # tile row, tile column, r mod 32, r div 32, c
     return tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)[:rows, :columns].contiguous()

@@ -1,4 +1,4 @@
-"""Captions that were encoded lately, in memory and, when asked, in a folder that several processes may share."""
+"""Recently encoded captions, kept in memory and, if asked for, in a folder that several processes may share."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ FORMAT = "zimage-cached-caption"
 
 @dataclass(frozen=True)
 class CacheStats:
-    """`hits` counts those from the folder too; `size` entries of `bytes` in all are held in memory."""
+    """Counts of a cache. `hits` include those from the folder; `size` entries with `bytes` in total are in memory."""
 
     hits: int = 0
     misses: int = 0
@@ -36,9 +36,9 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Of all questions, from 0 to 1; 0 before the first."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
+        """Hits among all look-ups, from 0 to 1; 0 before the first."""
+        total = self.hits + self.misses
+        return self.hits / total if total else 0.0
 
 
 def cache_key(
@@ -48,8 +48,8 @@ def cache_key(
     dtype: torch.dtype | str,
     **more: str | int | float | bool | None,
 ) -> str:
-    """Hex digest of everything that a caption depends on: formatted text, hidden layer or blend {layer: weight},
-    fingerprint of the encoder, dtype, and whatever else the caller names.
+    """A hex digest of all that a caption depends on: the formatted text, the hidden layer or blend {layer: weight}, the
+    encoder's fingerprint, the dtype, and whatever else the caller passes.
     """
     weights = {layers: 1.0} if isinstance(layers, int) else layers
     blend = sorted((layer, float(weight)) for layer, weight in weights.items())
@@ -58,22 +58,22 @@ def cache_key(
 
 
 class EmbeddingCache:
-    """The `entries` captions used last; with 0 it keeps and counts nothing. May be used from several threads.
+    """Keeps the `entries` captions that were used last; with 0 it keeps and counts nothing. Threads may share one.
 
-    With a `folder`, what is put is also written there, one file per key, and found again by later processes; it is
-    not bounded. A file that is damaged or of someone else is a miss, and is replaced when its key is next put.
+    With a `folder`, each caption is also written there, in one file per key, for later processes; the folder is not
+    bounded. A file that is damaged or was not written by a cache is a miss, and the next `put` of its key replaces it.
     """
 
     def __init__(self, entries: int = 100, folder: Path | None = None):
         if entries < 0:
-            raise RequestError(f"a cache of {entries} entries should be of at least 0")
+            raise RequestError(f"the number of cache entries is {entries}; it should be at least 0")
         self.entries, self.folder = entries, folder
         self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the latest last
         self._counts = {"hits": 0, "misses": 0, "evictions": 0, "disk_hits": 0}
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Tensor | None:
-        """A copy on the CPU of what was put under `key`, or None."""
+        """A copy, on the CPU, of the caption that was put under `key`, or None."""
         if not self.entries:
             return None
         file = self._file(key)
@@ -88,7 +88,7 @@ class EmbeddingCache:
         return None if kept is None else kept.clone()
 
     def put(self, key: str, caption: Tensor) -> None:
-        """Keep a copy of a caption (L, C)."""
+        """Keep a copy of a caption (L, C) under `key`."""
         if not self.entries:
             return
         file, kept = self._file(key), caption.detach().to("cpu", copy=True).contiguous()
@@ -98,13 +98,13 @@ class EmbeddingCache:
             _write(file, key, kept)
 
     def clear(self) -> None:
-        """Forget everything, the files in the folder and the counts too."""
+        """Forget all captions, delete their files in the folder and set the counts to 0."""
         with self._lock:
             self._kept.clear()
             self._counts = dict.fromkeys(self._counts, 0)
         for file in self.folder.glob("*.safetensors") if self.folder else ():
             if KEY.fullmatch(file.stem):
-                with contextlib.suppress(OSError):  # another process was faster, or reads it now
+                with contextlib.suppress(OSError):  # another process has deleted it, or is reading it
                     file.unlink()
 
     @property
@@ -115,11 +115,11 @@ class EmbeddingCache:
 
     def _file(self, key: str) -> Path | None:
         if not KEY.fullmatch(key):
-            raise RequestError(f"cache key {key[:80]!r} should be 16 to 64 hex digits, as cache_key gives")
+            raise RequestError(f"cache key {key[:80]!r} should be 16 to 64 hex digits, as cache_key returns")
         return self.folder / f"{key}.safetensors" if self.folder else None
 
     def _keep(self, key: str, caption: Tensor) -> None:
-        """With the lock held."""
+        """Call this with the lock held."""
         self._kept[key] = caption
         self._kept.move_to_end(key)
         while len(self._kept) > self.entries:
@@ -144,7 +144,7 @@ class EmbeddingCache:
             log.warning("a cached caption is not used: %s", error)
             return None
         if metadata != _described(key, caption):
-            log.warning("a cached caption is not used: %s does not hold what was put there", file)
+            log.warning("a cached caption is not used: %s holds something other than what was put there", file)
             return None
         return caption
 

@@ -1,4 +1,4 @@
-"""The text that Qwen3 is given: its chat format, of a prompt and up to three further parts.
+"""The text that Qwen3 reads: a prompt and up to three more parts, in its chat format.
 
     <|im_start|>system          only with a system prompt
     {system_prompt}<|im_end|>
@@ -11,7 +11,7 @@
 
     {assistant_content}<|im_end|>
 
-The assistant's turn stays open where it has no content: the model was trained on captions that end with its header.
+The assistant's turn stays open if it has no content: the model was trained on captions that end with its header.
 """
 
 IM_START = "<|im_start|>"
@@ -28,7 +28,7 @@ def format_chat(
     assistant_content: str | None = None,
     think_block: bool = False,
 ) -> str:
-    """One conversation; with the prompt alone, exactly what the published pipeline writes. Empty parts are no parts."""
+    """One conversation; for a prompt alone, exactly the text of the published pipeline. Empty parts count as absent."""
     system = f"{IM_START}system\n{system_prompt}{IM_END}\n" if system_prompt else ""
     user = f"{IM_START}user\n{prompt}{IM_END}\n"
     if thinking_content and not think_block:

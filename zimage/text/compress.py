@@ -1,6 +1,6 @@
-"""Captions longer than the model was trained for, brought to its limit.
+"""Shortens captions that are longer than the model was trained for.
 
-Shapes: L tokens, L′ the limit, C caption width. Computed in at least fp32, given back in the caption's dtype.
+Shapes: L tokens, L′ the limit, C caption width. Computed in fp32 or wider, returned in the caption's dtype.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from zimage.errors import RequestError
 
-WINDOW = 2  # neighbours on either side that a token is compared with
-FLOOR = 0.1  # the least importance
+WINDOW = 2  # neighbours on each side that a token is compared with
+FLOOR = 0.1  # the lowest importance
 
-# mode → what it does to a caption that is too long
+# mode → what happens to a caption that is too long
 MODES = {
-    "none": "all are kept, past what the model was trained for",
+    "none": "all are kept, more than the model was trained for",
     "truncate": "the first {limit} are kept and the last {rest} dropped",
     "interpolate": "resampled linearly to {limit}",
     "pool": "averaged to {limit}",
@@ -23,7 +23,7 @@ MODES = {
 
 
 def compress(caption: Tensor, limit: int, mode: str) -> Tensor:
-    """A caption (L, C) with at most `limit` rows; one that fits, and with mode "none" any, is returned itself.
+    """A caption (L, C) with at most `limit` rows; one that fits is returned as it is, as is any with mode "none".
 
     Raises RequestError for an unknown mode or a limit below 1.
     """
@@ -38,7 +38,7 @@ def compress(caption: Tensor, limit: int, mode: str) -> Tensor:
 
 
 def describe(tokens: int, limit: int, mode: str) -> str:
-    """One line: how long a prompt is, and what will happen to it."""
+    """One line on the length of a prompt and on what will happen to it."""
     _check(limit, mode)
     if tokens <= limit:
         return f"{tokens} of at most {limit} tokens"
@@ -46,8 +46,8 @@ def describe(tokens: int, limit: int, mode: str) -> str:
 
 
 def importance(rows: Tensor) -> Tensor:
-    """(L,) of rows (L, C): one minus the mean cosine to the neighbours within ±2, moved so that the least is 0.1."""
-    unit = F.normalize(rows, dim=-1)  # a row of zeros stays one, at cosine 0 to all
+    """(L,) of rows (L, C): one minus the mean cosine with the neighbours within ±2, shifted to a minimum of 0.1."""
+    unit = F.normalize(rows, dim=-1)  # a row of zeros stays zero: its cosine with every row is 0
     total, count = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
     for distance in range(1, WINDOW + 1):
         cosine = (unit[distance:] * unit[:-distance]).sum(-1)
@@ -59,7 +59,7 @@ def importance(rows: Tensor) -> Tensor:
 
 
 def _interpolate(rows: Tensor, limit: int) -> Tensor:
-    """Row i of L′ is read at i·(L − 1)/(L′ − 1), between the two nearest; the first and last rows stay."""
+    """Row i of L′ is interpolated at i·(L − 1)/(L′ − 1); the first and the last row stay."""
     return F.interpolate(rows.T[None], limit, mode="linear", align_corners=True)[0].T.contiguous()
 
 
@@ -84,4 +84,4 @@ def _check(limit: int, mode: str) -> None:
     if mode not in MODES:
         raise RequestError(f"long prompt mode {mode!r} does not exist; use one of {', '.join(MODES)}")
     if limit < 1:
-        raise RequestError(f"a limit of {limit} tokens should be at least 1")
+        raise RequestError(f"the limit is {limit} tokens; it should be at least 1")

@@ -1,8 +1,8 @@
-"""Writing with the text encoder's weights: logits → filters → a drawn token, again and again.
+"""Writes text with the text encoder's weights: logits → filters → a sampled token, again and again.
 
-What filters the logits stands in the order of transformers' processors, with their treatment of ties, after the
-presence penalty of OpenAI's interface. All of it is fp32 on the CPU, so that a seed gives the same text on every
-device as far as the logits agree.
+The filters follow transformers' processors in their order and treatment of ties; the presence penalty of OpenAI's
+interface comes before them. All of it runs in fp32 on the CPU, so a seed gives the same text on every device as far
+as the logits agree.
 
 Shapes: L prompt tokens, V vocabulary.
 """
@@ -29,7 +29,7 @@ TAG = re.compile(f"({THINK}|{END_THINK})")
 
 
 def penalised(logits: Tensor, generated: Collection[int], penalty: float) -> Tensor:
-    """logitᵢ − penalty · [i ∈ generated]: once for each token, however often it came (OpenAI's presence penalty)."""
+    """logitᵢ − penalty · [i ∈ generated]: once per token, however often it occurred (OpenAI's presence penalty)."""
     if not penalty or not generated:
         return logits
     seen = torch.tensor(sorted(set(generated)))
@@ -37,7 +37,7 @@ def penalised(logits: Tensor, generated: Collection[int], penalty: float) -> Ten
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """−∞ below the k-th largest logit; all that equal it stay (Fan et al. 2018)."""
+    """−∞ below the k-th largest logit; all logits equal to it stay (Fan et al. 2018)."""
     least = logits.topk(min(k, len(logits))).values[-1]
     return logits.masked_fill(logits < least, -torch.inf)
 
@@ -45,8 +45,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """−∞ for the least likely tokens whose probabilities add up to 1 − p or less (Holtzman et al. 2020).
 
-    The likeliest token always stays. Which of equals at the limit go depends on how all V are sorted, so all are,
-    though most may be −∞.
+    The most likely token always stays. All V logits are sorted, though most may be −∞, because their order decides
+    which of several equal ones at the limit are dropped.
     """
     ascending, order = logits.sort()
     tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
@@ -55,13 +55,13 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """−∞ for tokens less likely than p times the likeliest one (Nguyen et al. 2024)."""
-    likelihoods = logits.softmax(-1)
-    return logits.masked_fill(likelihoods < p * likelihoods.amax(), -torch.inf)
+    """−∞ for tokens less likely than p times the most likely one (Nguyen et al. 2024)."""
+    probability = logits.softmax(-1)
+    return logits.masked_fill(probability < p * probability.amax(), -torch.inf)
 
 
 def probabilities(logits: Tensor, generated: Collection[int], sampling: Sampling) -> Tensor:
-    """Of the next token (V,), fp32, from raw logits (V,) and the tokens generated so far; temperature above 0."""
+    """Probabilities (V,) of the next token, fp32, from raw logits (V,) and the tokens so far; temperature above 0."""
     logits = penalised(logits, generated, sampling.presence_penalty) / sampling.temperature
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
@@ -73,7 +73,7 @@ def probabilities(logits: Tensor, generated: Collection[int], sampling: Sampling
 
 
 def choose(logits: Tensor, generated: Collection[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token: at temperature 0 the likeliest, else drawn. Raises NonFiniteError."""
+    """The next token: the most likely one at temperature 0, else a sampled one. Raises NonFiniteError."""
     if not logits.isfinite().all():
         raise NonFiniteError("the text encoder produced NaN or infinity; fetch its weights again or try dtype fp32")
     if sampling.temperature == 0:
@@ -92,14 +92,14 @@ def generate(
     stop_ids: Collection[int],
     generator: torch.Generator,
 ) -> Iterator[int]:
-    """Tokens that follow `ids`, each as soon as it is drawn with the CPU `generator`; closing the iterator cancels.
+    """Tokens that follow `ids`, each as soon as the CPU `generator` has sampled it; closing the iterator cancels.
 
-    It ends before a token of `stop_ids`, or after `max_tokens`. Raises RequestError at once.
+    It ends before a token of `stop_ids` or after `max_tokens`. Raises RequestError at once.
     """
     if not ids:
-        raise RequestError("the text to go on from has no tokens")
+        raise RequestError("the text to continue has no tokens")
     if max_tokens < 1:
-        raise RequestError(f"max_tokens {max_tokens} is too small; the least is 1")
+        raise RequestError(f"max_tokens {max_tokens} is too small; the minimum is 1")
     return _tokens(model, list(ids), sampling, max_tokens, frozenset(stop_ids), generator)
 
 
@@ -111,9 +111,9 @@ def _tokens(
     stop_ids: frozenset[int],
     generator: torch.Generator,
 ) -> Iterator[int]:
-    like = model.model.norm.weight  # in the dtype of the computation, whatever the matrices are stored as
-    cache = KVCache(model.config, len(ids) + max_tokens - 1, like)  # the last token's keys are never asked for
-    following, generated = ids, []
+    like = model.model.norm.weight  # has the dtype of the computation, however the matrices are stored
+    cache = KVCache(model.config, len(ids) + max_tokens - 1, like)  # the last token's keys are never used
+    following, generated = ids, list[int]()
     while len(generated) < max_tokens:
         logits = model.next_logits(torch.tensor([following], device=like.device), cache)
         token = choose(logits[0].cpu(), generated, sampling, generator)
@@ -130,12 +130,12 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Pieces of text that together are the text of all tokens; a character cut between tokens is held back."""
+    """Pieces of text that together are the text of all tokens; a character that is still incomplete is held back."""
     held = []
     for token in tokens:
         held.append(token)
         text = tokenizer.decode(held)
-        if text and not text.endswith("\ufffd"):  # what bytes decode to that are no whole character yet
+        if text and not text.endswith("\ufffd"):  # an incomplete character decodes to this
             yield text
             held = []
     if held:
@@ -145,7 +145,7 @@ def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 def write(
     model: Qwen3, tokenizer: Tokenizer, text: str, sampling: Sampling, max_tokens: int = 512, seed: int = 0
 ) -> Iterator[str]:
-    """What the model writes after `text` (a formatted chat), piece by piece, thoughts included, up to the turn's end.
+    """What the model writes after `text` (a formatted chat) to the end of its turn, piece by piece, thoughts included.
 
     The same seed gives the same text; closing the iterator cancels. Raises RequestError or NonFiniteError.
     """
@@ -155,19 +155,19 @@ def write(
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
-    """(thinking, answer) of what a model wrote; `opened` where the prompt ended inside a think block.
+    """(thinking, answer) of what a model wrote; `opened` says that the prompt ended inside a think block.
 
-    A block that is never closed is all thinking: what may be thought never counts as answer. Hence blocks inside blocks
-    end with the outermost, and a closing tag without an opening one makes all before it thinking.
+    What may be thinking never counts as answer: a block that is never closed is all thinking, nested blocks end with
+    the outermost, and everything before a closing tag without an opening one is thinking.
     """
-    depth, thoughts, answers = int(opened), [], []
-    for i, part in enumerate(TAG.split(text)):
-        if part == THINK:
-            depth += not (opened and i == 1 and not "".join(thoughts).strip())  # the model repeats the prompt's tag
-        elif part == END_THINK and depth:
+    depth, thoughts, answers = int(opened), list[str](), list[str]()
+    for i, piece in enumerate(TAG.split(text)):
+        if piece == THINK:
+            depth += not (opened and i == 1 and not "".join(thoughts).strip())  # the model may repeat the prompt's tag
+        elif piece == END_THINK and depth:
             depth -= 1
-        elif part == END_THINK:
+        elif piece == END_THINK:
             thoughts, answers = thoughts + answers, []
         else:
-            (thoughts if depth else answers).append(part)
+            (thoughts if depth else answers).append(piece)
     return "\n".join(filter(None, map(str.strip, thoughts))), "".join(answers).strip()

@@ -1,6 +1,6 @@
 """Qwen3, the text encoder: a causal transformer with grouped queries, normalised q and k, and SwiGLU.
 
-It encodes prompts with its hidden states, and writes with the whole stack and a head tied to the embeddings.
+Its hidden states encode prompts; the whole stack, with a head tied to the embeddings, writes text.
 
 Shapes: B batch, L tokens, H query heads, G key/value heads, D head size. Module names are the checkpoint's.
 Source: Qwen3 Technical Report (2025) and the published configuration.
@@ -45,7 +45,7 @@ class Qwen3Config:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Qwen3Config":
-        """From `text_encoder/config.json`, with θ at the top (transformers 4) or in `rope_parameters` (5)."""
+        """From `text_encoder/config.json`, with θ at the top level (transformers 4) or in `rope_parameters` (5)."""
         rope = config.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default":
             raise ConfigError(
@@ -53,14 +53,16 @@ class Qwen3Config:
             )
         other = set(config.get("layer_types") or ()) - {"full_attention"}
         if other:
-            raise ConfigError(f"Qwen3 config: layer_types holds {sorted(other)}; only 'full_attention' is implemented")
+            raise ConfigError(
+                f"Qwen3 config: layer_types contains {sorted(other)}; only 'full_attention' is implemented"
+            )
         if "rope_theta" in rope:
             config = {**config, "rope_theta": rope["rope_theta"]}
         return read_architecture(cls, config, cls.IMPLEMENTED)
 
 
 class Qwen3(nn.Module):
-    """Token ids → hidden states: 0 is the token embeddings, n the last layer after the final norm."""
+    """Token ids → hidden states: 0 is the token embeddings, n the output of the last layer after the final norm."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -70,7 +72,7 @@ class Qwen3(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Qwen3":
-        """Build from the contents of `text_encoder/config.json`; raises ConfigError."""
+        """Build from the contents of `text_encoder/config.json`. Raises ConfigError."""
         return cls(Qwen3Config.read(config))
 
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
@@ -79,11 +81,11 @@ class Qwen3(nn.Module):
             yield layer, list(layer.parameters())
 
     def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | None" = None) -> Tensor:
-        """Hidden state `layer` (B, L, hidden) of ids (B, L); layers above it are not run.
+        """Hidden state `layer` (B, L, hidden) of ids (B, L); the layers above it do not run.
 
-        `layer` counts from the end, as in the reference's list of n + 1 states: −1 is after the last layer and the
-        final norm, −2 the output of the last layer but one, without a norm. Right padding never changes real tokens.
-        With a `cache` the ids follow the tokens it holds, and join them.
+        `layer` counts from the end, as in the reference's list of n + 1 states: −1 is the last layer's output after the
+        final norm, −2 the second-last layer's output, without a norm. Right padding never changes real tokens.
+        With a `cache`, the ids follow the tokens that it holds, and are added to them.
         """
         states = self.config.num_hidden_layers + 1
         if not -states <= layer < states:
@@ -97,22 +99,22 @@ class Qwen3(nn.Module):
     def blend(self, ids: Tensor, layers: Mapping[int, float]) -> Tensor:
         """Weighted mean (B, L, hidden) of several hidden states; the weights are divided by their sum.
 
-        Layers above the highest one needed are not run, and a single layer is given as it is.
+        Layers above the highest one needed do not run, and a single layer is returned as it is.
         """
         if len(layers) == 1:
             return self(ids, next(iter(layers)))
         states = self.config.num_hidden_layers + 1
         weights = {layer % states: weight / sum(layers.values()) for layer, weight in layers.items()}
-        total = 0.0
+        total = torch.zeros(())
         for i, state in enumerate(self.hidden_states(ids)):
             if i in weights:
                 total = total + weights[i] * (state if state.dtype == torch.float64 else state.float())
-            if i == max(weights):
-                return total.to(state.dtype)
+                if i == max(weights):
+                    return total.to(state.dtype)
         raise RequestError(f"hidden layers {sorted(layers)} do not all exist; use −{states} to −1")
 
     def hidden_states(self, ids: Tensor, cache: "KVCache | None" = None) -> Iterator[Tensor]:
-        """Yield the n + 1 hidden states (B, L, hidden), each computed when asked for."""
+        """Yield the n + 1 hidden states (B, L, hidden), each computed on demand."""
         model = self.model
         x = model.embed_tokens(ids).to(model.norm.weight.dtype)
         yield x
@@ -128,7 +130,7 @@ class Qwen3(nn.Module):
 
 
 class Qwen3Decoder(nn.Module):
-    """The stack whose parameters carry the prefix `model.` in published files."""
+    """The stack of layers, whose parameters have the prefix `model.` in published files."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -175,9 +177,9 @@ class Qwen3Attention(nn.Module):
         return self.o_proj(together.flatten(2))
 
     def _attend_from_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token's attention to all before it, q and the result (B, 1, H, D); k and v (B, L, G, D).
+        """Attention of one token to all before it; q and the result (B, 1, H, D), k and v (B, L, G, D).
 
-        The H/G query heads that share keys are taken as rows of one head: a tenth of the time of grouped ones on a CPU.
+        The H/G query heads that share keys become rows of one head: on a CPU a tenth of the time of grouped heads.
         """
         rows = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)  # (B, H/G, G, D)
         return self.attend(rows, k, v).transpose(1, 2).flatten(1, 2).unsqueeze(1)
@@ -195,17 +197,17 @@ class Qwen3MLP(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers for the tokens of one text so far, so that each token runs once."""
+    """Keys and values of all layers for the tokens of a text so far, so that each token runs only once."""
 
     def __init__(self, config: Qwen3Config, capacity: int, like: Tensor, batch: int = 1):
-        """Room for `capacity` tokens, of the dtype and on the device of `like`."""
+        """Allocate for `capacity` tokens, in the dtype and on the device of `like`."""
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         pairs = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_hidden_layers)]
         self.layers = [LayerCache(keys, values) for keys, values in pairs]
 
     @property
     def length(self) -> int:
-        """Tokens it holds."""
+        """Number of tokens that it holds."""
         return self.layers[0].length
 
     @property
@@ -214,23 +216,23 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's keys and values (B, G, capacity, D), those of the first `length` tokens written.
+    """Keys and values of one layer (B, G, capacity, D), of which the first `length` tokens are written.
 
-    Each head's lie together: attention reads them in half the time.
+    Those of one head lie together, so attention reads them in half the time.
     """
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values, self.length = keys, values, 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, L, G, D) behind the others; returns all (B, length, G, D), as views.
+        """Append k and v (B, L, G, D); returns all keys and values (B, length, G, D), as views.
 
-        Several tokens at once may only be the first: attention's causal mask has no offset.
+        Several tokens at once must be the first ones, because attention's causal mask has no offset.
         """
         begin, end = self.length, self.length + k.shape[1]
         capacity = self.keys.shape[2]
         if (begin and k.shape[1] > 1) or end > capacity:
-            raise ValueError(f"{k.shape[1]} tokens do not fit behind {begin} in a cache for {capacity}")
+            raise ValueError(f"{k.shape[1]} tokens cannot follow {begin} in a cache for {capacity}")
         self.length = end
         return self._joined(self.keys, begin, k), self._joined(self.values, begin, v)
 
@@ -240,7 +242,7 @@ class LayerCache:
 
 
 def half_rotation(length: int, config: Qwen3Config, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, D/2) from position `first`, fp32 as in the reference: pair k turns by position · θ^(−2k/D)."""
+    """cos and sin (L, 1, D/2) from position `first`, fp32 like the reference: pair k turns by position · θ^(−2k/D)."""
     D = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     position = torch.arange(first, first + length, dtype=torch.float32, device=device)
@@ -254,7 +256,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _add_prefix(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """Accept files whose keys lack `model.` (saved from the bare decoder)."""
+def _add_prefix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Accept files that were saved from the decoder alone, whose keys lack `model.`."""
     for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(prefix + PREFIX)]:
         state_dict[prefix + PREFIX + key.removeprefix(prefix)] = state_dict.pop(key)

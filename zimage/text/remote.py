@@ -1,29 +1,34 @@
-"""Text from a server that speaks OpenAI's chat completions, as vLLM, llama.cpp and hosted models do.
+"""Calls to servers, each with one deadline, and text from servers that speak OpenAI's chat completions.
 
-Whatever goes wrong is one line that names the server and never holds the key. Redirects are not followed: they would
-carry the key to whoever they name.
+Whatever goes wrong is one line that names the server, never holds the key and never steers a terminal. Redirects are
+not followed: they would carry the key and the prompt to another host.
 """
 
-import http.client
+import contextlib
 import json
 import logging
+import socket
 import ssl
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from zimage.errors import RemoteError, RequestError
 from zimage.settings.declared import Sampling
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger("zimage")
 
 PAUSES = (0.5, 1.5)  # seconds before the second and the third try
 BUSY = 429
 MAX_ANSWER = 4_000_000  # bytes
-CHUNK = 1 << 16
+QUOTED = 1 << 16  # bytes of a body that an error may quote
 SHOWN = 400  # characters of an error, which may quote the server
 EXTENSIONS = ("top_k", "min_p")  # vLLM's and llama.cpp's, which stricter servers refuse
 
@@ -38,22 +43,33 @@ def complete(
     timeout: float = 120.0,
     api_key: str | None = None,
 ) -> str:
-    """The answer of `model` to messages ({"role": …, "content": …}), thoughts and all; see `generate.split_thinking`.
+    """The answer of `model` to messages ({"role": …, "content": …}), thoughts included; see `generate.split_thinking`.
 
-    `url` is the server's, with or without /v1/chat/completions. `timeout`: seconds to wait in each of at most three
-    tries, which broken connections, 429 and 5xx get. Raises RequestError for arguments that cannot be used, and
-    RemoteError.
+    `url` is the server's, with or without /v1/chat/completions. `timeout`: seconds for everything, at most three tries
+    included. Raises RequestError for arguments that cannot be used, and RemoteError.
     """
-    call = _Call(endpoint(url), _checked_key(api_key), _checked_timeout(timeout))
+    call = Call(endpoint(url), api_key, timeout)
     asked = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "stream": False}
     asked |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", *EXTENSIONS)}
     if seed is not None:
         asked["seed"] = seed
-    return call.content_of(call.ask(asked))
+    answer = call.ask("POST", asked)
+    if answer.status in (400, 422) and any(name in _said(answer.body) for name in EXTENSIONS):
+        log.warning("%s does not know %s; asking without", call.address, " and ".join(EXTENSIONS))
+        answer = call.ask("POST", {name: value for name, value in asked.items() if name not in EXTENSIONS})
+    return _content(call, answer)
 
 
 def endpoint(url: str) -> str:
-    """Where completions are asked for on the server `url`. Raises RequestError."""
+    """The address of chat completions on the server `url`. Raises RequestError."""
+    base = checked_url(url)
+    if base.endswith("/chat/completions"):
+        return base
+    return base + ("/chat/completions" if base.endswith("/v1") else "/v1/chat/completions")
+
+
+def checked_url(url: str) -> str:
+    """The url of a server, without a slash at its end. Raises RequestError."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -62,145 +78,212 @@ def endpoint(url: str) -> str:
     if not usable or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
         raise RequestError("the server's url cannot be used; it should look like http://localhost:8000")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise RequestError("the server's url should hold no password, query or fragment; a key is given as api_key")
-    base = url.rstrip("/")
-    if base.endswith("/chat/completions"):
-        return base
-    return base + ("/chat/completions" if base.endswith("/v1") else "/v1/chat/completions")
+        raise RequestError("the server's url should not hold a password, query or fragment; pass a key as api_key")
+    return url.rstrip("/")
 
 
-def _checked_key(key: str | None) -> str | None:
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        raise RequestError("api_key is empty or holds characters that no key has (spaces around it, line ends)")
-    return key
+def _content(call: "Call", answer: "Answer") -> str:
+    """choices[0].message.content of a chat completion. Raises RemoteError."""
+    if answer.status != 200:
+        raise call.refused(answer)
+    try:
+        found = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        raise call.error("answered with something other than JSON; is this the url of a chat server?") from None
+    try:
+        choice = found["choices"][0]
+        content = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise call.error(f"answered without choices[0].message.content{_quoted(answer.body)}") from None
+    if not isinstance(content, str) or content != content.encode(errors="ignore").decode():
+        why = "; max_tokens may be too small" if choice.get("finish_reason") == "length" else ""
+        raise call.error(f"answered with a content that is not text{why}")
+    return content
 
 
-def _checked_timeout(seconds: float) -> float:
-    if not 0 < seconds <= 86_400:  # nor NaN
-        raise RequestError(f"timeout {seconds} should be above 0 and at most 86400 seconds")
-    return seconds
+# Calls of any kind ---------------------------------------------------------------------------------------------------
 
 
-class _Refused(Exception):
-    """A status other than 200, with what the server said."""
+@dataclass(frozen=True)
+class Answer:
+    """What a server sent, its body as the bytes that came; names of headers are in lower case."""
 
-    def __init__(self, status: int, said: str):
-        self.status, self.said = status, said
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether a later try may succeed."""
+        return self.status == BUSY or self.status >= 500
 
 
-class _Call:
-    """One question to one server."""
+class Call:
+    """A call to the server at `address`, with a deadline `timeout` seconds from now over all its tries and questions.
 
-    def __init__(self, address: str, key: str | None, timeout: float):
-        self.address, self.key, self.timeout = address, key, timeout
-        self.opener = urllib.request.build_opener(_NoRedirect)
+    `key` is sent to this address only and never shown; an answer may have `limit` bytes. Raises RequestError,
+    and RemoteError without httpx.
+    """
 
-    def ask(self, asked: Mapping[str, Any]) -> bytes:
-        """The body of the server's answer."""
-        try:
-            return self._patiently(asked)
-        except _Refused as refused:
-            named = [name for name in EXTENSIONS if name in refused.said]
-            if refused.status not in (400, 422) or not named:
-                raise self._error(_meaning(refused)) from None
-            log.warning("%s does not know %s; asking without", self.address, " and ".join(EXTENSIONS))
-        try:
-            return self._patiently({name: value for name, value in asked.items() if name not in EXTENSIONS})
-        except _Refused as refused:
-            raise self._error(_meaning(refused)) from None
+    def __init__(self, address: str, key: str | None = None, timeout: float = 120.0, limit: int = MAX_ANSWER):
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+            raise RequestError("api_key is empty or holds characters that no key has (spaces around it, line ends)")
+        if not 0 < timeout <= 86_400:  # nor NaN
+            raise RequestError(f"timeout {timeout} should be above 0 and at most 86400 seconds")
+        _need_httpx()
+        self.address, self.key, self.timeout, self.limit = address, key, timeout, limit
+        self._deadline = time.monotonic() + timeout
 
-    def _patiently(self, asked: Mapping[str, Any]) -> bytes:
-        """Three tries where a later one may succeed. Raises RemoteError or _Refused."""
-        for pause in (*PAUSES, None):
+    def ask(self, method: str, content: object = None, headers: Mapping[str, str] | None = None) -> Answer:
+        """The server's answer, whatever its status but a redirect. `content`: bytes, None, or what is sent as JSON.
+
+        Broken connections, 429 and 5xx get at most three tries. Raises RemoteError.
+        """
+        sent = {"Accept-Encoding": "identity", "User-Agent": "zimage"}
+        if self.key is not None:
+            sent["Authorization"] = f"Bearer {self.key}"
+        if not isinstance(content, bytes | None):
+            content, sent["Content-Type"] = json.dumps(content).encode(), "application/json"
+        for pause in (*PAUSES, float("inf")):
             try:
-                return self._once(asked)
-            except _Refused as refused:
-                if pause is None or (refused.status != BUSY and refused.status < 500):
-                    raise
-            except TimeoutError:
-                raise self._error(f"did not answer within {self.timeout:g} seconds") from None
-            except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a host that is no name
-                if pause is None or isinstance(error, ssl.SSLError):
-                    raise self._error(f"cannot be reached: {_one_line(error)}") from None
+                answer = self._once(method, content, {**sent, **(headers or {})})
+                if not answer.may_pass or not self._has_left(pause):
+                    return answer
+            except ConnectionError as error:
+                if not self._has_left(pause):
+                    raise self.error(f"cannot be reached: {error}") from None
             time.sleep(pause)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _once(self, asked: Mapping[str, Any]) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "zimage"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.address, json.dumps(asked).encode(), headers, method="POST")
-        deadline = time.monotonic() + self.timeout
-        try:
-            with self.opener.open(request, timeout=self.timeout) as response:
-                return self._body(response, deadline)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _Refused(error.code, self._explanation(error, deadline)) from None
-        except urllib.error.URLError as error:
-            raise (error.reason if isinstance(error.reason, OSError) else OSError(str(error.reason))) from None
-
-    def _body(self, response: Any, deadline: float) -> bytes:
-        """All of it, within the time and the size there are; a body that comes drop by drop ends too."""
-        chunks, size = [], 0
-        while chunk := response.read1(CHUNK):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > MAX_ANSWER:
-                raise self._error(f"sent an answer of more than {MAX_ANSWER // 1_000_000} MB")
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        if getattr(response, "length", None):
-            raise http.client.IncompleteRead(b"", response.length)
-        return b"".join(chunks)
-
-    def _explanation(self, error: urllib.error.HTTPError, deadline: float) -> str:
-        """Where a redirect leads, or what the body says, if it can be read."""
-        if 300 <= error.code < 400:
-            return error.headers.get("Location", "").split("?")[0]
-        try:
-            return _said(self._body(error, deadline))
-        except (OSError, http.client.HTTPException, RemoteError):
-            return ""
-
-    def content_of(self, body: bytes) -> str:
-        """choices[0].message.content of a chat completion. Raises RemoteError."""
-        try:
-            answer = json.loads(body)
-        except (ValueError, RecursionError):
-            raise self._error("answered with something else than JSON; is this a chat server's url?") from None
-        try:
-            choice = answer["choices"][0]
-            content = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            said = _said(body)
-            raise self._error("answered without choices[0].message.content" + (f": {said}" if said else "")) from None
-        if not isinstance(content, str) or content != content.encode(errors="ignore").decode():
-            why = "; max_tokens may be too few" if choice.get("finish_reason") == "length" else ""
-            raise self._error(f"answered with a content that is no text{why}")
-        return content
-
-    def _error(self, what: str) -> RemoteError:
-        line = f"{self.address} {what}"
-        line = line if self.key is None else line.replace(self.key, "[key]")
+    def error(self, what: str) -> RemoteError:
+        """The server's address and `what`, on one line, fit to be shown."""
+        line = _one_line(f"{self.address} {what}")
+        line = line if self.key is None else line.replace(_one_line(self.key), "[key]")
         return RemoteError(line if len(line) <= SHOWN else line[:SHOWN] + "…")
 
+    def refused(self, answer: Answer) -> RemoteError:
+        """What a status means, and what the server says about it, except about a key, which it may quote."""
+        status, said = answer.status, _quoted(answer.body)
+        if status in (401, 403):
+            return self.error(f"refused the key ({status}); check api_key")
+        if status == 404:
+            return self.error(f"does not know this page or model (404){said}")
+        return self.error(f"answered with status {status}{said}")
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """None: the redirect becomes an error."""
+    def _has_left(self, seconds: float) -> bool:
+        return seconds < self._deadline - time.monotonic()
+
+    def _once(self, method: str, content: bytes | None, headers: Mapping[str, str]) -> Answer:
+        """Raises ConnectionError where a later try may succeed, else RemoteError."""
+        import httpx
+
+        try:
+            request = httpx.Request(method, self.address, content=content, headers=headers)
+            return _Exchange(request, self.limit).within(self._deadline - time.monotonic())
+        except (TimeoutError, httpx.TimeoutException):
+            raise self.error(f"did not answer within {self.timeout:g} seconds") from None
+        except _Unusable as answer:
+            raise self.error(str(answer)) from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
+            # The last two for a host that cannot be one, and for a proxy that the environment names.
+            if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError) and not _is_of_tls(error):
+                raise ConnectionError(str(error)) from None
+            raise self.error(f"cannot be reached: {error}") from None
 
 
-def _meaning(refused: _Refused) -> str:
-    """What a status means, with what the server says of it: but of a key that it may quote."""
-    status, said = refused.status, f": {refused.said}" if refused.said else ""
-    if status in (401, 403):
-        return f"refused the key ({status}); check api_key"
-    if 300 <= status < 400:
-        return f"has moved ({status}); give the url it has moved to{said}"
-    if status == 404:
-        return f"knows no such page or model (404){said}"
-    return f"answered with status {status}{said}"
+class _Unusable(Exception):
+    """What makes an answer unusable: what follows the server's name in an error."""
+
+
+class _Exchange:
+    """One request and its answer, in a thread of its own, whose connections are shut down when the time is over.
+
+    httpx bounds each read, not all of them: a server that sends a byte now and then would hold it for ever.
+    """
+
+    def __init__(self, request: "httpx.Request", limit: int):
+        self._request, self._limit = request, limit
+        self._sockets: list[socket.socket] = []
+        self._over = False
+
+    def within(self, seconds: float) -> Answer:
+        """Raises TimeoutError, _Unusable, and what httpx raises."""
+        answer: Future[Answer] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(self._answer(seconds))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=work, name="zimage-remote", daemon=True).start()
+        try:
+            return answer.result(seconds)
+        finally:  # also when interrupted
+            self._hang_up()
+
+    def _answer(self, seconds: float) -> Answer:
+        import httpx
+
+        self._request.extensions = {"timeout": httpx.Timeout(seconds).as_dict(), "trace": self._trace}
+        hooks = {"response": [_stop_at_redirect]}
+        with httpx.Client(verify=ssl.create_default_context(), event_hooks=hooks) as client:
+            response = client.send(self._request, stream=True)
+            try:
+                body = self._body(response)
+            except (_Unusable, httpx.HTTPError):
+                if response.is_success:
+                    raise
+                body = b""  # the status says enough
+            return Answer(response.status_code, dict(response.headers), body)
+
+    def _body(self, response: "httpx.Response") -> bytes:
+        body = bytearray()
+        for piece in response.iter_raw():
+            body += piece
+            if len(body) > self._limit:
+                raise _Unusable(f"sent an answer of more than {self._limit / 1e6:g} MB")
+        return bytes(body)
+
+    def _trace(self, event: str, info: Mapping[str, object]) -> None:
+        """httpx calls this at each step: what a step returns may be a new connection."""
+        if get := getattr(info.get("return_value"), "get_extra_info", None):
+            self._sockets.append(get("socket"))
+        if self._over:
+            raise TimeoutError
+
+    def _hang_up(self) -> None:
+        self._over = True
+        for line in self._sockets:
+            with contextlib.suppress(OSError):  # closed already
+                line.shutdown(socket.SHUT_RDWR)
+
+
+def _stop_at_redirect(response: "httpx.Response") -> None:
+    """Before httpx reads the location, which may be any text."""
+    if 300 <= (status := response.status_code) < 400:
+        location = response.headers.get("location", "").split("?")[0]
+        raise _Unusable(f"has moved ({status}); pass the url that it has moved to: {location}")
+
+
+def _need_httpx() -> None:
+    try:
+        import httpx  # noqa: F401
+    except ImportError:
+        raise RemoteError(
+            "asking a server needs httpx, the extra `remote`; run: "
+            'pip install "zimage-torch[remote]" (in a clone: pip install -e ".[remote]")'
+        ) from None
+
+
+def _is_of_tls(error: BaseException | None) -> bool:
+    """Whether what stands behind an error is a certificate or a handshake."""
+    return error is not None and (isinstance(error, ssl.SSLError) or _is_of_tls(error.__cause__ or error.__context__))
+
+
+def _quoted(body: bytes) -> str:
+    said = _said(body)
+    return f": {said}" if said else ""
 
 
 def _said(body: bytes) -> str:
@@ -210,10 +293,10 @@ def _said(body: bytes) -> str:
         for name in ("error", "detail", "message"):
             found = found.get(name, found) if isinstance(found, dict) else found
     except (ValueError, RecursionError):
-        found = body[:CHUNK].decode(errors="replace")
+        found = body[:QUOTED].decode(errors="replace")
         found = "" if found.lstrip().startswith("<") else found  # a page for browsers
     return _one_line(found if isinstance(found, str) else json.dumps(found))
 
 
-def _one_line(message: Any) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+def _one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

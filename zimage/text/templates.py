@@ -1,4 +1,4 @@
-"""Prompt templates: one Markdown file each, whose front matter names chat parts and whose body is the system prompt.
+"""Prompt templates: Markdown files whose front matter sets chat parts and whose body is the system prompt.
 
     ---
     name: photo-overcast
@@ -7,9 +7,9 @@
     ---
     The picture is a photograph taken under ...
 
-Keys: name, description and category are needed; model, add_think_block, thinking_content and assistant_content may be
-left out. The file's name is the template's name plus `.md`. Reading is strict: what is not understood is an error that
-names file and line, never skipped. A user's folder goes before the shipped one, name by name.
+The keys name, description and category are required; model, add_think_block, thinking_content and assistant_content
+are optional. The file's name is the template's name plus `.md`. Reading is strict: nothing is skipped, and whatever is
+not understood is an error that names file and line. A template in the user's folder replaces a shipped one of its name.
 """
 
 import difflib
@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage.errors import RequestError, TemplateError
 from zimage.settings.declared import LoadSettings
@@ -27,8 +27,11 @@ from zimage.settings.environment import config_folder, from_environment
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat
 
-REWRITER = "rewriter"  # the category of system prompts for the rewriting model, not for pictures
-TOKEN_COUNTS = "tokens.json"  # beside the shipped templates
+if TYPE_CHECKING:
+    import yaml
+
+REWRITER = "rewriter"  # the category of system prompts that rewrite prompts and do not draw
+TOKEN_COUNTS = "tokens.json"  # lies beside the shipped templates
 MAX_BYTES = 65_536
 REQUIRED = ("name", "description", "category")
 OPTIONAL = ("model", "add_think_block", "thinking_content", "assistant_content")
@@ -36,16 +39,16 @@ OPTIONAL = ("model", "add_think_block", "thinking_content", "assistant_content")
 _NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 _FENCE = "---"
 _FIRST = 2  # the line of the file on which the front matter begins
-# Unprintable, or a line break to YAML but to no editor, which would shift the line numbers.
+# Unprintable, or a line break for YAML but not for editors, which would shift the line numbers.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
-# Qwen3's tokenizer turns these into control tokens wherever they stand: a part could close its own turn.
+# Qwen3's tokenizer turns these into control tokens anywhere in a text, so a part could close its own turn.
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
 _KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "null": "empty", "timestamp": "a date"}
 
 
 @dataclass(frozen=True)
 class Template:
-    """Chat parts for a prompt; None: the template leaves that part to the user or the default."""
+    """Chat parts for a prompt; None leaves a part to the user or the default."""
 
     name: str
     description: str
@@ -59,7 +62,7 @@ class Template:
 
 
 def read_template(path: Path) -> Template:
-    """The template in one file. Raises TemplateError naming file and line, or saying why it cannot be opened."""
+    """The template in a file. Raises TemplateError naming file and line, or why the file cannot be opened."""
     try:
         return _parse(path, _read(path))
     except _Flaw as flaw:
@@ -69,7 +72,7 @@ def read_template(path: Path) -> Template:
 
 
 def count_added_tokens(template: Template, encode: Callable[[str], Sequence[int]]) -> int:
-    """How many tokens a prompt grows by with this template; `encode` turns text into token ids."""
+    """The number of tokens that this template adds to a prompt; `encode` turns text into token ids."""
     parts = (template.system_prompt, template.thinking_content, template.assistant_content)
     block = bool(template.thinking_content or template.add_think_block)
     return len(encode(format_chat("", *parts, think_block=block))) - len(encode(format_chat("")))
@@ -84,7 +87,7 @@ def user_folder() -> Path | None:
 
 
 class Templates:
-    """The shipped templates under the user's own. A file is read when something in it is asked for, and then once."""
+    """The shipped templates and the user's own, which go first. A file is read once, when it is first needed."""
 
     def __init__(self, shipped: Mapping[str, Path], own: Mapping[str, Path]):
         self._shipped, self._own = shipped, own
@@ -93,11 +96,11 @@ class Templates:
 
     @classmethod
     def open(cls, user_folder: Path | None = None) -> "Templates":
-        """Raises RequestError if there is no such folder, TemplateError if two of its files have one name."""
+        """Raises RequestError if the folder cannot be read, TemplateError if two of its files have the same name."""
         return cls(_files(FOLDER), _files(user_folder) if user_folder else {})
 
     def get(self, name: str) -> Template:
-        """The template of that name; only its file is read. Raises RequestError that offers the nearest names."""
+        """The template with this name; only its file is read. Raises RequestError suggesting the nearest names."""
         if name not in self._paths:
             raise RequestError(f"there is no template {name!r}; {_nearest(name, self._paths, 'zimage templates list')}")
         if name not in self._read:
@@ -105,7 +108,7 @@ class Templates:
         return self._read[name]
 
     def list(self, category: str | None = None, hidden: bool = False) -> Sequence[Template]:
-        """Those of a category, or of all, by category and name; rewriters when named or with `hidden`."""
+        """Templates of one category or of all, by category and name; rewriters only if asked for or with `hidden`."""
         if category is None:
             return [t for t in self._all() if hidden or t.category != REWRITER]
         if category not in (known := self.categories()):
@@ -113,9 +116,9 @@ class Templates:
         return [t for t in self._all() if t.category == category]
 
     def search(self, words: Iterable[str]) -> Sequence[Template]:
-        """Those that hold the most of the words, best first; a word is found where one in the template starts with it.
+        """The templates that contain the most of these words, best first; the beginning of a word is enough.
 
-        A rewriter is found only by a word that its category starts with.
+        Rewriters are found only by the beginning of the word 'rewriter'.
         """
         patterns = [re.compile(rf"(?<!\w){re.escape(word)}", re.IGNORECASE) for word in " ".join(words).split()]
         scores = {t.name: _score(t, patterns) for t in self._all()}
@@ -124,18 +127,18 @@ class Templates:
         return sorted(hits, key=lambda t: -scores[t.name][1])
 
     def categories(self) -> dict[str, int]:
-        """How many templates each category has, rewriters included."""
+        """The number of templates in each category, rewriters included."""
         names = [t.category for t in self._all()]
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def origin(self, name: str) -> str:
-        """`shipped`, `own`, or `override`: one of the user's in the place of a shipped one."""
+        """`shipped`, `own`, or `override` for one of the user's that replaces a shipped one."""
         if name not in self._own:
             return "shipped"
         return "override" if name in self._shipped else "own"
 
     def stored_count(self, name: str) -> int | None:
-        """Tokens that a shipped template adds with Qwen3's tokenizer; None for the user's own."""
+        """The number of tokens that a shipped template adds with Qwen3's tokenizer; None for the user's own."""
         return _stored_counts().get(name) if self.origin(name) == "shipped" else None
 
     def _all(self) -> Sequence[Template]:
@@ -148,7 +151,7 @@ def _stored_counts() -> dict[str, int]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name → file of the Markdown files directly in a folder; hidden ones, as editors leave, are none of them."""
+    """Name → path of the Markdown files directly in a folder, except hidden ones, which editors leave behind."""
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".md" and not p.name.startswith("."))
     except OSError as error:
@@ -169,7 +172,7 @@ def _nearest(name: str, known: Iterable[str], command: str | None) -> str:
 
 
 def _score(template: Template, patterns: Sequence[re.Pattern]) -> tuple[int, int]:
-    """(words found, weight): a hit in the name counts more than one in the description, that more than in the text."""
+    """(words found, weight): the most for a hit in the name, then for one in the description, then one in the text."""
     parts = (template.thinking_content, template.assistant_content, template.system_prompt)
     text = "\n".join(part for part in parts if part)
     places = ((template.name, 8), (template.category, 4), (template.description, 3), (text, 1))
@@ -191,15 +194,13 @@ class _Flaw(Exception):
 
 
 def _read(path: Path) -> str:
-    """The file's text with plain line ends, found printable and free of control tokens."""
+    """The file's text with plain line ends, checked to be printable and free of control tokens."""
     if not path.is_file():
-        raise OSError("it is no file" if path.exists() else "there is no such file")
+        raise OSError("it is not a file" if path.exists() else "there is no such file")
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise _Flaw(
-            data[:-1].count(b"\n") + 1, f"the file goes on past {MAX_BYTES:,} bytes, the most a template may have"
-        )
+        raise _Flaw(data[:-1].count(b"\n") + 1, f"the file is longer than {MAX_BYTES:,} bytes, the limit here")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -215,9 +216,9 @@ def _parse(path: Path, text: str) -> Template:
     values, where = _front_matter("\n".join(lines[1 : end - 1]))
     _check_names(path, values, where)
     if values.get("add_think_block") is False and "thinking_content" in values:
-        raise _Flaw(where["add_think_block"], "add_think_block is false, but there is thinking_content; drop one")
+        raise _Flaw(where["add_think_block"], "add_think_block is false, but there is thinking_content; remove one")
     if not body and not {"add_think_block", "thinking_content", "assistant_content"} & values.keys():
-        raise _Flaw(end, f"no text follows this {_FENCE!r}, and no other part is given: the template does nothing")
+        raise _Flaw(end, f"no text follows this {_FENCE!r} and no other part is set, so the template does nothing")
     return Template(**values, system_prompt=body, path=path)
 
 
@@ -227,23 +228,23 @@ def _closing_line(lines: list[str]) -> int:
     if fences[:1] != [1]:
         raise _Flaw(1, f"a template begins with front matter: the first line should be {_FENCE!r}")
     if len(fences) < 2:
-        raise _Flaw(len(lines), f"the front matter is not closed: a line {_FENCE!r} is missing after it")
+        raise _Flaw(len(lines), f"the front matter is not closed: a line {_FENCE!r} should follow it")
     return fences[1]
 
 
 def _check_names(path: Path, values: Mapping[str, Any], where: Mapping[str, int]) -> None:
     for key in ("name", "category"):
         if not _NAME.fullmatch(values[key]):
-            raise _Flaw(where[key], f"{key} {values[key]!r} may hold only a-z, 0-9 and single hyphens between them")
+            raise _Flaw(where[key], f"{key} {values[key]!r} may contain only a-z, 0-9 and single hyphens between them")
     if values["name"] != path.stem:
-        raise _Flaw(where["name"], f"name {values['name']!r} differs from the file's, which makes it {path.stem!r}")
+        raise _Flaw(where["name"], f"name {values['name']!r} should be {path.stem!r}, as the file's name is")
     for key in ("description", "model"):
         if "\n" in values.get(key, ""):
             raise _Flaw(where[key], f"{key} should be a single line")
 
 
 def _front_matter(text: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Values of the known keys, and the line on which each key stands."""
+    """The values of the known keys, and the line of each key."""
     values: dict[str, Any] = {}
     where: dict[str, int] = {}
     for key_node, node in _pairs(text):
@@ -251,14 +252,14 @@ def _front_matter(text: str) -> tuple[dict[str, Any], dict[str, int]]:
         if key not in REQUIRED + OPTIONAL:
             raise _Flaw(line, f"there is no key {key!r}; {_nearest(key, REQUIRED + OPTIONAL, None)}")
         if key in where:
-            raise _Flaw(line, f"{key} was given before, on line {where[key]}")
+            raise _Flaw(line, f"{key} was already set on line {where[key]}")
         values[key], where[key] = _value(key, node), line
     if missing := [key for key in REQUIRED if key not in values]:
         raise _Flaw(1, f"the front matter lacks {' and '.join(missing)}")
     return values, where
 
 
-def _value(key: str, node: Any) -> str | bool:
+def _value(key: str, node: "yaml.ScalarNode") -> str | bool:
     kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
     if key == "add_think_block":
         truth = {"true": True, "false": False}.get(node.value.lower())
@@ -268,62 +269,64 @@ def _value(key: str, node: Any) -> str | bool:
     if kind != "str":
         hint = "" if kind == "null" else "; if it is meant as text, put it in quotes"
         raise _Flaw(_line(node), f"{key} is {_KINDS.get(kind, f'of the type {kind!r}')}; it should be text{hint}")
-    _check_text(node.value, _line(node))  # again: an escape may have made what the file's text did not hold
+    _check_text(node.value, _line(node))  # again, since an escape may produce what the file's text did not contain
     if not node.value.strip():
         raise _Flaw(_line(node), f"{key} is empty; it should be text")
     return node.value.strip()
 
 
 def _check_text(text: str, line: int | None = None) -> None:
-    """Refuse what does not belong into a prompt, on its line of `text` or on the `line` given."""
+    """Refuse what does not belong in a prompt; the error names its line in `text`, or the `line` passed."""
     for pattern, complaint in (
-        (_UNPRINTABLE, "the character U+{0:04X} cannot be printed; delete it"),
-        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which is written around the parts, not in them"),
+        (_UNPRINTABLE, "the character U+{0:04X} is not printable; delete it"),
+        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which stands around parts but never in them"),
     ):
         if match := pattern.search(text):
             at = line or text.count("\n", 0, match.start()) + 1
             raise _Flaw(at, complaint.format(ord(match[0][0]), match[0]))
 
 
-def _pairs(text: str) -> list[tuple[Any, Any]]:
-    """Key and value nodes of the front matter, all scalars."""
+def _pairs(text: str) -> list[tuple["yaml.ScalarNode", "yaml.ScalarNode"]]:
+    """The key and value nodes of the front matter, all scalars."""
     import yaml
 
     loader = _loader()(text)
     try:
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        unclosed = "end of stream" in error.problem  # a quote, say: where it was opened helps more
-        line = (error.context_mark if unclosed else error.problem_mark).line + _FIRST
-        raise _Flaw(line, f"broken YAML: {error.problem}; text with a colon, # or quotes needs quotes") from None
-    except (ValueError, OverflowError) as error:  # PyYAML lets through what chr() and int() raise
+        problem = error.problem or "it cannot be read"
+        unclosed = "end of stream" in problem  # of a quote, for example: the line where it opens helps more
+        mark = error.context_mark if unclosed else error.problem_mark
+        line = (mark.line if mark else 0) + _FIRST
+        raise _Flaw(line, f"broken YAML: {problem}; put text with a colon, # or quotes into quotes") from None
+    except (ValueError, OverflowError) as error:  # PyYAML does not catch what chr() and int() raise
         raise _Flaw(loader.line + _FIRST, f"broken YAML: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise _Flaw(_FIRST, "the front matter should be lines of the form `key: text`")
     return root.value
 
 
-def _line(node: Any) -> int:
+def _line(node: "yaml.Node") -> int:
     return node.start_mark.line + _FIRST
 
 
 @functools.cache
-def _loader() -> type:
-    """PyYAML's safe loader, which costs time to import, for one mapping of scalars; nested or shared nodes are refused.
+def _loader() -> "type[yaml.SafeLoader]":
+    """PyYAML's safe loader, restricted to one mapping of scalars; PyYAML is imported late because that takes time.
 
-    Nesting could exhaust the stack, and aliases multiply a small file into a large one.
+    Nesting could exhaust the stack, and aliases could expand a small file into a large one.
     """
     import yaml
 
     class FlatLoader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
+        def compose_node(self, parent: "yaml.Node | None", index: "yaml.Node | int | None") -> "yaml.Node | None":
             event = self.peek_event()
             line = event.start_mark.line + _FIRST
             if isinstance(event, yaml.AliasEvent) or event.anchor:
-                raise _Flaw(line, "anchors and aliases are not used here; text that begins with & or * needs quotes")
+                raise _Flaw(line, "anchors and aliases are not supported; put text that begins with & or * into quotes")
             if parent is not None and isinstance(event, yaml.CollectionStartEvent):
-                what = f"{index.value} is" if index is not None else "a key is"
+                what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"
                 raise _Flaw(line, f"{what} a list or a mapping; it should be text, in quotes if it begins with [ or {{")
-            return super().compose_node(parent, index)
+            return super().compose_node(parent, index)  # type: ignore[arg-type]  # the stub knows numbers only
 
     return FlatLoader

@@ -1,4 +1,4 @@
-"""Text ↔ token ids with Qwen's byte-level BPE, read from `tokenizer.json` or from `vocab.json` + `merges.txt`."""
+"""Text ↔ token ids with Qwen's byte-level BPE, read from `tokenizer.json` or from `vocab.json` and `merges.txt`."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from zimage.errors import CheckpointError
 
-# How Qwen2 and Qwen3 cut text into words before the byte pairs are merged.
+# How Qwen2 and Qwen3 split text into words before they merge byte pairs.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,7 +21,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """From a `tokenizer/` folder; raises CheckpointError naming what is missing or damaged."""
+        """From a `tokenizer/` folder. Raises CheckpointError naming what is missing or damaged."""
         try:
             if (folder / "tokenizer.json").is_file():
                 fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
@@ -29,10 +29,10 @@ class Tokenizer:
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 fast = _from_vocabulary(folder)
             else:
-                raise CheckpointError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt, was found")
+                raise CheckpointError(f"{folder} should hold tokenizer.json, or vocab.json and merges.txt")
         except CheckpointError:
             raise
-        except Exception as error:  # the Rust tokenizer raises bare Exception
+        except Exception as error:  # the Rust tokenizer raises plain Exception
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
         fast.no_truncation()
         fast.no_padding()
@@ -40,18 +40,20 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Entries, special tokens included."""
+        """Number of entries, special tokens included."""
         return self._fast.get_vocab_size()
 
     def id_of(self, token: str) -> int:
-        """The id of one token by its text; raises CheckpointError where the vocabulary lacks it."""
+        """The id of the token with this text. Raises CheckpointError if the vocabulary lacks it."""
         found = self._fast.token_to_id(token)
         if found is None:
-            raise CheckpointError(f"the tokenizer has no token {token!r}; use the one that belongs to the text encoder")
+            raise CheckpointError(
+                f"the tokenizer has no token {token!r}; use the tokenizer that belongs to the text encoder"
+            )
         return found
 
     def encode(self, text: str) -> list[int]:
-        """All token ids of `text`; nothing is added and nothing is cut."""
+        """All token ids of `text`: nothing is added, nothing is truncated."""
         return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -74,10 +76,10 @@ def _from_vocabulary(folder: Path) -> FastTokenizer:
 
 
 def _special_tokens(folder: Path) -> list[AddedToken]:
-    """`added_tokens_decoder` of tokenizer_config.json, in the order of the ids."""
+    """The `added_tokens_decoder` of tokenizer_config.json, in the order of the ids."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: vocab.json and merges.txt do not hold the special tokens")
+        raise CheckpointError(f"{path} is missing: vocab.json and merges.txt do not contain the special tokens")
     entries = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder")
     if not entries:
         raise CheckpointError(f"{path}: the key 'added_tokens_decoder' is missing")
