@@ -132,7 +132,7 @@ def decide(
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
     negatives = (plain.format(values["negative"]),) if values["guidance"] > 0 else ()
-    ids = {text: texts.tokenize(text) if text else () for text in (*prompts, *negatives)}
+    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
     together = min(request.batch_size, request.count)
