@@ -269,6 +269,7 @@ def test_without_the_library_the_extra_is_named(run, monkeypatch):
     status, err = run()
     assert status == 2
     assert "the extra `hub`" in err
+    assert 'pip install "zimage-torch[hub]" (in a clone: pip install -e ".[hub]")' in err
 
 
 def test_two_fetches_into_one_folder_do_not_mix(run, hub, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from zimage.errors import FetchError, RequestError
+from zimage.errors import FetchError, RequestError, install_hint
 
 TIMEOUT = 20.0  # seconds without an answer
 
@@ -110,6 +110,4 @@ def _require_library() -> None:
     try:
         import huggingface_hub  # noqa: F401
     except ModuleNotFoundError:
-        raise RequestError(
-            'fetching needs huggingface_hub, the extra `hub`; run: pip install "zimage[hub]" (in a clone: -e ".[hub]")'
-        ) from None
+        raise RequestError(f"fetching needs huggingface_hub, the extra `hub`: {install_hint('hub')}") from None

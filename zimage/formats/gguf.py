@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage.errors import CheckpointError
+from zimage.errors import CheckpointError, install_hint
 from zimage.formats.stored import Maps, Stored, plain
 from zimage.nn import ggml
 from zimage.nn.packed import Blocks
@@ -62,7 +62,7 @@ def _can_unpack(kind: Any) -> bool:
 
 def _reader(file: Path) -> Any:
     if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f"{file} is a GGUF file; to read it: pip install 'zimage[gguf]'")
+        raise CheckpointError(f"{file} is a GGUF file, which needs the extra `gguf`: {install_hint('gguf')}")
     import gguf
 
     class Bounded(gguf.GGUFReader):

@@ -149,9 +149,10 @@ def _stored_counts() -> dict[str, int]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name → file of the Markdown files directly in a folder; hidden ones, as editors leave, are none of them."""
+    """Name → file of the Markdown files directly in a folder, but for its README and the hidden ones of editors."""
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".md" and not p.name.startswith("."))
+        found = [path for path in found if path.name != "README.md"]
     except OSError as error:
         raise RequestError(f"templates: the folder {folder} cannot be read: {error.strerror or error}") from None
     paths: dict[str, Path] = {}
