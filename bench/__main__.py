@@ -1,4 +1,4 @@
-"""`python -m bench SCENARIO`: what this costs, beside a peer in the same run."""
+"""`python -m bench SCENARIO`: what a render costs, beside a peer in the same run."""
 
 import click
 
@@ -16,7 +16,7 @@ from bench.tables import tables
 
 @click.group()
 def main() -> None:
-    """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
+    """Measure a scenario. Figures are medians with their range; the last line is JSON with machine and commit."""
 
 
 for scenario in (render, memory, step, decode, rewrite, formats, kernels, roofline, profile, tables):

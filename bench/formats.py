@@ -1,4 +1,4 @@
-"""What each way to store the DiT costs in exactness: a file of every kind, made of the demo model."""
+"""The accuracy that each way to store the DiT costs: one file of every kind, made from the demo model."""
 
 import json
 import math
@@ -38,7 +38,7 @@ KINDS = {
 @click.command()
 @JSON
 def formats(as_json: bool) -> None:
-    """Relative error of the velocity and PSNR of pictures for every file format, on the demo model in fp32."""
+    """Measure the velocity's relative error and the pictures' PSNR for every file format, on the demo model in fp32."""
     plain = zimage.ZImage.load(device="cpu", dtype="fp32")
     state = load_file(DEMO / "transformer" / "diffusion_pytorch_model.safetensors")
     expected, rows = observe(plain), []
@@ -55,7 +55,7 @@ def formats(as_json: bool) -> None:
 
 
 def write(folder: Path, state: writers.State, kind: Any) -> Path:
-    """The DiT under native names, quantised as `kind` says."""
+    """Write the DiT under native names, quantised as `kind` says."""
     native = writers.renamed("dit", "native", {key: value.bfloat16() for key, value in state.items()})
     if isinstance(kind, str):
         writers.write_gguf(folder / "dit.gguf", "lumina2", native, kind, writers.is_matrix)

@@ -1,9 +1,10 @@
-"""Every fused op at the published sizes: the kernel beside its reference and beside torch.compile of the reference."""
+"""Every fused op at the published sizes: the kernel beside its reference and the compiled reference."""
 
 import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -16,15 +17,15 @@ from zimage.kernels import specs
 from zimage.kernels.backend import Spec
 
 SIDES = ("kernel", "torch", "compiled")
-TOLERANCE = 0.02  # RMS of the difference over the RMS of the reference: a broken kernel gets no speed figure
+TOLERANCE = 0.02  # RMS of the difference over RMS of the reference: a kernel beyond it gets no speed figure
 
 
 @click.command()
 @JSON
 @click.option("--repeats", default=20, show_default=True)
-@click.option("--op", "names", multiple=True, help="Only this op; may be repeated.")
+@click.option("--op", "names", multiple=True, help="Measure only this op; may be repeated.")
 def kernels(as_json: bool, repeats: int, names: tuple[str, ...]) -> None:
-    """Fused ops: on a GPU kernel, reference and torch.compile; elsewhere the reference and torch.compile."""
+    """Time the fused ops: the kernel (on a GPU), its reference, and the reference under torch.compile."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [measure(spec, device, repeats) for spec in specs() if not names or spec.name in names]
     if not as_json:
@@ -36,7 +37,7 @@ def kernels(as_json: bool, repeats: int, names: tuple[str, ...]) -> None:
 
 
 def measure(spec: Spec, device: str, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of each way to run an op in bf16."""
+    """Median milliseconds of an op in bf16, for each way to run it."""
     generator = torch.Generator(device).manual_seed(0)
     arguments = spec.inputs(
         lambda *shape: torch.randn(shape, generator=generator, device=device).bfloat16(), **spec.model
@@ -50,7 +51,7 @@ def measure(spec: Spec, device: str, repeats: int) -> dict[str, Any]:
             sides = {"kernel": spec.launch, **sides}
     with torch.inference_mode():
         for side, call in sides.items():
-            row[side] = _milliseconds(lambda call=call: call(*arguments), device, repeats)
+            row[side] = _milliseconds(partial(call, *arguments), device, repeats)
     return row
 
 

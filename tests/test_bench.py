@@ -15,7 +15,7 @@ from bench import tables, weights
 from bench.__main__ import main
 from bench.pairs import report
 from bench.profile import SCENARIOS, Profile
-from bench.roofline import parts
+from bench.roofline import costs
 from bench.sides import zimage as sides_zimage
 from zimage.vae import AutoencoderKL
 
@@ -24,7 +24,7 @@ DIT_PARAMETERS = 6_154_908_736
 
 def test_floors_agree_with_the_published_sizes():
     """Two FLOPs per weight and token, attention's beside them; every block's weights read once."""
-    found = parts(1024, 32)
+    found = costs(1024, 32)
     flops, traffic = found["step"]
     tokens = 4096 + 32
     attention = 34 * 4 * tokens**2 * 3840
@@ -32,7 +32,7 @@ def test_floors_agree_with_the_published_sizes():
     assert traffic == pytest.approx(2 * DIT_PARAMETERS, rel=0.1)
     assert found["encode"][1] == pytest.approx(35 * 101e6 * 2, rel=0.02)
     assert found["decode"][0] == pytest.approx(10e12, rel=0.1)
-    assert parts(256, 32)["decode"][0] < found["decode"][0] / 14
+    assert costs(256, 32)["decode"][0] < found["decode"][0] / 14
 
 
 def test_roofline_sets_measured_figures_beside_floors(tmp_path):
@@ -40,7 +40,7 @@ def test_roofline_sets_measured_figures_beside_floors(tmp_path):
     result.write_text("a table\n" + json.dumps({"median": {"zimage": {"step": 1.0, "decode": 0.5}}}))
     done = CliRunner().invoke(main, ["roofline", "--measured", str(result)])
     assert done.exit_code == 0, done.output
-    rows = {row["part"]: row for row in json.loads(done.output.splitlines()[-1])["parts"]}
+    rows = {row["stage"]: row for row in json.loads(done.output.splitlines()[-1])["stages"]}
     assert rows["step"]["measured_over_floor"] == pytest.approx(1 / rows["step"]["floor_s"])
     assert "measured_s" not in rows["encode"]
     assert f"{rows['decode']['measured_over_floor']:.2f}" in done.output
