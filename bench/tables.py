@@ -9,6 +9,11 @@ import click
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
+HEADLINES = {  # of the top README: a saved result and one of its figures
+    "a cold render of 256 × 256 in 3 steps, process start to picture": ("render_bf16", "total"),
+    "one step at 256 × 256 with the DiT's products in int8 (diffusers: bf16)": ("step_int8", "step"),
+    "decoding 1024 × 1024 in exact strips": ("decode_1024", "decode"),
+}
 BLOCK = re.compile(r"<!-- result: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 LABELS = {
     "total": "process start to decoded picture",
@@ -35,7 +40,11 @@ def tables(documents: tuple[Path, ...]) -> None:
 
 def filled(text: str) -> str:
     """The text with the table of every block made anew."""
-    return BLOCK.sub(lambda block: f"<!-- result: {block[1]} -->\n{table(read(block[1]))}<!-- end -->", text)
+
+    def table_of(name: str) -> str:
+        return headlines() if name == "headlines" else table(read(name))
+
+    return BLOCK.sub(lambda block: f"<!-- result: {block[1]} -->\n{table_of(block[1])}<!-- end -->", text)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -55,6 +64,17 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{_short(medians[side][figure])} ({_range(spread[side][figure])})" for side in sides]
         lines.append(_row([LABELS[figure], *cells, *(f"{ratio[figure]:.2f}" for ratio in ratios.values())]))
     return "\n".join([*lines, "", _source(result), ""])
+
+
+def headlines() -> str:
+    """The few figures of the top README: seconds and peak memory of both sides."""
+    results = {title: (read(name), figure) for title, (name, figure) in HEADLINES.items()}
+    sides = list(next(iter(results.values()))[0]["median"])
+    lines = [_row(["", *sides]), _row(["---", *["--:"] * len(sides)])]
+    for title, (result, figure) in results.items():
+        medians = [result["median"][side] for side in sides]
+        lines.append(_row([title, *(f"{_short(m[figure])} s, {_short(m['peak_gb'])} GB" for m in medians)]))
+    return "\n".join([*lines, ""])
 
 
 def _listed(rows: list[dict[str, Any]]) -> list[str]:
