@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,23 @@ def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_fold
             assert run["median"][longer]["tokens"] > run["median"]["encode_short"]["tokens"]
         assert run["median"]["generate_text"]["token_s"] > 0
         assert run["median"]["full_generation"]["total_s"] > run["median"]["full_generation"]["denoise_s"] > 0
+
+
+def test_an_op_is_found_by_its_file(tmp_path, monkeypatch):
+    """Adding an op means adding a file: tests and bench walk the folder."""
+    from zimage import kernels
+
+    text = Path(kernels.swiglu.__file__).read_text(encoding="utf-8")
+    (tmp_path / "planted.py").write_text(text.replace('name="swiglu"', 'name="planted"'), encoding="utf-8")
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    names = [spec.name for spec in kernels.specs()]
+    assert "planted" in names
+    assert len(names) == len(set(names))
+
+
+def test_the_first_readmes_figures_come_from_results():
+    for title, (name, figure) in tables.HEADLINES.items():
+        assert f"| {title} | {tables.read(name)['median']['zimage'][figure]:.3g} s" in tables.headlines()
 
 
 def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
