@@ -2,6 +2,7 @@
 
 import click
 
+from bench.card import card
 from bench.decode import decode
 from bench.formats import formats
 from bench.kernels import kernels
@@ -19,7 +20,7 @@ def main() -> None:
     """Measure a scenario. Figures are medians with their range; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, memory, step, decode, rewrite, formats, kernels, roofline, profile, tables):
+for scenario in (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, tables):
     main.add_command(scenario)
 
 if __name__ == "__main__":

@@ -42,16 +42,18 @@ def measure(spec: Spec, device: str, repeats: int) -> dict[str, Any]:
     arguments = spec.inputs(
         lambda *shape: torch.randn(shape, generator=generator, device=device).bfloat16(), **spec.model
     )
-    row = {"op": spec.name, "megabytes": spec.least_bytes(*arguments) / 1e6}
+    row: dict[str, Any] = {"op": spec.name, "megabytes": spec.least_bytes(*arguments) / 1e6}
     sides: dict[str, Callable] = {"torch": spec.reference, "compiled": torch.compile(spec.reference)}
     if device == "cuda" and torch.cuda.get_device_capability() >= divmod(spec.least_capability, 10):
         difference = disagreement(spec, arguments)
         row["difference"] = difference
         if difference <= TOLERANCE:
             sides = {"kernel": spec.launch, **sides}
+        else:
+            row["error"] = "the kernel disagrees with its reference"
     with torch.inference_mode():
         for side, call in sides.items():
-            row[side] = _milliseconds(partial(call, *arguments), device, repeats)
+            row[side] = milliseconds(partial(call, *arguments), device, repeats)
     return row
 
 
@@ -66,7 +68,7 @@ def disagreement(spec: Spec, arguments: tuple) -> float:
     return worst
 
 
-def _milliseconds(call: Callable[[], Any], device: str, repeats: int) -> float:
+def milliseconds(call: Callable[[], Any], device: str, repeats: int) -> float:
     seconds = []
     for _ in range(repeats + 3):
         if device == "cuda":

@@ -6,18 +6,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import KL
+from tiny import DIT, KL, QWEN
 
 import zimage
-from bench import tables, weights
+from bench import card, tables, weights
 from bench.__main__ import main
 from bench.pairs import report
 from bench.profile import SCENARIOS, Profile
 from bench.roofline import costs
 from bench.sides import zimage as sides_zimage
+from zimage.dit import ZImageDiT
+from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
@@ -96,6 +99,28 @@ def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_fold
             assert run["median"][longer]["tokens"] > run["median"]["encode_short"]["tokens"]
         assert run["median"]["generate_text"]["token_s"] > 0
         assert run["median"]["full_generation"]["total_s"] > run["median"]["full_generation"]["denoise_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_card_needs_a_gpu_and_says_so():
+    done = CliRunner().invoke(main, ["card"])
+    assert (done.exit_code, done.output) == (1, "Error: card needs an NVIDIA GPU, and PyTorch sees none here\n")
+
+
+def test_every_row_of_card_measures_or_fails_by_itself(monkeypatch):
+    """On the CPU and in small, where it runs as on a GPU."""
+    small = {"text_encoder": (Qwen3, QWEN, ""), "transformer": (ZImageDiT, DIT, ""), "vae": (AutoencoderKL, KL, "")}
+    monkeypatch.setattr(card, "COMPONENTS", small)
+    monkeypatch.setattr(card, "CONFIGURATIONS", {name: card.CONFIGURATIONS[name] for name in ("fp32", "flash2")})
+    monkeypatch.setattr(card, "SIZES", (64, 128))
+    rows = card.every_row(torch.device("cpu"), 1, ("demo", "encoder", "vae"))
+    found = {(section, name): card.attempt(measured) for section, name, measured in rows}
+    assert found["demo", "fp32"]["psnr_db"] == [99.0, 99.0]
+    assert found["demo", "fp32"]["repeats_exactly"]
+    assert "NVIDIA GPUs only" in found["demo", "flash2"]["error"]
+    assert [row["error"] for row in found.values() if "error" in row] == [found["demo", "flash2"]["error"]]
+    step = dict(card.dit_rows(torch.device("cpu"), 1))["bf16 64"]
+    assert card.attempt(step)["ms"] > 0
 
 
 def test_an_op_is_found_by_its_file(tmp_path, monkeypatch):
