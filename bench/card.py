@@ -1,4 +1,4 @@
-"""Everything on one GPU, row by row: kernels, the demo in every configuration, products, DiT steps, encoder and VAE.
+"""Everything on one GPU, row by row: kernels, the demo in every configuration, DiT steps, encoder and VAE.
 
 Each row is measured by itself, so that a failure is a row and not an end. Full-size models get random weights on the
 device; only times, memory and agreement mean anything.
@@ -132,7 +132,7 @@ def dit_rows(device: torch.device, repeats: int) -> Rows:
         dit = cache(partial(random_model, "transformer", device, precision))
         for size in SIZES:
             yield f"{precision} {size}", partial(step, dit, size)
-        yield f"{precision} {SIZES[0]} compiled", partial(step, dit, SIZES[0], compiled=True)
+        yield f"{precision} {SIZES[1]} compiled", partial(step, dit, SIZES[1], compiled=True)
 
 
 def encoder_rows(device: torch.device, repeats: int) -> Rows:
