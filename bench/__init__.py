@@ -1,1 +1,1 @@
-"""What a render costs, measured beside the references. `python -m bench --help` to begin with."""
+"""What a render costs, measured beside the references; `python -m bench --help` lists the scenarios."""

@@ -1,7 +1,8 @@
-"""`python -m bench SCENARIO`: what this costs, beside a peer in the same run."""
+"""`python -m bench SCENARIO`: what a render costs, beside a peer in the same run."""
 
 import click
 
+from bench.card import card
 from bench.decode import decode
 from bench.formats import formats
 from bench.kernels import kernels
@@ -16,10 +17,10 @@ from bench.tables import tables
 
 @click.group()
 def main() -> None:
-    """Scenarios. Every figure is a median with its least and most; the last line is JSON with machine and commit."""
+    """Measure a scenario. Figures are medians with their range; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, memory, step, decode, rewrite, formats, kernels, roofline, profile, tables):
+for scenario in (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, tables):
     main.add_command(scenario)
 
 if __name__ == "__main__":

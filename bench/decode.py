@@ -1,4 +1,4 @@
-"""The VAE's decode alone: warm time and memory above what importing takes."""
+"""Decoding alone: warm time, and memory above what the imports take."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import click
 
 from bench.options import AGAINST, DTYPE, FOLDER, JSON, PAIRS, SIZE, sides_of
 from bench.pairs import alternate, report
-from bench.weights import write_part
+from bench.weights import write_component
 
 
 @click.command()
@@ -16,9 +16,9 @@ from bench.weights import write_part
 @SIZE(1024)
 @DTYPE
 @JSON
-@click.option("--repeats", default=2, show_default=True, help="Timed decodes of each run, after one that is not.")
+@click.option("--repeats", default=2, show_default=True, help="Timed decodes per run, after one that is not timed.")
 @click.option("--tile-mode", default="exact", type=click.Choice(["exact", "blend", "off"]), show_default=True)
-@click.option("--tile-size", type=int, help="Rows of a strip, or side of a tile.")
+@click.option("--tile-size", type=int, help="Height of a strip, or side of a tile, in pixels.")
 def decode(
     folder: Path,
     against: str,
@@ -30,8 +30,8 @@ def decode(
     tile_mode: str,
     tile_size: int | None,
 ) -> None:
-    """Decode one picture with the full-size VAE; FOLDER gets its random weights (0.17 GB) when it has none."""
-    write_part(folder, "vae")
+    """Decode one picture with the full-size VAE; random weights (0.17 GB) are written to FOLDER if it has none."""
+    write_component(folder, "vae")
     arguments = {"folder": str(folder), "size": size, "dtype": dtype, "repeats": repeats}
     tiles = {"tile_mode": tile_mode, "tile_size": tile_size}
     runs = alternate(sides_of(against, arguments, tiles), "decode", pairs)

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and bringing the machine into a known state."""
+"""The machine that figures were measured on, and bringing it into a known state."""
 
 import os
 import platform
@@ -28,13 +28,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """How this run was started, with FOLDER for the place of the weights."""
+    """The command that started this run, with FOLDER in place of the folder of weights."""
     arguments = ["FOLDER" if Path(argument).is_dir() else argument for argument in sys.argv[1:] if argument != "--json"]
     return shlex.join(["python", "-m", "bench", *arguments])
 
 
 def drop_from_cache(*folders: Path) -> None:
-    """Ask the kernel to forget the cached pages of every file in these folders; needs no privileges."""
+    """Ask the kernel to forget the cached pages of every file in these folders; this needs no privileges."""
     for file in (file for folder in folders for file in folder.rglob("*")):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)

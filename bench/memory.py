@@ -1,4 +1,4 @@
-"""The same cold render on less and less memory: what each budget costs in time, and what the process then takes."""
+"""The same cold render under smaller and smaller memory budgets: its time, and the memory that it takes."""
 
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from bench.weights import write_model
 @DTYPE
 @JSON
 @click.option("--steps", default=3, show_default=True)
-@click.option("--budgets", default="8,6,4", show_default=True, help="GB, each beside the default in the same run.")
-@click.option("--warm", is_flag=True, help="Do not drop the files from the cache.")
+@click.option(
+    "--budgets", default="8,6,4", show_default=True, help="In GB, each measured beside the default in the same run."
+)
+@click.option("--warm", is_flag=True, help="Leave the files in the page cache.")
 def memory(
     folder: Path, pairs: int, size: int, dtype: str, as_json: bool, steps: int, budgets: str, warm: bool
 ) -> None:
-    """A whole render under budgets of memory, cold, beside one by default; ratios are to the default's run."""
+    """Render a picture, cold, under each memory budget and by default; ratios are to the default."""
     write_model(folder)
     common = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT}
     sides = {f"zimage+{budget:g} GB": common | {"memory": budget} for budget in map(float, budgets.split(","))}

@@ -7,10 +7,10 @@ import click
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 AGAINST = click.option("--against", type=click.Choice(["diffusers", "none"]), default="diffusers", show_default=True)
-PAIRS = click.option("--pairs", default=5, show_default=True, help="Runs of each side, alternated.")
+PAIRS = click.option("--pairs", default=5, show_default=True, help="Runs of each side, in alternation.")
 DTYPE = click.option("--dtype", default="bf16", type=click.Choice(["auto", "bf16", "fp32"]), show_default=True)
 PRECISION = click.option("--precision", default="bf16", type=click.Choice(["bf16", "int8", "fp8"]), show_default=True)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the line of JSON alone.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print only the line of JSON.")
 
 
 def SIZE(default: int) -> Any:
@@ -20,5 +20,5 @@ def SIZE(default: int) -> Any:
 def sides_of(
     against: str, common: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Arguments of our side and, unless there is none, of the peer's."""
+    """The arguments of our side and, if there is one, of the peer."""
     return {"zimage": common | ours} | ({against: common | (theirs or {})} if against != "none" else {})

@@ -1,4 +1,4 @@
-"""Two implementations in alternation: each run a process of its own, figures as medians, spreads and paired ratios."""
+"""Implementations in alternation: each run is a process of its own; figures are medians, spreads and paired ratios."""
 
 import json
 import os
@@ -15,10 +15,12 @@ from bench.machine import command_line, describe_machine
 Runs = dict[str, list[dict[str, float]]]
 
 
-def alternate(sides: dict[str, dict[str, Any]], scenario: str, pairs: int, before: Callable[[], None] = lambda: None):
-    """Run `scenario` `pairs` times on every side (name → arguments), turn about; returns {name: figures of each run}.
+def alternate(
+    sides: dict[str, dict[str, Any]], scenario: str, pairs: int, before: Callable[[], None] = lambda: None
+) -> Runs:
+    """Run `scenario` `pairs` times on every side (name → arguments), in turn; returns {name: figures of each run}.
 
-    A name is the module in bench.sides, with "+note" where one module runs twice.
+    A name is that of a module in bench.sides, with "+note" appended where one module runs several times.
     """
     runs: Runs = {name: [] for name in sides}
     for pair in range(pairs):
@@ -39,8 +41,8 @@ def run_side(module: str, scenario: str, arguments: dict[str, Any]) -> dict[str,
 
 
 def report(runs: Runs, settings: dict[str, Any], as_json: bool = False) -> None:
-    """A table of medians (least to most), ratios of each side to the last one, then everything as a line of JSON."""
-    common = set.intersection(*(set(rs[0]) for rs in runs.values()))  # not every peer tells everything
+    """Print medians (minimum to maximum), the ratio of each side to the last one, then everything as a line of JSON."""
+    common = set.intersection(*(set(rs[0]) for rs in runs.values()))  # not every peer reports everything
     figures = [f for f in next(iter(runs.values()))[0] if f in common]
     medians = {side: {f: statistics.median(r[f] for r in rs) for f in figures} for side, rs in runs.items()}
     spread = {side: {f: [min(r[f] for r in rs), max(r[f] for r in rs)] for f in figures} for side, rs in runs.items()}
@@ -57,5 +59,5 @@ def report(runs: Runs, settings: dict[str, Any], as_json: bool = False) -> None:
 
 
 def _paired(ours: list[dict], theirs: list[dict], figure: str) -> float:
-    """The median of the ratios run by run: what changes over time hits both runs of a pair."""
+    """The median of the ratios pair by pair: what changes over time affects both runs of a pair."""
     return round(statistics.median(a[figure] / (b[figure] or 1e-9) for a, b in zip(ours, theirs, strict=True)), 4)

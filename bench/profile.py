@@ -1,4 +1,4 @@
-"""The pipeline's parts one by one, in one process: seconds, memory, and whether repeating leaks."""
+"""The steps of a render one by one, in one process: seconds, memory, and whether repetition leaks."""
 
 import gc
 import itertools
@@ -21,10 +21,11 @@ MEDIUM = " ".join(["A quiet harbour at dawn, fishing boats at anchor, gulls over
 TEMPLATE = "photo-overcast"
 LEAK_ROUNDS = 20
 WRITTEN = 17  # tokens
+SWITCHES: dict[str, Any] = {"true": True, "false": False}
 
 
 class Profile:
-    """A model under test. Each scenario is a method that yields (figure, seconds or bytes)."""
+    """A model under test; each scenario is a method that yields (figure, seconds or bytes)."""
 
     def __init__(self, model: Path | None, settings: dict[str, Any]):
         self.model, self.settings = model, settings
@@ -33,19 +34,19 @@ class Profile:
     def _load(self):
         import zimage
 
-        return zimage.ZImage.load(self.model, **{"cache_entries": 0, **self.settings})  # every encode is one
+        return zimage.ZImage.load(self.model, **{"cache_entries": 0, **self.settings})  # every encode is a real one
 
     def cuda_sync(self) -> Iterator[tuple[str, float]]:
-        """What waiting for an idle GPU costs; nothing elsewhere."""
+        """The cost of waiting for an idle GPU; nothing elsewhere."""
         yield "sync_s", self._timed(lambda: None)
 
     def load_encoder(self) -> Iterator[tuple[str, float]]:
-        """The text encoder from files, cold or warm as the cache is."""
+        """Loading the text encoder from files, cold or warm as the page cache is."""
         self.pipe.release()
         yield "load_s", self._timed(lambda: self.pipe.text_encoder)
 
     def load_pipeline(self) -> Iterator[tuple[str, float]]:
-        """Opening and checking a model folder, and its largest part."""
+        """Opening and checking a model folder, and loading its largest component."""
         yield "open_s", self._timed(self._load)
         self.pipe.release()
         yield "dit_s", self._timed(lambda: self.pipe.dit)
@@ -65,19 +66,19 @@ class Profile:
         yield from self._encode(SHORT, thinking_content=MEDIUM)
 
     def generate_text(self) -> Iterator[tuple[str, float]]:
-        """Writing with the text encoder: seconds to the first token, and for each of those after it."""
+        """Writing with the text encoder: seconds to the first token, and for each token after it."""
         from zimage.settings.declared import Sampling
         from zimage.text.generate import generate
 
         ids = self.pipe.tokenize(SHORT, template=TEMPLATE)
-        likeliest = Sampling(temperature=0.0)
+        most_likely = Sampling(temperature=0.0)
         with torch.no_grad():
-            tokens = generate(self.pipe.text_encoder, ids, likeliest, WRITTEN, (), torch.Generator())
+            tokens = generate(self.pipe.text_encoder, ids, most_likely, WRITTEN, (), torch.Generator())
             yield "first_s", self._timed(lambda: next(tokens))
             yield "token_s", self._timed(lambda: list(tokens)) / (WRITTEN - 1)
 
     def repeated_encode(self) -> Iterator[tuple[str, float]]:
-        """Whether encoding again and again keeps memory: bytes per round, after a few that warm up."""
+        """Whether repeated encoding leaks: bytes kept per round, after a few rounds of warm-up."""
         for _ in range(3):
             self.pipe.encode([SHORT])
         before = self._held()
@@ -118,7 +119,7 @@ def choices(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     names = SCENARIOS if value is None else value.split(",")
     for name in names:
         if name not in SCENARIOS:
-            raise click.BadParameter(f"{name!r} is not known; use {', '.join(SCENARIOS)}")
+            raise click.BadParameter(f"{name!r} is unknown; use {', '.join(SCENARIOS)}")
     return names
 
 
@@ -126,12 +127,14 @@ def choices(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--model", type=click.Path(path_type=Path), help="Model folder. Default: the bundled demo.")
 @click.option("--tests", callback=choices, help=f"Comma-separated. Default: all of {', '.join(SCENARIOS)}.")
 @click.option("--repeat", default=3, show_default=True, help="Rounds of every scenario.")
-@click.option("--device", "devices", multiple=True, default=["auto"], show_default=True, help="Swept when repeated.")
+@click.option(
+    "--device", "devices", multiple=True, default=["auto"], show_default=True, help="Repeat to sweep over devices."
+)
 @click.option(
     "--sweep",
     multiple=True,
     metavar="KEY=VALUE,…",
-    help="Try every value of a load setting (dtype, attention, precision, residency); repeated: every combination.",
+    help="Try every value of a load setting (dtype, attention, precision, residency); repeat for combinations.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the JSON here.")
 @click.option("--show-info", is_flag=True, help="Describe the machine first.")
@@ -146,7 +149,7 @@ def profile(
     show_info: bool,
     as_json: bool,
 ) -> None:
-    """The pipeline's parts one by one: loading, encoding, leaks, a whole render; swept over settings and devices."""
+    """Measure the steps of a render one by one: loading, encoding, leaks, all; swept over settings and devices."""
     if show_info and not as_json:
         print(json.dumps(describe_machine(), indent=2))
     runs = []
@@ -168,12 +171,12 @@ def profile(
 
 def configurations(devices: tuple[str, ...], sweep: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Every combination of devices and swept settings."""
-    axes = {"device": list(devices)}
+    axes: dict[str, list[Any]] = {"device": list(devices)}
     for axis in sweep:
-        key, _, values = axis.partition("=")
-        if not values:
+        key, _, listed = axis.partition("=")
+        if not listed:
             raise click.BadParameter(f"--sweep {axis!r} should be KEY=VALUE,VALUE")
-        axes[key] = [{"true": True, "false": False}.get(value, value) for value in values.split(",")]
+        axes[key] = [SWITCHES.get(value, value) for value in listed.split(",")]
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 

@@ -1,26 +1,28 @@
-"""The floor of every part: its arithmetic at the device's peak, or its least traffic at the device's bandwidth.
+"""The least time of every stage: its arithmetic at the device's peak, or its least traffic at the device's bandwidth.
 
-FLOPs are counted by PyTorch's own counter on meta tensors (products, convolutions, attention); the least traffic is
-every weight read once and the part's inputs and outputs.
+PyTorch's own counter counts FLOPs on meta tensors (products, convolutions, attention); the least traffic is every
+weight read once, and the stage's inputs and outputs.
 """
 
 import json
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.options import JSON
-from bench.weights import PARTS
+from bench.weights import COMPONENTS
 from zimage.loading.registry import ROWS, TEXT_ENCODER, VAE
 from zimage.loading.weights import on_meta
 
 
 class Device(NamedTuple):
-    """Dense peaks in FLOP/s (or int8 OP/s) and bytes/s, as their makers state them."""
+    """Dense peaks in FLOP/s (or int8 OP/s) and bytes/s, as the makers state them."""
 
     bf16: float
     int8: float
@@ -33,7 +35,7 @@ DEVICES = {
     "h100": Device(989e12, 1979e12, 1979e12, 3350e9),
     "h200": Device(989e12, 1979e12, 1979e12, 4800e9),
 }
-MEASURED = {"encode": "encode_warm", "step": "step", "decode": "decode"}  # part → figure of `render`, `step`, `decode`
+MEASURED = {"encode": "encode_warm", "step": "step", "decode": "decode"}  # stage → figure of `render`, `step`, `decode`
 
 
 @click.command()
@@ -43,39 +45,39 @@ MEASURED = {"encode": "encode_warm", "step": "step", "decode": "decode"}  # part
 @click.option("--tokens", default=32, show_default=True, help="Caption tokens.")
 @click.option("--precision", type=click.Choice(["bf16", "int8", "fp8"]), default="bf16", show_default=True)
 @click.option(
-    "--measured", type=click.Path(exists=True, path_type=Path), multiple=True, help="A result whose last line is JSON."
+    "--measured", type=click.Path(exists=True, path_type=Path), multiple=True, help="A result, whose last line is JSON."
 )
 def roofline(as_json: bool, device: str, size: int, tokens: int, precision: str, measured: tuple[Path, ...]) -> None:
-    """FLOPs, least bytes and floor of every part at any size and device; with --measured, measured over floor."""
+    """Compute FLOPs, least bytes and least time (floor) of every stage; with --measured, results over the floor."""
     peak = here() if device == "here" else DEVICES[device]
     found: dict[str, float] = {}
     for file in measured:
         found |= json.loads(file.read_text().splitlines()[-1])["median"]["zimage"]
     rows = []
-    for name, (flops, traffic) in parts(size, tokens, precision).items():
+    for name, (flops, traffic) in costs(size, tokens, precision).items():
         speed = getattr(peak, precision) if name == "step" else peak.bf16
         floor = max(flops / speed, traffic / peak.bandwidth)
-        row = {"part": name, "flops": flops, "bytes": traffic, "floor_s": floor}
+        row: dict[str, Any] = {"stage": name, "flops": flops, "bytes": traffic, "floor_s": floor}
         row["bound"] = "arithmetic" if flops / speed > traffic / peak.bandwidth else "memory"
         if MEASURED.get(name) in found:
             row |= {"measured_s": found[MEASURED[name]], "measured_over_floor": found[MEASURED[name]] / floor}
         rows.append(row)
     if not as_json:
-        print(f"{'part':10}{'TFLOP':>10}{'GB':>8}{'floor ms':>12}  {'bound by':12}{'measured/floor':>16}")
+        print(f"{'stage':10}{'TFLOP':>10}{'GB':>8}{'floor ms':>12}  {'bound by':12}{'measured/floor':>16}")
         for r in rows:
             over = f"{r['measured_over_floor']:.2f}" if "measured_s" in r else ""
             print(
-                f"{r['part']:10}{r['flops'] / 1e12:>10.2f}{r['bytes'] / 1e9:>8.2f}{r['floor_s'] * 1e3:>12.2f}"
+                f"{r['stage']:10}{r['flops'] / 1e12:>10.2f}{r['bytes'] / 1e9:>8.2f}{r['floor_s'] * 1e3:>12.2f}"
                 f"  {r['bound']:12}{over:>16}"
             )
     settings = {"device": device, "size": size, "tokens": tokens, "precision": precision, "peaks": peak._asdict()}
-    print(json.dumps({**settings, "parts": rows}))
+    print(json.dumps({**settings, "stages": rows}))
 
 
-def parts(size: int, tokens: int, precision: str = "bf16") -> dict[str, tuple[int, int]]:
-    """Part → (FLOPs, least bytes) of the published model in bf16, or with the DiT's blocks in int8 or fp8."""
+def costs(size: int, tokens: int, precision: str = "bf16") -> dict[str, tuple[int, int]]:
+    """Stage → (FLOPs, least bytes) of the published model in bf16, or with the DiT's blocks in int8 or fp8."""
     with on_meta():
-        text, dit, vae = (cls.from_config(config).bfloat16() for cls, config, _ in PARTS.values())
+        text, dit, vae = (cls.from_config(config).bfloat16() for cls, config, _ in COMPONENTS.values())
         ids = torch.zeros(1, tokens, dtype=torch.long)
         caption = torch.zeros(tokens, dit.config.cap_feat_dim, dtype=torch.bfloat16)
         latents = torch.zeros(1, 16, size // 8, size // 8)
@@ -99,19 +101,19 @@ def parts(size: int, tokens: int, precision: str = "bf16") -> dict[str, tuple[in
     }
 
 
-def _count(call):
+def _count(call: Callable[[], Any]) -> tuple[Any, int]:
     counter = FlopCounterMode(display=False)
     with counter:
         result = call()
     return result, counter.get_total_flops()
 
 
-def _bytes(weights) -> int:
+def _bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def here() -> Device:
-    """This processor, measured: the best of five bf16 and int8 products of 4096 × 4096, and of five copies of 1 GB."""
+    """This processor's peaks: the best of five bf16 and int8 products of 4096 × 4096, and of five copies of 1 GB."""
     n = 4096
     a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
     q = torch.randint(-127, 127, (n, n), dtype=torch.int8)
@@ -121,7 +123,7 @@ def here() -> Device:
     return Device(bf16, int8, bf16, 2 * source.numel() * 4 / _best(lambda: target.copy_(source)))
 
 
-def _best(call) -> float:
+def _best(call: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(6):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One evaluation of the DiT, warm."""
+"""One warm evaluation of the DiT."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import click
 
 from bench.options import AGAINST, DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
 from bench.pairs import alternate, report
-from bench.weights import SMALL_TRANSFORMER, TRANSFORMER, write_part
+from bench.weights import SMALL_TRANSFORMER, TRANSFORMER, write_component
 
 
 @click.command()
@@ -18,8 +18,8 @@ from bench.weights import SMALL_TRANSFORMER, TRANSFORMER, write_part
 @PRECISION
 @JSON
 @click.option("--tokens", default=32, show_default=True, help="Caption tokens.")
-@click.option("--repeats", default=3, show_default=True, help="Timed steps of each run, after two that are not.")
-@click.option("--compile", "compiled", is_flag=True, help="Compile our blocks.")
+@click.option("--repeats", default=3, show_default=True, help="Timed steps per run, after two that are not timed.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the blocks of our DiT.")
 @click.option("--small", is_flag=True, help="Width 512 and 8 blocks instead of the published sizes.")
 def step(
     folder: Path,
@@ -34,8 +34,8 @@ def step(
     compiled: bool,
     small: bool,
 ) -> None:
-    """One evaluation of the DiT; FOLDER gets random weights (12.3 GB, or 0.1 GB with --small) when it has none."""
-    write_part(folder, "transformer", SMALL_TRANSFORMER if small else TRANSFORMER)
+    """Evaluate the DiT; random weights (12.3 GB, or 0.1 GB with --small) are written to FOLDER if it has none."""
+    write_component(folder, "transformer", SMALL_TRANSFORMER if small else TRANSFORMER)
     arguments = {"folder": str(folder), "size": size, "tokens": tokens, "dtype": dtype, "repeats": repeats}
     ours = {"precision": precision, "compiled": compiled}
     runs = alternate(sides_of(against, arguments, ours), "step", pairs)

@@ -1,4 +1,4 @@
-"""The README's tables from the results that scenarios saved: no figure there is typed by hand."""
+"""The tables of results in our documents, made from what scenarios saved: no figure there is typed by hand."""
 
 import json
 import re
@@ -8,6 +8,12 @@ from typing import Any
 import click
 
 RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
+HEADLINES = {  # of the top README: a saved result and one of its figures
+    "a cold render of 256 × 256 in 3 steps, process start to picture": ("render_bf16", "total"),
+    "one step at 256 × 256 with the DiT's products in int8 (diffusers: bf16)": ("step_int8", "step"),
+    "decoding 1024 × 1024 in exact strips": ("decode_1024", "decode"),
+}
 BLOCK = re.compile(r"<!-- result: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 LABELS = {
     "total": "process start to decoded picture",
@@ -25,24 +31,29 @@ LABELS = {
 
 
 @click.command()
-@click.argument("document", type=click.Path(path_type=Path, exists=True), default=Path("README.md"))
-def tables(document: Path) -> None:
-    """Fill every block `<!-- result: NAME -->` of DOCUMENT from bench/results/NAME.json."""
-    document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
+@click.argument("documents", nargs=-1, type=click.Path(path_type=Path, exists=True))
+def tables(documents: tuple[Path, ...]) -> None:
+    """Fill every block `<!-- result: NAME -->` of DOCUMENTS (default: ours) from bench/results/NAME.json."""
+    for document in documents or DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(text: str) -> str:
-    """`text` with the table of each block made anew."""
-    return BLOCK.sub(lambda block: f"<!-- result: {block[1]} -->\n{table(read(block[1]))}<!-- end -->", text)
+    """The text with the table of every block made anew."""
+
+    def table_of(name: str) -> str:
+        return headlines() if name == "headlines" else table(read(name))
+
+    return BLOCK.sub(lambda block: f"<!-- result: {block[1]} -->\n{table_of(block[1])}<!-- end -->", text)
 
 
 def read(name: str) -> dict[str, Any]:
-    """A saved result: what `python -m bench SCENARIO … --json > bench/results/NAME.json` wrote."""
+    """A saved result, as `python -m bench SCENARIO … --json > bench/results/NAME.json` writes it."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians with least and most of every side and the ratio to the last side, and below them how to get them."""
+    """Medians of every side with minimum and maximum, ratios to the last side, and below them their command."""
     if "rows" in result:
         return "\n".join([*_listed(result["rows"]), "", _source(result), ""])
     medians, spread, sides = result["median"], result["spread"], list(result["median"])
@@ -55,15 +66,26 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _source(result), ""])
 
 
+def headlines() -> str:
+    """The few figures of the top README: seconds and peak memory of both sides."""
+    results = {title: (read(name), figure) for title, (name, figure) in HEADLINES.items()}
+    sides = list(next(iter(results.values()))[0]["median"])
+    lines = [_row(["", *sides]), _row(["---", *["--:"] * len(sides)])]
+    for title, (result, figure) in results.items():
+        medians = [result["median"][side] for side in sides]
+        lines.append(_row([title, *(f"{_short(m[figure])} s, {_short(m['peak_gb'])} GB" for m in medians)]))
+    return "\n".join([*lines, ""])
+
+
 def _listed(rows: list[dict[str, Any]]) -> list[str]:
-    """A table with a column per entry of the rows."""
+    """A table with one column per entry of the rows."""
     names = list(rows[0])
     values = [_row([str(row[name]) for name in names]) for row in rows]
     return [_row(names), _row(["---", *["--:"] * (len(names) - 1)]), *values]
 
 
 def _source(result: dict[str, Any]) -> str:
-    """How to get the figures, and what these were measured on."""
+    """The command that measures the figures, and the machine these come from."""
     machine = result["machine"]
     how = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, PyTorch {machine['torch']}"
     return f"`{result['command']}` ({how}, commit {machine['commit']})"

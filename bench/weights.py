@@ -1,4 +1,4 @@
-"""Full-size model folders of random weights: the published configs, no published values.
+"""Full-size model folders of random weights: the published configs with random values.
 
 `python -m bench.weights FOLDER` writes 20.5 GB in bf16, block by block, in the published layout.
 """
@@ -6,6 +6,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -74,12 +75,12 @@ VAE = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-PARTS = {
+COMPONENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text_encoder": (Qwen3, TEXT_ENCODER, "model"),
     "transformer": (ZImageDiT, TRANSFORMER, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, VAE, "diffusion_pytorch_model"),
 }
-SINGLES = {"dit": "native", "text_encoder": "transformers", "vae": "ldm"}  # part → layout
+SINGLES = {"dit": "native", "text_encoder": "transformers", "vae": "ldm"}  # component → layout
 SHARD_BYTES = 4_000_000_000
 INDEX = {
     "_class_name": "ZImagePipeline",
@@ -92,13 +93,13 @@ INDEX = {
 
 
 def write_model(folder: Path, layers: int | None = None) -> Path:
-    """Write a model folder, unless it is there; `layers` makes both transformers shallower at full width."""
+    """Write a model folder, unless it exists; `layers` makes both transformers shallower at full width."""
     if (folder / "model_index.json").is_file():
         return folder
-    for name, (_, config, _) in PARTS.items():
+    for name, (_, config, _) in COMPONENTS.items():
         key = {"text_encoder": "num_hidden_layers", "transformer": "n_layers"}.get(name)
-        write_part(folder, name, {**config, key: layers} if layers and key else config)
-    for name in ("scheduler", "tokenizer"):  # small vocabulary ids are valid ids of the large one
+        write_component(folder, name, {**config, key: layers} if layers and key else config)
+    for name in ("scheduler", "tokenizer"):  # ids of the small vocabulary are valid in the large one
         (folder / name).mkdir(exist_ok=True)
         for file in (DEMO / name).iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
@@ -106,9 +107,9 @@ def write_model(folder: Path, layers: int | None = None) -> Path:
     return folder
 
 
-def write_part(folder: Path, name: str, config: dict | None = None) -> None:
-    """Write one component of a model folder, unless one of this config is there."""
-    cls, published, stem = PARTS[name]
+def write_component(folder: Path, name: str, config: dict | None = None) -> None:
+    """Write one component of a model folder, unless one with this config exists."""
+    cls, published, stem = COMPONENTS[name]
     config, file = config or published, folder / name / "config.json"
     if file.is_file() and json.loads(file.read_text()) == config:
         return
@@ -116,42 +117,43 @@ def write_part(folder: Path, name: str, config: dict | None = None) -> None:
     with on_meta():
         model = cls.from_config(config)
     _write_shards(model, folder / name, stem)
-    file.write_text(json.dumps(config, indent=2))  # last: a part cut off while it was written is written again
+    file.write_text(json.dumps(config, indent=2))  # last: an interrupted component is written again
 
 
 def write_singles(folder: Path) -> dict[str, str]:
-    """The parts of a model folder as single files beside it, under the names their users have; part → path."""
+    """Write a model folder's components as single files beside it, under the names of other tools; component → path."""
     beside = folder.absolute().with_name(f"{folder.absolute().name}-single")
     beside.mkdir(exist_ok=True)
-    files = {part: beside / f"{part}.safetensors" for part in SINGLES}
-    for part, file in files.items():
+    files = {name: beside / f"{name}.safetensors" for name in SINGLES}
+    for name, file in files.items():
         if not file.is_file():
-            convert(folder, file, SINGLES[part], part=part)
-    return {part: str(file) for part, file in files.items()}
+            convert(folder, file, SINGLES[name], component=name)
+    return {name: str(file) for name, file in files.items()}
 
 
 def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
-    """Random weights in shards of at most 4 GB, with an index, holding one shard in memory at a time."""
-    shards, size = [{}], 0
+    """Write random weights in shards of at most 4 GB with an index, one shard in memory at a time."""
+    shards: list[dict[str, torch.Size]] = [{}]
+    size = 0
     for key, weight in model.state_dict().items():
         if size + 2 * weight.numel() > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][key] = weight.shape
         size += 2 * weight.numel()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
         save_file({key: _random(key, shape) for key, shape in shard.items()}, folder / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         size = sum(2 * shape.numel() for shard in shards for shape in shard.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}  # diffusers insists on the metadata
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}  # diffusers requires the metadata
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _random(key: str, shape: torch.Size) -> torch.Tensor:
-    """Norms near one, matrices of one over the root of their fan-in: activations stay in range through all layers."""
+    """Ones for norms, values of scale 1/√fan-in for matrices, so that activations stay in range through all layers."""
     if len(shape) == 1:
         return (
             torch.ones(shape, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
-"""Weights as other tools name and quantise them, written by those tools where they are on PyPI.
+"""Weights as other tools name and quantise them, written by the tools themselves where PyPI has them.
 
-comfy-kitchen writes scaled fp8, int8 ConvRot and nvfp4, `gguf` writes GGUF; what no tool writes is written by hand.
+comfy-kitchen writes scaled fp8, int8 ConvRot and nvfp4, `gguf` writes GGUF; formats without a tool are written by hand.
 """
 
 import json
@@ -18,9 +18,9 @@ from zimage.formats.layouts import layout
 State = Mapping[str, Tensor]
 
 
-def renamed(part: str, name: str, state: State, prefix: str = "") -> dict[str, Tensor]:
-    """The part as the layout `name` has it: other keys, fused q, k and v, 1 × 1 convolutions."""
-    known = layout(part, name)
+def renamed(component: str, name: str, state: State, prefix: str = "") -> dict[str, Tensor]:
+    """A component in the layout `name`: other keys, fused q, k and v, 1 × 1 convolutions."""
+    known = layout(component, name)
     last, out = known.last_index(state), {}
     for key, value in state.items():
         if known.fused and ".attention.to_q." in key:
@@ -38,22 +38,23 @@ def save(tensors: State, file: Path, metadata: dict[str, str] | None = None) -> 
 
 
 def is_matrix(key: str) -> bool:
-    """Whether formats quantise it: the matrices of attention and feed-forward."""
+    """Whether a key is of a matrix that formats quantise: those of attention and feed-forward."""
     return re.search(r"\.(attention\.(to_\w|to_out\.0|qkv|out)|feed_forward\.w\d)\.weight$", key) is not None
 
 
-Quantiser = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # suffix → tensor, and the numbers they stand for
+Quantiser = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # (suffix → tensor, the numbers that they encode)
 
 
 def quantised(state: State, quantise: Quantiser) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A file's tensors with the blocks' matrices quantised, and the state that a perfect reader finds in it."""
-    file, numbers = {}, {}
+    """The tensors of a file with quantised matrices, and the state that an exact reader finds in it."""
+    file: dict[str, Tensor] = {}
+    numbers: dict[str, Tensor] = {}
     for key, value in state.items():
         if not is_matrix(key):
             file[key] = numbers[key] = value
             continue
-        parts, numbers[key] = quantise(value)
-        file |= {key.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
+        stored, numbers[key] = quantise(value)
+        file |= {key.removesuffix("weight") + suffix: tensor for suffix, tensor in stored.items()}
     return file, numbers
 
 
@@ -103,12 +104,12 @@ def nvfp4(weight: Tensor):
     from comfy_kitchen.tensor import TensorCoreNVFP4Layout as tool
 
     codes, params = tool.quantize(weight.float())
-    parts = {"weight": codes, "weight_scale": params.block_scale, "weight_scale_2": params.scale}
-    return parts | {"comfy_quant": described({"format": "nvfp4"})}, tool.dequantize(codes, params)
+    stored = {"weight": codes, "weight_scale": params.block_scale, "weight_scale_2": params.scale}
+    return stored | {"comfy_quant": described({"format": "nvfp4"})}, tool.dequantize(codes, params)
 
 
 def write_gguf(file: Path, architecture: str, state: State, kind: str, quantise: Callable[[str], bool]) -> State:
-    """A GGUF file written by the package; returns the numbers that it holds."""
+    """Write a GGUF file with the package; returns the numbers that it holds."""
     import gguf
 
     writer = gguf.GGUFWriter(file, architecture)

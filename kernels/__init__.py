@@ -1,23 +1,23 @@
 """The fused operations of the model, one file per op: plain-PyTorch reference, Triton kernel, dispatch and SPEC.
 
-Off a GPU every op is its reference. Tests and bench walk `specs()`; an op is added by adding a file and naming it here.
+Off a GPU every op is its reference. Tests and bench walk `specs()`, which finds the specifications in every file of
+this folder, so adding an op means adding a file.
 """
 
+from __future__ import annotations
 
-def specs() -> list:
-    """The specification of every op that has a kernel."""
-    from zimage.kernels import gated_residual, group_norm, layer_norm, norm, qk_norm_rope, quantise, swiglu, tiles
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
 
-    return [
-        qk_norm_rope.SPEC,
-        norm.SPEC,
-        gated_residual.SPEC,
-        swiglu.SPEC,
-        layer_norm.SPEC,
-        group_norm.STATISTICS_SPEC,
-        group_norm.NORMALISE_SPEC,
-        tiles.ADD_SPEC,
-        tiles.LEVELS_SPEC,
-        quantise.INT8_SPEC,
-        quantise.FP8_SPEC,
-    ]
+if TYPE_CHECKING:
+    from zimage.kernels.backend import Spec
+
+
+def specs() -> list[Spec]:
+    """The specification of every op that has a kernel, file by file."""
+    from zimage.kernels.backend import Spec
+
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, Spec)]

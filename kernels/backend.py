@@ -1,7 +1,7 @@
-"""Triton where it can run, and what every op here shares: when to launch its kernel, and its specification.
+"""Triton where it can run, and what all ops here share: the decision to launch a kernel, and `Spec`.
 
-Triton is imported only on a machine with a GPU (or where it was imported before, as tests do), so a CPU never pays for
-it. Where it is missing, decorated kernels stay plain functions that nothing calls.
+Triton is imported only on a machine with a GPU (or where it was imported before, as tests do), so a machine without one
+does not pay for it. Where Triton is missing, decorated kernels stay plain functions that nothing calls.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ if ACTIVE:
     jit = triton.jit
 else:
 
-    class tl:
-        """What the signatures of kernels name, where Triton is missing."""
+    class tl:  # type: ignore[no-redef]
+        """Stands in for `triton.language` in the signatures of kernels where Triton is missing."""
 
         constexpr = object
 
@@ -40,9 +40,9 @@ def _one_kernel(x_ptr):
 
 
 def check_triton(device: torch.device) -> None:
-    """Turn the kernels off, with one line that says why, where Triton cannot build one for this GPU.
+    """Turn the kernels off, and log the reason in one line, where Triton cannot build a kernel for this GPU.
 
-    It needs a C compiler and Python's headers at run time, which many machines lack; the references run anywhere.
+    Triton needs a C compiler and Python's headers at run time, which many machines lack; the references run anywhere.
     """
     global ACTIVE
     if not ACTIVE or device.type != "cuda":
@@ -63,12 +63,12 @@ def check_triton(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Spec:
-    """What tests and bench need to know of an op.
+    """What tests and bench need to know about an op.
 
-    `reference` and `launch` take the same arguments and return the same tensors; `launch` may write over those that
-    `in_place` counts. `inputs(make, **sizes)` builds arguments with make(*shape), which draws normal values. `cases`
-    are small and ragged; `model` is the published model at 1024 × 1024. `least_bytes(*arguments)` is what must move:
-    every input read and every output written once.
+    `reference` and `launch` take the same arguments and return the same tensors; `launch` may overwrite the arguments
+    at the positions in `in_place`. `inputs(make, **sizes)` builds arguments with make(*shape), which draws normal
+    values. `cases` are small, ragged sizes; `model` holds those of the published model at 1024 × 1024.
+    `least_bytes(*arguments)` counts what must move: every input is read and every output written once.
     """
 
     name: str
@@ -85,16 +85,17 @@ class Spec:
 
 
 def fuses(*tensors: Tensor) -> bool:
-    """Whether a kernel may run on these: on a GPU, with nothing to differentiate (kernels have no backward)."""
+    """Whether a kernel may run on these tensors: on a GPU, and nothing to differentiate (kernels have no backward)."""
     if not (ACTIVE and tensors[0].is_cuda):
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def bytes_of(*tensors: Tensor) -> int:
+    """The size of the tensors' values together."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n: Triton's blocks have such sizes."""
+    """The smallest power of two that is at least n: Triton's blocks have such sizes."""
     return 1 << (n - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The closing half of a sandwich: a branch is normed, gated and added to the stream.
+"""Gated residual: a branch is normalised, multiplied by a gate and added to the stream.
 
 Shapes: B batch, L tokens, C channels.
 """
@@ -9,11 +9,11 @@ from torch import Tensor
 from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
-ROWS = 16  # tokens per program: weight and gate are read once for all of them
+ROWS = 16  # tokens per program, which share one read of weight and gate
 
 
 def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """x + gate · rms_norm(branch) of x, branch (B, L, C) and gate (B or 1, 1, C)."""
+    """x + gate · rms_norm(branch), for x and branch (B, L, C), weight (C,) and gate (B or 1, 1, C)."""
     run = launch if fuses(x, branch, weight, gate) else reference
     return run(x, branch, weight, gate, eps)
 

@@ -1,4 +1,4 @@
-"""Group norm in two ops, so that a map can be normalised strip by strip: statistics of channels, then their use.
+"""Group norm in two ops, channel statistics and normalisation, so that a map can be normalised strip by strip.
 
 Shapes: B batch, C channels, H × W positions, P = B·H·W. Maps lie in memory with the channels innermost: (P, C).
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
-POSITIONS = 512  # positions per program: what belongs to the channels is read or written once for all of them
-SUMS = 2048  # side by side on a CPU: short ones are accurate, few stay in its nearest cache
+POSITIONS = 512  # positions per program, which share one read or write of the values per channel
+SUMS = 2048  # sums side by side on a CPU: short ones are accurate, and few enough stay in the nearest cache
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,14 +30,14 @@ def normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: T
 
 
 def reference_statistics(x):
-    # Batch norm's own: two passes over narrow values, the second about the mean (a mean of squares would lose the
-    # variance of channels far from zero). It adds up one row after the other: many sums side by side stay accurate.
+    # Batch norm's own statistics: two passes over narrow values, the second about the mean (a mean of squares would
+    # lose the variance of channels far from zero). It adds one row after the other: sums side by side stay accurate.
     channels = x.shape[1]
     columns = math.gcd(x.numel() // channels, max(SUMS // channels, 1))
     rows = x.permute(0, 2, 3, 1).reshape(-1, columns * channels)
     running = torch.zeros((2, rows.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    parts = torch.batch_norm_update_stats(rows, *running, momentum=0.0)
-    means, variances = (part.view(columns, channels) for part in parts)
+    statistics = torch.batch_norm_update_stats(rows, running[0], running[1], momentum=0.0)
+    means, variances = (each.view(columns, channels) for each in statistics)
     mean = means.mean(dim=0)
     return mean, (variances + (means - mean).square()).mean(dim=0)
 
@@ -45,7 +45,7 @@ def reference_statistics(x):
 def reference_normalise(x, mean, variance, weight, bias, eps):
     x = x.contiguous(memory_format=torch.channels_last)
     if x.dtype in (torch.float16, torch.bfloat16):
-        weight, bias = weight.float(), bias.float()  # all that belongs to channels must have one dtype
+        weight, bias = weight.float(), bias.float()  # all arguments per channel must have one dtype
     return F.silu(F.batch_norm(x, mean, variance, weight, bias, eps=eps), inplace=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
-ROWS = 16  # tokens per program: the scale is read once for all of them
+ROWS = 16  # tokens per program, which share one read of the scale
 
 
 def layer_norm_scale(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -26,7 +26,7 @@ def reference(x, scale, eps):
 def _kernel(
     x_ptr, scale_ptr, out_ptr, length, channels, x_stride, scale_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """ROWS tokens of one sample; `x_stride` is from sample to sample."""
+    """ROWS tokens of one sample; `x_stride` leads from sample to sample."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     present = column < channels

@@ -10,7 +10,7 @@ from torch import Tensor
 from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
 
 HALF = (torch.bfloat16, torch.float16)
-ROWS = 16  # tokens per program: weight and scale are read once for all of them
+ROWS = 16  # tokens per program, which share one read of weight and scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,13 +21,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def scaled_by_rms(x: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """factor · x / √(mean(x²) + eps) in fp32 for `x` of half precision, in the fewest passes that PyTorch has."""
+    """factor · x / √(mean(x²) + eps) in fp32, for `x` in half precision, in the fewest passes that PyTorch offers."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # √(sum of squares)
     return (x * (size.square() / x.shape[-1] + eps).rsqrt()).mul_(factor)
 
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) · scale of x (B, L, C) and scale (B or 1, 1, C)."""
+    """rms_norm(x) · scale, for x (B, L, C), weight (C,) and scale (B or 1, 1, C)."""
     run = launch if fuses(x, weight, scale) else reference
     return run(x, weight, scale, eps)
 

@@ -13,7 +13,7 @@ from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Normed and rotated q and k (B, L, H, D), which may be views of a packed tensor and may be written over.
+    """Normalise and rotate q and k (B, L, H, D), which may be views of a packed tensor and may be overwritten.
 
     Weights (D,); `cos`, `sin` (B or 1, L, D/2) fp32. The norm (Zhang & Sennrich 2019) is weight · x / √(mean(x²) + eps)
     per head; each pair (x₂ₖ, x₂ₖ₊₁) then turns by its angle (Su et al. 2021). fp32 inside.
@@ -34,7 +34,7 @@ def _norm_turned(x, weight, cos, sin, eps):
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of `x` (B, L, H, D) by its angle, in fp32 as the official code does."""
     pairs, cos, sin = x.float().unflatten(-1, (-1, 2)), cos.unsqueeze(2), sin.unsqueeze(2)
-    if not torch.compiler.is_compiling():  # one pass; compilers see through the plain form only
+    if not torch.compiler.is_compiling():  # one pass; compilers optimise the plain form only
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
     even, odd = pairs.unbind(-1)  # each (B, L, H, D/2)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
@@ -78,7 +78,7 @@ def _kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per token: its row of the table is read once for all heads of q and k."""
+    """One program per token, whose row of the table is read once for all heads of q and k."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = batch * table_batch_stride + token * (D // 2) + tl.arange(0, D // 2)
     cos, sin = tl.load(cos_ptr + row)[None, :], tl.load(sin_ptr + row)[None, :]

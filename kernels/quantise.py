@@ -1,4 +1,4 @@
-"""Dynamic quantisation, one scale per row: what feeds an int8 or fp8 matrix product."""
+"""Dynamic quantisation with one scale per row: the input of an int8 or fp8 matrix product."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ TINY = 1e-12  # the scale of a row of zeros
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (rows, C) ≈ q · scale with q (rows, C) in int8 or fp8 e4m3 and scale (rows, 1) fp32, symmetric.
 
-    A row's largest magnitude becomes the largest value of `dtype`; the rest is rounded to nearest, ties to even.
+    A row's largest magnitude becomes the largest value of `dtype`; the others are rounded to nearest, ties to even.
     """
     return (launch if fuses(x) else reference)(x, dtype)
 

@@ -1,4 +1,4 @@
-"""The gated activation of both transformers' feed-forward halves."""
+"""SwiGLU, the gated activation in the feed-forward layers of both transformers."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ BLOCK = 2048
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise (Shazeer 2020); shapes (…, C) equal, rows may be strided (halves of one product)."""
+    """silu(gate) · up, elementwise (Shazeer 2020), of equal shapes (…, C); rows may be strided (half a product)."""
     run = launch if fuses(gate, up) else reference
     return run(gate, up)
 

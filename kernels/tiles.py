@@ -1,4 +1,4 @@
-"""Laying overlapping tiles over one another with feathered edges, and storing a picture's values as bytes."""
+"""Blending overlapping tiles with feathered edges into a canvas, and rounding a picture's values to bytes."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ def add_tile(canvas: Tensor, tile: Tensor, rows: Tensor, columns: Tensor, top: i
     """canvas[…, top + y, left + x] += rows[y] · columns[x] · tile[…, y, x], in place; returns the canvas.
 
     canvas (B, C, H, W) fp32, tile (B, C, h, w) of any float dtype, weights rows (h,) and columns (w,) fp32. Where the
-    weights of all tiles over a pixel add up to one, so do their shares of it.
+    weights of all tiles over a pixel add up to one, the canvas ends with their weighted mean.
     """
     run = launch_add if fuses(canvas, tile) else reference_add
     return run(canvas, tile, rows, columns, top, left)
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Values in [−1, 1] as the nearest of 256 levels, uint8; what lies beyond is clamped."""
+    """Round values in [−1, 1] to the nearest of 256 levels, as uint8; values beyond are clamped."""
     return (launch_levels if fuses(images) else reference_levels)(images)
 
 
@@ -49,7 +49,7 @@ def _add_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """A block of one channel's plane; `canvas_ptr` is where the tile begins."""
+    """A block of one channel's plane; `canvas_ptr` points to where the tile begins."""
     plane = tl.program_id(0).to(tl.int64)
     y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     x = tl.program_id(2) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -75,10 +75,10 @@ def _levels_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
 def launch_add(canvas, tile, rows, columns, top, left):
     tile = tile.contiguous()
     B, C, h, w = tile.shape
-    part = canvas[..., top : top + h, left : left + w]
+    window = canvas[..., top : top + h, left : left + w]
     grid = (B * C, -(-h // BLOCK[0]), -(-w // BLOCK[1]))
     strides = canvas.stride(1), canvas.stride(2), tile.stride(1), tile.stride(2)
-    _add_kernel[grid](part, tile, rows, columns, h, w, *strides, *BLOCK, num_warps=8)
+    _add_kernel[grid](window, tile, rows, columns, h, w, *strides, *BLOCK, num_warps=8)
     return canvas
 
 

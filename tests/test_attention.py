@@ -147,7 +147,7 @@ def test_automatic_choice_goes_by_card_and_packages(gpu):
 @pytest.mark.parametrize(
     ("name", "capability", "installed", "says"),
     [
-        ("flash2", (8, 9), (), r"pip install 'zimage\[flash-attn\]'"),
+        ("flash2", (8, 9), (), r'pip install "zimage-torch\[flash-attn\]" --no-build'),
         ("xformers", (8, 9), (), "pip install xformers"),
         ("sage", (8, 9), (), "pip install sageattention"),
         ("flash3", (8, 9), FAKES, "8.9; use auto"),

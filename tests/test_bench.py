@@ -2,21 +2,25 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import KL
+from tiny import DIT, KL, QWEN
 
 import zimage
-from bench import tables, weights
+from bench import card, tables, weights
 from bench.__main__ import main
 from bench.pairs import report
 from bench.profile import SCENARIOS, Profile
-from bench.roofline import parts
+from bench.roofline import costs
 from bench.sides import zimage as sides_zimage
+from zimage.dit import ZImageDiT
+from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
@@ -24,7 +28,7 @@ DIT_PARAMETERS = 6_154_908_736
 
 def test_floors_agree_with_the_published_sizes():
     """Two FLOPs per weight and token, attention's beside them; every block's weights read once."""
-    found = parts(1024, 32)
+    found = costs(1024, 32)
     flops, traffic = found["step"]
     tokens = 4096 + 32
     attention = 34 * 4 * tokens**2 * 3840
@@ -32,7 +36,7 @@ def test_floors_agree_with_the_published_sizes():
     assert traffic == pytest.approx(2 * DIT_PARAMETERS, rel=0.1)
     assert found["encode"][1] == pytest.approx(35 * 101e6 * 2, rel=0.02)
     assert found["decode"][0] == pytest.approx(10e12, rel=0.1)
-    assert parts(256, 32)["decode"][0] < found["decode"][0] / 14
+    assert costs(256, 32)["decode"][0] < found["decode"][0] / 14
 
 
 def test_roofline_sets_measured_figures_beside_floors(tmp_path):
@@ -40,7 +44,7 @@ def test_roofline_sets_measured_figures_beside_floors(tmp_path):
     result.write_text("a table\n" + json.dumps({"median": {"zimage": {"step": 1.0, "decode": 0.5}}}))
     done = CliRunner().invoke(main, ["roofline", "--measured", str(result)])
     assert done.exit_code == 0, done.output
-    rows = {row["part"]: row for row in json.loads(done.output.splitlines()[-1])["parts"]}
+    rows = {row["stage"]: row for row in json.loads(done.output.splitlines()[-1])["stages"]}
     assert rows["step"]["measured_over_floor"] == pytest.approx(1 / rows["step"]["floor_s"])
     assert "measured_s" not in rows["encode"]
     assert f"{rows['decode']['measured_over_floor']:.2f}" in done.output
@@ -95,6 +99,45 @@ def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_fold
             assert run["median"][longer]["tokens"] > run["median"]["encode_short"]["tokens"]
         assert run["median"]["generate_text"]["token_s"] > 0
         assert run["median"]["full_generation"]["total_s"] > run["median"]["full_generation"]["denoise_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_card_needs_a_gpu_and_says_so():
+    done = CliRunner().invoke(main, ["card"])
+    assert (done.exit_code, done.output) == (1, "Error: card needs an NVIDIA GPU, and PyTorch sees none here\n")
+
+
+def test_every_row_of_card_measures_or_fails_by_itself(monkeypatch):
+    """On the CPU and in small, where it runs as on a GPU."""
+    small = {"text_encoder": (Qwen3, QWEN, ""), "transformer": (ZImageDiT, DIT, ""), "vae": (AutoencoderKL, KL, "")}
+    monkeypatch.setattr(card, "COMPONENTS", small)
+    monkeypatch.setattr(card, "CONFIGURATIONS", {name: card.CONFIGURATIONS[name] for name in ("fp32", "flash2")})
+    monkeypatch.setattr(card, "SIZES", (64, 128))
+    rows = card.every_row(torch.device("cpu"), 1, ("demo", "encoder", "vae"))
+    found = {(section, name): card.attempt(measured) for section, name, measured in rows}
+    assert found["demo", "fp32"]["psnr_db"] == [99.0, 99.0]
+    assert found["demo", "fp32"]["repeats_exactly"]
+    assert "NVIDIA GPUs only" in found["demo", "flash2"]["error"]
+    assert [row["error"] for row in found.values() if "error" in row] == [found["demo", "flash2"]["error"]]
+    step = dict(card.dit_rows(torch.device("cpu"), 1))["bf16 64"]
+    assert card.attempt(step)["ms"] > 0
+
+
+def test_an_op_is_found_by_its_file(tmp_path, monkeypatch):
+    """Adding an op means adding a file: tests and bench walk the folder."""
+    from zimage import kernels
+
+    text = Path(kernels.swiglu.__file__).read_text(encoding="utf-8")
+    (tmp_path / "planted.py").write_text(text.replace('name="swiglu"', 'name="planted"'), encoding="utf-8")
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    names = [spec.name for spec in kernels.specs()]
+    assert "planted" in names
+    assert len(names) == len(set(names))
+
+
+def test_the_first_readmes_figures_come_from_results():
+    for title, (name, figure) in tables.HEADLINES.items():
+        assert f"| {title} | {tables.read(name)['median']['zimage'][figure]:.3g} s" in tables.headlines()
 
 
 def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):

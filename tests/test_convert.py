@@ -80,12 +80,12 @@ def test_all_in_one_and_back_to_a_whole_folder_gives_the_same_pixels(run, folder
     assert pictures[0].tobytes() == pictures[1].tobytes()
 
 
-def test_one_part_of_many(run, folder, states):
-    assert run(folder, "vae.safetensors", "--part", "vae")[0] == 0
+def test_one_component_of_many(run, folder, states):
+    assert run(folder, "vae.safetensors", "--component", "vae")[0] == 0
     assert same(load_file("vae.safetensors"), states["vae"])
     status, err = run(folder, "x.safetensors")
     assert status == 2
-    assert "choose one with --part" in err
+    assert "choose one with --component" in err
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp32", "float32"), ("fp16", "float16"), ("keep", "bfloat16")])
@@ -99,7 +99,7 @@ def test_quantised_weights_are_widened_and_not_kept(run, states):
     file, numbers = loose.quantised(states["dit"], loose.lightx2v_fp8)
     loose.save(file, Path("fp8.safetensors"))
     status, err = run("fp8.safetensors", "out.safetensors", "--layout", "native")
-    assert (status, "cannot be kept; name a --dtype" in err) == (2, True)
+    assert (status, "cannot be kept; pass a --dtype" in err) == (2, True)
     assert run("fp8.safetensors", "out.safetensors", "--layout", "diffusers", "--dtype", "fp32")[0] == 0
     found = load_file("out.safetensors")
     assert found.keys() == numbers.keys()
@@ -125,7 +125,7 @@ def test_a_wan_vae_keeps_its_names(run, tmp_path):
     assert run("wan", "out", "--dtype", "fp16")[0] == 0
     assert same(load_file("out/diffusion_pytorch_model.safetensors"), {k: v.half() for k, v in tensors.items()})
     status, err = run("wan", "wan.safetensors", "--layout", "ldm")
-    assert (status, "no names for a AutoencoderKLWan" in err) == (2, True)
+    assert (status, "no names for AutoencoderKLWan" in err) == (2, True)
 
 
 def test_folders_are_sharded_with_an_index_and_bring_their_other_files(run, folder, states):
@@ -168,10 +168,10 @@ def test_nothing_is_replaced_unasked(run, folder):
         ("no/such.safetensors", ["--layout", "ldm"], "does not exist; make it first"),
         ("out", ["--layout", "native"], "is a single file"),
         ("model/inside", [], "lies inside"),
-        ("model", ["--force"], "is what is read"),
-        (".", ["--force"], "is not a model's folder"),
-        ("full", ["--force"], "is not a model's folder"),
-        ("file", ["--force"], "does not replace by a folder"),
+        ("model", ["--force"], "is the source itself"),
+        (".", ["--force"], "is not a model folder"),
+        ("full", ["--force"], "is not a model folder"),
+        ("file", ["--force"], "does not replace with a folder"),
         ("out", ["--shard-size", "much"], "is no size"),
         ("out", ["--shard-size", "0"], "is no size"),
         ("out", ["--configs", "model"], "--configs is for loose files"),
@@ -190,7 +190,7 @@ def test_what_cannot_work_is_one_line(run, folder, tmp_path, target, arguments, 
     assert (sorted(os.listdir()), sorted(os.listdir(folder))) == before
 
 
-def test_a_folder_is_not_replaced_by_its_own_part(run, folder, tmp_path):
+def test_a_folder_is_not_replaced_by_its_own_component(run, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     status, err = run("model/vae", "model", "--force")
     assert (status, "would be replaced" in err) == (2, True)
@@ -203,8 +203,9 @@ def test_a_source_that_is_none(run, tmp_path):
     (tmp_path / "empty").mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     for source, words in (
-        ("none", "does not exist"), ("cut.safetensors", "not a whole safetensors file"), ("empty", "holds no part"),
-        ("pickle.safetensors", "is a pickle"), ("other.safetensors", "holds no part"),
+        ("none", "does not exist"), ("cut.safetensors", "not a whole safetensors file"),
+        ("empty", "holds no component"), ("other.safetensors", "holds no component"),
+        ("pickle.safetensors", "is a pickle"),
     ):  # fmt: skip
         status, err = run(source, "out.safetensors", "--layout", "native")
         assert status == 1, source
@@ -230,7 +231,7 @@ def test_a_value_beyond_fp16_is_named_and_nothing_left(run, states):
 
 @pytest.mark.parametrize("target", ["out", "out.safetensors"])
 def test_an_interruption_leaves_what_was_there(run, folder, monkeypatch, target):
-    assert run(folder, target, "--part", "vae")[0] == 0
+    assert run(folder, target, "--component", "vae")[0] == 0
 
     def state():
         return {f: f.read_bytes() for f in sorted(Path(".").rglob("*")) if f.is_file()}
@@ -242,7 +243,7 @@ def test_an_interruption_leaves_what_was_there(run, folder, monkeypatch, target)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["zimage.cli.weights"].Watch, "__call__", interrupted)
-    status, err = run(folder, target, "--part", "vae", "--dtype", "fp32", "--force")
+    status, err = run(folder, target, "--component", "vae", "--dtype", "fp32", "--force")
     assert (status, f"nothing was changed at {target}" in err) == (130, True)
     assert state() == before
 
@@ -267,7 +268,7 @@ def test_all_zero_pieces_are_holes_that_read_as_zeros(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_blocks * 512 < 1 << 20
     wrong = [Planned("short", "F32", (4,), lambda: iter([torch.ones(3)]))]
     with (
-        pytest.raises(CheckpointError, match="short: 12 bytes came of 16"),
+        pytest.raises(CheckpointError, match="short: 12 bytes came instead of 16"),
         placing(tmp_path / "b", False) as temporary,
     ):
         write_file(temporary, wrong)
@@ -322,5 +323,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path, changes, misaligned, file_
 
 def test_as_a_function(folder, tmp_path):
     done = convert(folder, tmp_path / "dit.safetensors", to="native")
-    assert (done.parts, done.layout) == (("dit",), "native")
+    assert (done.components, done.layout) == (("dit",), "native")
     assert done.path == tmp_path / "dit.safetensors"

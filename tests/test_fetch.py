@@ -88,7 +88,7 @@ def test_an_interrupted_transfer_goes_on_where_it_broke_off(run, hub, tmp_path):
     assert err.count("\n") == len(err.splitlines())
     assert DIT not in visible(tmp_path / "model")
     assert "answered 503" in err.splitlines()[-1]
-    assert "again to go on" in err.splitlines()[-1]
+    assert "again to resume" in err.splitlines()[-1]
 
     hub.status.clear()
     hub.log.clear()
@@ -260,7 +260,7 @@ def test_what_the_project_knows_is_held_against_the_hub(run, hub, monkeypatch):
     known = dataclasses.replace(find_known("vae/config.json", hub.repository), size=1)
     monkeypatch.setattr("zimage.weights.fetch.find_known", lambda path, _: known if path == known.path else None)
     status, err = run()
-    assert (status, "where 1 is on record" in err) == (1, True)
+    assert (status, "but 1 is on record" in err) == (1, True)
     assert run("--revision", COMMIT)[0] == 0
 
 
@@ -269,6 +269,7 @@ def test_without_the_library_the_extra_is_named(run, monkeypatch):
     status, err = run()
     assert status == 2
     assert "the extra `hub`" in err
+    assert 'pip install "zimage-torch[hub]" (in a clone: pip install -e ".[hub]")' in err
 
 
 def test_two_fetches_into_one_folder_do_not_mix(run, hub, tmp_path):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import zimage
-from bench.weights import PARTS
+from bench.weights import COMPONENTS
 from zimage.cli import cli
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def render(*path, **settings):
     ("part", "name"), [("dit", "native"), ("text_encoder", "bare"), ("text_encoder", "gguf"), ("vae", "ldm")]
 )
 def test_tables_are_bijections_on_the_published_keys(part, name):
-    cls, config, _ = PARTS["transformer" if part == "dit" else part]
+    cls, config, _ = COMPONENTS["transformer" if part == "dit" else part]
     with on_meta():
         keys = list(cls.from_config(config).state_dict())
     known, last = layout(part, name), layout(part, name).last_index(keys)
@@ -74,7 +74,7 @@ def test_tables_are_bijections_on_the_published_keys(part, name):
 
 
 def test_native_names_are_those_of_the_published_file():
-    cls, config, _ = PARTS["transformer"]
+    cls, config, _ = COMPONENTS["transformer"]
     with on_meta():
         state = cls.from_config(config).state_dict()
     native = loose.renamed("dit", "native", state)

@@ -1,4 +1,4 @@
-"""Weights that ship with the package; this module only says where they lie."""
+"""Published weights: fetched, verified and converted; DEMO is the folder of the bundled model."""
 
 from pathlib import Path
 

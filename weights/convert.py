@@ -1,4 +1,4 @@
-"""From one layout and dtype to another, streamed: what comes out is planned from shapes, then copied piece by piece."""
+"""Conversion from one layout and dtype to another: the output is planned from shapes, then copied piece by piece."""
 
 import itertools
 import json
@@ -19,11 +19,11 @@ from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, Maps, Stored
 from zimage.loading.files import Component
 from zimage.loading.registry import ROWS
+from zimage.weights.components import all_finite, check_configs, find_components, open_component
 from zimage.weights.manifest import Progress, silent
-from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
 
-# What is written: part → (prefix of its keys, layout). Folders and files, but for `diffusers` files only.
+# Target → component → (prefix of its keys, layout). `diffusers` is a folder or a file, the others are files.
 TARGETS: dict[str, dict[str, tuple[str, str]]] = {
     "diffusers": {"text_encoder": ("", "transformers"), "dit": ("", "diffusers"), "vae": ("", "diffusers")},
     "native": {"dit": ("", "native")},
@@ -50,11 +50,11 @@ PIECE = 16 << 20  # values copied at a time
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the file or folder, its parts, tensors and bytes of weights."""
+    """What was written: the file or folder, its components, tensors and bytes of weights."""
 
     path: Path
     layout: str
-    parts: tuple[str, ...]
+    components: tuple[str, ...]
     tensors: int
     nbytes: int
 
@@ -64,7 +64,7 @@ def convert(
     target: Path,
     to: str = "keep",
     dtype: str = "keep",
-    part: str | None = None,
+    component: str | None = None,
     configs: Path | None = None,
     shard_size: int = DEFAULT_SHARD,
     force: bool = False,
@@ -72,17 +72,17 @@ def convert(
 ) -> Converted:
     """Write the weights of `source` at `target`, which ends in .safetensors or is a folder.
 
-    to: a key of TARGETS, or "keep". part: only this one. configs: a model folder with the config.json, tokenizer and
-    schedule that loose files lack. Raises RequestError, CheckpointError or ConfigError before anything is written, but
-    for values that the dtype cannot hold; nothing is left at `target` where it fails.
+    to: a key of TARGETS, or "keep". component: write only this one. configs: a model folder with the config.json,
+    tokenizer and schedule that loose files lack. Raises RequestError, CheckpointError or ConfigError before anything is
+    written, except for values that the dtype cannot hold; on failure nothing is left at `target`.
     """
-    found = find_parts(source)
+    found = find_components(source)
     check_configs(source, configs)
     to = _kept(source, found) if to == "keep" else to
     _check_target(source, target, to, force)
-    chosen = _chosen(source, list(found), to, part, target)
-    components = {name: open_part(name, found[name], configs) for name in chosen}
-    plans = {name: list(_planned(component, *TARGETS[to][name], dtype)) for name, component in components.items()}
+    chosen = _chosen(source, list(found), to, component, target)
+    components = {name: open_component(name, found[name], configs) for name in chosen}
+    plans = {name: list(_planned(each, *TARGETS[to][name], dtype)) for name, each in components.items()}
     tensors = [tensor for plan in plans.values() for tensor in plan]
     size = sum(tensor.nbytes for tensor in tensors)
     check_space(target.absolute().parent, size)
@@ -96,36 +96,38 @@ def convert(
 
 
 def _kept(source: Path, found: Mapping[str, Path]) -> str:
-    """The target that is as the source."""
+    """The target that matches the source."""
     if source.is_dir():
         return "diffusers"
     if len(found) > 1:
         return "all-in-one"
-    (part,) = found
-    name = _layout_name(part, source)
-    fitting = [to for to, parts in TARGETS.items() if parts.get(part) == ("", name)]
+    (component,) = found
+    name = _layout_name(component, source)
+    fitting = [to for to, held in TARGETS.items() if held.get(component) == ("", name)]
     if not fitting:
-        raise RequestError(f"{source} is in layout {name}, which is not written; use --layout {' or '.join(TARGETS)}")
+        raise RequestError(
+            f"{source} is in layout {name}, which cannot be written; use --layout {' or '.join(TARGETS)}"
+        )
     return fitting[-1]
 
 
-def _layout_name(part: str, file: Path) -> str:
-    """The name of the layout in which a file holds a part."""
-    found = Checkpoint.of_file(file, part).layout
+def _layout_name(component: str, file: Path) -> str:
+    """The name of the layout in which a file holds a component."""
+    found = Checkpoint.of_file(file, component).layout
     return found.name if found else "diffusers"
 
 
 def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
-    """Everything about the place that can be refused before anything is written."""
+    """Raise RequestError for every fault of the place that shows before anything is written."""
     if to != "diffusers" and not _is_file(target):
         raise RequestError(f"the layout {to} is a single file; name one that ends in .safetensors, not {str(target)!r}")
     if not target.absolute().parent.is_dir():
         raise RequestError(f"the folder {str(target.parent)!r} does not exist; make it first")
     inside, around = source.resolve(), target.resolve()
     if inside == around or (target.exists() and target.samefile(source)):
-        raise RequestError(f"{target} is what is read; name another place")
+        raise RequestError(f"{target} is the source itself; name another place")
     if inside in around.parents:
-        raise RequestError(f"{target} lies inside {source}; name a place outside of it")
+        raise RequestError(f"{target} lies inside {source}; name a place outside it")
     if around in inside.parents:
         raise RequestError(f"{source} lies inside {target}, which would be replaced; name another place")
     if target.exists():
@@ -134,23 +136,23 @@ def _check_target(source: Path, target: Path, to: str, force: bool) -> None:
 
 def _check_replaceable(target: Path, force: bool) -> None:
     if not force:
-        raise RequestError(f"{target} exists; use --force to replace it, or another name")
+        raise RequestError(f"{target} exists; use --force to replace it, or choose another name")
     if target.is_dir() == _is_file(target):
         kind, other = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise RequestError(f"{target} is a {kind}, which --force does not replace by a {other}; remove it yourself")
+        raise RequestError(f"{target} is a {kind}, which --force does not replace with a {other}; remove it yourself")
     marks = ("model_index.json", "config.json", *(f"{row.folder}/config.json" for row in ROWS.values()))
     if target.is_dir() and not any((target / mark).is_file() for mark in marks) and any(target.iterdir()):
-        raise RequestError(f"{target} is not a model's folder, so --force does not replace it; remove it yourself")
+        raise RequestError(f"{target} is not a model folder, so --force does not replace it; remove it yourself")
 
 
-def _chosen(source: Path, found: list[str], to: str, part: str | None, target: Path) -> list[str]:
-    """The parts that are written."""
-    names = [name for name in found if name in TARGETS[to] and part in (None, name)]
+def _chosen(source: Path, found: list[str], to: str, component: str | None, target: Path) -> list[str]:
+    """The components to write."""
+    names = [name for name in found if name in TARGETS[to] and component in (None, name)]
     if not names:
-        wanted = part or " or ".join(TARGETS[to])
+        wanted = component or " or ".join(TARGETS[to])
         raise RequestError(f"{source} holds {' and '.join(found)}; the layout {to} needs {wanted}")
     if to == "diffusers" and _is_file(target) and len(names) > 1:
-        raise RequestError(f"{source} holds {' and '.join(names)}: write a folder, or choose one with --part")
+        raise RequestError(f"{source} holds {' and '.join(names)}: write a folder, or choose one with --component")
     return names
 
 
@@ -159,17 +161,17 @@ def _is_file(target: Path) -> bool:
 
 
 def _planned(component: Component, prefix: str, name: str, dtype: str) -> Iterator[Planned]:
-    """What the target holds of a part, in the source's order: q, k and v in one matrix where the layout has it so."""
+    """A component's tensors in the target, in the source's order, with q, k and v fused where the layout does so."""
     target, entries, maps = layout(component.name, name), component.checkpoint.entries, Maps()
     if name == "ldm" and component.config.get("_class_name") != "AutoencoderKL":
-        raise RequestError(f"the layout ldm has no names for a {component.config.get('_class_name')}; use diffusers")
+        raise RequestError(f"the layout ldm has no names for {component.config.get('_class_name')}; use diffusers")
     last, done = target.last_index(entries), set()
     for key in entries:
         fused = fused_name(key) if target.fused else None
         own = fused or key
         if own not in done:
             done.add(own)
-            sources = [entries[each] for each in split_names(fused)] if fused else [entries[key]]
+            sources = [entries[each] for each in (fused and split_names(fused)) or (key,)]
             yield _tensor(prefix + _foreign(target, own, last), _shape(target, own, sources), sources, dtype, maps)
 
 
@@ -190,7 +192,7 @@ def _shape(target: Layout, key: str, sources: list[Stored]) -> tuple[int, ...]:
 def _tensor(name: str, shape: tuple[int, ...], sources: list[Stored], dtype: str, maps: Maps) -> Planned:
     kinds = {source.dtype for source in sources}
     if dtype == "keep" and (len(kinds) > 1 or any(source.packed for source in sources)):
-        raise RequestError(f"{name} is stored as {' and '.join(kinds)}, which cannot be kept; name a --dtype")
+        raise RequestError(f"{name} is stored as {' and '.join(kinds)}, which cannot be kept; pass a --dtype")
     kind = sources[0].dtype if dtype == "keep" else STORED_AS[dtype]
 
     def pieces() -> Iterator[Tensor]:
@@ -200,18 +202,18 @@ def _tensor(name: str, shape: tuple[int, ...], sources: list[Stored], dtype: str
 
 
 def _pieces(name: str, source: Stored, dtype: torch.dtype, maps: Maps) -> Iterator[Tensor]:
-    """A stored tensor's values as `dtype`, in order; what has been copied is let go of."""
+    """Yield a stored tensor's values as `dtype`, in order; pages that have been copied are released."""
     value = source.read(maps)
     if not source.packed:
         for numbers in value.reshape(-1).split(PIECE):
             yield _cast(name, numbers, dtype)
             forget_pages(numbers)
         return
-    step = max(1, PIECE // 4 // source.shape[1])  # widening takes several times the room
+    step = max(1, PIECE // 4 // source.shape[1])  # widening takes several times the memory
     for begin in range(0, source.shape[0], step):
         rows = value.rows(begin, min(begin + step, source.shape[0]))
         yield _cast(name, rows.decode(), dtype)
-        forget_pages(rows.tensors()[0])  # the codes: only they are mapped as they are
+        forget_pages(rows.tensors()[0])  # the codes: only they are mapped unchanged
 
 
 def _cast(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,7 +232,7 @@ def _write_folder(
     shard_size: int,
     progress: Progress,
 ) -> None:
-    """A model folder, or for a single part a component folder."""
+    """Write a model folder, or a component folder where there is only one."""
     folder.mkdir()
     whole = len(components) > 1
     for name, component in components.items():
@@ -243,13 +245,14 @@ def _write_folder(
 
 
 def _write_config(path: Path, config: Mapping[str, Any], dtype: str) -> None:
-    """The config as it was, but for the dtype that transformers notes in it."""
+    """Write the config unchanged, except for the dtype that transformers notes in it."""
     words = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
     noted = {key: words[dtype] for key in ("dtype", "torch_dtype") if key in config and dtype in words}
     path.write_text(json.dumps({**config, **noted}, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_extras(source: Path, folder: Path) -> None:
+    """Copy what a model folder holds besides weights and their configs."""
     for pattern in EXTRAS:
         for file in source.glob(pattern):
             if file.is_file() and not file.name.startswith("."):

@@ -1,6 +1,6 @@
 """Fetching a published model: only what a render needs, resumed after an interruption, verified, then put in place.
 
-Files arrive in `.zimage-partial` inside the folder and get their names only once size and hash are the hub's.
+Files arrive in `.zimage-partial` inside the folder and get their final names only once size and hash are the hub's.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from zimage.errors import CheckpointError, FetchError, RequestError
 from zimage.weights.hub import Hub, Listing, Remote
@@ -29,7 +29,7 @@ SPARE = 64 << 20  # bytes left free on the disk
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that is in its place: `transferred` bytes were needed for it."""
+    """A file that is in its place, and how many bytes had to be transferred for it."""
 
     path: str
     size: int
@@ -38,7 +38,7 @@ class Fetched:
 
     @property
     def state(self) -> str:
-        came = "fetched" if self.transferred else "was there"
+        came = "fetched" if self.transferred else "already there"
         return f"{came}, {'verified' if self.hash_known else 'only its size verified: the hub gives no hash'}"
 
 
@@ -49,9 +49,9 @@ def fetch(
     endpoint: str | None = None,
     progress: Progress = silent,
 ) -> Iterator[Fetched]:
-    """Bring `folder` to what `repository` holds, file by file. Raises FetchError, CheckpointError or RequestError.
+    """Fetch what `folder` lacks of `repository`, file by file. Raises FetchError, CheckpointError or RequestError.
 
-    Files that are there already are hashed and not transferred again. Ended early, by whatever, it can be called again.
+    Files that are already there are hashed and not transferred again. After any interruption it can be called again.
     """
     hub = Hub(repository, endpoint)
     listing = hub.listing(revision)
@@ -83,14 +83,14 @@ def _needed(repository: str, listing: Listing, check_known: bool) -> list[Remote
 
 
 def _check_known(repository: str, file: Remote) -> None:
-    """The hub's word against the project's, where it has one."""
+    """Compare what the hub states with what the project has on record, if anything."""
     known = find_known(file.path, repository)
     for name in ("size", "sha256") if known else ():
         ours, theirs = getattr(known, name), getattr(file, name)
         if None not in (ours, theirs) and ours != theirs:
             raise CheckpointError(
-                f"{repository}: {file.path} has the {name} {theirs} where {ours} is on record; "
-                "to take it all the same, name its --revision"
+                f"{repository}: the {name} of {file.path} is {theirs}, but {ours} is on record; "
+                "to fetch it anyway, name its --revision"
             )
 
 
@@ -105,10 +105,12 @@ def _make(folder: Path) -> None:
 
 
 def _check_stale(folder: Path, files: list[Remote]) -> None:
-    """Files of another revision beside this one's would make a mixture: an old index still names old shards."""
+    """Refuse what is left of another revision: its index would still name its shards."""
     record = read_record(folder)
+    if record is None:
+        return
     listed = {file.path for file in files}
-    for path in record.files if record else ():
+    for path in record.files:
         if path not in listed and (folder / path).exists():
             raise RequestError(
                 f"{folder / path} was fetched at revision {record.revision[:12]} and is not part of this one; "
@@ -117,7 +119,7 @@ def _check_stale(folder: Path, files: list[Remote]) -> None:
 
 
 def _is_there(folder: Path, file: Remote, progress: Progress) -> bool:
-    """Whether the file is in place with the hub's size and hash. Raises RequestError where another is in its place."""
+    """Whether the file is in place with the hub's size and hash. Raises RequestError where a foreign file is there."""
     path = folder / file.path
     if not path.exists():
         return False
@@ -126,13 +128,14 @@ def _is_there(folder: Path, file: Remote, progress: Progress) -> bool:
     record = read_record(folder)
     if record is None or file.path not in record.files:
         raise RequestError(
-            f"{path} is in the way: it is not the hub's, and no fetch put it there; remove it, or name another folder"
+            f"{path} is in the way: it differs from the hub's file, and no fetch put it there; "
+            "remove it, or name another folder"
         )
     return False  # fetched once, then damaged or replaced upstream
 
 
 def _differs(path: Path, file: Remote, progress: Progress) -> str | None:
-    """What is wrong with a file's content, or None."""
+    """How a file's content differs from the hub's, or None."""
     hashes = hash_file(path, progress)
     if file.sha256 is not None:
         return None if hashes.sha256 == file.sha256 else f"its sha256 is {hashes.sha256}, the hub's {file.sha256}"
@@ -152,7 +155,7 @@ def _check_space(folder: Path, missing: list[Remote]) -> None:
 
 
 def _transfer(hub: Hub, listing: Listing, folder: Path, file: Remote, progress: Progress) -> int:
-    """Fetch what is missing of a file, verify it and give it its name; returns the bytes transferred."""
+    """Fetch the missing bytes of a file, verify it and give it its name; returns the bytes transferred."""
     partial = _partial(folder, file)
     partial.parent.mkdir(exist_ok=True)
     with partial.open("ab") as stream, _alone(stream, file.path):
@@ -160,7 +163,7 @@ def _transfer(hub: Hub, listing: Listing, folder: Path, file: Remote, progress: 
             stream.truncate(0)
         begin = partial.stat().st_size
         if begin < file.size:
-            hub.read(file, listing.commit, _Watched(stream, file, progress), begin)
+            hub.read(file, listing.commit, cast(BinaryIO, _Watched(stream, file, progress)), begin)
         stream.flush()
         os.fsync(stream.fileno())
     _verify(partial, file, progress)
@@ -171,10 +174,10 @@ def _transfer(hub: Hub, listing: Listing, folder: Path, file: Remote, progress: 
 
 def _verify(partial: Path, file: Remote, progress: Progress) -> None:
     size = partial.stat().st_size
-    wrong = f"{size} bytes came, {file.size} should" if size != file.size else _differs(partial, file, progress)
+    wrong = f"{size} bytes came instead of {file.size}" if size != file.size else _differs(partial, file, progress)
     if wrong:
         partial.unlink()
-        raise CheckpointError(f"{file.path} arrived damaged ({wrong}) and was dropped; run the same command again")
+        raise CheckpointError(f"{file.path} arrived damaged ({wrong}) and was removed; run the same command again")
 
 
 def _recorded(
@@ -189,7 +192,7 @@ def _recorded(
 
 
 def _partial(folder: Path, file: Remote) -> Path:
-    """Named after its content as well, so that parts of two revisions are never joined."""
+    """The partial file, named after its content as well, so that pieces of two revisions are never joined."""
     mark = (file.sha256 or file.blob or str(file.size))[:16]
     return folder / PARTIAL / f"{file.path.replace('/', '--')}.{mark}"
 
@@ -200,7 +203,7 @@ def _size(path: Path) -> int:
 
 @contextlib.contextmanager
 def _alone(stream: BinaryIO, path: str) -> Iterator[None]:
-    """Two fetches that append to one file would spoil it."""
+    """Hold a lock on the file, since two fetches that append to it would spoil it."""
     if os.name == "posix":
         import fcntl
 
@@ -212,7 +215,7 @@ def _alone(stream: BinaryIO, path: str) -> Iterator[None]:
 
 
 class _Watched:
-    """A file that tells how much of it has been written."""
+    """A file that reports how much of it has been written."""
 
     def __init__(self, stream: BinaryIO, file: Remote, progress: Progress):
         self.stream, self.file, self.progress = stream, file, progress

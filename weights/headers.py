@@ -1,4 +1,4 @@
-"""Headers of safetensors files, checked by hand: a file from anywhere may lie about every number in it.
+"""Headers of safetensors files, checked by hand: a file of unknown origin may lie about every number in it.
 
 Layout: eight bytes with the header's length, the header (JSON: name → dtype, shape, data_offsets), the values.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Bits of a value. Kinds smaller than a byte are counted in bits.
+# Bits per value, since some kinds are smaller than a byte.
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -35,14 +35,14 @@ class Slot:
 
 @dataclass
 class Header:
-    """A file's tensors, as far as they can be read, and what is wrong with it: empty where it is sound."""
+    """A file's tensors, as far as they can be read, and its problems: none where it is sound."""
 
     slots: dict[str, Slot] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 def read_header(file: Path) -> Header:
-    """Read and check a header; of the values nothing is read."""
+    """Read and check a header; no values are read."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -52,7 +52,7 @@ def read_header(file: Path) -> Header:
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        return Header(problems=[f"its header is no JSON ({error}); it is not a safetensors file, or damaged"])
+        return Header(problems=[f"its header is not JSON ({error}); it is not a safetensors file, or it is damaged"])
     if not isinstance(content, dict):
         return Header(problems=["its header should be a JSON object"])
     return _checked(content, 8 + length, size)
@@ -61,13 +61,13 @@ def read_header(file: Path) -> Header:
 def _no_header(size: int, length: int) -> str:
     if size < 8:
         return f"it has {size} bytes, too few for a safetensors file"
-    return f"it declares a header of {length:,} bytes in a file of {size:,}; it is truncated, or no safetensors file"
+    return f"it declares a header of {length:,} bytes in a file of {size:,}; it is truncated, or not a safetensors file"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("a key appears twice")
     return content
 
 
@@ -89,7 +89,7 @@ def _slot(about: Any, start: int) -> Slot:
     if dtype not in BITS:
         raise ValueError(f"dtype {dtype!r} is unknown")
     if len(shape) > MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
-        raise ValueError("shape and offsets should be few and whole numbers")
+        raise ValueError(f"shape and offsets should be whole numbers, for at most {MOST_AXES} axes")
     size = math.prod(shape) * BITS[dtype]
     if size != (end - begin) * 8:
         raise ValueError(f"{dtype} {list(shape)} should take {size // 8:,} bytes, not {end - begin:,}")
@@ -97,7 +97,7 @@ def _slot(about: Any, start: int) -> Slot:
 
 
 def _misplaced(slots: dict[str, Slot], start: int, size: int) -> Iterator[str]:
-    """Tensors must follow one another without gap or overlap, to the end of the file."""
+    """What keeps tensors from following one another without gap or overlap to the end of the file."""
     reached, before = start, "the header"
     for name, slot in sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)):
         if slot.begin < reached:

@@ -1,7 +1,7 @@
 """The model hub, through its own library: the only file that imports `huggingface_hub` (extra `hub`).
 
-The library's download call starts anew after an interruption, so files are asked for from a byte on, with its
-`http_get`.
+The library's download call starts over after an interruption, so files are fetched by its `http_get`, which can begin
+at any byte.
 """
 
 import contextlib
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from zimage.errors import FetchError, RequestError
+from zimage.errors import FetchError, RequestError, install_hint
 
 TIMEOUT = 20.0  # seconds without an answer
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file as the hub describes it: by sha256 where it is a large one, else by git's hash of its content."""
+    """A file as the hub describes it: a large one by sha256, others by git's hash of their content."""
 
     path: str
     size: int
@@ -33,14 +33,14 @@ class Listing:
 
 
 class Hub:
-    """One repository. Every failure is a FetchError; raises RequestError where the library is not installed."""
+    """One repository. Every failure is a FetchError, except RequestError where the library is not installed."""
 
     def __init__(self, repository: str, endpoint: str | None = None):
         _require_library()
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars, logging
 
-        disable_progress_bars()  # the command line has a line of its own, and a failure is said once
+        disable_progress_bars()  # the command line shows its own, and a failure is reported once
         logging.set_verbosity(logging.CRITICAL)
         self.repository = repository
         self._api = HfApi(endpoint=endpoint)
@@ -52,17 +52,17 @@ class Hub:
                 self.repository, revision=revision or "main", files_metadata=True, timeout=TIMEOUT
             )
         if not info.sha:
-            raise FetchError(f"{self._api.endpoint} named no commit of {self.repository}; it is not a model hub")
+            raise FetchError(f"{self._api.endpoint} returned no commit for {self.repository}; it is not a model hub")
         return Listing(info.sha, tuple(map(self._described, info.siblings or ())))
 
     def read(self, remote: Remote, commit: str, stream: BinaryIO, begin: int) -> None:
-        """Append bytes `begin` … of a file to `stream`, going on by itself after short breaks."""
+        """Append a file's bytes from `begin` on to `stream`, resuming by itself after short breaks."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repository, remote.path, revision=commit, endpoint=self._api.endpoint)
-        # Compressed on the way, a file could not be gone on with from one of its bytes.
+        # A compressed transfer could not be resumed at one of the file's bytes.
         headers = {**build_hf_headers(library_name="zimage"), "Accept-Encoding": "identity"}
         with self._one_line(remote.path):
             http_get(url, stream, resume_size=begin, headers=headers, expected_size=remote.size)
@@ -70,12 +70,12 @@ class Hub:
     def _described(self, sibling: Any) -> Remote:
         size = sibling.lfs.size if sibling.lfs else sibling.size
         if size is None:
-            raise FetchError(f"{self._api.endpoint} gives no size for {sibling.rfilename}; it cannot be checked")
+            raise FetchError(f"{self._api.endpoint} states no size of {sibling.rfilename}, so it cannot be checked")
         return Remote(sibling.rfilename, size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
 
     @contextlib.contextmanager
     def _one_line(self, what: str) -> Iterator[None]:
-        """The library's errors run over many lines and differ with the HTTP package under it."""
+        """Turn the library's errors, which run over many lines and vary with its HTTP package, into one line each."""
         from huggingface_hub import errors
 
         place = f"{self.repository} at {self._api.endpoint}"
@@ -94,12 +94,12 @@ class Hub:
         except OSError as error:
             if error.errno is not None:
                 raise  # of this machine: the disk, not the hub
-            raise FetchError(f"{place} broke off ({_brief(error)}) in {what}; {AGAIN}") from error
-        except ValueError as error:  # a name the library refuses, or an answer that is no JSON
+            raise FetchError(f"{place} broke off ({_brief(error)}) during {what}; {AGAIN}") from error
+        except ValueError as error:  # a name the library refuses, or an answer that is not JSON
             raise FetchError(f"{place} gave no usable answer ({_brief(error)}) for {what}") from error
 
 
-AGAIN = "run the same command again to go on"
+AGAIN = "run the same command again to resume"
 
 
 def _brief(error: Exception) -> str:
@@ -110,6 +110,4 @@ def _require_library() -> None:
     try:
         import huggingface_hub  # noqa: F401
     except ModuleNotFoundError:
-        raise RequestError(
-            'fetching needs huggingface_hub, the extra `hub`; run: pip install "zimage[hub]" (in a clone: -e ".[hub]")'
-        ) from None
+        raise RequestError(f"fetching needs huggingface_hub, the extra `hub`: {install_hint('hub')}") from None

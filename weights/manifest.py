@@ -1,6 +1,6 @@
 """What is on record about weight files: the project's list of published ones, and what a fetch verified.
 
-`manifest.json` names the published files and what is known of each; null is not known, and nothing in it is a guess.
+`manifest.json` lists the published files and what is known about each; null means unknown, and nothing is a guess.
 A fetch leaves `.zimage-manifest.json` beside the files with the sizes and hashes that it verified.
 """
 
@@ -21,16 +21,16 @@ KNOWN = Path(__file__).parent / "manifest.json"
 RECORD = ".zimage-manifest.json"
 CHUNK = 4 << 20
 
-Progress = Callable[[str, int, int], None]  # what is at work, bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress of nobody who watches."""
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
 class KnownFile:
-    """A published file, or with `*` in its path the shards of one. None: not known."""
+    """A published file, or its shards where the path holds `*`; None means unknown."""
 
     repository: str | None
     path: str
@@ -44,12 +44,12 @@ class KnownFile:
 
 
 def known_files() -> list[KnownFile]:
-    """The project's list."""
+    """The project's list of published files."""
     return [KnownFile(**entry) for entry in read_json(KNOWN)["files"]]
 
 
 def find_known(path: str, repository: str | None = None) -> KnownFile | None:
-    """The entry of a path in a repository; without a repository that of a single file by its name."""
+    """The entry of a path in a repository or, without a repository, of a single file by its name."""
     for known in known_files():
         if known.repository == repository and fnmatch.fnmatchcase(path, known.path):
             return known
@@ -89,7 +89,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def find_record(path: Path) -> Record | None:
-    """The record of the model folder that `path` is, or lies in."""
+    """The record of the model folder that `path` is or lies in."""
     for folder in (path, *path.absolute().parents[:2]):
         record = read_record(folder)
         if record is not None:
@@ -99,20 +99,20 @@ def find_record(path: Path) -> Record | None:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Of a file's whole content: sha256, and the hash by which git knows a file."""
+    """Hashes of a file's whole content: sha256, and the one by which git knows the file."""
 
     sha256: str
     blob: str
 
 
 def hash_file(path: Path, progress: Progress = silent) -> Hashes:
-    """Read a file once, in pieces."""
+    """Hash a file, which is read once, in pieces."""
     size, done = path.stat().st_size, 0
     sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             sha256.update(chunk)
-            if size <= CHUNK:  # git's hash is asked for small files only: large ones have a sha256
+            if size <= CHUNK:  # git's hash is needed for small files only: large ones have a sha256
                 blob.update(chunk)
             done += len(chunk)
             progress(f"hashing {path.name}", done, size)

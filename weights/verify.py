@@ -1,4 +1,4 @@
-"""Are these weights whole? Headers, lengths, keys and shapes, and where asked or on record every value and hash."""
+"""Verification of weights: headers, lengths, keys and shapes, hashes on record and, on request, all values."""
 
 import json
 from collections import Counter
@@ -15,11 +15,11 @@ from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, NUMBERS, Maps
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import REQUIRED
+from zimage.weights.components import all_finite, check_configs, find_components, open_component
 from zimage.weights.headers import Header, Slot, read_header
 from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
-from zimage.weights.parts import all_finite, check_configs, find_parts, open_part
 
-PIECE = 64 << 20  # bytes looked at together
+PIECE = 64 << 20  # bytes checked at a time
 LISTED = 5  # problems of a file that are named before the rest is counted
 KINDS = (".safetensors", ".gguf", ".json", ".txt", ".jinja")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -27,7 +27,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass
 class Report:
-    """What was found out about a file, or about a part whose files are taken together."""
+    """What was found out about a file, or about a component with all its files."""
 
     path: str
     size: int | None = None
@@ -43,21 +43,22 @@ class Report:
 def verify(
     path: Path, values: bool = False, hashes: bool = True, configs: Path | None = None, progress: Progress = silent
 ) -> Iterator[Report]:
-    """A report per file, then one per part and one for the whole. Raises CheckpointError where there is nothing.
+    """Yield a report per file, then one per component and one for the whole.
 
     values: look for NaN and infinity in every tensor. hashes: compare those on record, which reads every file.
-    configs: a model folder with the config.json that a loose file's shapes are held against.
+    configs: a model folder with the config.json against which a loose file's shapes are checked. Raises CheckpointError
+    where `path` does not exist.
     """
     check_configs(path, configs)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a model folder, a component's folder or a weight file")
+        raise CheckpointError(f"{path} does not exist; pass a model folder, a component's folder or a weight file")
     record, wrong = find_record(path), False
     for file in _files(path, record):
         report = _check_file(file, path, record, values, hashes, progress)
         wrong |= bool(report.problems) and file.suffix in (".safetensors", ".gguf")
         yield report
-    if not wrong:  # else the parts would only say the same again
-        yield from _check_parts(path, configs)
+    if not wrong:  # else the components would only repeat it
+        yield from _check_components(path, configs)
 
 
 def _files(path: Path, record: Record | None) -> list[Path]:
@@ -137,7 +138,7 @@ def _check_hash(file: Path, report: Report, record: Record | None, hashes: bool,
     elif about["size"] != report.size:
         report.problems.append(f"it has {report.size:,} bytes and was fetched with {about['size']:,}; fetch it again")
     elif not hashes:
-        report.notes.append("hash not looked at")
+        report.notes.append("hash not checked")
     elif (found := hash_file(file, progress).sha256) != about["sha256"]:
         report.problems.append(f"its sha256 is {found} and was {about['sha256']} when fetched; fetch it again")
     else:
@@ -151,36 +152,36 @@ def _recorded(file: Path, record: Record | None) -> dict[str, Any] | None:
 
 
 def _compare_known(file: Path, report: Report, hashes: bool, progress: Progress) -> None:
-    """A file that no fetch brought: only one of a published name and size is expected to be the published one."""
+    """Check a file that no fetch brought; it should be the published one if it has a published name and size."""
     known = find_known(file.name)
     if known is None or known.sha256 is None or known.size not in (None, report.size):
         report.notes.append("hash not on record")
     elif hashes and (found := hash_file(file, progress).sha256) != known.sha256:
         report.problems.append(f"its sha256 is {found}; the published {known.path} has {known.sha256}")
     else:
-        report.notes.append("sha256 as published" if hashes else "hash not looked at")
+        report.notes.append("sha256 as published" if hashes else "hash not checked")
 
 
-def _check_parts(path: Path, configs: Path | None) -> Iterator[Report]:
-    """Keys and shapes against the config, and the parts of a whole folder against one another."""
+def _check_components(path: Path, configs: Path | None) -> Iterator[Report]:
+    """Check keys and shapes against the config, and the components of a whole folder against one another."""
     try:
-        parts = find_parts(path)
+        found = find_components(path)
     except CheckpointError as error:
         yield Report(str(path), problems=[str(error)])
         return
     sound = True
-    for part, place in parts.items():
-        report = _check_part(part, place, configs)
+    for name, place in found.items():
+        report = _check_component(name, place, configs)
         sound &= not report.problems
         yield report
-    if path.is_dir() and (len(parts) > 1 or (path / "model_index.json").is_file()) and sound:
-        yield _check_whole(path, parts)
+    if path.is_dir() and (len(found) > 1 or (path / "model_index.json").is_file()) and sound:
+        yield _check_whole(path, found)
 
 
-def _check_part(part: str, place: Path, configs: Path | None) -> Report:
-    report = Report(part)
+def _check_component(name: str, place: Path, configs: Path | None) -> Report:
+    report = Report(name)
     try:
-        component = open_part(part, place, configs)
+        component = open_component(name, place, configs)
     except CheckpointError as error:
         report.problems.append(str(error))
         return report
@@ -191,9 +192,9 @@ def _check_part(part: str, place: Path, configs: Path | None) -> Report:
     return report
 
 
-def _check_whole(path: Path, parts: dict[str, Path]) -> Report:
+def _check_whole(path: Path, found: dict[str, Path]) -> Report:
     report = Report("model")
-    absent = [part for part in REQUIRED if part not in parts]
+    absent = [name for name in REQUIRED if name not in found]
     if absent:
         report.problems.append(f"it has no {' and no '.join(absent)}")
         return report
@@ -205,5 +206,5 @@ def _check_whole(path: Path, parts: dict[str, Path]) -> Report:
         report.problems.append(str(error))
         return report
     shift = "no scheduler config" if model.shift is None else f"shift {model.shift:g}"
-    report.notes.append(f"the parts fit together; tokenizer of {model.tokenizer.vocab_size:,} entries, {shift}")
+    report.notes.append(f"the components fit together; tokenizer of {model.tokenizer.vocab_size:,} entries, {shift}")
     return report

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from zimage.weights.headers import BITS
 from zimage.weights.manifest import Progress, silent
 
 ALIGNMENT = 64  # of the values in the file: products read weights from aligned memory 3 to 5 % faster
-PROBE = 4096  # bytes looked at before a whole piece is searched for anything but zeros
+PROBE = 4096  # bytes checked before a whole piece is searched for anything but zeros
 SPARE = 64 << 20  # bytes left free on the disk
 DEFAULT_SHARD = 10_000_000_000
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: `pieces` gives its values in order, already of that dtype."""
+    """A tensor to be written; `pieces` yields its values in order, already in `dtype`."""
 
     name: str
     dtype: str  # as safetensors names it
@@ -52,7 +52,7 @@ def write_file(path: Path, tensors: Sequence[Planned], progress: Progress = sile
                 _write_piece(stream, piece)
                 progress(f"writing {tensor.name}", stream.tell() - len(head), total)
             if stream.tell() - begin != tensor.nbytes:
-                raise CheckpointError(f"{tensor.name}: {stream.tell() - begin} bytes came of {tensor.nbytes}")
+                raise CheckpointError(f"{tensor.name}: {stream.tell() - begin} bytes came instead of {tensor.nbytes}")
         stream.truncate(len(head) + total)  # the file may end in a hole
 
 
@@ -63,7 +63,8 @@ def write_shards(
     shards, total = list(_shards(tensors, limit)), sum(tensor.nbytes for tensor in tensors)
     if len(shards) == 1:
         return write_file(folder / f"{stem}.safetensors", tensors, progress)
-    weight_map, before = {}, 0
+    weight_map: dict[str, str] = {}
+    before = 0
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         write_file(folder / name, shard, _shifted(progress, before, total))
@@ -75,19 +76,19 @@ def write_shards(
 
 @contextlib.contextmanager
 def placing(target: Path, replace: bool) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its name when the block ends well, and goes when it does not.
+    """Yield a temporary path beside `target`, which takes that name if the block succeeds and is removed if it fails.
 
-    Raises RequestError where `target` exists and is not to be replaced.
+    Raises RequestError where `target` has come into being meanwhile and `replace` is off.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield temporary
         if target.exists() and not replace:
-            raise RequestError(f"{target} has appeared meanwhile and is not replaced; use --force")
+            raise RequestError(f"{target} has appeared in the meantime and is not replaced; use --force")
         _sync_all(temporary)
         _take_name(temporary, target)
     except OSError as error:
-        if error.filename is None:  # a write that failed does not know where
+        if error.filename is None:  # a failed write does not name its file
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     finally:
@@ -104,7 +105,8 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _header(tensors: Iterable[Planned]) -> bytes:
-    content, offset = {"__metadata__": {"format": "pt"}}, 0
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for tensor in tensors:
         offsets = [offset, offset + tensor.nbytes]
         content[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
@@ -115,7 +117,7 @@ def _header(tensors: Iterable[Planned]) -> bytes:
 
 
 def _write_piece(stream: BinaryIO, piece: Tensor) -> None:
-    """Write a piece's bytes; all zeros are left out as a hole, which reads the same and takes no room."""
+    """Write a piece's bytes; a piece of zeros becomes a hole, which reads the same and takes no room."""
     data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
     if data[:PROBE].any() or data.any():
         stream.write(data.data)
@@ -124,7 +126,8 @@ def _write_piece(stream: BinaryIO, piece: Tensor) -> None:
 
 
 def _shards(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
-    shard, size = [], 0
+    shard: list[Planned] = []
+    size = 0
     for tensor in tensors:
         if shard and size + tensor.nbytes > limit:
             yield shard
@@ -135,12 +138,12 @@ def _shards(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Progress of one shard as progress of all."""
+    """The progress of one shard, reported as progress of all."""
     return lambda what, done, _: progress(what, before + done, total)
 
 
 def _take_name(temporary: Path, target: Path) -> None:
-    """A folder cannot be replaced in one step: the old one steps aside until the new one is there."""
+    """Rename a file or folder; a folder cannot be replaced in one step, so an old one steps aside first."""
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.is_dir():
         os.replace(target, aside)
@@ -157,7 +160,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_all(path: Path) -> None:
-    """Have a file, or a folder with all in it, on the disk before its new name is."""
+    """Flush a file, or a folder with all in it, to the disk before it gets its name."""
     for inner in path.iterdir() if path.is_dir() else ():
         _sync_all(inner)
     _sync(path)

@@ -68,3 +68,8 @@ class Cancelled(ZImageError):
     """A render was interrupted on purpose."""
 
     exit_status = 130
+
+
+def install_hint(extra: str, options: str = "") -> str:
+    """The command that installs an extra of this project, for an installed wheel and for a clone."""
+    return f'pip install "zimage-torch[{extra}]"{options} (in a clone: pip install -e ".[{extra}]"{options})'

@@ -1,1 +1,1 @@
-"""One module per implementation, each run as a process of its own that writes the same figures."""
+"""One module per implementation; each run is a process of its own, and all of them write the same figures."""

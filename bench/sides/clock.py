@@ -1,4 +1,4 @@
-"""The figures every side writes: seconds since the process began, per stage, and the peak of resident memory."""
+"""The figures that every side writes: seconds per stage since the process began, and the peak of resident memory."""
 
 import json
 import os
@@ -11,21 +11,21 @@ from typing import Any
 
 
 class Clock:
-    """Counts from when the parent started this process (ZIMAGE_BENCH_STARTED), so imports are included."""
+    """Counts from when the parent started this process (ZIMAGE_BENCH_STARTED), so that imports are included."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.begun = self.mark = float(os.environ["ZIMAGE_BENCH_STARTED"])
         self.figures: dict[str, float] = {}
         self.baseline = 0
 
     def lap(self, name: str) -> None:
-        """Seconds since the last lap, under `name`."""
+        """Record the seconds since the last lap under `name`."""
         now = time.monotonic()
         self.figures[name] = now - self.mark
         self.mark = now
 
     def warm(self, name: str, call: Callable[[], object]) -> None:
-        """The quicker of two calls, after one that is not counted."""
+        """Record the quicker of two calls, after one that does not count."""
         seconds = []
         for _ in range(3):
             start = time.monotonic()
@@ -34,7 +34,7 @@ class Clock:
         self.figures[name] = min(seconds[1:])
 
     def repeated(self, name: str, call: Callable[[], object], warmup: int, repeats: int) -> None:
-        """The median of `repeats` calls after `warmup` calls that are not counted."""
+        """Record the median of `repeats` calls, after `warmup` calls that do not count."""
         seconds = []
         for _ in range(warmup + repeats):
             start = time.monotonic()
@@ -43,7 +43,7 @@ class Clock:
         self.figures[name] = statistics.median(seconds[warmup:])
 
     def imported(self) -> None:
-        """From here on memory is counted above what is held now."""
+        """Count memory from here on above what is held now."""
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident
         self.baseline = peak_bytes()
 
@@ -67,12 +67,12 @@ def serve(scenarios: dict[str, Callable[..., None]]) -> None:
 
 
 def prompt_of(tokens: int) -> list[int]:
-    """Ids that every vocabulary has."""
+    """Token ids that exist in every vocabulary."""
     return [(37 * i) % 200 for i in range(tokens)]
 
 
 def needed_bytes(model: Any, tokens: int) -> int:
-    """What writing cannot do without: the weights, and keys and values of `tokens` tokens in every layer."""
+    """What writing needs at least: the weights, and the keys and values of `tokens` tokens in every layer."""
     config, weights = model.config, {id(weight): weight for weight in model.parameters()}
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return sum(weight.nbytes for weight in weights.values()) + tokens * per_token * model.model.norm.weight.itemsize

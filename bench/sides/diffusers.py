@@ -1,4 +1,4 @@
-"""The reference's side: SCENARIO ARGUMENTS OUT."""
+"""The side of diffusers, started as SCENARIO ARGUMENTS OUT."""
 
 import statistics
 from typing import Any

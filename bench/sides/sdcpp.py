@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp's side: its binary on the same weights in single files, timed by what it logs."""
+"""The side of stable-diffusion.cpp: its binary on the same weights in single files, timed by its log."""
 
 import os
 import re
@@ -19,7 +19,7 @@ LOGGED = {
 def render(
     clock: Clock, folder: str, size: int, steps: int, dtype: str, prompt: str, binary: str, files: dict[str, str]
 ) -> None:
-    """`files` are the folder's parts as single files; they are computed with as they are stored."""
+    """Render from `files`, the folder's components as single files, in the dtype in which they are stored."""
     with tempfile.TemporaryDirectory() as out:
         command = [binary, "-p", prompt, "-o", f"{out}/picture.png", "-W", size, "-H", size, "--steps", steps]
         command += ["--cfg-scale", 1.0, "--seed", 0, "-v", "--diffusion-model", files["dit"]]
@@ -32,7 +32,7 @@ def render(
 
 
 def seconds(pattern: str, log: str) -> float:
-    """What the last line that matches says. Raises ValueError where there is none."""
+    """The seconds in the last line of the log that matches. Raises ValueError where there is none."""
     matches = list(re.finditer(pattern, log))
     if not matches:
         raise ValueError(f"stable-diffusion.cpp logged nothing like {pattern!r}; its messages may have changed")
@@ -41,7 +41,7 @@ def seconds(pattern: str, log: str) -> float:
 
 
 def run(command: list[str]) -> tuple[str, float]:
-    """What the command logged, and its peak of resident memory in GB."""
+    """Run a command; returns its log and its peak of resident memory in GB."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""The reference's side of writing: SCENARIO ARGUMENTS OUT."""
+"""The side of transformers, which writes text, started as SCENARIO ARGUMENTS OUT."""
 
 from bench.sides.clock import Clock, needed_bytes, prompt_of, serve
 from bench.sides.diffusers import kind_of
@@ -24,7 +24,7 @@ def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: i
 
 
 class Laps:
-    """A streamer that is told the prompt, then every token."""
+    """A streamer, which receives the prompt and then every token."""
 
     def __init__(self, clock: Clock, tokens: int):
         self.clock, self.tokens, self.told = clock, tokens, -1

@@ -1,7 +1,8 @@
-"""Our side: SCENARIO ARGUMENTS OUT."""
+"""Our side, started as SCENARIO ARGUMENTS OUT."""
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 from bench.sides.clock import Clock, needed_bytes, prompt_of, serve
 
@@ -19,7 +20,7 @@ def render(
     import zimage
 
     kind = None if dtype == "auto" else dtype
-    # Without the cache of captions, which the other side lacks: a warm encode is to be an encode.
+    # Without the cache of captions, which the other side lacks: a warm encode must be an encode.
     settings = {"precision": precision, "memory": memory, "cache_entries": 0}
     pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, **settings)
     request = pipe.prepare(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
@@ -51,7 +52,7 @@ def step(
     from zimage.nn.quant import quantise
 
     clock.imported()
-    dit = zimage.load_component(folder, "dit", device="cpu", dtype=None if dtype == "auto" else dtype)
+    dit: Any = zimage.load_component(folder, "dit", device="cpu", dtype=None if dtype == "auto" else dtype)
     if precision != "bf16":
         quantise(dit, precision, forget_pages)
     if compiled:
@@ -72,7 +73,7 @@ def decode(
     import zimage
 
     clock.imported()
-    vae = zimage.load_component(folder, "vae", device="cpu", dtype=None if dtype == "auto" else dtype)
+    vae: Any = zimage.load_component(folder, "vae", device="cpu", dtype=None if dtype == "auto" else dtype)
     latents = torch.randn(1, 16, size // 8, size // 8)
     with torch.inference_mode():
         clock.repeated("decode", lambda: vae.decode(latents, tile_size=tile_size, tile_mode=tile_mode), 1, repeats)
@@ -86,7 +87,7 @@ def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: i
     from zimage.text.generate import Sampling, generate
 
     clock.imported()
-    model = zimage.load_component(folder, "text_encoder", device="cpu", dtype=None if dtype == "auto" else dtype)
+    model: Any = zimage.load_component(folder, "text_encoder", device="cpu", dtype=None if dtype == "auto" else dtype)
 
     def write(count: int) -> Iterator[int]:
         return generate(model, prompt_of(prompt_tokens), Sampling(temperature=0.0), count, (), torch.Generator())

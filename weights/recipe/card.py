@@ -50,7 +50,8 @@ Choices taken by open prompts: {freedom}.
     {command}
 
 ## Data and training
-Scenes are drawn by the recipe (`weights/recipe/`): emoji of the font at their native 109 px, resized to {large_px} px
+Scenes are drawn by the recipe (`weights/recipe/`, which a clone holds and a wheel does not): emoji of the font at
+their native 109 px, resized to {large_px} px
 (large, centred), {small_px} px (small, or one of a pair) or {tiny_px} px (one of a pair), on one of ten flat colours,
 with captions from templates. Training took {vae_minutes:.0f} minutes for the autoencoder, in fp32, and
 {dit_minutes:.0f} minutes for the DiT with its text encoder ({dit_steps:,} steps of {batch} scenes, in {compute}), on

@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # no optimiser of ours takes a closure
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
@@ -48,6 +48,7 @@ class Muon(torch.optim.Optimizer):
     def _step_stack(self, params: list[nn.Parameter], group: dict) -> None:
         updates = []
         for p in params:
+            assert p.grad is not None  # step() passes no others
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
             updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(1))
@@ -60,7 +61,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and kernels; AdamW for embeddings, modulation by time, norms, biases and pad tokens."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         is_matrix = p.ndim >= 2 and min(p.flatten(1).shape) > 8 and not any(part in name for part in FOR_ADAMW)
         (matrices if is_matrix else rest).append(p)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 
 class Team:
@@ -17,7 +17,7 @@ class Team:
     def __init__(self, model: nn.Module, workers: int):
         self.rank = 0
         self.workers = workers
-        self.params = list(model.share_memory().parameters())
+        self.params: list[Tensor] = list(model.share_memory().parameters())
         self.gradients = [[torch.zeros_like(p).share_memory_() for p in self.params] for _ in range(workers)]
         self.progress = torch.zeros(1).share_memory_()  # written by the first worker, so that all decide alike
         self._barrier = mp.get_context("fork").Barrier(workers)
@@ -48,7 +48,7 @@ class Team:
 
         `worker` is this process's own copy of the model, in any dtype; the parameters proper are shared and fp32.
         """
-        own = list(worker.parameters())
+        own: list[Tensor] = list(worker.parameters())
         nn.utils.clip_grad_norm_(own, clip)
         for p, shared in zip(own, self.gradients[self.rank], strict=True):
             shared.copy_(p.grad) if p.grad is not None else shared.zero_()

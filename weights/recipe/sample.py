@@ -56,7 +56,7 @@ def render(
     batch: int = 16,
 ) -> list[Tensor]:
     """Pictures (3, 128, 128) in [−1, 1]."""
-    pictures = []
+    pictures: list[Tensor] = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         pictures += vae.decode(denoise(painter, tokenizer, prompts[part], seeds[part], steps)).unbind()

@@ -85,7 +85,7 @@ def layer(placed: Placed) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(scene: Scene) -> Tensor:
     """The scene as (3, 128, 128) in [−1, 1]."""
-    picture = np.broadcast_to(np.float32(PALETTE[scene.background]) / 255, (SIDE, SIDE, 3))
+    picture = np.broadcast_to(np.asarray(PALETTE[scene.background], dtype=np.float32) / 255, (SIDE, SIDE, 3))
     for placed in scene.objects:
         colour, clear = layer(placed)
         picture = colour + picture * clear

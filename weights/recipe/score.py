@@ -81,7 +81,7 @@ def shares(rows: list[tuple[Trial, Finding]]) -> dict[str, float]:
 def freedom(trials: list[Trial], findings: list[Finding]) -> dict:
     """How open prompts use their freedom: do two seeds differ, and how often is each choice taken?"""
     by_prompt = defaultdict(list)
-    chosen = {"colour": Counter(), "single": Counter(), "pair": Counter()}
+    chosen: dict[str, Counter[str]] = {"colour": Counter(), "single": Counter(), "pair": Counter()}
     for trial, finding in zip(trials, findings, strict=True):
         if not trial.group.startswith("open"):
             continue

@@ -78,7 +78,8 @@ def train_vae(work: Path, minutes: float, seed: int = 0) -> None:
     """Train for `minutes` of work and leave `vae.pt`; a second call goes on where the first stopped."""
     torch.manual_seed(seed)
     run = Run(work, "vae", minutes)
-    vae = AutoencoderKL.from_config(VAE_CONFIG).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_config(VAE_CONFIG)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch declares only its other forms
     opts = optimisers(vae)
     average = Average(vae, 0.998)
     if states := run.resume():

@@ -18,7 +18,7 @@ from zimage.errors import Cancelled, RequestError
 PATH = click.Path(path_type=Path)
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
 DTYPES = ("keep", "bf16", "fp32", "fp16")
-PARTS = ("text_encoder", "dit", "vae")
+COMPONENTS = ("text_encoder", "dit", "vae")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -97,11 +97,13 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
     "--layout",
     type=click.Choice(LAYOUTS),
     default="keep",
-    help="diffusers: a published folder, or one part's folder or file. One file each: native (ComfyUI's DiT), ldm "
+    help="diffusers: a published folder, or one component's folder or file. One file each: native (ComfyUI's DiT), ldm "
     "(VAE), transformers and bare (text encoder with and without `model.`), all-in-one. Default: as IN is.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Default: as stored.")
-@click.option("--part", type=click.Choice(PARTS), help="Write only this part. Default: all that the layout has.")
+@click.option(
+    "--component", type=click.Choice(COMPONENTS), help="Write only this one. Default: all that the layout has."
+)
 @click.option("--configs", type=PATH, help="Model folder with the configs, tokenizer and schedule that IN lacks.")
 @click.option("--shard-size", metavar="SIZE", default="10G", help="Most bytes of a file in a folder. Default: 10G.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -124,8 +126,8 @@ def convert(source: Path, target: Path, shard_size: str, quiet: bool, **options:
     with _interruptible(watch, f"nothing was changed at {target}"):
         done = convert(source, target, options.pop("layout"), shard_size=limit, progress=watch, **options)
     watch.note(
-        f"{done.path}: {' and '.join(done.parts)} as {done.layout}, {done.tensors} tensors, {size_text(done.nbytes)} "
-        f"in {time.perf_counter() - started:.1f} s"
+        f"{done.path}: {' and '.join(done.components)} as {done.layout}, {done.tensors} tensors, "
+        f"{size_text(done.nbytes)} in {time.perf_counter() - started:.1f} s"
     )
 
 

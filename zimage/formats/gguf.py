@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zimage.errors import CheckpointError
+from zimage.errors import CheckpointError, install_hint
 from zimage.formats.stored import FLOATS, Maps, Stored, plain
 from zimage.nn import ggml
 from zimage.nn.packed import Blocks
@@ -65,10 +65,7 @@ def _can_unpack(kind: "GGMLQuantizationType") -> bool:
 
 def _reader(file: Path) -> "GGUFReader":
     if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(
-            f"{file} is a GGUF file; reading it needs the extra `gguf`; run: "
-            'pip install "zimage-torch[gguf]" (in a clone: pip install -e ".[gguf]")'
-        )
+        raise CheckpointError(f"{file} is a GGUF file, which needs the extra `gguf`: {install_hint('gguf')}")
     import gguf
 
     class Bounded(gguf.GGUFReader):

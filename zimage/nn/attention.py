@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, install_hint
 from zimage.settings.declared import ATTENTIONS
 
 
@@ -133,7 +133,7 @@ _PACKAGES = {
     "flash3": _Package(
         "flash_attn_interface", "FlashAttention's `hopper` folder: python setup.py install", (9, 0), (10, 0), _flash
     ),
-    "flash2": _Package("flash_attn", "pip install 'zimage[flash-attn]' --no-build-isolation", (8, 0), (99, 0), _flash),
+    "flash2": _Package("flash_attn", install_hint("flash-attn", " --no-build-isolation"), (8, 0), (99, 0), _flash),
     "xformers": _Package("xformers.ops", "pip install xformers", (7, 0), (99, 0), _xformers),
     "sage": _Package("sageattention", "pip install sageattention", (8, 0), (99, 0), _sage),
 }

@@ -151,9 +151,10 @@ def _stored_counts() -> dict[str, int]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name → path of the Markdown files directly in a folder, except hidden ones, which editors leave behind."""
+    """Name → file of the Markdown files directly in a folder, but for its README and the hidden ones of editors."""
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".md" and not p.name.startswith("."))
+        found = [path for path in found if path.name != "README.md"]
     except OSError as error:
         text = f"templates: the folder {folder} cannot be read: {error.strerror or error}"
         raise RequestError(text, fields=("templates",)) from None
