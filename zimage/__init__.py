@@ -13,11 +13,11 @@ from zimage.settings import Request
 from zimage.version import __version__
 
 if TYPE_CHECKING:
-    from zimage.pipeline import Event, Result, ZImage, load_component
+    from zimage.pipeline import Event, Job, Result, ZImage, load_component
 
-__all__ = ["Event", "Request", "Result", "ZImage", "ZImageError", "__version__", "load_component"]
+__all__ = ["Event", "Job", "Request", "Result", "ZImage", "ZImageError", "__version__", "load_component"]
 
-_FROM_PIPELINE = {"Event", "Result", "ZImage", "load_component"}
+_FROM_PIPELINE = {"Event", "Job", "Result", "ZImage", "load_component"}
 _SUBPACKAGES = {"dit", "flow", "pictures", "pipeline", "text", "vae"}
 
 

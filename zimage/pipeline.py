@@ -204,23 +204,19 @@ class ZImage:
         """
         if noise.ndim != 4 or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
-        checked = Request(
-            steps=steps,
-            shift=find_shift(self.model, shift),
-            guidance=guidance,
-            cfg_truncation=cfg_truncation,
-            cfg_normalization=cfg_normalization,
-        )
+        scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
+        for name, value in {"steps": steps, "shift": shift, **scales}.items():
+            if value is not None:
+                Request.check_one(name, value)
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
-        sigmas = flow.sigmas(steps, checked.shift)
+        sigmas = flow.sigmas(steps, find_shift(self.model, shift))
         start = flow.start(noise, sigmas, strength, clean, mask)
-        factor = self.model.skeleton(VAE).spatial_factor
-        longest = max(map(len, captions))
-        components = self._components(Workload(*(s * factor for s in noise.shape[:1:-1]), longest, len(noise)))
-        scales = stages.Guidance(guidance, cfg_truncation, cfg_normalization)
+        height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
+        components = self._components(Workload(width, height, max(map(len, captions)), len(noise)))
         with out_of_memory_in(ROWS[DIT].title):
-            *_, latents = stages.denoise_steps(components, captions, negative, start, sigmas, scales, hooks)
+            guided = stages.Guidance(*scales.values())
+            *_, latents = stages.denoise_steps(components, captions, negative, start, sigmas, guided, hooks)
         return latents
 
     def decode(

@@ -80,9 +80,8 @@ class Residency:
     def begin(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> None:
         """A stage begins: its component is loaded, and read ahead."""
         with self._devices[self.places[name].device]:
-            held = self._brought(name, plan, adapters)
-            if held.ahead is None:
-                held.ahead = Prefetch(resident_weights(held.module, ROWS[name].reads))
+            self._brought(name, plan, adapters)
+            self._read_ahead(name)
             self._busy[name] += 1
 
     def finish(self, name: str, plan: MemoryPlan) -> None:
@@ -122,9 +121,16 @@ class Residency:
             log.debug("loading %s", name)
             with out_of_memory_in(ROWS[name].title):
                 self._held[name] = self._prepared(name, stage, adapters)
+            if self._busy[name]:  # another request had it let go in the middle of a stage
+                self._read_ahead(name)
         elif ROWS[name].transformed:
             self._adapted(self._held[name], adapters)
         return self._held[name]
+
+    def _read_ahead(self, name: str) -> None:
+        held = self._held[name]
+        if held.ahead is None:
+            held.ahead = Prefetch(resident_weights(held.module, ROWS[name].reads))
 
     def _prepared(self, name: str, stage: StagePlan, adapters: Adapters) -> _Loaded:
         """Load a plain module, then transform it, in this order."""

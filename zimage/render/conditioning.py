@@ -55,10 +55,12 @@ class ChatParts(NamedTuple):
 
     def format(self, prompt: str) -> str:
         """What the text encoder reads."""
-        texts = (prompt, self.system_prompt, self.thinking_content, self.assistant_content)
-        if self.strip_quotes:
-            texts = tuple(text and text.replace('"', "") for text in texts)
-        return format_chat(texts[0] or "", *texts[1:], think_block=self.force_think_block)
+
+        def stripped(text: str | None) -> str | None:
+            return text.replace('"', "") if text and self.strip_quotes else text
+
+        parts = map(stripped, (self.system_prompt, self.thinking_content, self.assistant_content))
+        return format_chat(stripped(prompt) or "", *parts, think_block=self.force_think_block)
 
 
 class Texts:

@@ -104,8 +104,16 @@ class Rewriter:
         from zimage.text.remote import complete
 
         messages = [{"role": "system", "content": template.system_prompt}, {"role": "user", "content": prompt}]
-        asked = (settings.rewriter_url, settings.rewriter_model, messages, settings, settings.max_tokens, seed)
-        text = complete(*asked, timeout=settings.rewriter_timeout, api_key=rewriter_key())
+        text = complete(
+            settings.rewriter_url or "",
+            settings.rewriter_model,
+            messages,
+            settings,
+            settings.max_tokens,
+            seed,
+            timeout=settings.rewriter_timeout,
+            api_key=rewriter_key(),
+        )
         yield text
         return text
 
