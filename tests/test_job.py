@@ -140,6 +140,25 @@ def test_what_was_given_as_an_object_is_passed_again_by_its_hash(tiny_folder):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("seeds", ["1"]), ("seeds", []), ("passes", [["64", 48, "off"]]), ("passes", []), ("token_ids", {}), ("plan", 3)],
+    ids=str,
+)
+def test_a_job_whose_parts_do_not_belong_together_is_refused(tiny_folder, name, value):
+    plain = load(tiny_folder).prepare(Request("a cat", seed=1, **SIZE)).to_dict()
+    with pytest.raises(RequestError, match="not a job"):
+        Job.from_dict({**plain, name: value})
+
+
+def test_a_job_that_does_not_fit_is_refused_when_it_runs(tiny_folder):
+    pipe = load(tiny_folder, memory=1e-6)
+    job = pipe.prepare(Request("a cat", seed=1, **SIZE), must_fit=False)
+    with pytest.raises(RequestError, match="no size fits"):
+        pipe.run(job)
+    assert pipe.loaded == ()
+
+
+@pytest.mark.parametrize(
     "spoilt", [{}, {"request": {}}, {"request": 3}, [], None, {"request": {"steps": "x"}}], ids=str
 )
 def test_what_is_not_a_job_is_one_line(spoilt):

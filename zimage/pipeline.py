@@ -14,7 +14,6 @@ once per request and, where memory is short, let go before the next. How each st
 Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 """
 
-import logging
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -43,7 +42,6 @@ from zimage.render.job import Job, decide
 from zimage.render.rewriting import Rewrite, Rewriter
 from zimage.render.state import RenderState
 from zimage.settings.declared import (
-    SIZE_MULTIPLE,
     STRENGTH,
     TILE_OVERLAP,
     LoadSettings,
@@ -60,8 +58,6 @@ from zimage.version import __version__
 from zimage.weights import DEMO
 
 __all__ = ["Event", "Job", "Result", "ZImage", "load_component"]
-
-log = logging.getLogger("zimage")
 
 
 class ZImage:
@@ -246,9 +242,7 @@ class ZImage:
         does not fit in memory, unless it need not (to look at its plan).
         """
         uses = self.lora.list() if loras is None else tuple(loras)
-        job = decide(request, self.model, self.texts, self.planner, uses, self.loaded, must_fit)
-        self._warn_beyond_training(max(job.passes[-1][:2]))
-        return job
+        return decide(request, self.model, self.texts, self.planner, uses, self.loaded, must_fit)
 
     def run(
         self, job: Job | Request, state: RenderState | None = None, hooks: Sequence[stages.Hook] = ()
@@ -321,11 +315,8 @@ class ZImage:
         there = {name: stage.device for name, stage in job.plan.stages.items()}
         if here != there:
             raise RequestError(f"the job was prepared for {_listed(there)}; prepare it anew for {_listed(here)}")
-
-    def _warn_beyond_training(self, side: int) -> None:
-        longest = self.model.config(DIT).axes_lens[1] * SIZE_MULTIPLE
-        if side > longest:
-            log.warning("a side of %d px is past the %d px the model was trained for", side, longest)
+        if not job.plan.fits:
+            raise RequestError(self.refusal(job), fields=("width", "height", "memory"))
 
 
 def _listed(devices: Mapping[str, str]) -> str:

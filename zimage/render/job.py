@@ -6,6 +6,7 @@ LoRAs, and a queue may keep it as JSON.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ class Job:
         try:
             values = {name: value for name, value in plain["request"].items() if value is not None}
             opened = {n: _opened(n, values[n], attachments or {}) for n in (*OPENERS, "embeddings") if n in values}
-            return cls(
+            job = cls(
                 Request.from_mapping({**values, **opened}),
                 tuple(plain["texts"]),
                 tuple(plain["negative_texts"]),
@@ -109,8 +110,24 @@ class Job:
                 MemoryPlan.from_dict(plain["plan"]),
                 plain["model"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"these values are not a job ({error}); pass what Job.to_dict gave") from error
+            job._check()
+            return job
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"these values are not a job ({error}); pass what Job.to_dict returned") from error
+
+    def _check(self) -> None:
+        """Raise ValueError unless the parts belong together: what is read from JSON may be anything."""
+        whole = [
+            *self.seeds,
+            *(side for one in self.passes for side in one[:2]),
+            *itertools.chain(*self.token_ids.values()),
+        ]
+        if not all(type(number) is int for number in whole) or len(self.seeds) != self.request.count:
+            raise ValueError("its seeds, sizes or tokens are not the whole numbers that its request needs")
+        if set(self.token_ids) != {*self.texts, *self.negative_texts} or not self.passes:
+            raise ValueError("its texts and their tokens do not belong together")
 
 
 def decide(
