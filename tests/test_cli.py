@@ -286,3 +286,26 @@ def test_words_the_demo_has_not_learned_are_hinted_at():
     assert hint.startswith("hint: this model has not learned 'zebra', 'tigre'; near: tiger")
     assert "cat" in hint
     assert unknown_words(DEMO.parent, ["a zebra"]) is None, "models without a vocabulary get no hints"
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "source"),
+    [
+        ("hidden_layer = -400", [], "(from zimage.toml [default] line 2)"),
+        ("hidden_layer = -3", ["--hidden-layer", "-400"], None),
+        ("layer_weights = {-2 = 1.0}", ["--hidden-layer", "-400"], None),
+        ("width = 64", ["--hidden-layer", "-400"], None),
+        ("memory = 1e-6", [], "(from zimage.toml [default] line 2)"),
+        ("memory = 1e-6", ["--memory", "2e-6"], None),
+    ],
+)
+def test_a_fault_that_shows_late_is_the_files_only_where_the_file_set_it(
+    run, tiny_folder, tmp_path, monkeypatch, lines, options, source
+):
+    (tmp_path / "zimage.toml").write_text(f"[default]\n{lines}\n")
+    monkeypatch.setenv("ZIMAGE_CONFIG", str(tmp_path / "zimage.toml"))
+    status, _, err = run("gen", "a cat", "--model", str(tiny_folder), "-o", str(tmp_path / "x.png"), *options)
+    assert status == 2
+    last = err.splitlines()[-1]
+    assert last.endswith(source) if source else "zimage.toml" not in last
+    assert not (tmp_path / "x.png").exists()
