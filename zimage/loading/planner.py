@@ -101,7 +101,9 @@ class Planner:
     def check(self, plan: MemoryPlan, loaded: Iterable[str] = ()) -> None:
         """Raise RequestError, with the figures and what would fit, for a plan that does not fit."""
         if not plan.fits:
-            raise RequestError(self._refusal(plan, list(loaded)), fields=("width", "height", "memory"))
+            fitting = self._largest(plan.work, list(loaded))
+            fields = ("width", "height", "memory") if fitting else ("memory",)
+            raise RequestError(self._refusal(plan, fitting), fields=fields)
         pinned = max(stage.pinned for stage in plan.stages.values())
         free = available_memory(torch.device("cpu")) if pinned else 0
         if pinned > free:
@@ -196,11 +198,10 @@ class Planner:
 
     # ------------------------------------------------------------------ refusing
 
-    def _refusal(self, plan: MemoryPlan, loaded: list[str]) -> str:
+    def _refusal(self, plan: MemoryPlan, fitting: tuple[int, int] | None) -> str:
         work, stage, limit = plan.work, plan.tightest, plan.limits[plan.tightest.device]
         budget, needed = self.settings.memory, f"{-(-stage.peak // 10**8) / 10:.1f}"
         allowed = budget is not None and limit == round(budget * 1e9)
-        fitting = self._largest(work, loaded)
         if fitting:
             advice = f"choose at most {fitting[0]}×{fitting[1]}" + (f" or set memory {needed}" if allowed else "")
         elif allowed:
