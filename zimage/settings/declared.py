@@ -5,11 +5,11 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 """
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from zimage.errors import RequestError
 from zimage.settings.environment import REWRITER_KEY
-from zimage.settings.fields import Settings, Weights, check_fields, setting
+from zimage.settings.fields import Attachment, Settings, Weights, check_fields, setting
 
 
 class Bounds(TypedDict):
@@ -107,7 +107,7 @@ class Request(TextSettings):
     negative: str | None = setting(
         None, "What to steer away from; needs --guidance above 0. Default: empty text.", group="Text"
     )
-    embeddings: Any = setting(
+    embeddings: Attachment = setting(
         None,
         "Caption embeddings saved by `encode`, in place of a prompt.",
         group="Text",
@@ -158,7 +158,7 @@ class Request(TextSettings):
         minimum=0,
         maximum=100,
     )
-    image: Any = setting(
+    image: Attachment = setting(
         None, "Picture to start from, instead of pure noise.", group="Picture", metavar="FILE", attachment=True
     )
     strength: float | None = setting(
@@ -169,7 +169,7 @@ class Request(TextSettings):
         above=0,
         maximum=1,
     )
-    mask: Any = setting(
+    mask: Attachment = setting(
         None, "Mask of the image: white areas are repainted.", group="Picture", metavar="FILE", attachment=True
     )
     hires: float | None = setting(
