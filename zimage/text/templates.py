@@ -19,11 +19,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zimage.errors import RequestError, TemplateError
 from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import config_folder, from_environment
+from zimage.settings.fields import Plain
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat
 
@@ -233,7 +234,7 @@ def _closing_line(lines: list[str]) -> int:
     return fences[1]
 
 
-def _check_names(path: Path, values: Mapping[str, Any], where: Mapping[str, int]) -> None:
+def _check_names(path: Path, values: Mapping[str, Plain], where: Mapping[str, int]) -> None:
     for key in ("name", "category"):
         if not _NAME.fullmatch(values[key]):
             raise _Flaw(where[key], f"{key} {values[key]!r} may contain only a-z, 0-9 and single hyphens between them")
@@ -244,9 +245,9 @@ def _check_names(path: Path, values: Mapping[str, Any], where: Mapping[str, int]
             raise _Flaw(where[key], f"{key} should be a single line")
 
 
-def _front_matter(text: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _front_matter(text: str) -> tuple[dict[str, Plain], dict[str, int]]:
     """The values of the known keys, and the line of each key."""
-    values: dict[str, Any] = {}
+    values: dict[str, Plain] = {}
     where: dict[str, int] = {}
     for key_node, node in _pairs(text):
         key, line = str(key_node.value), _line(key_node)
@@ -320,14 +321,14 @@ def _loader() -> "type[yaml.SafeLoader]":
     import yaml
 
     class FlatLoader(yaml.SafeLoader):
-        def compose_node(self, parent: "yaml.Node | None", index: "yaml.Node | int | None") -> "yaml.Node | None":
+        def compose_node(self, parent: "yaml.Node | None", index: int) -> "yaml.Node | None":
             event = self.peek_event()
             line = event.start_mark.line + _FIRST
             if isinstance(event, yaml.AliasEvent) or event.anchor:
                 raise _Flaw(line, "anchors and aliases are not supported; put text that begins with & or * into quotes")
             if parent is not None and isinstance(event, yaml.CollectionStartEvent):
-                what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"
+                what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"  # the stub knows only numbers
                 raise _Flaw(line, f"{what} a list or a mapping; it should be text, in quotes if it begins with [ or {{")
-            return super().compose_node(parent, index)  # type: ignore[arg-type]  # the stub knows numbers only
+            return super().compose_node(parent, index)
 
     return FlatLoader
