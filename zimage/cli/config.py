@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -34,7 +33,7 @@ def every_setting(command: Command) -> Command:
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @every_setting
-def show(as_json: bool, **options: Any) -> None:
+def show(as_json: bool, **options: object) -> None:
     """Show every setting, its value and where it comes from."""
     resolved = resolve_options(options)
     if as_json:
@@ -75,7 +74,7 @@ def _file(named: str | None) -> Path:
     return found
 
 
-def _facts(resolved: Resolved) -> dict[str, Any]:
+def _facts(resolved: Resolved) -> dict[str, object]:
     """All that `config show` prints, as plain values."""
     return {
         "file": str(resolved.config.path.absolute()) if resolved.config else None,
@@ -88,9 +87,9 @@ def _facts(resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def _values(resolved: Resolved) -> dict[str, Any]:
+def _values(resolved: Resolved) -> dict[str, object]:
     """Every setting's value; those of a single call only where they were passed."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for settings in ALL_SETTINGS:
         values |= settings.from_mapping(resolved.of(settings)).to_mapping()
     return {n: v for n, v in values.items() if n in resolved.entries or not FIELDS[n].metadata["per_call"]}
@@ -135,7 +134,7 @@ def _file_lines(resolved: Resolved) -> Iterator[str]:
     yield f"profile  {resolved.profile}{', inherits ' + ', '.join(inherited) if inherited else ''} (others: {others})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value on one line: an empty one as a dash, a long text cut."""
     if value is None or value == "":
         return "-"

@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zimage.cli.options import GroupedCommand, given, options_of
-from zimage.cli.origin import read_origin, warn_of_differences
+from zimage.cli.origin import Record, read_origin, warn_of_differences
 from zimage.cli.plan import plan_lines
 from zimage.cli.progress import Progress
 from zimage.cli.resume import Keeping, open_state
@@ -57,7 +57,7 @@ def gen(
     as_json: bool,
     verbose: bool,
     quiet: bool,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Render PROMPT (several, or - to read one from standard input)."""
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
@@ -91,7 +91,7 @@ def gen(
     progress.summary(len(saved), time.perf_counter() - started)
 
 
-def _records(pipe: "ZImage", job: "Job", rewrites: list[dict[str, Any]], begun: dict[str, Any]) -> list[dict[str, Any]]:
+def _records(pipe: "ZImage", job: "Job", rewrites: list[Record], begun: Record) -> list[Record]:
     """The metadata of each image, with what only the run that began the render knew."""
     records = [pipe.metadata(job, i) for i in range(job.count)]
     rewrites = rewrites or begun.get("rewritten") or []
@@ -105,16 +105,16 @@ def _records(pipe: "ZImage", job: "Job", rewrites: list[dict[str, Any]], begun: 
 def _render(
     pipe: "ZImage",
     job: "Job",
-    records: list[dict[str, Any]],
+    records: list[Record],
     target: Target,
     progress: Progress,
     keeping: Keeping,
-    loading: dict[str, Any],
+    loading: Record,
     output: str | None,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Run to the end, save each picture, and keep the state; returns what was saved where."""
     saved, kept = [], keeping.start(job, records, loading, output)
-    for event in pipe.run(job, kept and kept.state):
+    for event in pipe.run(job, kept.state if kept else None):
         progress.update(event)
         if event.image is not None:
             record = records[event.index]
@@ -138,7 +138,7 @@ def _show_plan(pipe: "ZImage", job: "Job") -> None:
         raise RequestError(refusal)
 
 
-def _prompts(arguments: tuple[str, ...], file: Path | None) -> dict[str, Any]:
+def _prompts(arguments: tuple[str, ...], file: Path | None) -> Record:
     if arguments and file:
         raise RequestError("pass prompts as arguments or with --file, not both")
     if file:

@@ -1,20 +1,21 @@
 """Settings that a picture carries, and what has changed since it was rendered."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import click
 
 from zimage.errors import RequestError
 from zimage.settings.declared import Request
-from zimage.settings.fields import fields
+from zimage.settings.fields import Plain, fields
 from zimage.text.chat import PARTS
 
+Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a render's state
 FILES = [field.name for field, _ in fields(Request) if field.metadata["attachment"]]
 FACTS = ("model", "dtype", "precision", "lora", "attention", "compile", "device", "version", "torch")
 
 
-def read_origin(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     """The metadata of a picture, or nothing. Its request holds no files: they are given again, beside it."""
     if source is None:
         return {}
@@ -32,7 +33,7 @@ def read_origin(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     return {**origin, "request": request, "files": {name: origin["request"].get(name) for name in FILES}}
 
 
-def warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
+def warn_of_differences(origin: Record, now: Record) -> None:
     """The same pixels need the same model, files, dtype, device and versions."""
     then = {name: origin.get(name) for name in FACTS} | origin.get("files", {})
     current = now | {name: now["request"][name] for name in FILES}
@@ -45,12 +46,12 @@ def warn_of_differences(origin: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def plain(value: Any) -> str:
+def plain(value: Plain) -> str:
     if isinstance(value, list):
         return ", ".join(map(plain, value)) or "none"
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: Plain) -> Plain:
     """What a file is does not depend on its name."""
     return value["hash"] if isinstance(value, dict) and "hash" in value else value

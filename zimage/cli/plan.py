@@ -1,7 +1,5 @@
 """The memory plan, as `info --plan` and `gen --verbose` print it."""
 
-from typing import Any
-
 from zimage.loading.plan import MemoryPlan, StagePlan
 
 DECODING = {"off": "decoded whole", "exact": "decoded in strips", "blend": "decoded in blended tiles"}
@@ -18,7 +16,7 @@ def plan_lines(plan: MemoryPlan, refusal: str = "") -> list[str]:
     return [*lines, f"refused       {refusal}"] if refusal else lines
 
 
-def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
+def plan_facts(plan: MemoryPlan) -> dict[str, object]:
     """The same as plain values, in bytes."""
     return {
         "width": plan.work.width,

@@ -1,7 +1,12 @@
 """What a person sees while a render runs: a line on a terminal, nothing in a pipe."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+from zimage.cli.origin import Record
+
+if TYPE_CHECKING:
+    from zimage.events import Event
 
 
 class Progress:
@@ -22,7 +27,7 @@ class Progress:
         if not self.quiet:
             print(text, file=sys.stderr)
 
-    def update(self, event: Any) -> None:
+    def update(self, event: "Event") -> None:
         if event.stage == "load":
             from zimage.loading.registry import ROWS
 
@@ -31,7 +36,7 @@ class Progress:
         place = f" ({event.index + 1} of {event.count})" if event.count > 1 else ""
         self.show(f"{event.stage}{place} {_bar(event.step, event.total)} {event.step}/{event.total}")
 
-    def finished(self, saved: dict[str, Any]) -> None:
+    def finished(self, saved: Record) -> None:
         self.close()
         if not self.names:
             return

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the prompt, warnings and errors.")
-def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **options: object) -> None:
     """Write a full prompt from the short PROMPT; `gen --rewrite NAME` draws it at once."""
     progress = Progress(quiet or as_json)
     resolved = resolve_options(options)

@@ -9,11 +9,12 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import click
 
+from zimage.cli.options import Command
 from zimage.errors import RequestError
+from zimage.settings.fields import Plain
 from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
 
 PATH = click.Path(path_type=Path)
@@ -35,7 +36,7 @@ def templates(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-def _shared(command: Callable) -> Callable:
+def _shared(command: Command) -> Command:
     """The options that every subcommand has."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print as JSON."),
@@ -56,7 +57,7 @@ def _shared(command: Callable) -> Callable:
 @click.option("--category", metavar="NAME", help="Only this category; rewriter shows the rewriters.")
 @click.option("--all", "everything", is_flag=True, help="Also the rewriters.")
 @_shared
-def list_command(category: str | None, everything: bool, as_json: bool, **options: Any) -> None:
+def list_command(category: str | None, everything: bool, as_json: bool, **options: Path | None) -> None:
     """List templates with the tokens they add to a prompt."""
     shelf = _Shelf(**options)
     found = shelf.templates.list(category, everything)
@@ -71,7 +72,7 @@ def list_command(category: str | None, everything: bool, as_json: bool, **option
 @templates.command()
 @click.argument("name")
 @_shared
-def show(name: str, as_json: bool, **options: Any) -> None:
+def show(name: str, as_json: bool, **options: Path | None) -> None:
     """Show the template NAME in full."""
     shelf = _Shelf(**options)
     facts = shelf.facts(shelf.templates.get(name))
@@ -81,7 +82,7 @@ def show(name: str, as_json: bool, **options: Any) -> None:
 @templates.command()
 @click.argument("words", nargs=-1, required=True)
 @_shared
-def search(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def search(words: tuple[str, ...], as_json: bool, **options: Path | None) -> None:
     """Find the templates that hold the most of WORDS, best first.
 
     A word is found where a word of the name, category, description or text starts with it.
@@ -109,7 +110,7 @@ class _Shelf:
             return count_added_tokens(template, self._encode)
         return self.templates.stored_count(template.name)
 
-    def facts(self, template: Template) -> dict[str, Any]:
+    def facts(self, template: Template) -> dict[str, Plain]:
         """All there is to know of a template, as plain values."""
         own = {"tokens": self.tokens(template), "origin": self.templates.origin(template.name)}
         return {**vars(template), "path": str(template.path), **own}
@@ -132,7 +133,7 @@ class _Shelf:
         return f"{count}  [{mark}] {template.description}" if mark else f"{count}  {template.description}"
 
 
-def _description(facts: dict[str, Any]) -> Iterator[str]:
+def _description(facts: dict[str, Plain]) -> Iterator[str]:
     """What `show` prints of a template's facts."""
     counted = facts["tokens"] is not None
     yield f"name         {facts['name']}"

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zimage.cli.progress import Progress
 from zimage.errors import Cancelled, RequestError
+
+if TYPE_CHECKING:
+    from zimage.weights.verify import Report
 
 PATH = click.Path(path_type=Path)
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
@@ -108,7 +111,17 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
 @click.option("--shard-size", metavar="SIZE", default="10G", help="Most bytes of a file in a folder. Default: 10G.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def convert(source: Path, target: Path, shard_size: str, quiet: bool, **options: Any) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    layout: str,
+    dtype: str,
+    component: str | None,
+    configs: Path | None,
+    shard_size: str,
+    force: bool,
+    quiet: bool,
+) -> None:
     """Write the weights IN at OUT, in another layout or dtype.
 
     IN is a model folder, a component's folder or a weight file; OUT ends in .safetensors or is a folder. Tensors are
@@ -124,7 +137,7 @@ def convert(source: Path, target: Path, shard_size: str, quiet: bool, **options:
 
     watch, started = Watch(quiet), time.perf_counter()
     with _interruptible(watch, f"nothing was changed at {target}"):
-        done = convert(source, target, options.pop("layout"), shard_size=limit, progress=watch, **options)
+        done = convert(source, target, layout, dtype, component, configs, limit, force, watch)
     watch.note(
         f"{done.path}: {' and '.join(done.components)} as {done.layout}, {done.tensors} tensors, "
         f"{size_text(done.nbytes)} in {time.perf_counter() - started:.1f} s"
@@ -183,7 +196,7 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _lines(report: Any) -> Iterator[str]:
+def _lines(report: "Report") -> Iterator[str]:
     """A line for what was looked at, and one for every problem."""
     facts = [size_text(report.size)] if report.size is not None else []
     if report.tensors is not None:
