@@ -14,7 +14,7 @@ from zimage.errors import ConfigFileError
 from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.profiles import EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
 
-START_ONE = "start one with: zimage config example > zimage.toml"
+CREATE_ONE = "create one with: zimage config example > zimage.toml"
 
 
 @click.group()
@@ -70,7 +70,7 @@ def example() -> None:
 def _file(named: str | None) -> Path:
     found = find_config(named)
     if found is None:
-        raise ConfigFileError(f"there is no settings file {' or '.join(map(str, usual_places()))}; {START_ONE}")
+        raise ConfigFileError(f"there is no settings file {' or '.join(map(str, usual_places()))}; {CREATE_ONE}")
     return found
 
 
@@ -123,7 +123,7 @@ def _meaning(name: str) -> str:
 
 def _file_lines(resolved: Resolved) -> Iterator[str]:
     if resolved.config is None:
-        yield f"file     none ({' or '.join(map(str, usual_places()))}); {START_ONE}"
+        yield f"file     none ({' or '.join(map(str, usual_places()))}); {CREATE_ONE}"
         return
     yield f"file     {resolved.config.path.absolute()}"
     others = ", ".join(name for name in resolved.config.profiles if name != resolved.profile) or "none"

@@ -85,7 +85,7 @@ def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
             "height": request.height,
             "steps": request.steps,
             "guidance": request.guidance,
-            "shift": f"{request.shift:g}" if known_shift else "none in the folder: give --shift",
+            "shift": f"{request.shift:g}" if known_shift else "none in the folder: pass --shift",
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),

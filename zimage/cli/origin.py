@@ -23,11 +23,11 @@ def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
 
     origin = read_metadata(source)
     if foreign := [name for name in origin["request"] if name not in Request.names()]:
-        raise RequestError(f"{source} sets {foreign[0]!r}, which is no setting of a picture; take it out of there")
+        raise RequestError(f"{source} sets {foreign[0]!r}, which is not a setting of a picture; remove it there")
     for name in FILES:
         before = origin["request"].get(name)
         if before and given.get(name) is None:
-            raise RequestError(f"{source} was made from the {name} {plain(before)}; give it with --{name}")
+            raise RequestError(f"{source} was made from the {name} {plain(before)}; pass it with --{name}")
     left_out = FILES if given.get("template") is None else [*FILES, *PARTS, "force_think_block"]
     request = {name: value for name, value in origin["request"].items() if name not in left_out and value is not None}
     return {**origin, "request": request, "files": {name: origin["request"].get(name) for name in FILES}}
@@ -41,9 +41,7 @@ def warn_of_differences(origin: Record, now: Record) -> None:
         if before is not None and _identity(before) != _identity(current[name]):
             click.echo(f"warning: {name} was {plain(before)}, now {plain(current[name])}: pixels may differ", err=True)
     if origin.get("request", {}).get("batch_size", 1) > 1:
-        click.echo(
-            "warning: the picture came from a batch, whose bits depend on its members: pixels may differ", err=True
-        )
+        click.echo("warning: the picture was rendered in a batch, which affects its bits: pixels may differ", err=True)
 
 
 def plain(value: Plain) -> str:

@@ -49,7 +49,7 @@ def _limits(plan: MemoryPlan) -> str:
 
 def _strategy(plan: MemoryPlan) -> str:
     streamed = [stage.title for stage in plan.stages.values() if stage.streamed]
-    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else "each component loaded in its turn"
+    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else "components loaded one at a time"
     streaming = f"{' and '.join(streamed)} streamed" if streamed else ""
     return ", ".join(filter(None, [kept, DECODING[plan.tile_mode], streaming]))
 

@@ -57,17 +57,15 @@ def open_state(save_state: Path | None, resume: Path | None, picture: Path | Non
     if path is None:
         return Keeping()
     if save_state and resume and save_state != resume:
-        raise RequestError(f"save-state: with --resume the state is kept in {resume}; leave --save-state out")
+        raise RequestError(f"save-state: --resume already keeps the state in {resume}; leave out --save-state")
     if not path.parent.is_dir():
-        raise RequestError(f"save-state: the folder {str(path.parent)!r} does not exist; make it first")
+        raise RequestError(f"save-state: the folder {str(path.parent)!r} does not exist; create it first")
     if not path.exists():
-        return Keeping(path, note=f"{path} is not there yet: starting afresh" if resume else "")
+        return Keeping(path, note=f"{path} does not exist yet: starting from the beginning" if resume else "")
     if resume is None:
-        raise RequestError(
-            f"save-state: {path} exists; continue with --resume {path}, or remove it if that render is not wanted"
-        )
+        raise RequestError(f"save-state: {path} exists; continue with --resume {path}, or delete it to start anew")
     if picture is not None:
-        raise RequestError("resume: all settings come from the state; leave --from out")
+        raise RequestError("resume: all settings come from the state; leave out --from")
     from zimage.render.state import load_state
 
     state, record = load_state(path)
@@ -78,10 +76,10 @@ def open_state(save_state: Path | None, resume: Path | None, picture: Path | Non
             then = record["template"]
         if now != then and Request.from_mapping({name: now}).to_mapping()[name] != then:
             raise RequestError(
-                f"resume: {path} goes on with {name} {then!r}, not {value!r}; leave it out or start anew",
+                f"resume: the render in {path} has {name} {then!r}, not {value!r}; leave it out or start anew",
                 fields=(name,),
             )
-    return Keeping(path, state, record, f"going on with {path}: {_progress(state)}")
+    return Keeping(path, state, record, f"continuing {path}: {_progress(state)}")
 
 
 def _progress(state: "RenderState") -> str:
@@ -120,14 +118,14 @@ def _request_of(path: Path | None, record: Record) -> Record:
         _ = record["loading"].items(), record["template"], record["output"], [record[name] for name in SAME]
         return stored | {name: stored[name]["path"] for name in FILES if name in stored}
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not hold all of a render; start anew") from error
+        raise CheckpointError(f"{path} does not hold a complete state; start anew") from error
 
 
 def _check_same(path: Path, record: Record, job: "Job", metadata: Record) -> None:
     for name in SAME:
         if record[name] != metadata[name]:
-            raise RequestError(f"resume: {path} began with another {name}: {record[name]}; now {metadata[name]}")
+            raise RequestError(f"resume: the render in {path} has {name} {record[name]}, not {metadata[name]}")
     for name in FILES:
         then = record["job"]["request"].get(name)
         if then and getattr(job.request, name).hash != then["hash"]:
-            raise RequestError(f"resume: {then['path']} is not the file that {path} began with")
+            raise RequestError(f"resume: {then['path']} is not the file that the render in {path} began with")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def configured(command: Command) -> Command:
     """A decorator that adds the options --config and --profile."""
-    profile = f"Profile in the settings file. Default: {PROFILE}, else default."
+    profile = f"Profile in the settings file. Default: {PROFILE}, else [default]."
     config = f"Settings file (TOML). Default: {CONFIG}, else ./zimage.toml, else the user's own."
     command = click.option("--profile", metavar="NAME", help=profile)(command)
     return click.option("--config", metavar="FILE", help=config)(command)

@@ -52,9 +52,9 @@ class Target:
         path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
         file_format(path)
         if not self.folder.is_dir():
-            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; make it first")
+            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; create it first")
         if not os.access(self.folder, os.W_OK):
-            raise RequestError(f"output: the folder {str(self.folder)!r} cannot be written to")
+            raise RequestError(f"output: the folder {str(self.folder)!r} is not writable")
         if self.replaces and path.is_dir():
             raise RequestError(f"output: {str(path)!r} is a folder")
 
@@ -64,7 +64,7 @@ class Target:
         try:
             return self.pattern.format_map(values)
         except (KeyError, ValueError, IndexError, AttributeError, TypeError):
-            raise RequestError(f"output pattern {self.pattern!r} cannot be used; its fields may be {FIELDS}") from None
+            raise RequestError(f"output pattern {self.pattern!r} is not valid; its fields may be {FIELDS}") from None
 
 
 def _slug(prompt: str) -> str:

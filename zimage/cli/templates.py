@@ -18,7 +18,7 @@ from zimage.settings.fields import Plain
 from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
 
 PATH = click.Path(path_type=Path)
-MARKS = {"shipped": "", "own": "own", "override": "own, replaces shipped"}
+MARKS = {"shipped": "", "own": "own", "override": "own, overrides shipped"}
 
 
 @click.group(invoke_without_command=True)
@@ -29,7 +29,7 @@ def templates(ctx: click.Context) -> None:
     \b
     zimage templates list                        all of them, by category
     zimage templates list --category lettering   those of one category
-    zimage templates search film grain           those about something
+    zimage templates search film grain           those that contain these words
     zimage templates show NAME                   one in full
     """
     if ctx.invoked_subcommand is None:
@@ -45,8 +45,8 @@ def _shared(command: Command) -> Command:
             "--templates",
             "folder",
             type=PATH,
-            help="Folder with templates of your own, which go before those that ship. Default: the environment's "
-            "ZIMAGE_TEMPLATES, else zimage/templates in the config folder.",
+            help="Folder with your own templates, which override shipped ones of the same name. "
+            "Default: ZIMAGE_TEMPLATES, else zimage/templates in the config folder.",
         ),
     ):
         command = option(command)
@@ -54,11 +54,11 @@ def _shared(command: Command) -> Command:
 
 
 @templates.command("list")
-@click.option("--category", metavar="NAME", help="Only this category; rewriter shows the rewriters.")
-@click.option("--all", "everything", is_flag=True, help="Also the rewriters.")
+@click.option("--category", metavar="NAME", help="List only this category; rewriter lists the rewriters.")
+@click.option("--all", "everything", is_flag=True, help="Include the rewriters.")
 @_shared
 def list_command(category: str | None, everything: bool, as_json: bool, **options: Path | None) -> None:
-    """List templates with the tokens they add to a prompt."""
+    """List templates, with the number of tokens that each adds to a prompt."""
     shelf = _Shelf(**options)
     found = shelf.templates.list(category, everything)
     if as_json:
@@ -83,9 +83,9 @@ def show(name: str, as_json: bool, **options: Path | None) -> None:
 @click.argument("words", nargs=-1, required=True)
 @_shared
 def search(words: tuple[str, ...], as_json: bool, **options: Path | None) -> None:
-    """Find the templates that hold the most of WORDS, best first.
+    """Find the templates that contain the most of WORDS, best first.
 
-    A word is found where a word of the name, category, description or text starts with it.
+    Each word matches the beginning of a word in the name, category, description or text.
     """
     shelf = _Shelf(**options)
     found = shelf.templates.search(words)
@@ -139,7 +139,7 @@ def _description(facts: dict[str, Plain]) -> Iterator[str]:
     yield f"name         {facts['name']}"
     yield f"category     {facts['category']}"
     yield f"description  {facts['description']}"
-    yield f"tokens       {facts['tokens'] if counted else '- (not counted: give --model)'}"
+    yield f"tokens       {facts['tokens'] if counted else '- (not counted: pass --model)'}"
     yield f"written for  {facts['model']}"
     if facts["add_think_block"] is not None:
         yield f"think block  {'on' if facts['add_think_block'] else 'off'}"
@@ -159,7 +159,7 @@ def _encoder(model: Path) -> Callable[[str], list[int]]:
     from zimage.text.tokenizer import Tokenizer
 
     if not model.exists():
-        raise RequestError(f"model {model} does not exist; give a model folder, or a tokenizer's")
+        raise RequestError(f"model {model} does not exist; pass a model folder or a tokenizer folder")
     folder = model if model.is_dir() else model.parent
     return Tokenizer.load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).encode
 

@@ -26,10 +26,10 @@ def text_command(command: Command) -> Command:
 @click.command(cls=GroupedCommand)
 @click.argument("prompt")
 @text_command
-@click.option("--show", is_flag=True, help="Print the formatted text and its tokens, too.")
+@click.option("--show", is_flag=True, help="Also print the formatted text and its tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
-    """Count the tokens of PROMPT, formatted, and say what will become of them."""
+    """Count the tokens of the formatted PROMPT and say what will happen to them."""
     pipe, text = _opened(options)
     count = pipe.count_tokens(prompt, **text)
     ids = pipe.tokenize(prompt, **text)
@@ -51,7 +51,7 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
 def encode(prompt: str, output: Path, **options: object) -> None:
     """Write the caption embeddings of PROMPT to a file, for `gen --embeddings`."""
     if not output.parent.is_dir():
-        raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; make it first")
+        raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; create it first")
     if output.suffix != ".safetensors":
         raise RequestError(f"output {output.name!r} should end in .safetensors")
     pipe, text = _opened(options)

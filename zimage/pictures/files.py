@@ -54,7 +54,7 @@ def read_metadata(path: Path) -> dict[str, Plain]:
             return metadata
     except (TypeError, KeyError, ValueError):
         pass
-    raise RequestError(f"{path} carries no settings of a render; give a picture saved by this program")
+    raise RequestError(f"{path} carries no settings of a render; pass a picture that this program saved")
 
 
 def parameters_line(metadata: Mapping[str, Plain]) -> str:

@@ -211,14 +211,14 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
         return
     if field.metadata["attachment"]:
         if isinstance(value, NO_ATTACHMENT):
-            raise _fault(field.name, f" {_shown(value)} is a {type(value).__name__}; it should be the path of a file")
+            raise _fault(field.name, f" {_shown(value)} is of type {type(value).__name__}; it should be a path")
         return
     if Weights in _members(accepted):
         _check_weights(field.name, value)
         return
     items = value if isinstance(value, list) and _list_types(accepted) else None
     if items is None and not _takes_one(accepted):
-        raise _fault(field.name, f" {_shown(value)} is a {type(value).__name__}; it should be a list")
+        raise _fault(field.name, f" {_shown(value)} is of type {type(value).__name__}; it should be a list")
     for item in [value] if items is None else items:
         _check_scalar(field, _scalar_types(accepted), item)
 
@@ -266,7 +266,7 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
     numbers = (int, float) if float in accepted else accepted
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
         kind = " or ".join(t.__name__ for t in accepted)
-        raise _fault(name, f" {_shown(value)} is a {type(value).__name__}; it should be of type {kind}")
+        raise _fault(name, f" {_shown(value)} is of type {type(value).__name__}; it should be of type {kind}")
     if m["choices"] and value not in m["choices"]:
         raise _fault(name, f" {_shown(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):

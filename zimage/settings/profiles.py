@@ -120,7 +120,7 @@ class Config:
             return "default" if profile != "default" and "default" in self._parents else None
         if not isinstance(named, str):
             raise self._file.fault(
-                f"inherit is a {type(named).__name__}; it should be the name of a profile", profile, "inherit"
+                f"inherit is of type {type(named).__name__}; it should be the name of a profile", profile, "inherit"
             )
         if named and named not in self._parents:
             hint = nearest(named, self._parents)

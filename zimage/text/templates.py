@@ -220,7 +220,7 @@ def _parse(path: Path, text: str) -> Template:
     if values.get("add_think_block") is False and "thinking_content" in values:
         raise _Flaw(where["add_think_block"], "add_think_block is false, but there is thinking_content; remove one")
     if not body and not {"add_think_block", "thinking_content", "assistant_content"} & values.keys():
-        raise _Flaw(end, f"no text follows this {_FENCE!r} and no other part is set, so the template does nothing")
+        raise _Flaw(end, f"no text follows this {_FENCE!r} and no other chat part is set, so the template does nothing")
     return Template(**values, system_prompt=body, path=path)
 
 
@@ -281,7 +281,10 @@ def _check_text(text: str, line: int | None = None) -> None:
     """Refuse what does not belong in a prompt; the error names its line in `text`, or the `line` passed."""
     for pattern, complaint in (
         (_UNPRINTABLE, "the character U+{0:04X} is not printable; delete it"),
-        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which stands around parts but never in them"),
+        (
+            _CONTROL_TOKEN,
+            "{1!r} is a control token of the chat format, which no chat part may contain",
+        ),
     ):
         if match := pattern.search(text):
             at = line or text.count("\n", 0, match.start()) + 1
@@ -327,7 +330,8 @@ def _loader() -> "type[yaml.SafeLoader]":
             if isinstance(event, yaml.AliasEvent) or event.anchor:
                 raise _Flaw(line, "anchors and aliases are not supported; put text that begins with & or * into quotes")
             if parent is not None and isinstance(event, yaml.CollectionStartEvent):
-                what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"  # the stub knows only numbers
+                # The stub says that `index` is a number, but in a mapping it is the key's node.
+                what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"
                 raise _Flaw(line, f"{what} a list or a mapping; it should be text, in quotes if it begins with [ or {{")
             return super().compose_node(parent, index)
 
