@@ -69,8 +69,7 @@ def prepared(
         return job, []
     if request.embeddings is not None:
         raise RequestError(
-            "rewriter: embeddings hold no prompt to rewrite; leave out one of them",
-            fields=("rewriter", "embeddings"),
+            "rewriter: embeddings hold no prompt to rewrite; leave out one of them", fields=("rewriter", "embeddings")
         )
     _warn_of_demo(pipe, settings, progress)
     results = [write(pipe, prompt, settings, progress) for prompt in request.prompts]

@@ -363,11 +363,7 @@ class Sampling(Settings):
     """How the next token of a text is drawn. Raises RequestError with the fields at fault."""
 
     temperature: float = setting(
-        0.6,
-        "0 always takes the most likely token; higher values vary more.",
-        group="Rewriting",
-        minimum=0,
-        maximum=5,
+        0.6, "0 always takes the most likely token; higher values vary more.", group="Rewriting", minimum=0, maximum=5
     )
     top_p: float = setting(
         0.95,
@@ -423,11 +419,7 @@ class RewriteSettings(Sampling):
         False, "Let the rewriter think before it answers; thoughts are not drawn.", group="Rewriting"
     )
     max_tokens: int = setting(
-        MAX_TOKENS,
-        "Maximum number of tokens, thoughts included.",
-        group="Rewriting",
-        minimum=1,
-        maximum=32_768,
+        MAX_TOKENS, "Maximum number of tokens, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
     )
     rewrite_seed: int | None = setting(
         None, "Seed of the rewriting. Default: random, and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED

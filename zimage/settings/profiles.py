@@ -265,8 +265,7 @@ def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]
     left_out: dict[str, tuple[Entry, str]] = {}
     while error := _error_of(entries):
         lower = sorted(
-            (n for n in error.fields if n in entries and entries[n].rank < top),
-            key=lambda name: entries[name].rank,
+            (n for n in error.fields if n in entries and entries[n].rank < top), key=lambda name: entries[name].rank
         )
         for names in [*([name] for name in lower), lower]:  # one of them, else all
             rest = {name: entry for name, entry in entries.items() if name not in names}

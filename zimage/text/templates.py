@@ -281,10 +281,7 @@ def _check_text(text: str, line: int | None = None) -> None:
     """Refuse what does not belong in a prompt; the error names its line in `text`, or the `line` passed."""
     for pattern, complaint in (
         (_UNPRINTABLE, "the character U+{0:04X} is not printable; delete it"),
-        (
-            _CONTROL_TOKEN,
-            "{1!r} is a control token of the chat format, which no chat part may contain",
-        ),
+        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which no chat part may contain"),
     ):
         if match := pattern.search(text):
             at = line or text.count("\n", 0, match.start()) + 1
