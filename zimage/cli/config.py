@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from zimage.cli.options import Command, GroupedCommand, options_of
+from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.errors import ConfigFileError
 from zimage.settings.declared import ALL_SETTINGS
@@ -50,8 +51,7 @@ def profiles(named: str | None) -> None:
     width = max(map(len, found.profiles), default=0)
     for name, entries in found.profiles.items():
         inherits = f"  inherits {', '.join(found.inherited(name))}" if found.inherited(name) else ""
-        count = f"{len(entries)} setting{'' if len(entries) == 1 else 's'}"
-        click.echo(f"{name:{width}}  {count:11}{inherits}".rstrip())
+        click.echo(f"{name:{width}}  {counted(len(entries), 'setting'):11}{inherits}".rstrip())
 
 
 @config.command()

@@ -49,11 +49,17 @@ class Progress:
             print(f"seed {r['seed']}", file=sys.stderr)
 
     def summary(self, count: int, seconds: float) -> None:
-        self.note(f"{count} image{'s' if count != 1 else ''} in {seconds:.1f} s")
+        self.note(f"{counted(count, 'image')} in {seconds:.1f} s")
 
     def close(self) -> None:
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def counted(count: int, what: str) -> str:
+    """A number and its noun, in the plural where that is right."""
+    plural = what.removesuffix("y") + "ies" if what.endswith("y") else what + "s"
+    return f"{count} {what if count == 1 else plural}"
 
 
 def _bar(done: int, total: int, width: int = 24) -> str:

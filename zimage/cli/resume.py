@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage.cli.origin import FILES, Record
+from zimage.cli.progress import counted
 from zimage.errors import CheckpointError, RequestError
 from zimage.settings.declared import LoadSettings, Request
 from zimage.settings.fields import Plain
@@ -83,7 +84,8 @@ def open_state(save_state: Path | None, resume: Path | None, picture: Path | Non
 
 
 def _progress(state: "RenderState") -> str:
-    done = f"{len(state.finished)} images denoised" if state.finished else f"{state.step} steps done"
+    finished = len(state.finished)
+    done = f"{counted(finished, 'image')} denoised" if finished else f"{counted(state.step, 'step')} done"
     return f"{done}, {state.decoded} saved" if state.decoded else done
 
 

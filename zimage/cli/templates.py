@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from zimage.cli.options import Command
+from zimage.cli.progress import counted
 from zimage.errors import RequestError
 from zimage.settings.fields import Plain
 from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
@@ -66,7 +67,7 @@ def list_command(category: str | None, everything: bool, as_json: bool, **option
         return
     for _, members in groupby(found, key=lambda t: t.category):
         click.echo("\n".join(shelf.rows(list(members), found)) + "\n")
-    _note(f"{_many(len(found), 'template')} in {_many(len({t.category for t in found}), 'category')}; ", found)
+    _note(f"{counted(len(found), 'template')} in {counted(len({t.category for t in found}), 'category')}; ", found)
 
 
 @templates.command()
@@ -94,7 +95,7 @@ def search(words: tuple[str, ...], as_json: bool, **options: Path | None) -> Non
         return
     for row in shelf.hits(found):
         click.echo(row)
-    _note(f"{_many(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
+    _note(f"{counted(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
 
 
 class _Shelf:
@@ -168,11 +169,6 @@ def _note(text: str, found: Sequence[Template]) -> None:
     """How many there are and where to go on, beside the list: not in a pipe that reads it."""
     example = found[0].name if found else ""
     click.echo(text + (f"zimage templates show {example}" if found else "zimage templates list shows all"), err=True)
-
-
-def _many(count: int, what: str) -> str:
-    plural = what.removesuffix("y") + "ies" if what.endswith("y") else what + "s"
-    return f"{count} {what if count == 1 else plural}"
 
 
 def _cut(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage.cli.progress import Progress
+from zimage.cli.progress import Progress, counted
 from zimage.errors import Cancelled, RequestError
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
         for file in fetch(repository, folder, revision, endpoint, watch):
             transferred, count = transferred + file.transferred, count + 1
             watch.note(f"{file.path}  {size_text(file.size)}  {file.state}")
-    watch.note(f"{folder}: {count} files, {size_text(transferred)} transferred; zimage gen PROMPT --model {folder}")
+    watch.note(
+        f"{folder}: {counted(count, 'file')}, {size_text(transferred)} transferred; zimage gen PROMPT --model {folder}"
+    )
 
 
 @weights.command()
