@@ -68,9 +68,7 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
 @weights.command()
 @click.argument("path", type=PATH)
 @click.option("--values", is_flag=True, help="Look for NaN and infinity in every tensor; reads everything.")
-@click.option(
-    "--no-hashes", is_flag=True, help="Skip the hashes; comparing them reads every file that has one on record."
-)
+@click.option("--no-hashes", is_flag=True, help="Skip the hashes; comparing them reads all files that have one.")
 @click.option("--configs", type=PATH, help="Model folder whose configs describe a loose file of unusual shapes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
 @click.pass_context
@@ -201,9 +199,8 @@ def _bytes(text: str) -> int:
 
 def _lines(report: "Report") -> Iterator[str]:
     """A line for what was looked at, and one for every problem."""
-    facts = [size_text(report.size)] if report.size is not None else []
-    if report.tensors is not None:
-        facts.append(f"{report.tensors} tensors {' '.join(report.dtypes)}".rstrip())
+    facts = [] if report.size is None else [size_text(report.size)]
+    facts += [] if report.tensors is None else [f"{report.tensors} tensors {' '.join(report.dtypes)}".rstrip()]
     yield f"{'WRONG' if report.problems else 'ok':6}{report.path}  {', '.join(facts + report.notes)}".rstrip()
     for problem in report.problems:
         yield f"      {' '.join(problem.split())}"

@@ -211,14 +211,14 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
         return
     if field.metadata["attachment"]:
         if isinstance(value, NO_ATTACHMENT):
-            raise _fault(field.name, f" {_shown(value)} is of type {type(value).__name__}; it should be a path")
+            raise _mistyped(field.name, value, "the path of a file")
         return
     if Weights in _members(accepted):
         _check_weights(field.name, value)
         return
     items = value if isinstance(value, list) and _list_types(accepted) else None
     if items is None and not _takes_one(accepted):
-        raise _fault(field.name, f" {_shown(value)} is of type {type(value).__name__}; it should be a list")
+        raise _mistyped(field.name, value, "a list")
     for item in [value] if items is None else items:
         _check_scalar(field, _scalar_types(accepted), item)
 
@@ -265,8 +265,7 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
     name, m = field.name, field.metadata
     numbers = (int, float) if float in accepted else accepted
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
-        kind = " or ".join(t.__name__ for t in accepted)
-        raise _fault(name, f" {_shown(value)} is of type {type(value).__name__}; it should be of type {kind}")
+        raise _mistyped(name, value, "of type " + " or ".join(t.__name__ for t in accepted))
     if m["choices"] and value not in m["choices"]:
         raise _fault(name, f" {_shown(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
@@ -288,6 +287,10 @@ def _check_number(name: str, m: Mapping[str, Plain], value: float) -> None:
     if m["multiple"] and value % m["multiple"]:
         down = value // m["multiple"] * m["multiple"]
         raise _fault(name, f" {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}")
+
+
+def _mistyped(name: str, value: object, right: str) -> RequestError:
+    return _fault(name, f" {_shown(value)} is of type {type(value).__name__}; it should be {right}")
 
 
 def _fault(name: str, rest: str) -> RequestError:
