@@ -111,7 +111,7 @@ def test_options_become_values():
 @pytest.mark.parametrize("value", [3, 0.5, True, b"png", ["a.png"], {"name": "a.png"}])
 @pytest.mark.parametrize("name", ["image", "mask", "embeddings"])
 def test_attachments_are_paths_or_objects(name, value):
-    with pytest.raises(RequestError, match=f"{name} .* is of type {type(value).__name__}; it should be the path of a file"):
+    with pytest.raises(RequestError, match=f"{name} .*of type {type(value).__name__}; it should be the path of a file"):
         Request(**{name: value})
 
 
