@@ -104,7 +104,7 @@ def test_no_entries_turn_it_off(tmp_path):
     assert cache.get(key(1)) is None
     assert cache.stats == CacheStats()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RequestError, match="is -1; it should be at least 0"):
+    with pytest.raises(RequestError, match="is -1; the minimum is 0"):
         EmbeddingCache(-1)
 
 

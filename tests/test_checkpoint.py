@@ -130,7 +130,7 @@ def test_components_load_alone_and_agree(tiny_folder):
         (lambda f: edit_config(f, "text_encoder", hidden_act="gelu"), "hidden_act = 'gelu' is not implemented"),
         (lambda f: edit_config(f, "text_encoder", layer_types=["sliding_attention"]), "only 'full_attention'"),
         (lambda f: edit_config(f, "vae", _class_name="AutoencoderDC"), "'AutoencoderDC' is not implemented"),
-        (lambda f: (f / "vae" / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "vae" / "config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "vae" / "config.json").write_text("[]"), "should hold a JSON object"),
         (lambda f: (f / "vae" / "config.json").unlink(), "is missing"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "should hold tokenizer.json"),

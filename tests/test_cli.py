@@ -138,7 +138,7 @@ def test_a_picture_brings_a_request_and_nothing_else(run, tmp_path, name, value)
         picture_file.save(image, tmp_path / "made.png", record, replace=False)
     status, out, err = run("gen", "--from", "made.png", "--rewrite", "rewrite-expand")
     assert (status, out) == (2, "")
-    assert err == f"error: made.png sets {name!r}, which is no setting of a picture; take it out of there\n"
+    assert err == f"error: made.png sets {name!r}, which is not a setting of a picture; remove it there\n"
 
 
 def test_the_image_of_a_picture_is_given_again_and_told_by_its_content(run, tmp_path):
@@ -148,7 +148,7 @@ def test_the_image_of_a_picture_is_given_again_and_told_by_its_content(run, tmp_
     status, _, err = run("gen", "--from", "one.png", "-o", "two.png")
     assert status == 2
     assert "one.png was made from the image a.png" in err
-    assert "give it with --image" in err
+    assert "pass it with --image" in err
     assert "warning" not in run("gen", "--from", "one.png", "--image", "b.png", "-o", "two.png")[2]
     assert Image.open(tmp_path / "two.png").tobytes() == Image.open(tmp_path / "one.png").tobytes()
     assert "warning: image was a.png" in run("gen", "--from", "one.png", "--image", "c.png", "-o", "two.png")[2]
@@ -167,7 +167,7 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["gen"], 2, "no prompt was given"),
+        (["gen"], 2, "there is no prompt; pass it as an argument"),
         (["gen", "a", "--template", "photo-overcats"], 2, "did you mean 'photo-overcast'"),
         (["gen", "a", "--steps", "0"], 2, "steps 0 is too small; the minimum is 1"),
         (["gen", "a", "--width", "1000"], 2, "nearest 992 or 1008"),
@@ -182,7 +182,7 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
         (["gen", "a", "-o", "nowhere/x.png"], 2, "does not exist"),
         (["gen", "a", "-o", "x.gif"], 2, "should end in one of .png"),
         (["gen", "a", "-o", "{what}.png"], 2, "its fields may be"),
-        (["gen", "a", "-o", "{seed.x}.png"], 2, "cannot be used"),
+        (["gen", "a", "-o", "{seed.x}.png"], 2, "is not valid; its fields may be"),
         (["gen", "--file", "absent.txt"], 2, "cannot be read"),
         (["gen", "a", "--file", "absent.txt"], 2, "not both"),
         (["gen", "--from", "absent.png"], 2, "cannot be read as a picture"),
@@ -210,7 +210,7 @@ def test_interrupting_leaves_nothing_half_written(tiny_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "error: interrupted; the picture in work was not saved"
+    assert err.splitlines()[-1] == "error: interrupted; the unfinished picture was not saved"
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
 
@@ -283,7 +283,7 @@ def test_words_the_demo_has_not_learned_are_hinted_at():
 
     assert unknown_words(DEMO, ["a cat on a blue background"]) is None
     hint = unknown_words(DEMO, ["a zebra and a tigre on a blue background"])
-    assert hint.startswith("hint: this model has not learned 'zebra', 'tigre'; near: tiger")
+    assert hint.startswith("hint: this model does not know 'zebra', 'tigre'; similar: tiger")
     assert "cat" in hint
     assert unknown_words(DEMO.parent, ["a zebra"]) is None, "models without a vocabulary get no hints"
 

@@ -139,4 +139,4 @@ def test_an_unfinished_thought_is_never_drawn(run, tmp_path):
 
 def test_options_of_a_rewriting_that_does_not_happen_are_refused(run):
     status, _, err = run("gen", "a cat", "--top-k", "3")
-    assert (status, err) == (2, "error: top_k: it has no effect without --rewrite; name a rewriter or leave it out\n")
+    assert (status, err) == (2, "error: top_k: it has no effect without --rewrite; pass that too or leave it out\n")

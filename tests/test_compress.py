@@ -125,7 +125,7 @@ def test_unknown_modes_and_limits_are_refused():
     for use in (lambda *a: compress(rows(4), *a), lambda *a: describe(4, *a)):
         with pytest.raises(RequestError, match="'squeeze' does not exist; use one of none, truncate"):
             use(3, "squeeze")
-        with pytest.raises(RequestError, match="at least 1"):
+        with pytest.raises(RequestError, match="the minimum is 1"):
             use(0, "pool")
 
 

@@ -107,7 +107,7 @@ def test_tensors_that_are_no_caption(path, expected):
         ({"request": "{"}, "is not JSON"),
         ({"request": ""}, "is not JSON"),
         ({"request": "[" * 100_000}, "is not JSON"),
-        ({"request": "[1]"}, "should be an object, not list"),
+        ({"request": "[1]"}, "should hold a JSON object, not list"),
         ({"version": "2"}, "has format version '2'; supported is '1'"),
     ],
 )

@@ -183,7 +183,7 @@ CASES = [
     Case("precision", "int8"),
     Case("precision", "fp8"),
     Case("compile", True, differs("compiled", 1)),
-    Case("residency", "stage", says("each component loaded in its turn")),
+    Case("residency", "stage", says("components loaded one at a time")),
     Case("memory", 0.01, fails("no size fits: set memory")),
     # what is kept, and where one's own things are
     Case("templates", "{files}/templates", beside={"template": "photo-overcast"}),

@@ -288,7 +288,7 @@ def test_settings_that_are_no_json_are_named(tmp_path):
         read_lora(tmp_path / "a.safetensors", SHAPES)
     files.write(tmp_path / "b.safetensors", pair(Q))
     (tmp_path / "adapter_config.json").write_text("[")
-    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json is not JSON"):
         read_lora(tmp_path / "b.safetensors", SHAPES)
 
 

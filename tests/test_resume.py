@@ -71,7 +71,7 @@ for i in range(moments):
     again = ["gen", "--resume", str(state)] if known else [*arguments, "--resume", str(state)]
     assert finish(start(again, folder / "log")) == 0, (folder / "log").read_text()
     said = (folder / "log").read_text()
-    assert ("going on with" if known else "starting afresh") in said, said
+    assert ("continuing" if known else "starting from the beginning") in said, said
     begun, afresh = begun + known, afresh + (not known)
     assert pixels(folder) == expected, (i, sorted(p.name for p in folder.iterdir()))
     assert not state.exists()
@@ -124,7 +124,7 @@ def test_what_was_saved_is_not_saved_again_and_the_state_is_removed(run, monkeyp
     assert sorted(p.name for p in tmp_path.glob("[12]*.png")) == ["1.png"]
     status, said = run("--resume", "state")
     assert status == 0
-    assert "going on with state: 2 images denoised" in said.err
+    assert "continuing state: 2 images denoised" in said.err
     assert said.out.split() == ["1.png", "2.png"]
     for i in "12":
         assert Image.open(f"{i}.png").tobytes() == Image.open(f"whole-{i}.png").tobytes()
@@ -167,16 +167,16 @@ def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--resume", "state", "--steps", "9"], "goes on with steps 2, not 9"),
-        (["a dog", "--resume", "state"], "goes on with prompt 'a cat', not 'a dog'"),
-        (["--resume", "state", "--save-state", "other"], "leave --save-state out"),
-        (["--resume", "state", "--from", "x.png"], "leave --from out"),
-        (["--resume", "state", "--dtype", "bf16"], "began with another dtype: float32; now bfloat16"),
+        (["--resume", "state", "--steps", "9"], "the render in state has steps 2, not 9"),
+        (["a dog", "--resume", "state"], "the render in state has prompt 'a cat', not 'a dog'"),
+        (["--resume", "state", "--save-state", "other"], "leave out --save-state"),
+        (["--resume", "state", "--from", "x.png"], "leave out --from"),
+        (["--resume", "state", "--dtype", "bf16"], "the render in state has dtype float32, not bfloat16"),
         (["a cat", "--checkpoint", "state"], "continue with --resume state"),
         (["a cat", "--save-state", "nowhere/state"], "does not exist"),
-        (["--resume", "nothing"], "no prompt was given"),
+        (["--resume", "nothing"], "there is no prompt"),
         (["--resume", "text"], "cannot be read as the state"),
-        (["--resume", "hollow"], "does not hold all of a render"),
+        (["--resume", "hollow"], "does not hold a complete state"),
     ],
 )
 def test_what_would_end_otherwise_is_refused_and_nothing_lost(run, monkeypatch, arguments, words):
@@ -196,7 +196,7 @@ def test_a_file_that_changed_is_refused(run, monkeypatch):
     Image.new("RGB", (64, 64), "blue").save("start.png")
     status, said = run("--resume", "state")
     assert status == 2
-    assert "is not the file that state began with" in said.err
+    assert "is not the file that the render in state began with" in said.err
 
 
 def test_the_state_is_written_before_the_first_step(run, monkeypatch):

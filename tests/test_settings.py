@@ -95,7 +95,7 @@ def test_flags_of_three_states():
     assert parsed("--no-force-think-block") == {"force_think_block": False}
     assert parsed("--no-force-think-block", "--force-think-block") == {"force_think_block": True}
     assert Request().force_think_block is None
-    with pytest.raises(RequestError, match="force_think_block 'yes' is a str; it should be of type bool"):
+    with pytest.raises(RequestError, match="force_think_block 'yes' is of type str; it should be of type bool"):
         Request(force_think_block="yes")
 
 
@@ -111,7 +111,7 @@ def test_options_become_values():
 @pytest.mark.parametrize("value", [3, 0.5, True, b"png", ["a.png"], {"name": "a.png"}])
 @pytest.mark.parametrize("name", ["image", "mask", "embeddings"])
 def test_attachments_are_paths_or_objects(name, value):
-    with pytest.raises(RequestError, match=f"{name} .* is a {type(value).__name__}; it should be the path of a file"):
+    with pytest.raises(RequestError, match=f"{name} .*of type {type(value).__name__}; it should be the path of a file"):
         Request(**{name: value})
 
 
@@ -140,7 +140,7 @@ def test_plain_values_go_through_json_and_back(settings):
     ("settings", "name", "value", "words"),
     [
         (Request, "steps", 0, "steps 0 is too small; the minimum is 1"),
-        (Request, "steps", True, "steps True is a bool"),
+        (Request, "steps", True, "steps True is of type bool"),
         (Request, "guidance", float("nan"), "guidance is not a number"),
         (Request, "hidden_layer", 0, "hidden_layer 0 is too large; the maximum is -1"),
         (Request, "long_prompt", "cut", "use none, truncate, interpolate"),

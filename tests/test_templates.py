@@ -513,8 +513,8 @@ def test_own_templates_are_marked(run, own, monkeypatch):
     monkeypatch.setenv("ZIMAGE_TEMPLATES", str(own))
     out = run("list", "--category", "photo")[1]
     assert re.search(r"  my-own +-  \[own\] Mine\n", out)
-    assert re.search(r"  photo-overcast +-  \[own, replaces shipped\] 曇り\n", out)
-    assert "tokens       - (not counted: give --model)" in run("show", "my-own")[1]
+    assert re.search(r"  photo-overcast +-  \[own, overrides shipped\] 曇り\n", out)
+    assert "tokens       - (not counted: pass --model)" in run("show", "my-own")[1]
 
 
 def test_a_models_tokenizer_counts_all(run, own):

@@ -82,7 +82,7 @@ def test_the_chat_string():
     [
         ("tokenizer_config.json", None, "is missing: vocab.json and merges.txt do not contain"),
         ("tokenizer_config.json", "{}", "'added_tokens_decoder' is missing"),
-        ("tokenizer_config.json", "{", "the tokenizer cannot be read"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("merges.txt", None, "should hold tokenizer.json, or vocab.json and merges.txt"),
         ("vocab.json", "[", "the tokenizer cannot be read"),
     ],

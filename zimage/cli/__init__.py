@@ -1,4 +1,4 @@
-"""The command line: `gen` is what runs when no command is named. Every failure is one line and an exit status."""
+"""The command line; `gen` runs when no command is named. Every failure is one line and an exit status."""
 
 import logging
 import sys
@@ -34,7 +34,7 @@ class DefaultGroup(click.Group):
 def cli(ctx: click.Context) -> None:
     """Z-Image: text to image in plain PyTorch.
 
-    `gen` may be left out: zimage "a cat" is zimage gen "a cat".
+    `gen` is the default command: zimage "a cat" means zimage gen "a cat".
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
         result = cli.main(args=None if args is None else list(args), prog_name="zimage", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (click.exceptions.Abort, KeyboardInterrupt):
-        return _fail("interrupted; the picture in work was not saved", INTERRUPTED)
+        return _fail("interrupted; the unfinished picture was not saved", INTERRUPTED)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except ZImageError as error:

@@ -5,17 +5,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
 from zimage.cli.options import Command, GroupedCommand, options_of
+from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.errors import ConfigFileError
 from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.profiles import EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
 
-START_ONE = "start one with: zimage config example > zimage.toml"
+CREATE_ONE = "create one with: zimage config example > zimage.toml"
 
 
 @click.group()
@@ -34,7 +34,7 @@ def every_setting(command: Command) -> Command:
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @every_setting
-def show(as_json: bool, **options: Any) -> None:
+def show(as_json: bool, **options: object) -> None:
     """Show every setting, its value and where it comes from."""
     resolved = resolve_options(options)
     if as_json:
@@ -51,8 +51,7 @@ def profiles(named: str | None) -> None:
     width = max(map(len, found.profiles), default=0)
     for name, entries in found.profiles.items():
         inherits = f"  inherits {', '.join(found.inherited(name))}" if found.inherited(name) else ""
-        count = f"{len(entries)} setting{'' if len(entries) == 1 else 's'}"
-        click.echo(f"{name:{width}}  {count:11}{inherits}".rstrip())
+        click.echo(f"{name:{width}}  {counted(len(entries), 'setting'):11}{inherits}".rstrip())
 
 
 @config.command()
@@ -71,11 +70,11 @@ def example() -> None:
 def _file(named: str | None) -> Path:
     found = find_config(named)
     if found is None:
-        raise ConfigFileError(f"there is no settings file {' or '.join(map(str, usual_places()))}; {START_ONE}")
+        raise ConfigFileError(f"there is no settings file {' or '.join(map(str, usual_places()))}; {CREATE_ONE}")
     return found
 
 
-def _facts(resolved: Resolved) -> dict[str, Any]:
+def _facts(resolved: Resolved) -> dict[str, object]:
     """All that `config show` prints, as plain values."""
     return {
         "file": str(resolved.config.path.absolute()) if resolved.config else None,
@@ -88,9 +87,9 @@ def _facts(resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def _values(resolved: Resolved) -> dict[str, Any]:
+def _values(resolved: Resolved) -> dict[str, object]:
     """Every setting's value; those of a single call only where they were passed."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for settings in ALL_SETTINGS:
         values |= settings.from_mapping(resolved.of(settings)).to_mapping()
     return {n: v for n, v in values.items() if n in resolved.entries or not FIELDS[n].metadata["per_call"]}
@@ -124,7 +123,7 @@ def _meaning(name: str) -> str:
 
 def _file_lines(resolved: Resolved) -> Iterator[str]:
     if resolved.config is None:
-        yield f"file     none ({' or '.join(map(str, usual_places()))}); {START_ONE}"
+        yield f"file     none ({' or '.join(map(str, usual_places()))}); {CREATE_ONE}"
         return
     yield f"file     {resolved.config.path.absolute()}"
     others = ", ".join(name for name in resolved.config.profiles if name != resolved.profile) or "none"
@@ -135,7 +134,7 @@ def _file_lines(resolved: Resolved) -> Iterator[str]:
     yield f"profile  {resolved.profile}{', inherits ' + ', '.join(inherited) if inherited else ''} (others: {others})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value on one line: an empty one as a dash, a long text cut."""
     if value is None or value == "":
         return "-"

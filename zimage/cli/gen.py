@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zimage.cli.options import GroupedCommand, given, options_of
-from zimage.cli.origin import read_origin, warn_of_differences
+from zimage.cli.origin import Record, read_origin, warn_of_differences
 from zimage.cli.plan import plan_lines
 from zimage.cli.progress import Progress
 from zimage.cli.resume import Keeping, open_state
@@ -39,14 +39,14 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--save-state", type=PATH, help="Keep the render's state in this file until all pictures are saved.")
 @click.option("--checkpoint", "save_state", type=PATH, hidden=True)  # its former name
-@click.option("--resume", type=PATH, help="Continue the render whose state is in this file. Needs no prompt.")
+@click.option("--resume", type=PATH, help="Continue the render whose state is in this file; needs no prompt.")
 @configured
 @options_of(Request, skip=("prompt",))
 @options_of(RewriteSettings)
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first.")
-@click.option("-q", "--quiet", is_flag=True, help="Print only the files' names, warnings and errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
 def gen(
     prompt: tuple[str, ...],
     prompt_file: Path | None,
@@ -57,9 +57,9 @@ def gen(
     as_json: bool,
     verbose: bool,
     quiet: bool,
-    **options: Any,
+    **options: object,
 ) -> None:
-    """Render PROMPT (several, or - to read one from standard input)."""
+    """Render one or more PROMPTs; - reads one from standard input."""
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
     options |= _prompts(prompt, prompt_file)
     keeping = open_state(save_state, resume, picture, given(options, Request))
@@ -67,7 +67,7 @@ def gen(
     resolved = resolve_options(options, keeping.settings if keeping.begun else origin.get("request"))
     wanted = resolved.of(Request)
     if "prompt" not in wanted and "embeddings" not in wanted:
-        raise RequestError("no prompt was given; write it as an argument, as - for standard input, or with --file")
+        raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
     output = keeping.record["output"] if keeping.begun and output is None else output
@@ -91,7 +91,7 @@ def gen(
     progress.summary(len(saved), time.perf_counter() - started)
 
 
-def _records(pipe: "ZImage", job: "Job", rewrites: list[dict[str, Any]], begun: dict[str, Any]) -> list[dict[str, Any]]:
+def _records(pipe: "ZImage", job: "Job", rewrites: list[Record], begun: Record) -> list[Record]:
     """The metadata of each image, with what only the run that began the render knew."""
     records = [pipe.metadata(job, i) for i in range(job.count)]
     rewrites = rewrites or begun.get("rewritten") or []
@@ -105,16 +105,16 @@ def _records(pipe: "ZImage", job: "Job", rewrites: list[dict[str, Any]], begun: 
 def _render(
     pipe: "ZImage",
     job: "Job",
-    records: list[dict[str, Any]],
+    records: list[Record],
     target: Target,
     progress: Progress,
     keeping: Keeping,
-    loading: dict[str, Any],
+    loading: Record,
     output: str | None,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Run to the end, save each picture, and keep the state; returns what was saved where."""
     saved, kept = [], keeping.start(job, records, loading, output)
-    for event in pipe.run(job, kept and kept.state):
+    for event in pipe.run(job, kept.state if kept else None):
         progress.update(event)
         if event.image is not None:
             record = records[event.index]
@@ -138,14 +138,14 @@ def _show_plan(pipe: "ZImage", job: "Job") -> None:
         raise RequestError(refusal)
 
 
-def _prompts(arguments: tuple[str, ...], file: Path | None) -> dict[str, Any]:
+def _prompts(arguments: tuple[str, ...], file: Path | None) -> Record:
     if arguments and file:
         raise RequestError("pass prompts as arguments or with --file, not both")
     if file:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"prompts cannot be read from {file}: {error}") from error
+            raise RequestError(f"{file} cannot be read: {error}") from error
         return {"prompt": [line.strip() for line in lines if line.strip()]}
     if arguments == ("-",):
         return {"prompt": sys.stdin.read().strip()}
@@ -155,16 +155,16 @@ def _prompts(arguments: tuple[str, ...], file: Path | None) -> dict[str, Any]:
 
 
 def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
-    """What the user did not say and should know."""
+    """What the user did not choose and should know."""
     from zimage.cli.hints import unknown_words
     from zimage.text.compress import describe
 
     r = job.request
     yield from pipe.model.assumptions
     if pipe.is_demo:
-        yield "model: the bundled demo, which draws simple scenes; for the real one: --model PATH/Z-Image-Turbo"
+        yield "model: the bundled demo, which draws simple scenes; for Z-Image itself pass --model PATH/Z-Image-Turbo"
     if pipe.is_demo and (r.system_prompt or r.thinking_content or r.assistant_content):
-        yield "the demo learned from bare prompts: templates and other chat parts lead it astray"
+        yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
     yield (
         f"{r.width}×{r.height}, {r.steps} steps, guidance {r.guidance:g}, shift {r.shift:g}, "
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}"

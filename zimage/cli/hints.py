@@ -21,7 +21,7 @@ def unknown_words(folder: Path, prompts: list[str]) -> str | None:
     objects, colours = vocabulary["objects"], vocabulary["colours"]
     examples = [name for name in objects if name not in near][:6]
     return (
-        f"hint: this model has not learned {', '.join(map(repr, unknown[:5]))}; "
-        + (f"near: {', '.join(near)}; " if near else "")
+        f"hint: this model does not know {', '.join(map(repr, unknown[:5]))}; "
+        + (f"similar: {', '.join(near)}; " if near else "")
         + f"it knows {len(objects)} objects ({', '.join(examples)} …) on {', '.join(colours)}"
     )

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +10,7 @@ from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.settings.declared import LoadSettings, Request
+from zimage.settings.fields import Plain
 
 if TYPE_CHECKING:
     from zimage.loading.files import Component
@@ -26,7 +27,7 @@ PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_over
 @options_of(Request, only=("width", "height", "batch_size"))
 @options_of(LoadSettings, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> None:
+def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -> None:
     """Show the components, sizes, dtypes and memory of MODEL (default: the settings' model, else the bundled demo)."""
     resolved = resolve_options({**options, "model": model})
     pipe, size = load_pipeline(resolved), _planned(resolved.of(Request))
@@ -40,12 +41,12 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: Any) -> N
         click.echo("\n".join(plan_lines(job.plan, pipe.refusal(job))))
 
 
-def _planned(request: dict[str, Any]) -> dict[str, Any]:
+def _planned(request: dict[str, Plain]) -> dict[str, Plain]:
     """What of a request's settings decides on memory."""
     return {name: value for name, value in request.items() if name in PLANNED}
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _print(facts: dict[str, Plain]) -> None:
     click.echo(f"{facts['name']}  fingerprint {facts['fingerprint']}")
     click.echo(f"{'':14}{'class':26}{'tensors':>8}{'parameters':>16}{'on disk':>10}  {'stored as':18}{'in memory':>10}")
     for c in facts["components"]:
@@ -67,7 +68,7 @@ def _print(facts: dict[str, Any]) -> None:
     )
 
 
-def describe(pipe: "ZImage", size: dict[str, Any]) -> dict[str, Any]:
+def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
     """All that `info` prints, as plain values; the plan for a picture of `size`, where one is given."""
     components = [_describe_component(c, pipe) for c in pipe.model.components.values()]
     known_shift = pipe.model.shift is not None
@@ -84,7 +85,7 @@ def describe(pipe: "ZImage", size: dict[str, Any]) -> dict[str, Any]:
             "height": request.height,
             "steps": request.steps,
             "guidance": request.guidance,
-            "shift": f"{request.shift:g}" if known_shift else "none in the folder: give --shift",
+            "shift": f"{request.shift:g}" if known_shift else "none in the folder: pass --shift",
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
@@ -92,13 +93,13 @@ def describe(pipe: "ZImage", size: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _job(pipe: "ZImage", size: dict[str, Any]) -> "Job":
+def _job(pipe: "ZImage", size: dict[str, Plain]) -> "Job":
     """A job for nothing but its plan: as many images as are denoised together."""
     shift, images = 3.0 if pipe.model.shift is None else None, size.get("batch_size", 1)
     return pipe.prepare(Request(prompt="", images=images, shift=shift, seed=0, **size), must_fit=False)
 
 
-def _describe_component(component: "Component", pipe: "ZImage") -> dict[str, Any]:
+def _describe_component(component: "Component", pipe: "ZImage") -> dict[str, Plain]:
     checkpoint = component.checkpoint
     stored = Counter(entry.dtype for entry in checkpoint.entries.values())
     return {

@@ -1,22 +1,15 @@
 """Command-line options made from the settings' dataclass fields, and help that shows them by their groups."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
-from zimage.settings.fields import Field, Settings, fields, list_fields
+from zimage.settings.fields import Field, Plain, Settings, fields, list_fields
+from zimage.settings.profiles import FIELDS
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., object])
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
-
-
-class GroupedOption(click.Option):
-    """An option that knows which section of the help it belongs to."""
-
-    def __init__(self, *args: Any, section: str, **attributes: Any):
-        super().__init__(*args, **attributes)
-        self.section = section
 
 
 class GroupedCommand(click.Command):
@@ -27,7 +20,8 @@ class GroupedCommand(click.Command):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None and isinstance(param, click.Option):
-                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+                field = FIELDS.get(param.name or "")
+                sections.setdefault(field.metadata["group"] if field else "Options", []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
@@ -48,10 +42,9 @@ def options_of(
     return decorate
 
 
-def given(values: Mapping[str, Any], settings: type[Settings], skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def given(values: Mapping[str, Plain], settings: type[Settings]) -> dict[str, Plain]:
     """Those of all option values that belong to `settings` and were passed."""
-    names = {field.name for field, _ in fields(settings)} - set(skip)
-    found = {name: value for name, value in values.items() if name in names and value not in (None, ())}
+    found = {name: values[name] for name in settings.names() if values.get(name) not in (None, ())}
     takes_one = list_fields(settings)
     return {name: _single(value, takes_one.get(name, True)) for name, value in found.items()}
 
@@ -60,9 +53,8 @@ def _option(field: Field, kinds: tuple[type, ...], repeatable: bool) -> Callable
     m, flag = field.metadata, field.name.replace("_", "-")
     default = "" if field.default in (None, "") or field.default is False else f" Default: {field.default}."
     default += f" Environment: {m['env']}." if m["env"] else ""
-    shared: dict[str, Any] = {"cls": GroupedOption, "section": m["group"], "help": m["help"] + default}
     if kinds[-1] is bool:
-        return click.option(f"--{flag}/--no-{flag}", field.name, default=None, **shared)
+        return click.option(f"--{flag}/--no-{flag}", field.name, default=None, help=m["help"] + default)
     kind = str if m["attachment"] else kinds[-1]
     metavar = None if m["choices"] else "PATH" if m["path"] else METAVARS[kind]
     return click.option(
@@ -71,11 +63,11 @@ def _option(field: Field, kinds: tuple[type, ...], repeatable: bool) -> Callable
         type=click.Choice(m["choices"]) if m["choices"] else kind,
         multiple=repeatable,
         metavar=m["metavar"] or metavar,
-        **shared,
+        help=m["help"] + default,
     )
 
 
-def _single(value: Any, takes_one: bool) -> Any:
+def _single(value: Plain, takes_one: bool) -> Plain:
     """The values of a repeatable option as a list; a single one by itself, where the field takes one."""
     if not isinstance(value, tuple):
         return value

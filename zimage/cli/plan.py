@@ -1,7 +1,5 @@
 """The memory plan, as `info --plan` and `gen --verbose` print it."""
 
-from typing import Any
-
 from zimage.loading.plan import MemoryPlan, StagePlan
 
 DECODING = {"off": "decoded whole", "exact": "decoded in strips", "blend": "decoded in blended tiles"}
@@ -18,7 +16,7 @@ def plan_lines(plan: MemoryPlan, refusal: str = "") -> list[str]:
     return [*lines, f"refused       {refusal}"] if refusal else lines
 
 
-def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
+def plan_facts(plan: MemoryPlan) -> dict[str, object]:
     """The same as plain values, in bytes."""
     return {
         "width": plan.work.width,
@@ -51,7 +49,7 @@ def _limits(plan: MemoryPlan) -> str:
 
 def _strategy(plan: MemoryPlan) -> str:
     streamed = [stage.title for stage in plan.stages.values() if stage.streamed]
-    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else "each component loaded in its turn"
+    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else "components loaded one at a time"
     streaming = f"{' and '.join(streamed)} streamed" if streamed else ""
     return ", ".join(filter(None, [kept, DECODING[plan.tile_mode], streaming]))
 

@@ -1,7 +1,12 @@
 """What a person sees while a render runs: a line on a terminal, nothing in a pipe."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+from zimage.cli.origin import Record
+
+if TYPE_CHECKING:
+    from zimage.events import Event
 
 
 class Progress:
@@ -22,7 +27,7 @@ class Progress:
         if not self.quiet:
             print(text, file=sys.stderr)
 
-    def update(self, event: Any) -> None:
+    def update(self, event: "Event") -> None:
         if event.stage == "load":
             from zimage.loading.registry import ROWS
 
@@ -31,7 +36,7 @@ class Progress:
         place = f" ({event.index + 1} of {event.count})" if event.count > 1 else ""
         self.show(f"{event.stage}{place} {_bar(event.step, event.total)} {event.step}/{event.total}")
 
-    def finished(self, saved: dict[str, Any]) -> None:
+    def finished(self, saved: Record) -> None:
         self.close()
         if not self.names:
             return
@@ -44,11 +49,17 @@ class Progress:
             print(f"seed {r['seed']}", file=sys.stderr)
 
     def summary(self, count: int, seconds: float) -> None:
-        self.note(f"{count} image{'s' if count != 1 else ''} in {seconds:.1f} s")
+        self.note(f"{counted(count, 'image')} in {seconds:.1f} s")
 
     def close(self) -> None:
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def counted(count: int, what: str) -> str:
+    """A number and its noun, in the plural where that is right."""
+    plural = what.removesuffix("y") + "ies" if what.endswith("y") else what + "s"
+    return f"{count} {what if count == 1 else plural}"
 
 
 def _bar(done: int, total: int, width: int = 24) -> str:

@@ -1,14 +1,15 @@
 """A render that survives its process: `--save-state` keeps its state in a file, `--resume` goes on from there."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zimage.cli.origin import FILES
+from zimage.cli.origin import FILES, Record
+from zimage.cli.progress import counted
 from zimage.errors import CheckpointError, RequestError
 from zimage.settings.declared import LoadSettings, Request
+from zimage.settings.fields import Plain
 from zimage.settings.profiles import FIELDS
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Keeping:
 
     path: Path | None = None
     state: "RenderState | None" = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -32,11 +33,11 @@ class Keeping:
         return self.state is not None
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Record:
         """All settings of the render that had begun, files by their paths."""
         return {**_request_of(self.path, self.record), **self.record["loading"]}
 
-    def start(self, job: "Job", records: list[dict[str, Any]], loading: Any, output: str | None) -> "StateFile | None":
+    def start(self, job: "Job", records: list[Record], loading: Record, output: str | None) -> "StateFile | None":
         """The consumer of events that keeps the state; nothing where nobody asked for it.
 
         Raises RequestError where a render that had begun could not end in its bits.
@@ -51,23 +52,21 @@ class Keeping:
         return StateFile(self.path, _record(job, records, loading, output))
 
 
-def open_state(save_state: Path | None, resume: Path | None, picture: Path | None, given: Mapping[str, Any]) -> Keeping:
+def open_state(save_state: Path | None, resume: Path | None, picture: Path | None, given: Record) -> Keeping:
     """What the options ask for. Raises RequestError, also where something else is asked for than what had begun."""
     path = resume or save_state
     if path is None:
         return Keeping()
     if save_state and resume and save_state != resume:
-        raise RequestError(f"save-state: with --resume the state is kept in {resume}; leave --save-state out")
+        raise RequestError(f"save-state: --resume already keeps the state in {resume}; leave out --save-state")
     if not path.parent.is_dir():
-        raise RequestError(f"save-state: the folder {str(path.parent)!r} does not exist; make it first")
+        raise RequestError(f"save-state: the folder {str(path.parent)!r} does not exist; create it first")
     if not path.exists():
-        return Keeping(path, note=f"{path} is not there yet: starting afresh" if resume else "")
+        return Keeping(path, note=f"{path} does not exist yet: starting from the beginning" if resume else "")
     if resume is None:
-        raise RequestError(
-            f"save-state: {path} exists; continue with --resume {path}, or remove it if that render is not wanted"
-        )
+        raise RequestError(f"save-state: {path} exists; continue with --resume {path}, or delete it to start anew")
     if picture is not None:
-        raise RequestError("resume: all settings come from the state; leave --from out")
+        raise RequestError("resume: all settings come from the state; leave out --from")
     from zimage.render.state import load_state
 
     state, record = load_state(path)
@@ -78,18 +77,19 @@ def open_state(save_state: Path | None, resume: Path | None, picture: Path | Non
             then = record["template"]
         if now != then and Request.from_mapping({name: now}).to_mapping()[name] != then:
             raise RequestError(
-                f"resume: {path} goes on with {name} {then!r}, not {value!r}; leave it out or start anew",
+                f"resume: the render in {path} has {name} {then!r}, not {value!r}; leave it out or start anew",
                 fields=(name,),
             )
-    return Keeping(path, state, record, f"going on with {path}: {_progress(state)}")
+    return Keeping(path, state, record, f"continuing {path}: {_progress(state)}")
 
 
 def _progress(state: "RenderState") -> str:
-    done = f"{len(state.finished)} images denoised" if state.finished else f"{state.step} steps done"
+    finished = len(state.finished)
+    done = f"{counted(finished, 'image')} denoised" if finished else f"{counted(state.step, 'step')} done"
     return f"{done}, {state.decoded} saved" if state.decoded else done
 
 
-def _record(job: "Job", records: list[dict[str, Any]], loading: Any, output: str | None) -> dict[str, Any]:
+def _record(job: "Job", records: list[Record], loading: Record, output: str | None) -> Record:
     """What a state has to tell besides latents: the job, how the model was loaded, where the pictures go.
 
     Files are held by their full paths: unlike a picture, a state is not made to be given away.
@@ -105,7 +105,7 @@ def _record(job: "Job", records: list[dict[str, Any]], loading: Any, output: str
     }
 
 
-def _absolute(name: str, value: Any) -> Any:
+def _absolute(name: str, value: Plain) -> Plain:
     if not FIELDS[name].metadata["path"]:
         return value
     one = isinstance(value, str)
@@ -113,21 +113,21 @@ def _absolute(name: str, value: Any) -> Any:
     return full[0] if one else full
 
 
-def _request_of(path: Path | None, record: Mapping[str, Any]) -> dict[str, Any]:
+def _request_of(path: Path | None, record: Record) -> Record:
     """The settings of the job's request; the template's parts stand in their own fields."""
     try:
         stored = {n: v for n, v in record["job"]["request"].items() if v is not None and n != "template"}
         _ = record["loading"].items(), record["template"], record["output"], [record[name] for name in SAME]
         return stored | {name: stored[name]["path"] for name in FILES if name in stored}
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not hold all of a render; start anew") from error
+        raise CheckpointError(f"{path} does not hold a complete state; start anew") from error
 
 
-def _check_same(path: Path, record: Mapping[str, Any], job: "Job", metadata: Mapping[str, Any]) -> None:
+def _check_same(path: Path, record: Record, job: "Job", metadata: Record) -> None:
     for name in SAME:
         if record[name] != metadata[name]:
-            raise RequestError(f"resume: {path} began with another {name}: {record[name]}; now {metadata[name]}")
+            raise RequestError(f"resume: the render in {path} has {name} {record[name]}, not {metadata[name]}")
     for name in FILES:
         then = record["job"]["request"].get(name)
         if then and getattr(job.request, name).hash != then["hash"]:
-            raise RequestError(f"resume: {then['path']} is not the file that {path} began with")
+            raise RequestError(f"resume: {then['path']} is not the file that the render in {path} began with")

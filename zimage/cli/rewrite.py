@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt")
-@click.option("--show-thinking", is_flag=True, help="Print the thoughts, too, on standard error.")
+@click.option("--show-thinking", is_flag=True, help="Also print the thoughts, on standard error.")
 @configured
 @options_of(RewriteSettings)
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but the prompt, warnings and errors.")
-def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Write a full prompt from the short PROMPT; `gen --rewrite NAME` draws it at once."""
+@click.option("-q", "--quiet", is_flag=True, help="Print only the prompt, warnings and errors.")
+def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **options: object) -> None:
+    """Turn a short PROMPT into a full one; `gen --rewrite NAME` also renders it."""
     progress = Progress(quiet or as_json)
     resolved = resolve_options(options)
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
@@ -56,7 +56,7 @@ def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
     given = [name for name in resolved.of(RewriteSettings) if resolved.source(name).startswith("--")]
     if settings.rewriter is None and given:
-        raise RequestError(f"{given[0]}: it has no effect without --rewrite; name a rewriter or leave it out")
+        raise RequestError(f"{given[0]}: it has no effect without --rewrite; pass that too or leave it out")
     return None if settings.rewriter is None or (again and "rewriter" not in given) else settings
 
 
@@ -69,8 +69,7 @@ def prepared(
         return job, []
     if request.embeddings is not None:
         raise RequestError(
-            "rewriter: embeddings hold no prompt that could be rewritten; leave one of them out",
-            fields=("rewriter", "embeddings"),
+            "rewriter: embeddings hold no prompt to rewrite; leave out one of them", fields=("rewriter", "embeddings")
         )
     _warn_of_demo(pipe, settings, progress)
     results = [write(pipe, prompt, settings, progress) for prompt in request.prompts]
@@ -97,4 +96,4 @@ def write(pipe: "ZImage", prompt: str, settings: RewriteSettings, progress: Prog
 
 def _warn_of_demo(pipe: "ZImage", settings: RewriteSettings, progress: Progress) -> None:
     if pipe.is_demo and not settings.rewriter_url:
-        progress.note("the bundled demo's text encoder was never taught to write; use a real model or --rewriter-url")
+        progress.note("the bundled demo's text encoder was not trained to write; use another model or --rewriter-url")

@@ -1,13 +1,14 @@
 """From click's options to resolved settings: the one path that every command takes."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zimage.cli.options import Command, given
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
+from zimage.settings.fields import Plain
 from zimage.settings.profiles import Resolved, find_config, read_config, resolve
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 
 def configured(command: Command) -> Command:
     """A decorator that adds the options --config and --profile."""
-    profile = f"Profile in the settings file. Default: {PROFILE}, else default."
+    profile = f"Profile in the settings file. Default: {PROFILE}, else [default]."
     config = f"Settings file (TOML). Default: {CONFIG}, else ./zimage.toml, else the user's own."
     command = click.option("--profile", metavar="NAME", help=profile)(command)
     return click.option("--config", metavar="FILE", help=config)(command)
 
 
-def resolve_options(options: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> Resolved:
+def resolve_options(options: Mapping[str, Plain], origin: Mapping[str, Plain] | None = None) -> Resolved:
     """The options over the picture's request `origin`, the environment, the file and defaults. Raises RequestError."""
     path = find_config(options.get("config"))
     config = None if path is None else read_config(path)

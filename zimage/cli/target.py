@@ -3,11 +3,15 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from zimage.cli.origin import Record
 from zimage.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NAME_FIELDS = ("prompt", "seed", "index", "width", "height", "steps")
 FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
@@ -24,7 +28,7 @@ class Target:
         self.replaces = count == 1 and output is not None and not folder_only and "{" not in self.pattern
         self._check()
 
-    def save(self, image: Any, metadata: dict[str, Any], index: int) -> Path:
+    def save(self, image: "Image", metadata: Record, index: int) -> Path:
         from zimage.pictures.files import save
 
         path = self.folder / self._name(metadata["request"], index)
@@ -32,7 +36,7 @@ class Target:
             click.echo(f"replacing {path}", err=True)
         return save(image, path, metadata, self.replaces)
 
-    def find(self, metadata: dict[str, Any], index: int) -> Path | None:
+    def find(self, metadata: Record, index: int) -> Path | None:
         """The picture that an earlier run saved under these settings, where it did."""
         from zimage.pictures.files import read_metadata
 
@@ -48,19 +52,19 @@ class Target:
         path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
         file_format(path)
         if not self.folder.is_dir():
-            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; make it first")
+            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; create it first")
         if not os.access(self.folder, os.W_OK):
-            raise RequestError(f"output: the folder {str(self.folder)!r} cannot be written to")
+            raise RequestError(f"output: the folder {str(self.folder)!r} is not writable")
         if self.replaces and path.is_dir():
             raise RequestError(f"output: {str(path)!r} is a folder")
 
-    def _name(self, request: dict[str, Any], index: int) -> str:
+    def _name(self, request: Record, index: int) -> str:
         values = {name: request[name] for name in NAME_FIELDS if name in request}
         values |= {"index": index + 1, "prompt": _slug(request["prompt"])}
         try:
             return self.pattern.format_map(values)
         except (KeyError, ValueError, IndexError, AttributeError, TypeError):
-            raise RequestError(f"output pattern {self.pattern!r} cannot be used; its fields may be {FIELDS}") from None
+            raise RequestError(f"output pattern {self.pattern!r} is not valid; its fields may be {FIELDS}") from None
 
 
 def _slug(prompt: str) -> str:

@@ -9,15 +9,17 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import click
 
+from zimage.cli.options import Command
+from zimage.cli.progress import counted
 from zimage.errors import RequestError
+from zimage.settings.fields import Plain
 from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
 
 PATH = click.Path(path_type=Path)
-MARKS = {"shipped": "", "own": "own", "override": "own, replaces shipped"}
+MARKS = {"shipped": "", "own": "own", "override": "own, overrides shipped"}
 
 
 @click.group(invoke_without_command=True)
@@ -28,14 +30,14 @@ def templates(ctx: click.Context) -> None:
     \b
     zimage templates list                        all of them, by category
     zimage templates list --category lettering   those of one category
-    zimage templates search film grain           those about something
+    zimage templates search film grain           those that contain these words
     zimage templates show NAME                   one in full
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-def _shared(command: Callable) -> Callable:
+def _shared(command: Command) -> Command:
     """The options that every subcommand has."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print as JSON."),
@@ -44,8 +46,8 @@ def _shared(command: Callable) -> Callable:
             "--templates",
             "folder",
             type=PATH,
-            help="Folder with templates of your own, which go before those that ship. Default: the environment's "
-            "ZIMAGE_TEMPLATES, else zimage/templates in the config folder.",
+            help="Folder with your own templates, which override shipped ones of the same name. "
+            "Default: ZIMAGE_TEMPLATES, else zimage/templates in the config folder.",
         ),
     ):
         command = option(command)
@@ -53,11 +55,11 @@ def _shared(command: Callable) -> Callable:
 
 
 @templates.command("list")
-@click.option("--category", metavar="NAME", help="Only this category; rewriter shows the rewriters.")
-@click.option("--all", "everything", is_flag=True, help="Also the rewriters.")
+@click.option("--category", metavar="NAME", help="List only this category; rewriter lists the rewriters.")
+@click.option("--all", "everything", is_flag=True, help="Include the rewriters.")
 @_shared
-def list_command(category: str | None, everything: bool, as_json: bool, **options: Any) -> None:
-    """List templates with the tokens they add to a prompt."""
+def list_command(category: str | None, everything: bool, as_json: bool, **options: Path | None) -> None:
+    """List templates, with the number of tokens that each adds to a prompt."""
     shelf = _Shelf(**options)
     found = shelf.templates.list(category, everything)
     if as_json:
@@ -65,13 +67,13 @@ def list_command(category: str | None, everything: bool, as_json: bool, **option
         return
     for _, members in groupby(found, key=lambda t: t.category):
         click.echo("\n".join(shelf.rows(list(members), found)) + "\n")
-    _note(f"{_many(len(found), 'template')} in {_many(len({t.category for t in found}), 'category')}; ", found)
+    _note(f"{counted(len(found), 'template')} in {counted(len({t.category for t in found}), 'category')}; ", found)
 
 
 @templates.command()
 @click.argument("name")
 @_shared
-def show(name: str, as_json: bool, **options: Any) -> None:
+def show(name: str, as_json: bool, **options: Path | None) -> None:
     """Show the template NAME in full."""
     shelf = _Shelf(**options)
     facts = shelf.facts(shelf.templates.get(name))
@@ -81,10 +83,10 @@ def show(name: str, as_json: bool, **options: Any) -> None:
 @templates.command()
 @click.argument("words", nargs=-1, required=True)
 @_shared
-def search(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Find the templates that hold the most of WORDS, best first.
+def search(words: tuple[str, ...], as_json: bool, **options: Path | None) -> None:
+    """Find the templates that contain the most of WORDS, best first.
 
-    A word is found where a word of the name, category, description or text starts with it.
+    Each word matches the beginning of a word in the name, category, description or text.
     """
     shelf = _Shelf(**options)
     found = shelf.templates.search(words)
@@ -93,7 +95,7 @@ def search(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
         return
     for row in shelf.hits(found):
         click.echo(row)
-    _note(f"{_many(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
+    _note(f"{counted(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
 
 
 class _Shelf:
@@ -109,7 +111,7 @@ class _Shelf:
             return count_added_tokens(template, self._encode)
         return self.templates.stored_count(template.name)
 
-    def facts(self, template: Template) -> dict[str, Any]:
+    def facts(self, template: Template) -> dict[str, Plain]:
         """All there is to know of a template, as plain values."""
         own = {"tokens": self.tokens(template), "origin": self.templates.origin(template.name)}
         return {**vars(template), "path": str(template.path), **own}
@@ -132,13 +134,13 @@ class _Shelf:
         return f"{count}  [{mark}] {template.description}" if mark else f"{count}  {template.description}"
 
 
-def _description(facts: dict[str, Any]) -> Iterator[str]:
+def _description(facts: dict[str, Plain]) -> Iterator[str]:
     """What `show` prints of a template's facts."""
     counted = facts["tokens"] is not None
     yield f"name         {facts['name']}"
     yield f"category     {facts['category']}"
     yield f"description  {facts['description']}"
-    yield f"tokens       {facts['tokens'] if counted else '- (not counted: give --model)'}"
+    yield f"tokens       {facts['tokens'] if counted else '- (not counted: pass --model)'}"
     yield f"written for  {facts['model']}"
     if facts["add_think_block"] is not None:
         yield f"think block  {'on' if facts['add_think_block'] else 'off'}"
@@ -158,7 +160,7 @@ def _encoder(model: Path) -> Callable[[str], list[int]]:
     from zimage.text.tokenizer import Tokenizer
 
     if not model.exists():
-        raise RequestError(f"model {model} does not exist; give a model folder, or a tokenizer's")
+        raise RequestError(f"model {model} does not exist; pass a model folder or a tokenizer folder")
     folder = model if model.is_dir() else model.parent
     return Tokenizer.load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder).encode
 
@@ -167,11 +169,6 @@ def _note(text: str, found: Sequence[Template]) -> None:
     """How many there are and where to go on, beside the list: not in a pipe that reads it."""
     example = found[0].name if found else ""
     click.echo(text + (f"zimage templates show {example}" if found else "zimage templates list shows all"), err=True)
-
-
-def _many(count: int, what: str) -> str:
-    plural = what.removesuffix("y") + "ies" if what.endswith("y") else what + "s"
-    return f"{count} {what if count == 1 else plural}"
 
 
 def _cut(text: str) -> str:

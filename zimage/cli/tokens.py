@@ -2,31 +2,34 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.options import Command, GroupedCommand, options_of
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError
 from zimage.settings.declared import LoadSettings, TextSettings
+from zimage.settings.fields import Plain
+
+if TYPE_CHECKING:
+    from zimage.pipeline import ZImage
 
 
-def text_command(command: Any) -> Any:
+def text_command(command: Command) -> Command:
     """A decorator for commands that turn a prompt into text, tokens or a caption."""
-    for decorate in (configured, options_of(LoadSettings), options_of(TextSettings)):
-        command = decorate(command)
-    return command
+    return options_of(TextSettings)(options_of(LoadSettings)(configured(command)))
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt")
 @text_command
-@click.option("--show", is_flag=True, help="Print the formatted text and its tokens, too.")
+@click.option("--show", is_flag=True, help="Also print the formatted text and its tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def tokens(prompt: str, show: bool, as_json: bool, **options: Any) -> None:
-    """Count the tokens of PROMPT, formatted, and say what will become of them."""
+def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
+    """Count the tokens of the formatted PROMPT and say what will happen to them."""
     pipe, text = _opened(options)
     count = pipe.count_tokens(prompt, **text)
     ids = pipe.tokenize(prompt, **text)
@@ -45,10 +48,10 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: Any) -> None:
 @click.argument("prompt")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
 @text_command
-def encode(prompt: str, output: Path, **options: Any) -> None:
+def encode(prompt: str, output: Path, **options: object) -> None:
     """Write the caption embeddings of PROMPT to a file, for `gen --embeddings`."""
     if not output.parent.is_dir():
-        raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; make it first")
+        raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; create it first")
     if output.suffix != ".safetensors":
         raise RequestError(f"output {output.name!r} should end in .safetensors")
     pipe, text = _opened(options)
@@ -63,7 +66,7 @@ def encode(prompt: str, output: Path, **options: Any) -> None:
     click.echo(f"{len(caption)} tokens × {caption.shape[1]}, {str(caption.dtype).removeprefix('torch.')}", err=True)
 
 
-def _opened(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _opened(options: Mapping[str, object]) -> tuple["ZImage", dict[str, Plain]]:
     """The pipeline and the text settings that the options ask for."""
     resolved = resolve_options(options)
     pipe, text = load_pipeline(resolved), resolved.of(TextSettings)

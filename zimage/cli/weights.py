@@ -8,28 +8,31 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from zimage.cli.progress import Progress
+from zimage.cli.progress import Progress, counted
 from zimage.errors import Cancelled, RequestError
+
+if TYPE_CHECKING:
+    from zimage.weights.verify import Report
 
 PATH = click.Path(path_type=Path)
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
 DTYPES = ("keep", "bf16", "fp32", "fp16")
-COMPONENTS = ("text_encoder", "dit", "vae")
+COMPONENT = click.Choice(("text_encoder", "dit", "vae"))
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def weights(ctx: click.Context) -> None:
-    """Get model weights, check them, and convert them.
+    """Fetch, verify and convert model weights.
 
     \b
     zimage weights fetch turbo                     download Z-Image-Turbo (about 33 GB)
-    zimage weights verify Z-Image-Turbo            is every file whole?
+    zimage weights verify Z-Image-Turbo            check every file
     zimage weights convert Z-Image-Turbo Small --dtype bf16
     """
     if ctx.invoked_subcommand is None:
@@ -38,7 +41,7 @@ def weights(ctx: click.Context) -> None:
 
 @weights.command()
 @click.argument("model", type=click.Choice(("turbo", "base")))
-@click.option("--to", "folder", type=PATH, help="Folder to fill. Default: Z-Image-Turbo or Z-Image, here.")
+@click.option("--to", "folder", type=PATH, help="Folder to download to. Default: ./Z-Image-Turbo or ./Z-Image.")
 @click.option("--revision", metavar="STR", help="Branch, tag or commit. Default: the main branch.")
 @click.option("--endpoint", metavar="URL", help="Another hub, such as a mirror. Default: the library's (HF_ENDPOINT).")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -46,32 +49,34 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
     """Download a published model from the hub (extra `hub`).
 
     turbo is Z-Image-Turbo (about 33 GB), base is Z-Image (about 21 GB); only what a render needs is fetched. Every file
-    is checked against the hub's size and hash before it gets its name. An interrupted download goes on when the same
-    command is run again; on a complete folder it checks every file.
+    is checked against the hub's size and hash before it gets its name. Run the same command again to continue an
+    interrupted download; on a complete folder it checks every file.
     """
     from zimage.weights.fetch import REPOSITORIES, fetch
 
     repository, watch, transferred, count = REPOSITORIES[model], Watch(quiet), 0, 0
     folder = folder or Path(repository.rpartition("/")[2])
-    with _interruptible(watch, "what has arrived is kept: run the same command to go on"):
+    with _interruptible(watch, "what has arrived is kept: run the same command to continue"):
         for file in fetch(repository, folder, revision, endpoint, watch):
             transferred, count = transferred + file.transferred, count + 1
             watch.note(f"{file.path}  {size_text(file.size)}  {file.state}")
-    watch.note(f"{folder}: {count} files, {size_text(transferred)} transferred; zimage gen PROMPT --model {folder}")
+    watch.note(
+        f"{folder}: {counted(count, 'file')}, {size_text(transferred)} transferred; zimage gen PROMPT --model {folder}"
+    )
 
 
 @weights.command()
 @click.argument("path", type=PATH)
 @click.option("--values", is_flag=True, help="Look for NaN and infinity in every tensor; reads everything.")
-@click.option("--no-hashes", is_flag=True, help="Do not compare hashes, which reads everything that has one on record.")
-@click.option("--configs", type=PATH, help="Model folder with the configs of a loose file of unusual shapes.")
+@click.option("--no-hashes", is_flag=True, help="Skip the hashes; comparing them reads all files that have one.")
+@click.option("--configs", type=PATH, help="Model folder whose configs describe a loose file of unusual shapes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
 @click.pass_context
 def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, configs: Path | None, as_json: bool) -> None:
-    """Check weights: is anything damaged or missing?
+    """Check whether weights are damaged or incomplete.
 
-    PATH is a model folder, a component's folder or a weight file. Headers and lengths, keys and shapes against the
-    config, and hashes where a fetch recorded them. Exit status 1 when something is wrong.
+    PATH is a model folder, a component folder or a weight file. Checks headers and lengths, keys and shapes against the
+    config, and hashes where a fetch recorded them. The exit status is 1 if anything is wrong.
     """
     from zimage.weights.verify import verify
 
@@ -86,7 +91,7 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
     if as_json:
         click.echo(json.dumps({"path": str(path), "sound": not wrong, "reports": [r.as_dict() for r in reports]}))
     else:
-        click.echo(f"{path}: " + (f"{wrong} of {len(reports)} checks found something wrong" if wrong else "sound"))
+        click.echo(f"{path}: " + (f"{wrong} of {len(reports)} checks found problems" if wrong else "sound"))
     ctx.exit(1 if wrong else 0)
 
 
@@ -97,22 +102,31 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
     "--layout",
     type=click.Choice(LAYOUTS),
     default="keep",
-    help="diffusers: a published folder, or one component's folder or file. One file each: native (ComfyUI's DiT), ldm "
-    "(VAE), transformers and bare (text encoder with and without `model.`), all-in-one. Default: as IN is.",
+    help="diffusers: a published folder, or the folder or file of one component. Single files: native (ComfyUI's DiT), "
+    "ldm (VAE), transformers and bare (text encoder with and without `model.`), all-in-one. Default: the layout of IN.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Default: as stored.")
-@click.option(
-    "--component", type=click.Choice(COMPONENTS), help="Write only this one. Default: all that the layout has."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Dtype to write. Default: as stored.")
+@click.option("--component", type=COMPONENT, help="Write only this component. Default: all that the layout holds.")
+@click.option("--part", "component", type=COMPONENT, hidden=True)  # its former name
 @click.option("--configs", type=PATH, help="Model folder with the configs, tokenizer and schedule that IN lacks.")
-@click.option("--shard-size", metavar="SIZE", default="10G", help="Most bytes of a file in a folder. Default: 10G.")
+@click.option("--shard-size", metavar="SIZE", default="10G", help="Maximum size of a file in a folder. Default: 10G.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def convert(source: Path, target: Path, shard_size: str, quiet: bool, **options: Any) -> None:
-    """Write the weights IN at OUT, in another layout or dtype.
+def convert(
+    source: Path,
+    target: Path,
+    layout: str,
+    dtype: str,
+    component: str | None,
+    configs: Path | None,
+    shard_size: str,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Write the weights IN to OUT in another layout or dtype.
 
-    IN is a model folder, a component's folder or a weight file; OUT ends in .safetensors or is a folder. Tensors are
-    copied one by one, so memory stays far below the size of the file. OUT appears only once it is whole.
+    IN is a model folder, a component folder or a weight file; OUT ends in .safetensors or is a folder. Tensors are
+    copied one by one, so memory use stays far below the file's size. OUT appears only when it is complete.
 
     \b
     zimage weights convert Z-Image-Turbo Small --dtype bf16
@@ -123,8 +137,8 @@ def convert(source: Path, target: Path, shard_size: str, quiet: bool, **options:
     from zimage.weights.convert import convert
 
     watch, started = Watch(quiet), time.perf_counter()
-    with _interruptible(watch, f"nothing was changed at {target}"):
-        done = convert(source, target, options.pop("layout"), shard_size=limit, progress=watch, **options)
+    with _interruptible(watch, f"{target} was not changed"):
+        done = convert(source, target, layout, dtype, component, configs, limit, force, watch)
     watch.note(
         f"{done.path}: {' and '.join(done.components)} as {done.layout}, {done.tensors} tensors, "
         f"{size_text(done.nbytes)} in {time.perf_counter() - started:.1f} s"
@@ -179,15 +193,14 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise RequestError(f"shard-size {text!r} is no size; write 5G or 500M")
+        raise RequestError(f"shard-size {text!r} is not a size; write 5G or 500M")
     return size
 
 
-def _lines(report: Any) -> Iterator[str]:
+def _lines(report: "Report") -> Iterator[str]:
     """A line for what was looked at, and one for every problem."""
-    facts = [size_text(report.size)] if report.size is not None else []
-    if report.tensors is not None:
-        facts.append(f"{report.tensors} tensors {' '.join(report.dtypes)}".rstrip())
+    facts = [] if report.size is None else [size_text(report.size)]
+    facts += [] if report.tensors is None else [f"{report.tensors} tensors {' '.join(report.dtypes)}".rstrip()]
     yield f"{'WRONG' if report.problems else 'ok':6}{report.path}  {', '.join(facts + report.notes)}".rstrip()
     for problem in report.problems:
         yield f"      {' '.join(problem.split())}"

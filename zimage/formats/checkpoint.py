@@ -1,7 +1,6 @@
 """The weights of one component, from a folder or a loose file: mapped into memory and checked strictly."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from zimage.errors import CheckpointError
 from zimage.formats import gguf as gguf_file
 from zimage.formats.layouts import Layout, recognise, split_names
 from zimage.formats.quantised import gathered
-from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, stored_in
+from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, json_object, stored_in
 from zimage.nn.packed import Packed
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -24,14 +23,11 @@ LISTED = 5  # names in an error; the others are only counted
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if there is no file or it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(str(path), path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not {type(content).__name__}")
-    return content
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 class Checkpoint:

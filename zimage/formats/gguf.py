@@ -80,8 +80,5 @@ def _reader(file: Path) -> "GGUFReader":
     try:
         return Bounded(file)
     except Exception as error:  # damaged files make it raise plain exceptions and NumPy's
-        raise CheckpointError(f"{file} is not a whole GGUF file ({_line(error)}); fetch it again") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{file} is not a whole GGUF file ({reason}); fetch it again") from error

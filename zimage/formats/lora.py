@@ -146,7 +146,7 @@ def _decomposed(group: Group, delta: Delta, magnitude: Tensor) -> Decomposed:
     decomposed = Decomposed(delta, magnitude[:, None] if magnitude.ndim == 1 else magnitude)
     if len(group.layers) > 1 and not decomposed.per_row:
         raise CheckpointError(
-            f"{group.keys['dora_scale']} is a norm per column of q, k and v together, which is not implemented; "
-            "a norm per row is"
+            f"{group.keys['dora_scale']} is a norm per column of q, k and v together; "
+            "only a norm per row is implemented"
         )
     return decomposed

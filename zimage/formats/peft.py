@@ -1,6 +1,5 @@
 """The settings that PEFT and diffusers save with an adapter: alpha and rank, for all layers and for single ones."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Self, TypeVar
 
 from zimage.errors import CheckpointError
 from zimage.formats.checkpoint import read_json
+from zimage.formats.stored import json_object
 
 HEADER_KEY = "lora_adapter_metadata"
 FILE_NAME = "adapter_config.json"
@@ -35,16 +35,11 @@ class PeftConfig:
         beside = file.with_name(FILE_NAME)
         if HEADER_KEY not in metadata:
             return cls.read(f"{FILE_NAME} beside it", read_json(beside)) if beside.is_file() else None
-        try:
-            return cls.read(HEADER_KEY, json.loads(metadata[HEADER_KEY]))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{HEADER_KEY} in its header is not JSON: {error}") from error
+        return cls.read(HEADER_KEY, json_object(f"{HEADER_KEY} in its header", metadata[HEADER_KEY]))
 
     @classmethod
-    def read(cls, place: str, config: object) -> Self:
+    def read(cls, place: str, config: Mapping[str, object]) -> Self:
         """From the object that PEFT writes; for LoKr and LoHa `lora_alpha` is `alpha`. Raises CheckpointError."""
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{place} should hold a JSON object, not {type(config).__name__}")
         if any(key.startswith(COMPONENT) for key in config):
             config = {key.removeprefix(COMPONENT): value for key, value in config.items() if key.startswith(COMPONENT)}
         return cls(

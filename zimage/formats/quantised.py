@@ -4,7 +4,6 @@ Everywhere number = stored × scale. Ignoring a companion would give noise, so a
 which the strict check then reports as unexpected.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import FP8, Maps, Stored
+from zimage.formats.stored import FP8, Maps, Stored, json_object
 from zimage.nn.packed import NVFP4, NVFP4_BLOCK, Packed, Scaled, unswizzled
 
 MARKER = "scaled_fp8"  # an empty tensor that marks Comfy's older form
@@ -103,7 +102,7 @@ def _described(
     """Module → what the file says about its format, from `comfy_quant` tensors or from the header."""
     found: dict[str, dict[str, object]] = {}
     if HEADER in metadata:
-        layers = _json(file, HEADER, metadata[HEADER]).get("layers")
+        layers = json_object(f"{file}: {HEADER}", metadata[HEADER]).get("layers")
         if not isinstance(layers, dict) or not all(isinstance(about, dict) for about in layers.values()):
             raise CheckpointError(f"{file}: {HEADER} should map layers to their formats")
         found |= layers
@@ -112,15 +111,5 @@ def _described(
         if leaf == DESCRIPTION:
             if stored.dtype != "U8" or stored.count > 4096:
                 raise CheckpointError(f"{file}: {key} should be a short JSON text, as bytes")
-            found[module] = _json(file, key, bytes(read(key).tolist()))
+            found[module] = json_object(f"{file}: {key}", bytes(read(key).tolist()))
     return found
-
-
-def _json(file: Path, name: str, text: str | bytes) -> dict[str, object]:
-    try:
-        content = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: {name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: {name} should hold a JSON object, not {type(content).__name__}")
-    return content

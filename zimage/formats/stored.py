@@ -85,6 +85,17 @@ class Stored:
         return replace(self, shape=shape, read=lambda maps: self.tensor(maps).reshape(shape))
 
 
+def json_object(name: str, text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text holds. Raises CheckpointError, which calls the text by `name`."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name} should hold a JSON object, not {type(content).__name__}")
+    return content
+
+
 def is_pickle(file: Path) -> bool:
     """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
     with file.open("rb") as stream:

@@ -9,12 +9,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from zimage.errors import RequestError
 from zimage.formats.atomic import beside
+from zimage.settings.fields import Plain
 
 METADATA_KEY = "zimage"
 EXIF_DESCRIPTION = 0x010E
@@ -29,7 +29,7 @@ def file_format(path: Path) -> str:
         raise RequestError(f"output {path.name!r} should end in one of {', '.join(FORMATS)}") from None
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, Any], replace: bool) -> Path:
+def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
     """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number."""
     kind = file_format(path)
     with beside(path) as temporary:
@@ -41,7 +41,7 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, Any], replace: b
         return _publish(temporary, path)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Plain]:
     """The settings that a saved picture carries; raises RequestError where it is none of ours."""
     try:
         with Image.open(path) as image:
@@ -49,15 +49,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} cannot be read as a picture: {error}") from error
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(text or "")
         if isinstance(metadata["request"], dict):
             return metadata
     except (TypeError, KeyError, ValueError):
         pass
-    raise RequestError(f"{path} carries no settings of a render; give a picture saved by this program")
+    raise RequestError(f"{path} carries no settings of a render; pass a picture that this program saved")
 
 
-def parameters_line(metadata: Mapping[str, Any]) -> str:
+def parameters_line(metadata: Mapping[str, Plain]) -> str:
     """The settings in the form other tools read; their CFG scale counts from 1."""
     r = metadata["request"]
     lines = [r["prompt"]]
@@ -71,7 +71,7 @@ def parameters_line(metadata: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _save_options(kind: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _save_options(kind: str, metadata: Mapping[str, Plain]) -> dict[str, Plain]:
     text = json.dumps(metadata, ensure_ascii=False)
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +18,10 @@ from PIL import Image, ImageOps
 from zimage.errors import RequestError
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 
-Given = str | os.PathLike | Image.Image
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Given = str | os.PathLike[str] | Image.Image
 THRESHOLD = 128  # the first of 256 levels that is at least one half
 
 
@@ -32,25 +35,35 @@ class InputPicture:
     path: str = ""  # where it lies; empty for one that was given as an object
 
     @classmethod
-    def of(cls, given: Any, opened: Callable[[Any], Image.Image]) -> "InputPicture":
-        """From a path or an object, by a function that opens it. Raises RequestError where it cannot."""
-        if isinstance(given, cls):
+    def of(cls, given: "Given | InputPicture", opened: Callable[[Given], Image.Image]) -> "InputPicture":
+        """From a path or an object, with `open_image` or `open_mask`. Raises RequestError."""
+        if isinstance(given, InputPicture):
             return given
-        picture, path = opened(given), os.path.abspath(given) if isinstance(given, str | os.PathLike) else ""
+        picture, path = opened(given), "" if isinstance(given, Image.Image) else os.path.abspath(given)
         return cls(picture, os.path.basename(path) or "a picture in memory", content_hash(picture), path)
 
     def describe(self) -> dict[str, str]:
         """Plain values for a picture's metadata, which names no folders."""
         return {"name": self.name, "hash": self.hash}
 
+    def natural_size(self) -> tuple[int, int]:
+        """(width, height) for a render of its own size, as the function of this name says."""
+        return natural_size(self.picture)
 
-def to_pil(images: Any) -> list[Image.Image]:
+    def tensor(self, width: int, height: int) -> "Tensor":
+        """At this size: (1, 3, H, W) in [−1, 1] of an image, (1, 1, H, W) of zeros and ones of a mask."""
+        if self.picture.mode == "L":
+            return mask_tensor(self.picture, width, height)
+        return from_pil(fit(self.picture, width, height))
+
+
+def to_pil(images: "Tensor") -> list[Image.Image]:
     """(B, 3, H, W) tensor in [−1, 1], rounded to the nearest of 256 levels, or of such levels → PIL images."""
     levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte() if images.is_floating_point() else images
     return [Image.fromarray(pixels) for pixels in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def from_pil(image: Image.Image) -> Any:
+def from_pil(image: Image.Image) -> "Tensor":
     """A PIL image → (1, 3, H, W) fp32 tensor in [−1, 1], in the reference's order of rounding."""
     import torch
 
@@ -58,7 +71,7 @@ def from_pil(image: Image.Image) -> Any:
     return torch.from_numpy(2 * pixels - 1).permute(2, 0, 1)[None].contiguous()
 
 
-def mask_tensor(mask: Image.Image, width: int, height: int) -> Any:
+def mask_tensor(mask: Image.Image, width: int, height: int) -> "Tensor":
     """A mask → (1, 1, H, W) fp32 of zeros and ones: brought to the size by `fit`, then cut at one half."""
     import torch
 
@@ -114,20 +127,20 @@ def content_hash(image: Image.Image) -> str:
 
 def _on_ground(source: Given, ground: str) -> Image.Image:
     """The picture, decoded and upright, on a ground of one colour, as "RGB"."""
-    given = isinstance(source, Image.Image)
-    name = "the picture given" if given else str(_file(source))
+    name = "the picture" if isinstance(source, Image.Image) else str(_file(source))
     try:
-        with contextlib.nullcontext(source) if given else Image.open(name) as image:
+        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(name) as image:
             return _flat(image, name, ground)
     except RequestError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(f"{name} is too large a picture: {_first_line(error)}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
-        raise RequestError(f"{name} cannot be read as a picture: {_first_line(error)}") from error
+        is_bomb = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        fault = "is too large" if is_bomb else "cannot be read as a picture"
+        raise RequestError(f"{name} {fault}: {reason}") from error
 
 
-def _file(source: str | os.PathLike) -> Path:
+def _file(source: str | os.PathLike[str]) -> Path:
     try:
         path = Path(source)
         if path.is_file():
@@ -137,7 +150,7 @@ def _file(source: str | os.PathLike) -> Path:
         raise RequestError(f"a picture should be a path or a PIL image, not {type(source).__name__}") from None
     except OSError as error:  # a name too long, a folder that may not be entered
         fault = f"cannot be opened: {error.strerror}"
-    raise RequestError(f"{source} {fault}; give the path of a picture")
+    raise RequestError(f"{source} {fault}; pass the path of a picture")
 
 
 def _flat(image: Image.Image, name: str, ground: str) -> Image.Image:
@@ -156,9 +169,5 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         return image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise RequestError(f"{name} has 32-bit pixels, whose range is not known; save it with 8 or 16 bits")
+        raise RequestError(f"{name} has 32-bit pixels, whose range is unknown; save it with 8 or 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

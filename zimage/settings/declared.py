@@ -5,11 +5,11 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 """
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from zimage.errors import RequestError
 from zimage.settings.environment import REWRITER_KEY
-from zimage.settings.fields import Settings, Weights, check_fields, setting
+from zimage.settings.fields import Attachment, Settings, Weights, check_fields, setting
 
 
 class Bounds(TypedDict):
@@ -50,7 +50,7 @@ class TextSettings(Settings):
     Raises RequestError with the fields at fault.
     """
 
-    template: str | None = setting(None, "Template that supplies the parts that no option sets.", group="Text")
+    template: str | None = setting(None, "Template that supplies the chat parts that no option sets.", group="Text")
     system_prompt: str | None = setting(None, "System message before the prompt.", group="Text")
     thinking_content: str | None = setting(
         None, "Content of the think block, as if the model had thought it.", group="Text"
@@ -61,7 +61,7 @@ class TextSettings(Settings):
     force_think_block: bool | None = setting(
         None, "Always or never write a think block. Default: only if it has content.", group="Text"
     )
-    strip_quotes: bool = setting(False, 'Remove " from all parts: the model paints quoted text.', group="Text")
+    strip_quotes: bool = setting(False, 'Remove " from all chat parts: the model paints quoted text.', group="Text")
     hidden_layer: int | None = setting(
         None,
         "Layer of the text encoder to use, counted from the end; the first is the token embeddings. "
@@ -75,7 +75,7 @@ class TextSettings(Settings):
     )
     long_prompt: str = setting(
         "none",
-        "How to shorten captions beyond the trained length; 'none' keeps all, with a warning.",
+        "How to shorten captions beyond the trained length; 'none' keeps all tokens and warns.",
         group="Text",
         choices=LONG_PROMPTS,
     )
@@ -97,7 +97,7 @@ class TextSettings(Settings):
 
 @dataclass(frozen=True)
 class Request(TextSettings):
-    """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.resolve` fills it in).
+    """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.prepare` fills it in).
 
     `prompt` may be a list; `seed` a single number, one per prompt, or one per image. `image`, `mask` and `embeddings`
     are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError with the fields at fault.
@@ -105,9 +105,9 @@ class Request(TextSettings):
 
     prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True)
     negative: str | None = setting(
-        None, "What to steer away from; needs --guidance above 0. Default: empty text.", group="Text"
+        None, "What to steer away from; needs --guidance above 0. Default: an empty prompt.", group="Text"
     )
-    embeddings: Any = setting(
+    embeddings: Attachment = setting(
         None,
         "Caption embeddings saved by `encode`, in place of a prompt.",
         group="Text",
@@ -158,7 +158,7 @@ class Request(TextSettings):
         minimum=0,
         maximum=100,
     )
-    image: Any = setting(
+    image: Attachment = setting(
         None, "Picture to start from, instead of pure noise.", group="Picture", metavar="FILE", attachment=True
     )
     strength: float | None = setting(
@@ -169,12 +169,12 @@ class Request(TextSettings):
         above=0,
         maximum=1,
     )
-    mask: Any = setting(
+    mask: Attachment = setting(
         None, "Mask of the image: white areas are repainted.", group="Picture", metavar="FILE", attachment=True
     )
     hires: float | None = setting(
         None,
-        "First render at the size divided by this, then enlarge and refine. Default: one pass.",
+        "Render at the size divided by this first, then enlarge and refine. Default: one pass.",
         group="Picture",
         above=1,
         maximum=8,
@@ -251,9 +251,9 @@ class Request(TextSettings):
 
     @property
     def seeds(self) -> list[int]:
-        """One seed per image, prompt by prompt; needs a resolved request."""
+        """One seed per image, prompt by prompt; needs a request with a seed."""
         if self.seed is None:
-            raise RequestError("seed: it is still open; resolve the request first", fields=("seed",))
+            raise RequestError("seed: it is still open; prepare the request first", fields=("seed",))
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
         if len(seeds) == self.count:
             return seeds
@@ -363,11 +363,7 @@ class Sampling(Settings):
     """How the next token of a text is drawn. Raises RequestError with the fields at fault."""
 
     temperature: float = setting(
-        0.6,
-        "0 always takes the most likely token; higher values vary more.",
-        group="Rewriting",
-        minimum=0,
-        maximum=5,
+        0.6, "0 always takes the most likely token; higher values vary more.", group="Rewriting", minimum=0, maximum=5
     )
     top_p: float = setting(
         0.95,
@@ -409,7 +405,7 @@ class RewriteSettings(Sampling):
     )
     rewriter_url: str | None = setting(
         None,
-        "Server with OpenAI's chat completions that rewrites, instead of the model's own text encoder; "
+        "Server with OpenAI's chat completions API that rewrites in place of the model's own text encoder; "
         f"its key is read from {REWRITER_KEY}.",
         group="Rewriting",
         metavar="URL",
@@ -423,11 +419,7 @@ class RewriteSettings(Sampling):
         False, "Let the rewriter think before it answers; thoughts are not drawn.", group="Rewriting"
     )
     max_tokens: int = setting(
-        MAX_TOKENS,
-        "Maximum number of tokens, thoughts included.",
-        group="Rewriting",
-        minimum=1,
-        maximum=32_768,
+        MAX_TOKENS, "Maximum number of tokens, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
     )
     rewrite_seed: int | None = setting(
         None, "Seed of the rewriting. Default: random, and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
@@ -459,7 +451,7 @@ def split_lora(text: str) -> tuple[str, float]:
 def check_lora_scale(scale: object) -> None:
     """Raise RequestError unless `scale` is a number within its bounds."""
     if not isinstance(scale, int | float) or isinstance(scale, bool):
-        text = f"lora scale {scale!r} is a {type(scale).__name__}; it should be a number"
+        text = f"lora scale {scale!r} is of type {type(scale).__name__}; it should be a number"
         raise RequestError(text, fields=("lora",))
     if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
         text = f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}"

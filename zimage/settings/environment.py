@@ -4,10 +4,9 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from zimage.errors import RequestError
-from zimage.settings.fields import Settings, fields, list_fields
+from zimage.settings.fields import Plain, Settings, fields, list_fields
 
 CONFIG = "ZIMAGE_CONFIG"  # the settings file
 PROFILE = "ZIMAGE_PROFILE"  # its profile
@@ -15,7 +14,7 @@ REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # the rewriter's secret key: no setting, s
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
-def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.environ) -> dict[str, Plain]:
     """The checked values of those fields of `settings` whose variable (`env` in the declaration) is set and not empty.
 
     They rank below what a caller passes and above defaults: `LoadSettings(**from_environment(LoadSettings) | passed)`.
@@ -45,7 +44,7 @@ def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get(REWRITER_KEY) or None
 
 
-def _from_text(name: str, text: str, kind: type) -> Any:
+def _from_text(name: str, text: str, kind: type) -> Plain:
     """The value that a text stands for."""
     if kind is bool and text.lower() not in TRUE + FALSE:
         raise RequestError(f"{name} {text!r} should be one of {', '.join(TRUE + FALSE)}", fields=(name,))

@@ -10,27 +10,33 @@ import dataclasses
 import difflib
 import functools
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 from zimage.errors import RequestError
 
+T = TypeVar("T")
 Weights = dict[int, float]
-Field: TypeAlias = "dataclasses.Field[Any]"
 Hint: TypeAlias = Any  # a type, or a union of types, as a field is annotated with it
 Plain: TypeAlias = Any  # a plain value, as JSON and TOML hold it
+Attachment: TypeAlias = Any  # a picture, a mask or embeddings: a path or an object
+Field: TypeAlias = "dataclasses.Field[Plain | Attachment]"
 MAX_WEIGHT = 1e6
 NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 JSON_BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 3, 80, 80, 80
+_shown = _repr.repr  # a value in a message; long and deeply nested ones are cut
 _hints: Callable[[type], dict[str, Hint]] = functools.cache(typing.get_type_hints)
 
 
 def setting(
-    default: Any,
+    default: object,
     help: str,
     *,
     group: str = "General",
@@ -75,7 +81,7 @@ class Settings:
         return cls(**{name: _coerced(name, value, hints[name]) for name, value in values.items()})
 
     @classmethod
-    def check_one(cls, name: str, value: Plain) -> Any:
+    def check_one(cls, name: str, value: Plain) -> Plain:
         """The value as its field holds it, checked by itself. Raises RequestError."""
         accepted = _hints(cls)[name]
         coerced = _coerced(name, value, accepted)
@@ -91,7 +97,7 @@ class Settings:
         }
 
 
-def either(value: Any, default: Any) -> Any:
+def either(value: T | None, default: T) -> T:
     """`default` where the value was left open."""
     return default if value is None else value
 
@@ -154,7 +160,7 @@ def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
     return {**shape, **shown, **{mark: True for mark, holds in marks.items() if holds}}
 
 
-def _forms(m: Mapping[str, Any], accepted: Hint) -> list[dict[str, Plain]]:
+def _forms(m: Mapping[str, Plain], accepted: Hint) -> list[dict[str, Plain]]:
     """The schema of each form that a value may have, None aside."""
     if m["attachment"]:
         return [{"type": "string"}]
@@ -168,7 +174,7 @@ def _forms(m: Mapping[str, Any], accepted: Hint) -> list[dict[str, Plain]]:
     return [one] * _takes_one(accepted) + [{"type": "array", "items": one}] * bool(_list_types(accepted))
 
 
-def _coerced(name: str, value: Plain, accepted: Hint) -> Any:
+def _coerced(name: str, value: Plain, accepted: Hint) -> Plain:
     """JSON has text for a mapping's keys, the command line for the whole mapping."""
     if Weights not in _members(accepted):
         return value
@@ -181,16 +187,16 @@ def _coerced(name: str, value: Plain, accepted: Hint) -> Any:
                 return weights
             raise ValueError("a layer is named twice")
     except ValueError:
-        text = f"{name} {value!r} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
+        text = f"{name} {_shown(value)} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
         raise RequestError(text, fields=(name,)) from None
     return value
 
 
-def _plain(value: Any) -> Plain:
+def _plain(value: Plain) -> Plain:
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _described(attachment: Any) -> Plain:
+def _described(attachment: Attachment) -> Plain:
     """What an attachment is, without its folder."""
     if attachment is None or hasattr(attachment, "describe"):
         return attachment and attachment.describe()
@@ -205,26 +211,28 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
         return
     if field.metadata["attachment"]:
         if isinstance(value, NO_ATTACHMENT):
-            raise _fault(field.name, f" {value!r} is a {type(value).__name__}; it should be the path of a file")
+            raise _mistyped(field.name, value, "the path of a file")
         return
     if Weights in _members(accepted):
         _check_weights(field.name, value)
         return
     items = value if isinstance(value, list) and _list_types(accepted) else None
     if items is None and not _takes_one(accepted):
-        raise _fault(field.name, f" {value!r} is a {type(value).__name__}; it should be a list")
+        raise _mistyped(field.name, value, "a list")
     for item in [value] if items is None else items:
         _check_scalar(field, _scalar_types(accepted), item)
 
 
 def _check_weights(name: str, value: object) -> None:
     if not isinstance(value, dict) or not value:
-        raise _fault(name, f" {value!r} should be a table of layers and their weights, such as {{-2: 0.7, -8: 0.3}}")
+        raise _fault(name, f" {_shown(value)} should be a table of layers and weights, such as {{-2: 0.7, -8: 0.3}}")
     for layer, weight in value.items():
         if not isinstance(layer, int) or isinstance(layer, bool) or layer > -1:
-            raise _fault(name, f": layer {layer!r} should be a negative integer, counted from the last layer")
+            raise _fault(name, f": layer {_shown(layer)} should be a negative integer, counted from the end")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_WEIGHT:
-            raise _fault(name, f": the weight {weight!r} of layer {layer} should be a number up to {MAX_WEIGHT:g}")
+            raise _fault(
+                name, f": the weight {_shown(weight)} of layer {layer} should be a number up to {MAX_WEIGHT:g}"
+            )
     if not abs(sum(value.values())) > 1e-6:
         raise _fault(name, ": the weights add up to 0, so they cannot be normalised")
 
@@ -257,10 +265,9 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
     name, m = field.name, field.metadata
     numbers = (int, float) if float in accepted else accepted
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
-        kind = " or ".join(t.__name__ for t in accepted)
-        raise _fault(name, f" {value!r} is a {type(value).__name__}; it should be of type {kind}")
+        raise _mistyped(name, value, "of type " + " or ".join(t.__name__ for t in accepted))
     if m["choices"] and value not in m["choices"]:
-        raise _fault(name, f" {value!r} is not known; use {', '.join(m['choices'])}")
+        raise _fault(name, f" {_shown(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
         if not value.isascii() and value != value.encode(errors="ignore").decode():
             raise _fault(name, " is not valid text; it must be valid UTF-8")
@@ -268,7 +275,7 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
         _check_number(name, m, value)
 
 
-def _check_number(name: str, m: Mapping[str, Any], value: float) -> None:
+def _check_number(name: str, m: Mapping[str, Plain], value: float) -> None:
     if value != value:
         raise _fault(name, " is not a number")
     if m["minimum"] is not None and value < m["minimum"]:
@@ -280,6 +287,10 @@ def _check_number(name: str, m: Mapping[str, Any], value: float) -> None:
     if m["multiple"] and value % m["multiple"]:
         down = value // m["multiple"] * m["multiple"]
         raise _fault(name, f" {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}")
+
+
+def _mistyped(name: str, value: object, right: str) -> RequestError:
+    return _fault(name, f" {_shown(value)} is of type {type(value).__name__}; it should be {right}")
 
 
 def _fault(name: str, rest: str) -> RequestError:

@@ -17,12 +17,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from zimage.errors import ConfigFileError, RequestError, ZImageError
 from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
-from zimage.settings.fields import Settings, fields, list_fields, nearest
+from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.toml_file import TomlFile, read_text
 
 EXAMPLE = Path(__file__).with_name("config.toml.example")
@@ -36,7 +35,7 @@ FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(
 class Entry:
     """A setting's value and its source, as people write it; sources of a higher rank come first."""
 
-    value: Any
+    value: Plain
     source: str
     rank: int = 0
 
@@ -50,7 +49,7 @@ class Resolved:
     config: "Config | None" = None
     profile: str | None = None
 
-    def of(self, settings: type[Settings]) -> dict[str, Any]:
+    def of(self, settings: type[Settings]) -> dict[str, Plain]:
         """The values of one settings dataclass that were set anywhere."""
         return {name: entry.value for name, entry in self.entries.items() if name in settings.names()}
 
@@ -121,14 +120,14 @@ class Config:
             return "default" if profile != "default" and "default" in self._parents else None
         if not isinstance(named, str):
             raise self._file.fault(
-                f"inherit is a {type(named).__name__}; it should be the name of a profile", profile, "inherit"
+                f"inherit is of type {type(named).__name__}; it should be the name of a profile", profile, "inherit"
             )
         if named and named not in self._parents:
             hint = nearest(named, self._parents)
             raise self._file.fault(f"inherit: there is no profile {named!r}; {hint}", profile, "inherit")
         return named or None
 
-    def _entries(self, profile: str, table: Mapping[str, Any]) -> dict[str, Entry]:
+    def _entries(self, profile: str, table: Mapping[str, Plain]) -> dict[str, Entry]:
         entries = {}
         for name, value in table.items():
             if name == "inherit":
@@ -138,10 +137,8 @@ class Config:
                 entries[name] = Entry(_from_file(name, value, self.path.parent), source)
             except RequestError as error:
                 raise self._file.fault(str(error), profile, name, fields=error.fields) from None
-            except (ValueError, RecursionError):  # of showing the value in a message
-                raise self._file.fault(
-                    f"{name} is too long or nested too deeply", profile, name, fields=(name,)
-                ) from None
+            except ValueError:  # Python shows no number of more than 4300 digits
+                raise self._file.fault(f"{name} has too many digits", profile, name, fields=(name,)) from None
         return entries
 
     def _check_together(self, profile: str) -> None:
@@ -180,8 +177,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 
 
 def resolve(
-    given: Mapping[str, Any],
-    origin: Mapping[str, Any] | None = None,
+    given: Mapping[str, Plain],
+    origin: Mapping[str, Plain] | None = None,
     config: Config | None = None,
     profile: str | None = None,
     environ: Mapping[str, str] = os.environ,
@@ -230,7 +227,7 @@ def _flag(name: str) -> str:
     return flag if flag.startswith("--") else "--" + name.replace("_", "-")
 
 
-def _checked(values: Mapping[str, Any], source: Callable[[str], str]) -> dict[str, Entry]:
+def _checked(values: Mapping[str, Plain], source: Callable[[str], str]) -> dict[str, Entry]:
     return {name: Entry(_owner(name).check_one(name, value), source(name)) for name, value in values.items()}
 
 
@@ -239,7 +236,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
     return {name: Entry(value, FIELDS[name].metadata["env"]) for name, value in values.items()}
 
 
-def _from_file(name: str, value: Any, folder: Path) -> Any:
+def _from_file(name: str, value: Plain, folder: Path) -> Plain:
     if name not in OWNERS:
         known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
         raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
@@ -268,8 +265,7 @@ def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]
     left_out: dict[str, tuple[Entry, str]] = {}
     while error := _error_of(entries):
         lower = sorted(
-            (n for n in error.fields if n in entries and entries[n].rank < top),
-            key=lambda name: entries[name].rank,
+            (n for n in error.fields if n in entries and entries[n].rank < top), key=lambda name: entries[name].rank
         )
         for names in [*([name] for name in lower), lower]:  # one of them, else all
             rest = {name: entry for name, entry in entries.items() if name not in names}

@@ -10,9 +10,9 @@ import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from zimage.errors import ConfigFileError
+from zimage.settings.fields import Plain
 
 MAX_BYTES = 100_000
 MAX_DOTS = 20  # of a key; tomllib's memory grows with the square of their number
@@ -100,7 +100,7 @@ def fault(path: Path, line: int, message: str, fields: Iterable[str] = ()) -> Co
     return ConfigFileError(f"{path} line {line}: {message}", fields=fields)
 
 
-def _statement(lines: list[str], first: int) -> tuple[int, dict[str, Any] | None]:
+def _statement(lines: list[str], first: int) -> tuple[int, dict[str, Plain] | None]:
     """The statement that begins on a line, and where the next one does; None where it does not end, or is broken."""
     ends = (n for n in range(first, len(lines)) if n == first or ENDS.search(lines[n]))
     for last in itertools.islice(ends, MAX_TRIES):
@@ -109,7 +109,7 @@ def _statement(lines: list[str], first: int) -> tuple[int, dict[str, Any] | None
     return len(lines), None
 
 
-def _key_paths(table: dict[str, Any]) -> list[tuple[str, ...]]:
+def _key_paths(table: dict[str, Plain]) -> list[tuple[str, ...]]:
     """The paths of keys down to the second level, each after the one that it lies in."""
     inner = {key: value if isinstance(value, dict) else {} for key, value in table.items()}
     return [path for key, value in inner.items() for path in [(key,), *((key, name) for name in value)]]

@@ -66,7 +66,7 @@ class EmbeddingCache:
 
     def __init__(self, entries: int = 100, folder: Path | None = None):
         if entries < 0:
-            raise RequestError(f"the number of cache entries is {entries}; it should be at least 0")
+            raise RequestError(f"the number of cache entries is {entries}; the minimum is 0")
         self.entries, self.folder = entries, folder
         self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the latest last
         self._counts = {"hits": 0, "misses": 0, "evictions": 0, "disk_hits": 0}

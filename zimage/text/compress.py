@@ -84,4 +84,4 @@ def _check(limit: int, mode: str) -> None:
     if mode not in MODES:
         raise RequestError(f"long prompt mode {mode!r} does not exist; use one of {', '.join(MODES)}")
     if limit < 1:
-        raise RequestError(f"the limit is {limit} tokens; it should be at least 1")
+        raise RequestError(f"the limit is {limit} tokens; the minimum is 1")

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -20,7 +19,8 @@ from torch import Tensor
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import beside
 from zimage.formats.checkpoint import listing
-from zimage.formats.stored import A_PICKLE, FLOATS, is_pickle
+from zimage.formats.stored import A_PICKLE, FLOATS, is_pickle, json_object
+from zimage.settings.fields import Plain
 
 TENSOR = "embeddings"
 FORMAT, VERSION = "zimage-embeddings", "1"
@@ -32,14 +32,14 @@ class Embeddings:
     """A caption (L, C) on the CPU; `request` and `encoder` are empty if the file does not name them."""
 
     caption: Tensor = field(repr=False)
-    request: dict[str, Any]  # JSON
+    request: dict[str, Plain]  # JSON
     encoder: str
     hash: str
     name: str = "embeddings in memory"
     path: str = ""  # where the file lies
 
     @classmethod
-    def of(cls, given: "Embeddings | Tensor | str | os.PathLike", width: int = 0) -> "Embeddings":
+    def of(cls, given: "Embeddings | Tensor | str | os.PathLike[str]", width: int = 0) -> "Embeddings":
         """From a file's path or a tensor (L, C); `width` is the C that is needed, 0: any.
 
         Raises RequestError or CheckpointError.
@@ -57,7 +57,7 @@ class Embeddings:
         return {"name": self.name, "hash": self.hash}
 
 
-def save_embeddings(path: str | os.PathLike, caption: Tensor, request: Mapping[str, Any], encoder: str) -> None:
+def save_embeddings(path: str | os.PathLike[str], caption: Tensor, request: Mapping[str, Plain], encoder: str) -> None:
     """Write a caption (L, C), whole or not at all, and replace any earlier file. Raises RequestError."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -70,7 +70,7 @@ def save_embeddings(path: str | os.PathLike, caption: Tensor, request: Mapping[s
         raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def load_embeddings(path: str | os.PathLike, width: int = 0) -> Embeddings:
+def load_embeddings(path: str | os.PathLike[str], width: int = 0) -> Embeddings:
     """The caption in a file, for a model whose captions are `width` wide (0: any).
 
     Raises RequestError if there is no such file, and CheckpointError naming what is wrong with it.
@@ -142,16 +142,11 @@ def _check_width(caption: Tensor, width: int, name: str, kind: type[Exception]) 
         raise kind(f"{name}: the embeddings are {caption.shape[1]} wide; this model takes {width}")
 
 
-def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Plain], str]:
     """(request, encoder) of one of our files; the metadata of other programs is not read."""
     if metadata.get("format") != FORMAT:
         return {}, ""
     if metadata.get("version") != VERSION:
         raise CheckpointError(f"{path} has format version {metadata.get('version')!r}; supported is {VERSION!r}")
-    try:
-        request = json.loads(metadata.get("request", ""))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the request in its metadata is not JSON: {error}") from error
-    if not isinstance(request, dict):
-        raise CheckpointError(f"{path}: the request in its metadata should be an object, not {type(request).__name__}")
+    request = json_object(f"{path}: the request in its metadata", metadata.get("request", ""))
     return request, metadata.get("encoder", "")

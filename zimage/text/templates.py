@@ -19,11 +19,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zimage.errors import RequestError, TemplateError
 from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import config_folder, from_environment
+from zimage.settings.fields import Plain
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat
 
@@ -219,7 +220,7 @@ def _parse(path: Path, text: str) -> Template:
     if values.get("add_think_block") is False and "thinking_content" in values:
         raise _Flaw(where["add_think_block"], "add_think_block is false, but there is thinking_content; remove one")
     if not body and not {"add_think_block", "thinking_content", "assistant_content"} & values.keys():
-        raise _Flaw(end, f"no text follows this {_FENCE!r} and no other part is set, so the template does nothing")
+        raise _Flaw(end, f"no text follows this {_FENCE!r} and no other chat part is set, so the template does nothing")
     return Template(**values, system_prompt=body, path=path)
 
 
@@ -233,7 +234,7 @@ def _closing_line(lines: list[str]) -> int:
     return fences[1]
 
 
-def _check_names(path: Path, values: Mapping[str, Any], where: Mapping[str, int]) -> None:
+def _check_names(path: Path, values: Mapping[str, Plain], where: Mapping[str, int]) -> None:
     for key in ("name", "category"):
         if not _NAME.fullmatch(values[key]):
             raise _Flaw(where[key], f"{key} {values[key]!r} may contain only a-z, 0-9 and single hyphens between them")
@@ -244,9 +245,9 @@ def _check_names(path: Path, values: Mapping[str, Any], where: Mapping[str, int]
             raise _Flaw(where[key], f"{key} should be a single line")
 
 
-def _front_matter(text: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _front_matter(text: str) -> tuple[dict[str, Plain], dict[str, int]]:
     """The values of the known keys, and the line of each key."""
-    values: dict[str, Any] = {}
+    values: dict[str, Plain] = {}
     where: dict[str, int] = {}
     for key_node, node in _pairs(text):
         key, line = str(key_node.value), _line(key_node)
@@ -280,7 +281,7 @@ def _check_text(text: str, line: int | None = None) -> None:
     """Refuse what does not belong in a prompt; the error names its line in `text`, or the `line` passed."""
     for pattern, complaint in (
         (_UNPRINTABLE, "the character U+{0:04X} is not printable; delete it"),
-        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which stands around parts but never in them"),
+        (_CONTROL_TOKEN, "{1!r} is a control token of the chat format, which no chat part may contain"),
     ):
         if match := pattern.search(text):
             at = line or text.count("\n", 0, match.start()) + 1
@@ -320,14 +321,15 @@ def _loader() -> "type[yaml.SafeLoader]":
     import yaml
 
     class FlatLoader(yaml.SafeLoader):
-        def compose_node(self, parent: "yaml.Node | None", index: "yaml.Node | int | None") -> "yaml.Node | None":
+        def compose_node(self, parent: "yaml.Node | None", index: int) -> "yaml.Node | None":
             event = self.peek_event()
             line = event.start_mark.line + _FIRST
             if isinstance(event, yaml.AliasEvent) or event.anchor:
                 raise _Flaw(line, "anchors and aliases are not supported; put text that begins with & or * into quotes")
             if parent is not None and isinstance(event, yaml.CollectionStartEvent):
+                # The stub says that `index` is a number, but in a mapping it is the key's node.
                 what = f"{index.value} is" if isinstance(index, yaml.Node) else "a key is"
                 raise _Flaw(line, f"{what} a list or a mapping; it should be text, in quotes if it begins with [ or {{")
-            return super().compose_node(parent, index)  # type: ignore[arg-type]  # the stub knows numbers only
+            return super().compose_node(parent, index)
 
     return FlatLoader

@@ -1,12 +1,12 @@
 """Text ↔ token ids with Qwen's byte-level BPE, read from `tokenizer.json` or from `vocab.json` and `merges.txt`."""
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from zimage.errors import CheckpointError
+from zimage.formats.checkpoint import read_json
 
 # How Qwen2 and Qwen3 split text into words before they merge byte pairs.
 QWEN_SPLIT = (
@@ -33,7 +33,8 @@ class Tokenizer:
         except CheckpointError:
             raise
         except Exception as error:  # the Rust tokenizer raises plain Exception
-            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {reason}") from error
         fast.no_truncation()
         fast.no_padding()
         return cls(fast)
@@ -80,7 +81,7 @@ def _special_tokens(folder: Path) -> list[AddedToken]:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: vocab.json and merges.txt do not contain the special tokens")
-    entries = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder")
+    entries = read_json(path).get("added_tokens_decoder")
     if not entries:
         raise CheckpointError(f"{path}: the key 'added_tokens_decoder' is missing")
     kinds = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -88,7 +89,3 @@ def _special_tokens(folder: Path) -> list[AddedToken]:
         AddedToken(entry["content"], **{kind: entry.get(kind, False) for kind in kinds})
         for _, entry in sorted(entries.items(), key=lambda item: int(item[0]))
     ]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
