@@ -17,7 +17,7 @@ from zimage.kernels.tiles import add_tile
 def blend(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int) -> Tensor:
     """run(x) in tiles of at most `tile` × `tile` input positions; (B, C, H, W) → fp32, at the scale `run` gives it."""
     tops, lefts = (starts(length, tile, overlap) for length in x.shape[-2:])
-    canvas = None
+    canvas: Tensor | None = None
     for (i, top), (j, left) in itertools.product(enumerate(tops), enumerate(lefts)):
         part = x[..., top : top + tile, left : left + tile]
         out = run(part)
@@ -27,6 +27,7 @@ def blend(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int) -
             rows = weights(tops, tile, overlap, x.shape[-2], scale, out.device)
             columns = weights(lefts, tile, overlap, x.shape[-1], scale, out.device)
         add_tile(canvas, out, rows[i], columns[j], int(top * scale), int(left * scale))
+    assert canvas is not None  # there is at least one tile
     return canvas
 
 

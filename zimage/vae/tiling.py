@@ -25,6 +25,7 @@ from zimage.errors import RequestError
 from zimage.kernels.group_norm import channel_statistics, normalise
 from zimage.settings.declared import BLEND_TILE, TILE_MODES, TILE_OVERLAP
 from zimage.vae.blend import blend
+from zimage.vae.layers import DecoderStack, EncoderStack, ResnetBlock, Stack
 
 Rows = Callable[[Tensor], Tensor]
 STRIP_VALUES = 4 << 20  # values of a strip when no height is asked for: small enough to stay near the processor
@@ -51,7 +52,7 @@ class Tiling:
                 f"tile_overlap {self.overlap} must be from 0 to below the tile_size {self.size or BLEND_TILE}"
             )
 
-    def decode(self, decoder: nn.Module, z: Tensor, factor: int) -> Tensor:
+    def decode(self, decoder: DecoderStack, z: Tensor, factor: int) -> Tensor:
         """decoder(z) of unscaled latents (B, 16, h, w) at `factor` pixels per latent."""
         if self.mode == "off":
             return decoder(z)
@@ -60,7 +61,7 @@ class Tiling:
         walk = StripWalk(decoder, z.shape[2] * factor, self.size)
         return torch.cat([walk.decode(sample) for sample in z.split(1)])
 
-    def encode(self, encoder: nn.Module, images: Tensor, factor: int) -> Tensor:
+    def encode(self, encoder: EncoderStack, images: Tensor, factor: int) -> Tensor:
         """encoder(images) of pictures (B, 3, H, W)."""
         if self.mode == "off":
             return encoder(images)
@@ -85,8 +86,9 @@ class Statistics:
     def __init__(self, needed: bool = True) -> None:
         self.needed = needed  # False: no norm reads them, so none are taken
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.deviation: Tensor | float = 0.0  # sum of squared differences from the mean
+        self.mean = self.deviation = torch.zeros(
+            (), dtype=torch.float64
+        )  # deviation: sum of squared differences from the mean
 
     def add(self, rows: Tensor) -> None:
         if not self.needed:
@@ -105,7 +107,8 @@ class Statistics:
         mean = means.mean(dim=1, keepdim=True)
         spread = self.deviation.view(groups, -1) / self.count + (means - mean) ** 2
         variance = spread.mean(dim=1, keepdim=True)
-        return tuple(part.expand_as(means).flatten().float() for part in (mean, variance))
+        mean, variance = (values.expand_as(means).flatten().float() for values in (mean, variance))
+        return mean, variance
 
 
 @dataclass
@@ -127,41 +130,38 @@ class StripWalk:
     Maps of lower resolution have proportionally lower strips. Without `height` strips have a fixed number of values.
     """
 
-    def __init__(self, stack: nn.Module, pixels: int, height: int | None):
+    def __init__(self, stack: Stack, pixels: int, height: int | None):
         self.stack, self.pixels, self.height = stack, pixels, height
         self.needs_statistics = any(isinstance(module, nn.GroupNorm) for module in stack.modules())
 
     def decode(self, z: Tensor) -> Tensor:
         """Picture (1, 3, H, W) of unscaled latents (1, 16, h, w)."""
-        decoder = self.stack
-        x = self._whole(decoder.mid_block(decoder.conv_in(z)))
-        for layer in decoder.layers():
-            x = self._layer(layer, x)
-        return self._head(x)
+        x = self._whole(self.stack.mid_block(self.stack.conv_in(z)))
+        return self._head(self._through_layers(x))
 
     def encode(self, image: Tensor) -> Tensor:
         """Moments (1, 2·16, h, w) of a picture (1, 3, H, W)."""
-        encoder = self.stack
-        x = self._convolve(image, encoder.conv_in)
-        for layer in encoder.layers():
-            x = self._layer(layer, x)
-        return self._head(self._whole(encoder.mid_block(x.values)))
+        x = self._through_layers(self._convolve(image, self.stack.conv_in))
+        return self._head(self._whole(self.stack.mid_block(x.values)))
 
     def _whole(self, values: Tensor) -> Map:
         x = Map(values, Statistics(self.needs_statistics))
         x.statistics.add(values)
         return x
 
-    def _layer(self, layer: nn.Module, x: Map) -> Map:
-        if hasattr(layer, "norm1"):
-            return self._residual(layer, x)
-        resample = self._halve if layer.conv.stride == (2, 2) else self._double
-        return resample(layer.conv, x.alone())
+    def _through_layers(self, x: Map) -> Map:
+        for layer in self.stack.layers():
+            x = self._residual(layer, x) if isinstance(layer, ResnetBlock) else self._resample(layer, x)
+        return x
+
+    def _resample(self, layer: nn.Module, x: Map) -> Map:
+        conv = next(module for module in layer.modules() if isinstance(module, nn.Conv2d))
+        return (self._halve if conv.stride == (2, 2) else self._double)(conv, x.alone())
 
     def _head(self, x: Map) -> Tensor:
-        return self._convolve(x.values, self.stack.conv_out, activation(self.stack.norm_out, x)).values
+        return self._convolve(x.values, self.stack.conv_out, activation(self.stack.last_norm(), x)).values
 
-    def _residual(self, block: nn.Module, x: Map) -> Map:
+    def _residual(self, block: ResnetBlock, x: Map) -> Map:
         out, residual, shortcut = x.spare, x.values, block.conv_shortcut
         if shortcut is not None:
             out, residual = two_maps(x.values, shortcut.out_channels)
@@ -189,7 +189,7 @@ class StripWalk:
             rows = F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
             if residual is not None:
                 rows += residual[:, :, top:end]
-            if shortcut is not None:
+            if shortcut is not None and kept is not None:
                 kept[:, :, top:end] = shortcut(x[:, :, top:end])
             out[:, :, top:end] = rows
             statistics.add(rows)
@@ -214,7 +214,7 @@ class StripWalk:
         """Nearest × 2, then 3 × 3, as four 2 × 2 convolutions of the small map: 4/9 of the products, no doubled map."""
         height, width = x.shape[2:]
         out, statistics = new_map(x, conv.out_channels, 2 * height, 2 * width), Statistics(self.needs_statistics)
-        weight, bias = phase_weights(conv.weight), conv.bias.repeat(4)
+        weight, bias = phase_weights(conv.weight), conv.get_parameter("bias").repeat(4)
         by_row = tuple(zip(weight.chunk(2), bias.chunk(2), strict=True))
         for top, end, window in windows(x, max(1, self._rows(x, conv) // 4), lambda rows: rows):
             for row, (kernels, offsets) in enumerate(by_row):
