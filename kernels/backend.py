@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +71,8 @@ class Spec:
     """
 
     name: str
-    reference: Callable[..., Any]
-    launch: Callable[..., Any]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    launch: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: Callable[..., tuple]
     cases: tuple[Mapping[str, int], ...]
     model: Mapping[str, int]

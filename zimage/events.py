@@ -1,7 +1,6 @@
 """What a render tells its consumer while it runs, and what it gives back in the end."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -35,4 +34,4 @@ class Result:
     seeds: list[int]
     request: Request
     timings: dict[str, float]
-    metadata: list[dict[str, Any]] = field(repr=False)
+    metadata: list[dict[str, object]] = field(repr=False)

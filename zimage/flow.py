@@ -102,9 +102,10 @@ class Start(NamedTuple):
 
     def to(self, device: torch.device) -> "Start":
         """The same on a device, in fp32."""
-        tensors = {id(x): x for x in self if isinstance(x, Tensor)}  # where there is noise alone, it stands here twice
-        moved = {key: x.to(device, torch.float32) for key, x in tensors.items()}
-        return Start(*(moved.get(id(x), x) for x in self))
+        latents = self.latents.to(device, torch.float32)
+        noise = latents if self.noise is self.latents else self.noise.to(device, torch.float32)
+        clean, mask = (x if x is None else x.to(device, torch.float32) for x in (self.clean, self.mask))
+        return Start(latents, self.step, noise, clean, mask)
 
 
 def start(

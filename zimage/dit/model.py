@@ -13,7 +13,7 @@ Data flow of one denoising run:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class ZImageDiTConfig:
     norm_eps: float
     t_scale: float
 
-    IMPLEMENTED: ClassVar = {
+    IMPLEMENTED: ClassVar[Mapping[str, tuple]] = {
         "_class_name": ("ZImageTransformer2DModel",),
         "all_patch_size": ([PATCH], (PATCH,)),
         "all_f_patch_size": ([1], (1,)),
@@ -70,7 +70,7 @@ class ZImageDiTConfig:
             )
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "ZImageDiTConfig":
+    def read(cls, config: Mapping[str, object]) -> "ZImageDiTConfig":
         return read_architecture(cls, config, cls.IMPLEMENTED)
 
     @property
@@ -109,8 +109,8 @@ class Context:
     padding: Padding | None  # of the joint sequences; None when all captions have one padded length
 
 
-class ContextRefiner(nn.Module):
-    """Caption embeddings → refined caption tokens. Sees neither time nor image, so it runs once per prompt."""
+class CaptionStream(nn.Module):
+    """What the context refiner and the DiT share: the layers that refine captions."""
 
     def __init__(self, config: ZImageDiTConfig):
         super().__init__()
@@ -123,15 +123,13 @@ class ContextRefiner(nn.Module):
         self.gradient_checkpointing = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]):
+    def from_config(cls, config: Mapping[str, object]) -> Self:
         """Build from the contents of `transformer/config.json`; raises ConfigError."""
         return cls(ZImageDiTConfig.read(config))
 
     def refine(self, captions: Sequence[Tensor]) -> list[Tensor]:
         """Refined tokens (Lp, dim) of each caption (L, caption width), run one by one: no result depends on another."""
         return [self._refine_padded([caption])[0][0] for caption in captions]
-
-    forward = refine
 
     def _refine_padded(self, captions: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """All captions in one padded batch (B, max Lp, dim), and their Lp."""
@@ -158,14 +156,20 @@ class ContextRefiner(nn.Module):
         turn = rotation(positions, self.config.axes_dims, self.config.rope_theta)
         return Rotation(*(part.to(self.cap_pad_token.device) for part in turn))
 
-    def _run(self, block: Block, *args) -> Tensor:
+    def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
 
-class ZImageDiT(ContextRefiner):
-    """Predicts the velocity dx/dσ of noisy latents: a ContextRefiner with the image stream added."""
+class ContextRefiner(CaptionStream):
+    """Caption embeddings → refined caption tokens. Sees neither time nor image, so it runs once per prompt."""
+
+    forward = CaptionStream.refine
+
+
+class ZImageDiT(CaptionStream):
+    """Predicts the velocity dx/dσ of noisy latents: the layers of a ContextRefiner, and the image stream."""
 
     def __init__(self, config: ZImageDiTConfig):
         super().__init__(config)
@@ -179,12 +183,14 @@ class ZImageDiT(ContextRefiner):
         self.layers = _blocks(config, config.n_layers, modulated=True)
 
     @property
-    def x_embedder(self) -> nn.Linear:
+    def x_embedder(self) -> nn.Module:
         return self.all_x_embedder[f"{PATCH}-1"]
 
     @property
     def final_layer(self) -> FinalLayer:
-        return self.all_final_layer[f"{PATCH}-1"]
+        layer = self.all_final_layer[f"{PATCH}-1"]
+        assert isinstance(layer, FinalLayer)
+        return layer
 
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The modules that run one after another, in that order, each with the weights that its forward reads.
@@ -207,8 +213,8 @@ class ZImageDiT(ContextRefiner):
         """The modulations of all blocks at noise levels σ (B,)."""
         time = self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
         return Modulation(
-            [block.modulate(time) for block in self.noise_refiner],
-            [block.modulate(time) for block in self.layers],
+            _modulations(self.noise_refiner, time),
+            _modulations(self.layers, time),
             self.final_layer.modulate(time),
         )
 
@@ -260,6 +266,10 @@ class ZImageDiT(ContextRefiner):
 
 def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleList:
     return nn.ModuleList(Block(config.dim, config.n_heads, config.norm_eps, modulated) for _ in range(count))
+
+
+def _modulations(blocks: nn.ModuleList, time: Tensor) -> list[BlockModulation]:
+    return [block.modulate(time) for block in blocks if isinstance(block, Block)]
 
 
 def padded_length(length: int) -> int:

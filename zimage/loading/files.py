@@ -17,9 +17,10 @@ from zimage.loading.devices import choose_device, choose_dtype
 from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
 from zimage.loading.plan import Workload
-from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Row
+from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Model, Row
 from zimage.loading.sizes import BlockBytes
-from zimage.loading.weights import check_fit, late_matrices, load_weights, loaded_bytes, on_meta
+from zimage.loading.streaming import Blocks
+from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
 from zimage.nn.config import read_architecture
 from zimage.settings.declared import LoadSettings
 from zimage.text import Tokenizer
@@ -50,7 +51,7 @@ class SchedulerConfig:
 class Component:
     """One component of a model, opened and checked but not loaded. Raises CheckpointError or ConfigError."""
 
-    def __init__(self, name: str, config: Mapping[str, Any], checkpoint: Checkpoint):
+    def __init__(self, name: str, config: Mapping[str, object], checkpoint: Checkpoint):
         self.name, self.config, self.checkpoint = name, config, checkpoint
         self.skeleton = self._build()
         check_fit(self.skeleton, self.checkpoint, self._other_keys())
@@ -127,20 +128,21 @@ class Component:
 
     def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
         names = {id(weight): name for name, weight in model.named_parameters()}
-        chosen = [weights for i, (_, weights) in enumerate(model.blocks()) if i in blocks]
+        found = model.blocks() if isinstance(model, Blocks) else ()
+        chosen = [weights for i, (_, weights) in enumerate(found) if i in blocks]
         return {names[id(w)] for weights in chosen for w in weights if self._can_be_view(names[id(w)])}
 
     def _can_be_view(self, name: str) -> bool:
         """Whether a weight is a view of the file before it is cast; one that loading has to copy is not."""
-        return not hasattr(self.skeleton, "fold") and self.checkpoint.entries[name].aligned
+        return not isinstance(self.skeleton, Folds) and self.checkpoint.entries[name].aligned
 
     @cached_property
     def _matrices(self) -> set[str]:
         return late_matrices(self.skeleton)
 
-    def _build(self, name: str = "") -> Any:
+    def _build(self, name: str = "") -> Model:
         with on_meta():
-            return ROWS[name or self.name].module(self.config).from_config(self.config)
+            return ROWS[name or self.name].build(self.config)
 
     def _other_keys(self) -> set[str]:
         """The keys of the component in whose file this one lies."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class LoraUse:
     hash: str
     path: str
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Plain values for a picture's metadata, which names no folders."""
         return {"name": self.name, "scale": self.scale, "hash": self.hash}
 

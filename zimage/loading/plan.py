@@ -78,7 +78,7 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.excess(self.tightest) <= 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, as JSON holds them."""
         stages = {name: {**asdict(stage), "streamed": list(stage.streamed)} for name, stage in self.stages.items()}
         kept, limits = sorted(self.kept), dict(self.limits)

@@ -26,29 +26,30 @@ from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
+Model = Qwen3 | ZImageDiT | ContextRefiner | AutoencoderKL | AutoencoderKLWan
 
 
 @dataclass(frozen=True)
 class Row:
-    """A component. `classes` are by the config's `_class_name`, or the only one under ""."""
+    """A component. The keys of `classes` are a config's `_class_name`, or "" where there is only one class."""
 
     name: str  # in settings, files and messages for programs
     title: str  # in sentences
     folder: str  # in the published layout
-    classes: Mapping[str, type[nn.Module]]
+    classes: Mapping[str, type[Model]]
     reads: Callable[[nn.Module], Iterator[nn.Parameter]]  # what a render reads, in its order
     work: Callable[[Any, Workload, torch.dtype], int]  # bytes that its stage needs besides weights, of its config
     optional: bool = False
     inside: str = ""  # the component whose file it shares: it is loaded by itself only
     transformed: bool = False  # whether precision, LoRAs and compilation apply to it
 
-    def module(self, config: Mapping[str, Any]) -> type[nn.Module]:
-        """The class that a config asks for. Raises ConfigError."""
-        kind = "" if "" in self.classes else config.get("_class_name")
+    def build(self, config: Mapping[str, object]) -> Model:
+        """A module of the class and the sizes that a config asks for. Raises ConfigError."""
+        kind = "" if "" in self.classes else str(config.get("_class_name"))
         if kind not in self.classes:
             known = " or ".join(self.classes)
             raise ConfigError(f"{self.name} config: _class_name = {kind!r} is not implemented; it must be {known}")
-        return self.classes[kind]
+        return self.classes[kind].from_config(config)
 
 
 ROWS: dict[str, Row] = {

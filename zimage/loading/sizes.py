@@ -105,8 +105,8 @@ class BlockBytes(NamedTuple):
 class Sized(Protocol):
     """What is measured: a component of a model, opened but not loaded."""
 
-    skeleton: nn.Module
-
+    @property
+    def skeleton(self) -> nn.Module: ...
     @property
     def is_packed(self) -> bool: ...
     def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int: ...

@@ -14,9 +14,9 @@ the other buffer's block computes. Values and kernels are those of resident weig
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,28 +27,61 @@ from zimage.nn.packed import packed_codes
 ALIGNMENT = 256  # bytes, of a weight within a buffer: what a GPU's allocator gives
 
 
+@runtime_checkable
+class Blocks(Protocol):
+    """A model of blocks that run one after another."""
+
+    def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]: ...
+
+
+class Carrier(Protocol):
+    """What brings the weights of blocks and lets go of them."""
+
+    def bring(self, i: int) -> None: ...
+    def announce(self, i: int) -> None: ...
+    def let_go(self, i: int) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Runtime(Protocol):
+    """What CUDA has for copies beside the computation."""
+
+    def Stream(self, device: torch.device, /) -> torch.cuda.Stream: ...
+    def Event(self) -> torch.cuda.Event: ...
+    def stream(self, stream: torch.cuda.Stream, /) -> AbstractContextManager[object]: ...
+    def current_stream(self, device: torch.device, /) -> torch.cuda.Stream: ...
+
+
 def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> None:
     """Stream the blocks `indices` of `model.blocks()`, whose weights were left as they are stored, in place."""
+    assert isinstance(model, Blocks)
     blocks = list(model.blocks())
     weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
     codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
-    carrier = MappedBlocks(weights, codes) if device.type == "cpu" else CopiedBlocks(weights, device)
-    model.streaming = Streaming(carrier, len(indices))
+    on_cpu = device.type == "cpu"
+    carrier: Carrier = MappedBlocks(weights, codes) if on_cpu else CopiedBlocks(weights, device)
+    vars(model)["streaming"] = streaming = Streaming(carrier, len(indices))
     for turn, i in enumerate(indices):
         block = blocks[i][0]
         inner = vars(block).get("forward") or partial(_forward, weakref.ref(block))
-        block.forward = partial(_run, model.streaming, turn, inner)
+        block.forward = partial(_run, streaming, turn, inner)
 
 
 def stop_streaming(model: nn.Module) -> None:
     """Let go of what was read ahead; the model may run again."""
-    if hasattr(model, "streaming"):
-        model.streaming.stop()
+    streaming = _streaming(model)
+    if streaming is not None:
+        streaming.stop()
 
 
 def streamed_blocks(model: nn.Module) -> int:
     """How many blocks of a loaded model are streamed."""
-    return model.streaming.count if hasattr(model, "streaming") else 0
+    streaming = _streaming(model)
+    return 0 if streaming is None else streaming.count
+
+
+def _streaming(model: nn.Module) -> "Streaming | None":
+    return vars(model).get("streaming")
 
 
 def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.Parameter]]) -> Iterator[nn.Parameter]:
@@ -56,13 +89,14 @@ def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.
     return (weight for weight in reads(model) if not hasattr(weight, "wanted"))
 
 
-def _forward(block: "weakref.ref[nn.Module]", *args: Any, **kwargs: Any) -> Any:
+def _forward(block: "weakref.ref[nn.Module]", *args: object, **kwargs: object) -> Tensor:
     """Holding the block itself would be a cycle, and its pages stay mapped until Python looks for such."""
     module = block()
+    assert module is not None  # who calls it holds it
     return type(module).forward(module, *args, **kwargs)
 
 
-def _run(streaming: "Streaming", turn: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(streaming: "Streaming", turn: int, forward: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:
     with streaming.turn(turn):
         return forward(*args, **kwargs)
 
@@ -70,7 +104,7 @@ def _run(streaming: "Streaming", turn: int, forward: Any, *args: Any, **kwargs: 
 class Streaming:
     """Whose turn it is. One block runs at a time: threads that share a model alternate, and memory stays bounded."""
 
-    def __init__(self, carrier: Any, count: int):
+    def __init__(self, carrier: Carrier, count: int):
         self.carrier, self.count = carrier, count
         self._lock = threading.Lock()
         # Which block ran after which: the file's order at first, then what is seen. A step begins anew after the last.
@@ -114,11 +148,11 @@ class MappedBlocks:
     def bring(self, i: int) -> None:
         if self._ahead is not None and self._ahead[0] == i:
             self._reading, self._ahead = self._ahead[1], None
-        if self._reading is not None and any(w.wanted != s.dtype for w, s in self._pairs(i)):
+        if self._reading is not None and any(_wanted(w) != s.dtype for w, s in self._pairs(i)):
             self._reading.finish()  # or it would bring back what is dropped here
         for weight, stored in self._pairs(i):
-            if weight.wanted != stored.dtype:
-                weight.data = stored.to(weight.wanted)
+            if _wanted(weight) != stored.dtype:
+                weight.data = stored.to(_wanted(weight))
                 forget_pages(stored)
 
     def announce(self, i: int) -> None:
@@ -156,7 +190,7 @@ class CopiedBlocks:
     recorded when the buffer's last block had been launched; a block waits for `ready`, recorded after the copy.
     """
 
-    def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Any = torch.cuda):
+    def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Runtime = torch.cuda):
         self.weights, self.device, self.runtime = weights, device, runtime
         self.hosts = [_packed(block, pin=device.type == "cuda") for block in weights]
         self.copies = runtime.Stream(device)
@@ -205,7 +239,7 @@ class CopiedBlocks:
 
 
 class _Buffer:
-    def __init__(self, size: int, device: torch.device, runtime: Any):
+    def __init__(self, size: int, device: torch.device, runtime: Runtime):
         self.values = torch.empty(size, dtype=torch.uint8, device=device)
         self.ready, self.free = runtime.Event(), runtime.Event()
         self.block: int | None = None  # whose weights it holds
@@ -214,7 +248,7 @@ class _Buffer:
 
 def _packed(weights: list[nn.Parameter], pin: bool) -> Tensor:
     """One page-locked tensor with all weights as they are wanted, so that one copy brings a whole block."""
-    size = sum(_aligned(weight.numel() * weight.wanted.itemsize) for weight in weights)
+    size = sum(_aligned(weight.numel() * _wanted(weight).itemsize) for weight in weights)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for weight, view in zip(weights, _views(host, weights), strict=True):
         stored = weight.data
@@ -228,9 +262,14 @@ def _views(packed: Tensor, weights: list[nn.Parameter]) -> Iterator[Tensor]:
     """Each weight's place in a packed block."""
     begin = 0
     for weight in weights:
-        size = weight.numel() * weight.wanted.itemsize
-        yield packed[begin : begin + size].view(weight.wanted).view(weight.shape)
+        size = weight.numel() * _wanted(weight).itemsize
+        yield packed[begin : begin + size].view(_wanted(weight)).view(weight.shape)
         begin += _aligned(size)
+
+
+def _wanted(weight: nn.Parameter) -> torch.dtype:
+    """What a weight that was left in its file is to be when it is used."""
+    return vars(weight)["wanted"]
 
 
 def _aligned(size: int) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,15 @@ from zimage.errors import CheckpointError, NonFiniteError
 from zimage.formats.checkpoint import Checkpoint, listing
 from zimage.formats.pages import forget_pages
 from zimage.nn.layers import StreamedLinear, WideningLinear
-from zimage.nn.packed import PackedEmbedding, PackedLinear, is_packed
+from zimage.nn.packed import Packed, PackedEmbedding, PackedLinear, is_packed
+
+
+@runtime_checkable
+class Folds(Protocol):
+    """A model whose layout differs from its file's."""
+
+    def published_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def fold(self, key: str, tensor: Tensor) -> tuple[str, Tensor] | None: ...
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
@@ -44,7 +52,7 @@ def load_weights(
         if is_packed(value):
             _pack(model, key, value.to(device))
             continue
-        folded = model.fold(key, value) if hasattr(model, "fold") else (key, value)
+        folded = model.fold(key, value) if isinstance(model, Folds) else (key, value)
         if folded is not None:
             name, tensor = folded
             wanted = tensor.dtype if name in kept else dtype
@@ -115,17 +123,18 @@ def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> 
 
 
 def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    if hasattr(model, "published_shapes"):
+    if isinstance(model, Folds):
         return model.published_shapes()
     return {key: tuple(weight.shape) for key, weight in model.named_parameters()}
 
 
-def _pack(model: nn.Module, key: str, packed: Any) -> None:
+def _pack(model: nn.Module, key: str, packed: Packed) -> None:
     """Put a packed layer in the place of the layer that `key` is the weight of."""
     path = key.removesuffix(".weight")
     owner, _, name = path.rpartition(".")
     layer = model.get_submodule(path)
-    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
+    bias = layer.bias if isinstance(layer, nn.Linear) else None
+    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, bias)
     setattr(model.get_submodule(owner), name, new)
 
 

@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,8 @@ class Padding(NamedTuple):
             return None
         real = torch.arange(longest) < torch.tensor(lengths)[:, None]
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        parts = (part.to(device) for part in (real[:, None, None], real.flatten().nonzero()[:, 0], bounds))
-        return cls(*parts, longest, tuple(lengths))
+        mask, indices = real[:, None, None].to(device), real.flatten().nonzero()[:, 0].to(device)
+        return cls(mask, indices, bounds.to(device), longest, tuple(lengths))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, H, D) → (total, H, D), real tokens only."""
@@ -55,6 +56,13 @@ class Padding(NamedTuple):
 
 
 Attend = Callable[..., Tensor]
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """A module whose attention can be exchanged."""
+
+    attend: Attend
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, causal: bool = False) -> Tensor:
@@ -73,7 +81,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, c
 def use_attention(model: nn.Module, attend: Attend) -> None:
     """Exchange what the model's attention modules call."""
     for module in model.modules():
-        if hasattr(module, "attend"):
+        if isinstance(module, Attends):
             module.attend = attend
 
 
@@ -85,7 +93,7 @@ def _torch_only(kind: SDPBackend, q, k, v, padding=None, causal=False):
         return attention(q, k, v, padding, causal)
 
 
-def _flash(module: Any, q, k, v, padding=None, causal=False):
+def _flash(module: ModuleType, q, k, v, padding=None, causal=False):
     """FlashAttention 2 and 3 (Dao 2023, Shah et al. 2024): unequal sequences are packed, not masked."""
     if padding is None:
         return _first(module.flash_attn_func(q, k, v, causal=causal))
@@ -94,7 +102,7 @@ def _flash(module: Any, q, k, v, padding=None, causal=False):
     return padding.unpack(_first(module.flash_attn_varlen_func(*packed, *ends, causal=causal)))
 
 
-def _xformers(module: Any, q, k, v, padding=None, causal=False):
+def _xformers(module: ModuleType, q, k, v, padding=None, causal=False):
     if q.shape[2] != k.shape[2]:  # it groups queries by an axis of its own; repeating keys gives the same
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     if padding is None:
@@ -105,7 +113,7 @@ def _xformers(module: Any, q, k, v, padding=None, causal=False):
     return padding.unpack(module.memory_efficient_attention(*packed, attn_bias=bias)[0])
 
 
-def _sage(module: Any, q, k, v, padding=None, causal=False):
+def _sage(module: ModuleType, q, k, v, padding=None, causal=False):
     """SageAttention (Zhang et al. 2024) has no mask: unequal sequences run one by one."""
     if padding is None:
         return module.sageattn(q, k, v, tensor_layout="NHD", is_causal=causal)
@@ -116,7 +124,7 @@ def _sage(module: Any, q, k, v, padding=None, causal=False):
     return torch.cat([F.pad(part, (0, 0, 0, 0, 0, padding.longest - part.shape[1])) for part in parts])
 
 
-def _first(result: Any) -> Tensor:
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """FlashAttention 3 returned (out, log-sum-exp) at first."""
     return result[0] if isinstance(result, tuple) else result
 

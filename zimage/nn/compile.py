@@ -17,7 +17,8 @@ KINDS = 64  # compilations of a block: by its modulation, and by which of its la
 def compile_blocks(dit: nn.Module) -> None:
     """Compile the DiT's blocks in place; the first use of each kind takes some seconds."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)  # of the whole process
-    blocks = (*dit.context_refiner, *dit.noise_refiner, *dit.layers)
+    lists = ("context_refiner", "noise_refiner", "layers")
+    blocks = [block for name in lists for block in dit.get_submodule(name).children()]
     compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
     for block in blocks:
         block.forward = partial(_run, compiled, weakref.ref(block))  # a cycle would outlive the model

@@ -8,7 +8,6 @@ Weights get one scale per output channel once, activations one per token at ever
 import logging
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,9 @@ class QuantisedLinear(nn.Module):
     The codes of a packed weight of the same dtype are taken as they are, so no second rounding is added.
     """
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear | PackedLinear, dtype: torch.dtype):
         super().__init__()
         weight, scale, self.rotated = _codes(linear, dtype)
@@ -53,17 +55,19 @@ class QuantisedLinear(nn.Module):
 
 def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """Codes (out, in), scale () or (out, 1), and the columns that are rotated together (0: none)."""
-    packed = getattr(linear, "packed", None)
+    packed = linear.packed if isinstance(linear, PackedLinear) else None
     if isinstance(packed, Scaled) and packed.codes.dtype == dtype:
         return packed.codes, packed.scale, packed.rotated
-    device = linear.weight.device if packed is None else packed.tensors()[0].device
+    stored = linear.weight.detach() if isinstance(linear, nn.Linear) else linear.packed
+    device = stored.device if isinstance(stored, Tensor) else stored.codes.device
     codes = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device)
     scale = torch.empty(linear.out_features, 1, device=device)
     step = max(1, PIECE // linear.in_features)  # whole matrices in fp32 left holes in the heap: 24 GB at full size
     for i in range(0, linear.out_features, step):
         end = min(i + step, linear.out_features)
-        rows = linear.weight.detach()[i:end] if packed is None else packed.rows(i, end).decode()
-        codes[i:end], scale[i:end] = quantise_rows(rows, dtype)
+        codes[i:end], scale[i:end] = quantise_rows(
+            stored[i:end] if isinstance(stored, Tensor) else stored.rows(i, end).decode(), dtype
+        )
     return codes, scale, 0
 
 
@@ -90,7 +94,7 @@ def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] =
             discard(linear.weight)
 
 
-def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, Any]]:
+def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, nn.Linear | PackedLinear]]:
     """(owner, attribute, layer) of every Linear that is replaced."""
     kept = _kept_blocks(dit, precision)
     for path, module in dit.named_modules():
@@ -123,6 +127,6 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def _kept_blocks(dit: nn.Module, precision: str) -> list[str]:
-    ends, count = ENDS_KEPT[precision], len(dit.layers)
+    ends, count = ENDS_KEPT[precision], len(list(dit.get_submodule("layers").children()))
     indices = [i for i in range(count) if i < ends or i >= count - ends]
     return [f"layers.{i}" for i in indices]

@@ -86,9 +86,7 @@ class Statistics:
     def __init__(self, needed: bool = True) -> None:
         self.needed = needed  # False: no norm reads them, so none are taken
         self.count = 0
-        self.mean = self.deviation = torch.zeros(
-            (), dtype=torch.float64
-        )  # deviation: sum of squared differences from the mean
+        self.mean = self.deviation = torch.zeros((), dtype=torch.float64)  # deviation: sum of squares about the mean
 
     def add(self, rows: Tensor) -> None:
         if not self.needed:
