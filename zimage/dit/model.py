@@ -61,7 +61,7 @@ class ZImageDiTConfig:
         if not len(self.axes_dims) == len(self.axes_lens) == 3 or any(d % 2 for d in self.axes_dims):
             raise ConfigError(
                 f"DiT config: axes_dims {list(self.axes_dims)} and axes_lens {list(self.axes_lens)} "
-                "must hold three numbers each, the dims even"
+                "must hold three numbers each, and the dims must be even"
             )
         if self.dim % self.n_heads or sum(self.axes_dims) * self.n_heads != self.dim:
             raise ConfigError(
@@ -77,7 +77,7 @@ class ZImageDiTConfig:
     def max_caption_tokens(self) -> int:
         """The longest caption that stays inside the trained positions: 1504 as published.
 
-        Positions start at 1, Lp is a multiple of 32 and the image stands at Lp + 1, which must be below axes_lens[0].
+        Positions start at 1, Lp is a multiple of 32 and the image is at Lp + 1, which must be below axes_lens[0].
         """
         return (self.axes_lens[0] - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
 
@@ -101,7 +101,7 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Context:
-    """All that stays the same over the steps of one batch: caption tokens, rotations, padding."""
+    """What stays the same over the steps of one batch: caption tokens, rotations, padding."""
 
     tokens: Tensor  # (B, Lp, dim), refined captions
     image_rotation: Rotation  # of Np tokens
@@ -163,7 +163,7 @@ class CaptionStream(nn.Module):
 
 
 class ContextRefiner(CaptionStream):
-    """Caption embeddings → refined caption tokens. Sees neither time nor image, so it runs once per prompt."""
+    """Caption embeddings → refined caption tokens. It sees neither time nor image, so it runs once per prompt."""
 
     forward = CaptionStream.refine
 
@@ -195,7 +195,7 @@ class ZImageDiT(CaptionStream):
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The modules that run one after another, in that order, each with the weights that its forward reads.
 
-        The modulations' are not among them: `modulate` reads those of all blocks before the first step.
+        Without the weights of the modulations: `modulate` reads those of all blocks before the first step.
         """
         for block in (*self.context_refiner, *self.noise_refiner, *self.layers):
             yield block, [weight for name, weight in block.named_parameters() if "adaLN" not in name]
@@ -203,7 +203,7 @@ class ZImageDiT(CaptionStream):
     def forward(self, latents: Tensor, sigma: Tensor, captions: Sequence[Tensor]) -> Tensor:
         """Velocity (B, C, h, w) fp32 of latents (B, C, h, w) at noise levels σ (B,) and B captions (L, caption width).
 
-        x += (σ′ − σ) · velocity takes x from σ to σ′. The batch runs in one go, unequal captions padded and masked.
+        x += (σ′ − σ) · velocity takes x from σ to σ′. The batch runs at once; unequal captions are padded and masked.
         """
         refined, lengths = self._refine_padded(captions)
         context = self._context(refined, lengths, *latents.shape[-2:])
@@ -213,9 +213,7 @@ class ZImageDiT(CaptionStream):
         """The modulations of all blocks at noise levels σ (B,)."""
         time = self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
         return Modulation(
-            _modulations(self.noise_refiner, time),
-            _modulations(self.layers, time),
-            self.final_layer.modulate(time),
+            _modulations(self.noise_refiner, time), _modulations(self.layers, time), self.final_layer.modulate(time)
         )
 
     def context(self, refined: Sequence[Tensor], h: int, w: int) -> Context:
@@ -252,12 +250,12 @@ class ZImageDiT(CaptionStream):
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
     def _embed_image(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, Np, dim): pads replace the embedded value and are attended like any token."""
+        """(B, C, h, w) → (B, Np, dim): learned pads follow the image tokens and are attended like any token."""
         C, h, w = latents.shape[1:]
         if self.config.in_channels != C or h % PATCH or w % PATCH:
             raise RequestError(
-                f"latents of shape {tuple(latents.shape)} do not fit: "
-                f"{self.config.in_channels} channels and even sides are needed"
+                f"latents of shape {tuple(latents.shape)} do not fit; "
+                f"they must have {self.config.in_channels} channels and even sides"
             )
         tokens = self.x_embedder(patchify(latents.to(self.x_pad_token), PATCH))
         pads = self.x_pad_token.expand(len(tokens), padded_length(tokens.shape[1]) - tokens.shape[1], -1)
@@ -273,5 +271,5 @@ def _modulations(blocks: nn.ModuleList, time: Tensor) -> list[BlockModulation]:
 
 
 def padded_length(length: int) -> int:
-    """The length that a sequence is filled up to."""
+    """The length to which a sequence is padded."""
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE

@@ -1,6 +1,6 @@
-"""The architecture that a loose file's shapes tell, as the config it would have in a published folder.
+"""The architecture of a loose file, inferred from its shapes, as the config that a published folder would have.
 
-What shapes cannot tell is assumed to be as published, and said: `ASSUMED`.
+What shapes cannot show is assumed to be as published; `ASSUMED` tells the user so.
 """
 
 import re
@@ -25,13 +25,15 @@ def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> d
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in entries or len(entries[key].shape) not in (1, 2, 4):
-            raise CheckpointError(f"{file}: {key}, which tells the architecture, is missing or misshapen")
+            raise CheckpointError(f"{file}: {key}, which shows the architecture, is missing or has the wrong shape")
         return entries[key].shape
 
     try:
         return {"dit": _dit, "text_encoder": _text_encoder, "vae": _vae}[component](file, shape, entries)
     except (IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: the shapes of its tensors tell no architecture ({error})") from error
+        raise CheckpointError(
+            f"{file}: the shapes of its tensors do not fit any known architecture ({error})"
+        ) from error
 
 
 def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Streaming: blocks whose weights are in memory only while they run, the next one's on their way meanwhile.
+"""Streaming: blocks whose weights are in memory only while they run, while those of the next one are on their way.
 
     block      0         1         2         0      (of a model whose every block is streamed)
     weights    bring ──→ bring ──→ bring ──→ bring
@@ -6,9 +6,9 @@
     after it   let go 0     1         2         0
 
 At most two blocks' weights are in memory at a time. On a CPU they are pages of the mapped file, read ahead by another
-thread and unmapped afterwards (the page cache keeps them where there is room); what is stored in another dtype is cast
-in its turn. On a GPU they are copied from page-locked memory into two buffers in turn, by a stream of their own, while
-the other buffer's block computes. Values and kernels are those of resident weights, so results are the same bits.
+thread and unmapped afterwards (the page cache keeps them if there is room); weights of another dtype are cast when
+their block runs. On a GPU they are copied from page-locked memory into two buffers in turn, by a stream of their own,
+while the other buffer's block computes. Values and kernels are those of resident weights, so results have equal bits.
 """
 
 import threading
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.nn.packed import packed_codes
 
-ALIGNMENT = 256  # bytes, of a weight within a buffer: what a GPU's allocator gives
+ALIGNMENT = 256  # bytes, of a weight within a buffer, as in a GPU's allocator
 
 
 @runtime_checkable
@@ -32,15 +32,6 @@ class Blocks(Protocol):
     """A model of blocks that run one after another."""
 
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]: ...
-
-
-class Carrier(Protocol):
-    """What brings the weights of blocks and lets go of them."""
-
-    def bring(self, i: int) -> None: ...
-    def announce(self, i: int) -> None: ...
-    def let_go(self, i: int) -> None: ...
-    def stop(self) -> None: ...
 
 
 class Runtime(Protocol):
@@ -59,7 +50,7 @@ def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> No
     weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
     codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
     on_cpu = device.type == "cpu"
-    carrier: Carrier = MappedBlocks(weights, codes) if on_cpu else CopiedBlocks(weights, device)
+    carrier = MappedBlocks(weights, codes) if on_cpu else CopiedBlocks(weights, device)
     vars(model)["streaming"] = streaming = Streaming(carrier, len(indices))
     for turn, i in enumerate(indices):
         block = blocks[i][0]
@@ -68,20 +59,15 @@ def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> No
 
 
 def stop_streaming(model: nn.Module) -> None:
-    """Let go of what was read ahead; the model may run again."""
-    streaming = _streaming(model)
-    if streaming is not None:
+    """Release what was read ahead; the model may run again."""
+    if streaming := vars(model).get("streaming"):
         streaming.stop()
 
 
 def streamed_blocks(model: nn.Module) -> int:
     """How many blocks of a loaded model are streamed."""
-    streaming = _streaming(model)
-    return 0 if streaming is None else streaming.count
-
-
-def _streaming(model: nn.Module) -> "Streaming | None":
-    return vars(model).get("streaming")
+    streaming = vars(model).get("streaming")
+    return streaming.count if streaming else 0
 
 
 def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.Parameter]]) -> Iterator[nn.Parameter]:
@@ -90,9 +76,9 @@ def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.
 
 
 def _forward(block: "weakref.ref[nn.Module]", *args: object, **kwargs: object) -> Tensor:
-    """Holding the block itself would be a cycle, and its pages stay mapped until Python looks for such."""
+    """Run a block through a weak reference: a cycle would keep its pages mapped until Python collects it."""
     module = block()
-    assert module is not None  # who calls it holds it
+    assert module is not None  # its caller holds it
     return type(module).forward(module, *args, **kwargs)
 
 
@@ -104,16 +90,16 @@ def _run(streaming: "Streaming", turn: int, forward: Callable[..., Tensor], *arg
 class Streaming:
     """Whose turn it is. One block runs at a time: threads that share a model alternate, and memory stays bounded."""
 
-    def __init__(self, carrier: Carrier, count: int):
+    def __init__(self, carrier: "MappedBlocks | CopiedBlocks", count: int):
         self.carrier, self.count = carrier, count
         self._lock = threading.Lock()
-        # Which block ran after which: the file's order at first, then what is seen. A step begins anew after the last.
+        # Which block follows which: at first the file's order, then the observed one.
         self._after: dict[int, int] = {i: i + 1 for i in range(count - 1)}
         self._last: int | None = None
 
     @contextmanager
     def turn(self, i: int) -> Iterator[None]:
-        """The weights of streamed block `i` are there inside."""
+        """Inside, the weights of streamed block `i` are in memory."""
         with self._lock:
             if self._last is not None:
                 self._after[self._last] = i
@@ -134,16 +120,16 @@ class Streaming:
 
 
 class MappedBlocks:
-    """Weights of blocks on a CPU: views of mapped files, or cast from such in their turn.
+    """Weights of blocks on a CPU: views of mapped files, or cast from them when the block runs.
 
-    `codes` are tensors of packed matrices, which stay what they are: their pages come and go.
+    `codes` are tensors of packed matrices, which are not replaced: only their pages come and go.
     """
 
     def __init__(self, weights: list[list[nn.Parameter]], codes: list[list[Tensor]]):
         self.weights, self.codes = weights, codes
         self.stored = [[weight.data for weight in block] for block in weights]
-        self._ahead: tuple[int, Prefetch] | None = None  # the block that was announced
-        self._reading: Prefetch | None = None  # of the block that runs
+        self._ahead: tuple[int, Prefetch] | None = None  # the announced block
+        self._reading: Prefetch | None = None  # that of the running block
 
     def bring(self, i: int) -> None:
         if self._ahead is not None and self._ahead[0] == i:
@@ -156,7 +142,7 @@ class MappedBlocks:
                 forget_pages(stored)
 
     def announce(self, i: int) -> None:
-        """Read block `i` once the block that runs now has been read; one announced before and not run is dropped."""
+        """Read block `i` after the running block has been read; an announced block that did not run is dropped."""
         if self._ahead is None or self._ahead[0] != i:
             self.stop()
             self._ahead = (i, Prefetch(self.stored[i] + self.codes[i], after=self._reading))
@@ -186,8 +172,8 @@ class MappedBlocks:
 class CopiedBlocks:
     """Weights of blocks on a GPU: page-locked copies on the host, two buffers on the device, a stream that copies.
 
-    `runtime` has CUDA's Stream, Event, stream and current_stream. A copy into a buffer waits for the event `free`,
-    recorded when the buffer's last block had been launched; a block waits for `ready`, recorded after the copy.
+    A copy into a buffer waits for the event `free`, recorded when the buffer's last block had been launched; a block
+    waits for `ready`, recorded after the copy.
     """
 
     def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Runtime = torch.cuda):
@@ -196,7 +182,7 @@ class CopiedBlocks:
         self.copies = runtime.Stream(device)
         largest = max(host.numel() for host in self.hosts)
         self.buffers = [_Buffer(largest, device, runtime) for _ in range(2)]
-        for buffer in self.buffers:  # its memory may still be in use by kernels launched before
+        for buffer in self.buffers:  # kernels launched before may still use its memory
             buffer.free.record(runtime.current_stream(device))
 
     def bring(self, i: int) -> None:
@@ -242,12 +228,12 @@ class _Buffer:
     def __init__(self, size: int, device: torch.device, runtime: Runtime):
         self.values = torch.empty(size, dtype=torch.uint8, device=device)
         self.ready, self.free = runtime.Event(), runtime.Event()
-        self.block: int | None = None  # whose weights it holds
-        self.latest = False  # its block runs, or was the last that did
+        self.block: int | None = None  # the one whose weights it holds
+        self.latest = False  # its block runs or was the last to run
 
 
 def _packed(weights: list[nn.Parameter], pin: bool) -> Tensor:
-    """One page-locked tensor with all weights as they are wanted, so that one copy brings a whole block."""
+    """One page-locked tensor of all weights in the wanted dtypes, so that one copy brings a whole block."""
     size = sum(_aligned(weight.numel() * _wanted(weight).itemsize) for weight in weights)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for weight, view in zip(weights, _views(host, weights), strict=True):
@@ -268,7 +254,7 @@ def _views(packed: Tensor, weights: list[nn.Parameter]) -> Iterator[Tensor]:
 
 
 def _wanted(weight: nn.Parameter) -> torch.dtype:
-    """What a weight that was left in its file is to be when it is used."""
+    """The dtype in which a weight that was left in its file is used."""
     return vars(weight)["wanted"]
 
 

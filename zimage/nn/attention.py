@@ -2,9 +2,9 @@
 
 Shapes: B batch, L tokens, H query heads, G key/value heads, D head size.
 
-A transformer's attention modules hold the function they call as `attend`; `use_attention` exchanges it. (The VAEs' one
-head of 384 or 512 is too large for other packages and stays with PyTorch's own.) All backends compute
-softmax(q·kᵀ/√D)·v exactly up to rounding, but for `sage`, which quantises q and k and is used only when named.
+The attention modules of a transformer call their attribute `attend`; `use_attention` exchanges it. (The single head of
+the VAEs, of size 384 or 512, is too large for other packages and stays with PyTorch.) All backends compute
+softmax(q·kᵀ/√D)·v up to rounding, except `sage`, which quantises q and k and is used only when it is named.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from zimage.settings.declared import ATTENTIONS
 
 
 class Padding(NamedTuple):
-    """Sequences of unequal length in one batch: each is real up to its length, what follows may not be seen."""
+    """Sequences of unequal length in one batch: each is real up to its length, and nothing may attend to the rest."""
 
     mask: Tensor  # (B, 1, 1, L), True on real keys
-    indices: Tensor  # (total,), places of the real tokens in the flattened batch
+    indices: Tensor  # (total,), positions of the real tokens in the flattened batch
     bounds: Tensor  # (B + 1,) int32, where each sequence begins and ends among them
     longest: int
     lengths: tuple[int, ...]
@@ -58,13 +58,6 @@ class Padding(NamedTuple):
 Attend = Callable[..., Tensor]
 
 
-@runtime_checkable
-class Attends(Protocol):
-    """A module whose attention can be exchanged."""
-
-    attend: Attend
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, causal: bool = False) -> Tensor:
     """softmax(q·kᵀ/√D)·v with q (B, L, H, D) and k, v (B, L, G, D), G dividing H; returns (B, L, H, D)."""
     out = F.scaled_dot_product_attention(
@@ -79,10 +72,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, c
 
 
 def use_attention(model: nn.Module, attend: Attend) -> None:
-    """Exchange what the model's attention modules call."""
+    """Exchange the function that the model's attention modules call."""
     for module in model.modules():
-        if isinstance(module, Attends):
-            module.attend = attend
+        if "attend" in vars(module):
+            vars(module)["attend"] = attend
 
 
 # ------------------------------------------------------------------ backends
@@ -103,7 +96,7 @@ def _flash(module: ModuleType, q, k, v, padding=None, causal=False):
 
 
 def _xformers(module: ModuleType, q, k, v, padding=None, causal=False):
-    if q.shape[2] != k.shape[2]:  # it groups queries by an axis of its own; repeating keys gives the same
+    if q.shape[2] != k.shape[2]:  # it groups queries on an axis of its own; repeated keys give the same result
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     if padding is None:
         return module.memory_efficient_attention(q, k, v, attn_bias=module.LowerTriangularMask() if causal else None)
@@ -132,8 +125,8 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 class _Package(NamedTuple):
     module: str
     install: str
-    capability: tuple[int, int]  # least of the GPU
-    below: tuple[int, int]  # first capability it does not run on
+    capability: tuple[int, int]  # the least that the GPU needs
+    below: tuple[int, int]  # the first on which it does not run
     run: Attend
 
 
@@ -155,9 +148,9 @@ AUTOMATIC = ("flash3", "flash2", "xformers")  # in this order, then PyTorch's ow
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
-    """The backend called `name` as (name, function); "auto" takes the first of AUTOMATIC that runs here, else sdpa.
+    """The backend `name` as (name, function); "auto" takes the first of AUTOMATIC that runs here, else sdpa.
 
-    Raises RequestError, with the command that installs what is missing.
+    Raises RequestError, with the command that installs a missing package.
     """
     if name not in ATTENTIONS:
         raise RequestError(f"attention {name!r} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))

@@ -77,4 +77,4 @@ class DecoderStack(Stack):
 
 def layers_of(blocks: nn.ModuleList) -> Iterator[nn.Module]:
     """The layers of blocks whose children are lists of layers."""
-    return (layer for block in blocks for layers in block.children() for layer in layers.children())
+    return (layer for block in blocks for group in block.children() for layer in group.children())

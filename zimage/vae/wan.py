@@ -31,7 +31,7 @@ class AutoencoderKLWanConfig:
     z_dim: int
     dim_mult: tuple[int, ...]
     num_res_blocks: int
-    temperal_downsample: tuple[bool, ...]  # spelt so in the checkpoint; decides only which time_conv keys a file holds
+    temperal_downsample: tuple[bool, ...]  # the checkpoint's spelling; decides only which time_conv keys a file holds
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
     in_channels: int = 3
@@ -89,11 +89,11 @@ class AutoencoderKLWan(Autoencoder):
         return self.post_quant_conv(self._input(latents * spread + center))
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key of a published file with its 3-D shape, those of the unused time_conv included."""
+        """Every key of a published file with its 3-D shape, including the unused time_conv."""
         return dict(self._published)
 
     def fold(self, key: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """One published tensor as (own name, view of it), or None for a key knowingly unused; raises CheckpointError.
+        """One published tensor as (own name, view of it), or None for a key that is not used. Raises CheckpointError.
 
         Keeps the last tap of a causal kernel (O, I, T, k, k) and drops the empty axes of a norm's gamma (C, 1, 1, 1).
         """
@@ -154,7 +154,7 @@ class Resample(nn.Module):
     def __init__(self, first: nn.Module, conv: nn.Conv2d, time_conv: tuple[int, int] | None):
         super().__init__()
         self.resample = nn.Sequential(first, conv)
-        self.time_conv_widths = time_conv  # (in, out) of the temporal convolution in the file, which is not built
+        self.time_conv_widths = time_conv  # (in, out) of the file's temporal convolution, which is not built
 
     @classmethod
     def down(cls, width: int, temporal: bool) -> "Resample":
@@ -163,7 +163,7 @@ class Resample(nn.Module):
 
     @classmethod
     def up(cls, width: int, temporal: bool) -> "Resample":
-        """Halves the channels too."""
+        """Double the map and halve the channels."""
         conv = nn.Conv2d(width, width // 2, 3, padding=1)
         return cls(nn.Upsample(scale_factor=2.0, mode="nearest"), conv, (width, 2 * width) if temporal else None)
 
@@ -171,7 +171,7 @@ class Resample(nn.Module):
         return self.resample(x)
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the temporal convolution only; that of `resample` is stored as it is."""
+        """The shapes of the temporal convolution only; the weights of `resample` are stored as they are."""
         if self.time_conv_widths is None:
             return {}
         c_in, c_out = self.time_conv_widths
