@@ -17,7 +17,7 @@ def sigmas(steps: int = 8, shift: float = 3.0) -> Tensor:
     """(steps + 1,) fp32 falling from 1 to 0: σ = shift·s / (1 + (shift − 1)·s) at s = 1 … 1/steps, then 0.
 
     Each step is one model evaluation. A larger shift spends more of them near pure noise (Esser et al. 2024, eq. 23).
-    In fp32 throughout, which gives the reference's bits.
+    Computed in fp32 throughout, for the reference's bits.
     """
     if steps < 1 or shift <= 0:
         raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0, respectively")

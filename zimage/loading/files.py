@@ -124,8 +124,6 @@ class Component:
             stored += 0 if viewed else entry.nbytes
         return BlockBytes(loaded, stored)
 
-    # ------------------------------------------------------------------ the rest
-
     def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
         names = {id(weight): name for name, weight in model.named_parameters()}
         found = model.blocks() if isinstance(model, Blocks) else ()
@@ -196,7 +194,7 @@ class ModelFiles:
         if variant:
             return cls(paths[DIT], components, found, VARIANTS[variant])
         if paths[DIT].is_dir() or folder is None:
-            return cls(paths[DIT], components, found, _shift_beside(paths[DIT]))
+            return cls(paths[DIT], components, found, read_shift(paths[DIT].parent) if paths[DIT].is_dir() else None)
         shift = read_shift(folder)
         line = f"DiT from a loose file: the schedule of {folder} (shift {shift:g}) is assumed" if shift else ""
         return cls(paths[DIT], components, found, shift, [line] if line else [])
@@ -289,11 +287,6 @@ def find_tokenizer(text_encoder: Path) -> Path:
         f"{text_encoder} has no tokenizer beside it; use --tokenizer DIR with the folder "
         "`tokenizer` of Tongyi-MAI/Z-Image-Turbo or of Qwen/Qwen3-4B (tokenizer.json)"
     )
-
-
-def _shift_beside(dit: Path) -> float | None:
-    """The shift of the model folder that holds a component folder, if there is one."""
-    return read_shift(dit.parent) if dit.is_dir() else None
 
 
 def read_shift(folder: Path) -> float | None:

@@ -31,9 +31,7 @@ def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> d
     try:
         return {"dit": _dit, "text_encoder": _text_encoder, "vae": _vae}[component](file, shape, entries)
     except (IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{file}: the shapes of its tensors do not fit any known architecture ({error})"
-        ) from error
+        raise CheckpointError(f"{file}: the shapes of its tensors fit no known architecture ({error})") from error
 
 
 def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:

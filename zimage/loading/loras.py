@@ -33,7 +33,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """Which adapter at which scale, as plain values: `scale` is what its deltas are multiplied by."""
+    """Which adapter at which scale, as plain values: its deltas are multiplied by `scale`."""
 
     name: str  # of the file, without its folder
     scale: float
@@ -94,7 +94,8 @@ class Loras:
         if expected and file.fingerprint != expected:
             raise RequestError(f"lora {named} is not the expected file: its content has changed", fields=("lora",))
         decomposed = [layer for layer, delta in file.deltas.items() if isinstance(delta, Decomposed)]
-        if not all(self._mergeable and not self._is_packed(layer) for layer in decomposed):
+        entries = self._dit.checkpoint.entries
+        if not all(self._mergeable and not entries[f"{layer}.weight"].packed for layer in decomposed):
             text = f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16"
             raise RequestError(text, fields=("lora", "precision"))
         return Adapter(file.name, float(scale), file.fingerprint, os.path.abspath(named), file)
@@ -119,9 +120,6 @@ class Loras:
     def read(self, uses: Iterable[LoraUse]) -> Adapters:
         """The adapters that a job names, read from their files where needed. Raises as `adapter` does."""
         return tuple(u if isinstance(u, Adapter) else self.adapter(u.path, u.scale, u.hash) for u in uses)
-
-    def _is_packed(self, path: str) -> bool:
-        return self._dit.checkpoint.entries[f"{path}.weight"].packed
 
     def _known(self, handle: Handle) -> Adapter:
         if not isinstance(handle, Handle) or handle not in self._adapters:

@@ -8,7 +8,7 @@ On each device the planner takes the first of these that fits, the least costly 
     stream   … and the weights of some blocks of the text encoder or the DiT, as few as possible, are in memory
              only while these run (`loading.streaming`)
 
-The peak of a stage is what is there anyway, plus the weights in memory during it, plus what its work takes
+The peak of a stage is the memory in use anyway, plus the weights in memory during it, plus what its work needs
 (`loading.sizes`). On a CPU it is the whole process's resident memory, with pages of mapped files, as Linux counts it
 (VmHWM); on a GPU what PyTorch allocates there.
 """

@@ -38,8 +38,8 @@ class Row:
 
     def build(self, config: Mapping[str, object]) -> Model:
         """A module of the class and the sizes that a config asks for. Raises ConfigError."""
-        kind = "" if "" in self.classes else str(config.get("_class_name"))
-        if kind not in self.classes:
+        kind = "" if "" in self.classes else config.get("_class_name")
+        if not isinstance(kind, str) or kind not in self.classes:
             known = " or ".join(self.classes)
             raise ConfigError(f"{self.name} config: _class_name = {kind!r} is not implemented; it must be {known}")
         return self.classes[kind].from_config(config)

@@ -70,7 +70,7 @@ class Residency:
 
     @contextmanager
     def use(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> Iterator[Any]:
-        """A component for one piece of work, loaded by `plan` and carrying `adapters`; its device is held meanwhile.
+        """A component for one piece of work, loaded by `plan` with `adapters`; its device is held during it.
 
         Never yield from a generator inside: another request on the same pipeline would wait forever.
         """

@@ -49,8 +49,7 @@ def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> No
     blocks = list(model.blocks())
     weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
     codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
-    on_cpu = device.type == "cpu"
-    carrier = MappedBlocks(weights, codes) if on_cpu else CopiedBlocks(weights, device)
+    carrier = MappedBlocks(weights, codes) if device.type == "cpu" else CopiedBlocks(weights, device)
     vars(model)["streaming"] = streaming = Streaming(carrier, len(indices))
     for turn, i in enumerate(indices):
         block = blocks[i][0]

@@ -88,8 +88,7 @@ def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
 
 def late_matrices(model: nn.Module) -> set[str]:
     """Names of the weights that stay as stored with `widen_late`."""
-    modules = model.named_modules()
-    return {f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear | nn.Embedding)}
+    return {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
 
 
 def _widen_linears(model: nn.Module) -> None:

@@ -52,7 +52,7 @@ class WideningLinear(nn.Linear):
 
 
 class TokenEmbedding(nn.Embedding):
-    """An Embedding that is not initialised on meta, where normal numbers import torch's compiler for seconds."""
+    """An Embedding that is not initialised on meta: drawing numbers there imports torch's compiler (seconds)."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

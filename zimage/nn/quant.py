@@ -120,8 +120,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise RequestError(text, fields=("precision",))
     if device.type != "cuda":
         log.warning(
-            "precision fp8 on %s: values are rounded to fp8 but multiplied as before: no faster, only to judge quality",
-            device,
+            "precision fp8 on %s: rounded to fp8 but multiplied as before; no faster, only for judging quality", device
         )
 
 

@@ -133,8 +133,7 @@ class StripWalk:
 
     def decode(self, z: Tensor) -> Tensor:
         """Picture (1, 3, H, W) of unscaled latents (1, 16, h, w)."""
-        x = self._whole(self.stack.mid_block(self.stack.conv_in(z)))
-        return self._head(self._through_layers(x))
+        return self._head(self._through_layers(self._whole(self.stack.mid_block(self.stack.conv_in(z)))))
 
     def encode(self, image: Tensor) -> Tensor:
         """Moments (1, 2·16, h, w) of a picture (1, 3, H, W)."""

@@ -111,8 +111,7 @@ class AutoencoderKLWan(Autoencoder):
         for name, module in self.named_modules():
             if isinstance(module, CausalConv | ChannelNorm | Resample):
                 shapes |= {f"{name}.{leaf}": shape for leaf, shape in module.published_shapes().items()}
-        rest = {key: tuple(weight.shape) for key, weight in self.named_parameters() if key not in shapes}
-        return shapes | rest
+        return shapes | {key: tuple(weight.shape) for key, weight in self.named_parameters() if key not in shapes}
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, (16, 1, 1) fp32."""
