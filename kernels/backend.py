@@ -1,7 +1,7 @@
-"""Triton where it can run, and what all ops here share: the decision to launch a kernel, and `Spec`.
+"""Triton where it can run, and what all ops share: the decision to launch a kernel, and `Spec`.
 
-Triton is imported only on a machine with a GPU (or where it was imported before, as tests do), so a machine without one
-does not pay for it. Where Triton is missing, decorated kernels stay plain functions that nothing calls.
+Triton is imported only on a machine with a GPU (or if it was imported before, as in tests), so other machines do not
+pay for it. Without Triton, decorated kernels stay plain functions that nothing calls.
 """
 
 import importlib.util
@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def _one_kernel(x_ptr):
 
 
 def check_triton(device: torch.device) -> None:
-    """Turn the kernels off, and log the reason in one line, where Triton cannot build a kernel for this GPU.
+    """Turn the kernels off, and log the reason in one line, if Triton cannot build a kernel for this GPU.
 
     Triton needs a C compiler and Python's headers at run time, which many machines lack; the references run anywhere.
     """
@@ -72,8 +71,8 @@ class Spec:
     """
 
     name: str
-    reference: Callable[..., Any]
-    launch: Callable[..., Any]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    launch: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: Callable[..., tuple]
     cases: tuple[Mapping[str, int], ...]
     model: Mapping[str, int]

@@ -91,24 +91,10 @@ def _kernel(
 def launch(q, k, q_weight, k_weight, cos, sin, eps):
     B, L, _, D = q.shape
     cos, sin = cos.contiguous(), sin.contiguous()
-    _kernel[(L, B)](
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        cos.stride(0) if len(cos) > 1 else 0,
-        q.shape[2],
-        k.shape[2],
-        eps,
-        D,
-        power_of_two(q.shape[2]),
-        power_of_two(k.shape[2]),
-        num_warps=4,
-    )
+    strides = *q.stride()[:3], *k.stride()[:3], cos.stride(0) if len(cos) > 1 else 0
+    heads = q.shape[2], k.shape[2]
+    blocks = map(power_of_two, heads)
+    _kernel[(L, B)](q, k, q_weight, k_weight, cos, sin, *strides, *heads, eps, D, *blocks, num_warps=4)
     return q, k
 
 

@@ -1,7 +1,6 @@
-"""What a render tells its consumer while it runs, and what it gives back in the end."""
+"""What a render tells its consumer while it runs, and its result."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -11,7 +10,7 @@ from zimage.settings.declared import Request
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a render. Step 0 says that a stage begins, step = total that it is done.
+    """One step of a render. Step 0 marks the beginning of a stage, step = total its end.
 
     `stage` is "load", "encode", "denoise" or "decode"; `index` of `count` counts components, prompts or images.
     `latents` (B, 16, h, w) come with denoising steps, `image` with each finished picture.
@@ -29,10 +28,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures in order, prompt by prompt, with the seed of each, the request as it was run, and seconds per stage."""
+    """Pictures in order, prompt by prompt, with the seed of each, the request as it ran, and seconds per stage."""
 
     images: list[Image.Image]
     seeds: list[int]
     request: Request
     timings: dict[str, float]
-    metadata: list[dict[str, Any]] = field(repr=False)
+    metadata: list[dict[str, object]] = field(repr=False)

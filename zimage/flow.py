@@ -1,6 +1,6 @@
 """The flow-matching sampler as pure functions. σ is the noise level: 1 = pure noise, 0 = clean.
 
-A sample on the way is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε − x₀ (rectified flow: Liu et al. 2022,
+A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε − x₀ (rectified flow: Liu et al. 2022,
 Lipman et al. 2022). Shapes: latents (B, C, h, w) fp32; masks (1, 1, h, w), 1 = repaint, 0 = keep.
 """
 
@@ -16,11 +16,11 @@ from zimage.errors import RequestError
 def sigmas(steps: int = 8, shift: float = 3.0) -> Tensor:
     """(steps + 1,) fp32 falling from 1 to 0: σ = shift·s / (1 + (shift − 1)·s) at s = 1 … 1/steps, then 0.
 
-    As many model evaluations as steps. A larger shift spends more of them near pure noise (Esser et al. 2024, eq. 23).
-    In fp32 throughout, which gives the reference's bits.
+    Each step is one model evaluation. A larger shift spends more of them near pure noise (Esser et al. 2024, eq. 23).
+    Computed in fp32 throughout, for the reference's bits.
     """
     if steps < 1 or shift <= 0:
-        raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0")
+        raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0, respectively")
     s = torch.linspace(1, 1 / steps, steps)
     return torch.cat((shift * s / (1 + (shift - 1) * s), torch.zeros(1)))
 
@@ -53,7 +53,7 @@ def guidance_at(sigma: Tensor, scale: float, truncation: float = 1.0) -> float:
 
 
 def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:
-    """(1, C, h, w) fp32 drawn on the CPU, so that a seed means the same noise on every device and in every batch."""
+    """(1, C, h, w) fp32 drawn on the CPU, so that a seed gives the same noise on every device and in every batch."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, h, w), generator=generator, dtype=torch.float32)
 
@@ -61,8 +61,8 @@ def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:
 def first_step(steps: int, strength: float) -> int:
     """The step at which a render that starts from a picture begins: int(N − min(N·s, N)), so that ⌈N·s⌉ steps run.
 
-    Computed in the reference's order, so that products such as 100 · 0.29 = 28.999… round as there. Where it would
-    run no step at all (a strength below the last bits of N), the last one runs.
+    Computed in the reference's order, so that products such as 100 · 0.29 = 28.999… round as they do there. If no step
+    would be left (a strength below the last bits of N), the last one runs.
     """
     if steps < 1 or not 0 < strength <= 1:
         raise RequestError(f"strength {strength:g} must be above 0 and at most 1, and steps = {steps} at least 1")
@@ -78,7 +78,7 @@ def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def keep_outside(latents: Tensor, clean: Tensor, noise: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
     """m·x + (1 − m)·x_σ: after a step to σ, what is outside the mask goes back to the picture at that noise level.
 
-    After the last step σ is 0, and outside the mask stands the picture itself.
+    After the last step σ is 0, and the picture itself stands outside the mask.
     """
     return (1 - mask) * noised(clean, noise, sigma) + mask * latents
 
@@ -89,9 +89,9 @@ def latent_mask(mask: Tensor, h: int, w: int) -> Tensor:
 
 
 class Start(NamedTuple):
-    """Where the way to a picture begins: `latents` (B, C, h, w) before the step `step`.
+    """Where denoising begins: `latents` (B, C, h, w) before step number `step`.
 
-    `clean` and the mask (1, 1, h, w) are there for what stays of a picture.
+    `clean` latents and the mask (1, 1, h, w) belong to the picture that a render starts from.
     """
 
     latents: Tensor
@@ -102,21 +102,18 @@ class Start(NamedTuple):
 
     def to(self, device: torch.device) -> "Start":
         """The same on a device, in fp32."""
-        tensors = {id(x): x for x in self if isinstance(x, Tensor)}  # where there is noise alone, it stands here twice
-        moved = {key: x.to(device, torch.float32) for key, x in tensors.items()}
-        return Start(*(moved.get(id(x), x) for x in self))
+        latents = self.latents.to(device, torch.float32)
+        noise = latents if self.noise is self.latents else self.noise.to(device, torch.float32)
+        clean, mask = (x if x is None else x.to(device, torch.float32) for x in (self.clean, self.mask))
+        return Start(latents, self.step, noise, clean, mask)
 
 
 def start(
-    noise: Tensor,
-    sigmas: Tensor,
-    strength: float = 1.0,
-    clean: Tensor | None = None,
-    mask: Tensor | None = None,
+    noise: Tensor, sigmas: Tensor, strength: float = 1.0, clean: Tensor | None = None, mask: Tensor | None = None
 ) -> Start:
-    """Noise (B, C, h, w) alone, or mixed with clean latents at the noise level that `strength` begins at."""
+    """Noise (B, C, h, w) alone, or mixed with clean latents at the noise level at which `strength` begins."""
     if clean is None:
         return Start(noise, 0, noise)
-    clean = clean.contiguous()  # as noise is: in another order in memory, the last bits of a decode may be others
+    clean = clean.contiguous()  # like the noise: another order in memory may change the last bits of a decode
     first = first_step(len(sigmas) - 1, strength)
     return Start(noised(clean, noise, sigmas[first]), first, noise, clean, mask)

@@ -116,7 +116,7 @@ class TimeEmbedder(nn.Module):
         frequencies = torch.exp(-torch.log(torch.tensor(10_000.0)).to(time.device) * exponent)
         angle = (time.float() * self.scale)[:, None] * frequencies
         sinusoid = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].bias.dtype))
+        return self.mlp(sinusoid.to(self.mlp[0].get_parameter("bias").dtype))
 
 
 class FinalLayer(nn.Module):

@@ -13,7 +13,7 @@ Data flow of one denoising run:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class ZImageDiTConfig:
     norm_eps: float
     t_scale: float
 
-    IMPLEMENTED: ClassVar = {
+    IMPLEMENTED: ClassVar[Mapping[str, tuple]] = {
         "_class_name": ("ZImageTransformer2DModel",),
         "all_patch_size": ([PATCH], (PATCH,)),
         "all_f_patch_size": ([1], (1,)),
@@ -61,7 +61,7 @@ class ZImageDiTConfig:
         if not len(self.axes_dims) == len(self.axes_lens) == 3 or any(d % 2 for d in self.axes_dims):
             raise ConfigError(
                 f"DiT config: axes_dims {list(self.axes_dims)} and axes_lens {list(self.axes_lens)} "
-                "must hold three numbers each, the dims even"
+                "must hold three numbers each, and the dims must be even"
             )
         if self.dim % self.n_heads or sum(self.axes_dims) * self.n_heads != self.dim:
             raise ConfigError(
@@ -70,14 +70,14 @@ class ZImageDiTConfig:
             )
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "ZImageDiTConfig":
+    def read(cls, config: Mapping[str, object]) -> "ZImageDiTConfig":
         return read_architecture(cls, config, cls.IMPLEMENTED)
 
     @property
     def max_caption_tokens(self) -> int:
         """The longest caption that stays inside the trained positions: 1504 as published.
 
-        Positions start at 1, Lp is a multiple of 32 and the image stands at Lp + 1, which must be below axes_lens[0].
+        Positions start at 1, Lp is a multiple of 32 and the image is at Lp + 1, which must be below axes_lens[0].
         """
         return (self.axes_lens[0] - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
 
@@ -101,7 +101,7 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Context:
-    """All that stays the same over the steps of one batch: caption tokens, rotations, padding."""
+    """What stays the same over the steps of one batch: caption tokens, rotations, padding."""
 
     tokens: Tensor  # (B, Lp, dim), refined captions
     image_rotation: Rotation  # of Np tokens
@@ -109,8 +109,8 @@ class Context:
     padding: Padding | None  # of the joint sequences; None when all captions have one padded length
 
 
-class ContextRefiner(nn.Module):
-    """Caption embeddings → refined caption tokens. Sees neither time nor image, so it runs once per prompt."""
+class CaptionStream(nn.Module):
+    """What the context refiner and the DiT share: the layers that refine captions."""
 
     def __init__(self, config: ZImageDiTConfig):
         super().__init__()
@@ -123,15 +123,13 @@ class ContextRefiner(nn.Module):
         self.gradient_checkpointing = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]):
+    def from_config(cls, config: Mapping[str, object]) -> Self:
         """Build from the contents of `transformer/config.json`; raises ConfigError."""
         return cls(ZImageDiTConfig.read(config))
 
     def refine(self, captions: Sequence[Tensor]) -> list[Tensor]:
         """Refined tokens (Lp, dim) of each caption (L, caption width), run one by one: no result depends on another."""
         return [self._refine_padded([caption])[0][0] for caption in captions]
-
-    forward = refine
 
     def _refine_padded(self, captions: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """All captions in one padded batch (B, max Lp, dim), and their Lp."""
@@ -158,14 +156,20 @@ class ContextRefiner(nn.Module):
         turn = rotation(positions, self.config.axes_dims, self.config.rope_theta)
         return Rotation(*(part.to(self.cap_pad_token.device) for part in turn))
 
-    def _run(self, block: Block, *args) -> Tensor:
+    def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
 
-class ZImageDiT(ContextRefiner):
-    """Predicts the velocity dx/dσ of noisy latents: a ContextRefiner with the image stream added."""
+class ContextRefiner(CaptionStream):
+    """Caption embeddings → refined caption tokens. It sees neither time nor image, so it runs once per prompt."""
+
+    forward = CaptionStream.refine
+
+
+class ZImageDiT(CaptionStream):
+    """Predicts the velocity dx/dσ of noisy latents: the layers of a ContextRefiner, and the image stream."""
 
     def __init__(self, config: ZImageDiTConfig):
         super().__init__(config)
@@ -179,17 +183,19 @@ class ZImageDiT(ContextRefiner):
         self.layers = _blocks(config, config.n_layers, modulated=True)
 
     @property
-    def x_embedder(self) -> nn.Linear:
+    def x_embedder(self) -> nn.Module:
         return self.all_x_embedder[f"{PATCH}-1"]
 
     @property
     def final_layer(self) -> FinalLayer:
-        return self.all_final_layer[f"{PATCH}-1"]
+        layer = self.all_final_layer[f"{PATCH}-1"]
+        assert isinstance(layer, FinalLayer)
+        return layer
 
     def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The modules that run one after another, in that order, each with the weights that its forward reads.
 
-        The modulations' are not among them: `modulate` reads those of all blocks before the first step.
+        Without the weights of the modulations: `modulate` reads those of all blocks before the first step.
         """
         for block in (*self.context_refiner, *self.noise_refiner, *self.layers):
             yield block, [weight for name, weight in block.named_parameters() if "adaLN" not in name]
@@ -197,7 +203,7 @@ class ZImageDiT(ContextRefiner):
     def forward(self, latents: Tensor, sigma: Tensor, captions: Sequence[Tensor]) -> Tensor:
         """Velocity (B, C, h, w) fp32 of latents (B, C, h, w) at noise levels σ (B,) and B captions (L, caption width).
 
-        x += (σ′ − σ) · velocity takes x from σ to σ′. The batch runs in one go, unequal captions padded and masked.
+        x += (σ′ − σ) · velocity takes x from σ to σ′. The batch runs at once; unequal captions are padded and masked.
         """
         refined, lengths = self._refine_padded(captions)
         context = self._context(refined, lengths, *latents.shape[-2:])
@@ -207,9 +213,7 @@ class ZImageDiT(ContextRefiner):
         """The modulations of all blocks at noise levels σ (B,)."""
         time = self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
         return Modulation(
-            [block.modulate(time) for block in self.noise_refiner],
-            [block.modulate(time) for block in self.layers],
-            self.final_layer.modulate(time),
+            _modulations(self.noise_refiner, time), _modulations(self.layers, time), self.final_layer.modulate(time)
         )
 
     def context(self, refined: Sequence[Tensor], h: int, w: int) -> Context:
@@ -246,12 +250,12 @@ class ZImageDiT(ContextRefiner):
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
     def _embed_image(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, Np, dim): pads replace the embedded value and are attended like any token."""
+        """(B, C, h, w) → (B, Np, dim): learned pads follow the image tokens and are attended like any token."""
         C, h, w = latents.shape[1:]
         if self.config.in_channels != C or h % PATCH or w % PATCH:
             raise RequestError(
-                f"latents of shape {tuple(latents.shape)} do not fit: "
-                f"{self.config.in_channels} channels and even sides are needed"
+                f"latents of shape {tuple(latents.shape)} do not fit; "
+                f"they must have {self.config.in_channels} channels and even sides"
             )
         tokens = self.x_embedder(patchify(latents.to(self.x_pad_token), PATCH))
         pads = self.x_pad_token.expand(len(tokens), padded_length(tokens.shape[1]) - tokens.shape[1], -1)
@@ -262,6 +266,10 @@ def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleLi
     return nn.ModuleList(Block(config.dim, config.n_heads, config.norm_eps, modulated) for _ in range(count))
 
 
+def _modulations(blocks: nn.ModuleList, time: Tensor) -> list[BlockModulation]:
+    return [block.modulate(time) for block in blocks if isinstance(block, Block)]
+
+
 def padded_length(length: int) -> int:
-    """The length that a sequence is filled up to."""
+    """The length to which a sequence is padded."""
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE

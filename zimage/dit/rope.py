@@ -1,7 +1,7 @@
-"""Where every token stands, on three axes (sequence, row, column), and the rotations that follow from it.
+"""The position of every token on three axes (sequence, row, column), and the rotations that follow from it.
 
-Rotations are computed from positions on demand: no table ends, so long captions and large images only leave the
-trained range (`axes_lens`) instead of failing.
+Rotations are computed from positions on demand. Without a table that ends, long captions and large images only leave
+the trained range (`axes_lens`) and do not fail.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Rotation(NamedTuple):
 
 
 def caption_positions(padded_length: int) -> Tensor:
-    """(Lp, 3): caption token i at (1 + i, 0, 0); the learned pads go on counting."""
+    """(Lp, 3): caption token i at (1 + i, 0, 0); the learned pads continue the count."""
     positions = torch.zeros(padded_length, 3, dtype=torch.int64)
     positions[:, 0] = torch.arange(1, padded_length + 1)
     return positions

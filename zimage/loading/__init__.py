@@ -1,1 +1,1 @@
-"""From files to modules in memory: found, checked, planned, loaded, let go."""
+"""From files to modules in memory: finding, checking, planning, loading and releasing them."""

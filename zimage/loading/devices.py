@@ -19,10 +19,7 @@ class Place(NamedTuple):
 
 
 def choose_places(names: Iterable[str], settings: LoadSettings, dtype: str | torch.dtype | None) -> dict[str, Place]:
-    """The place of each component: its own device, where one is named, and the dtype that suits it.
-
-    Raises RequestError.
-    """
+    """The place of each component: its own device if one is named, and the dtype that suits it. Raises RequestError."""
     places = {}
     for name in names:
         own = f"{name}_device"
@@ -40,7 +37,7 @@ def device_names(places: Mapping[str, Place]) -> str:
 
 
 def choose_device(name: str, setting: str = "device") -> torch.device:
-    """A device by name; "auto" takes a GPU where there is one. Raises RequestError for one this machine lacks."""
+    """A device by name; "auto" takes a GPU if there is one. Raises RequestError for a device that is not here."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""The components of a model in their files: found, checked each and against one another, loaded when asked."""
+"""The components of a model in their files: found, checked alone and against one another, loaded on request."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,10 @@ from zimage.loading.devices import choose_device, choose_dtype
 from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
 from zimage.loading.plan import Workload
-from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Row
+from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Model, Row
 from zimage.loading.sizes import BlockBytes
-from zimage.loading.weights import check_fit, late_matrices, load_weights, loaded_bytes, on_meta
+from zimage.loading.streaming import Blocks
+from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
 from zimage.nn.config import read_architecture
 from zimage.settings.declared import LoadSettings
 from zimage.text import Tokenizer
@@ -50,14 +51,14 @@ class SchedulerConfig:
 class Component:
     """One component of a model, opened and checked but not loaded. Raises CheckpointError or ConfigError."""
 
-    def __init__(self, name: str, config: Mapping[str, Any], checkpoint: Checkpoint):
+    def __init__(self, name: str, config: Mapping[str, object], checkpoint: Checkpoint):
         self.name, self.config, self.checkpoint = name, config, checkpoint
         self.skeleton = self._build()
         check_fit(self.skeleton, self.checkpoint, self._other_keys())
 
     @classmethod
     def open(cls, name: str, path: Path) -> "Component":
-        """From a component folder with its config, or from a loose file whose shapes tell the architecture."""
+        """From a component folder with its config, or from a loose file whose shapes show the architecture."""
         whole = ROWS[name].inside or name
         if path.is_dir():
             return cls(name, read_json(path / "config.json"), Checkpoint.of_folder(path, whole))
@@ -70,16 +71,16 @@ class Component:
 
     @cached_property
     def is_packed(self) -> bool:
-        """Whether some of the weights are quantised and stay so."""
+        """Whether some of the weights are quantised and remain so."""
         return any(entry.packed for entry in self.checkpoint.entries.values())
 
     def load(
         self, device: torch.device, dtype: torch.dtype, widen_late: bool = False, streamed: Sequence[int] = ()
     ) -> nn.Module:
-        """A module with its weights: on the CPU views of the mapped file where the dtype agrees.
+        """A module with its weights, which on the CPU are views of the mapped file if the dtype agrees.
 
         `widen_late`: matrices stay as stored and are widened to `dtype` when used. `streamed`: blocks whose weights
-        are left in the file; `streaming.stream` brings them when they run.
+        stay in the file; `streaming.stream` brings them when they run.
         """
         if device.type == "cpu":
             keep_freed_memory()
@@ -107,7 +108,7 @@ class Component:
         return self.stored_bytes() if widen_late else loaded_bytes(self.skeleton, self.checkpoint, dtype)
 
     def view_bytes(self, name: str, dtype: torch.dtype, widen_late: bool) -> int:
-        """Bytes of a weight that stays a view of the file when it is loaded on a CPU; 0 for one that does not."""
+        """Bytes of a weight that remains a view of the file when loaded on a CPU; 0 for one that does not."""
         entry = self.checkpoint.entries.get(name)
         if entry is None or not self._can_be_view(name):
             return 0
@@ -115,7 +116,7 @@ class Component:
         return entry.nbytes if stays else 0
 
     def block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes:
-        """Of a block with these weights, those that can be streamed."""
+        """The bytes of those weights of a block that can be streamed."""
         loaded = stored = 0
         for entry, name in ((self.checkpoint.entries[n], n) for n in names if self._can_be_view(n)):
             viewed = self.view_bytes(name, dtype, widen_late)
@@ -123,24 +124,23 @@ class Component:
             stored += 0 if viewed else entry.nbytes
         return BlockBytes(loaded, stored)
 
-    # ------------------------------------------------------------------ the rest
-
     def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
         names = {id(weight): name for name, weight in model.named_parameters()}
-        chosen = [weights for i, (_, weights) in enumerate(model.blocks()) if i in blocks]
+        found = model.blocks() if isinstance(model, Blocks) else ()
+        chosen = [weights for i, (_, weights) in enumerate(found) if i in blocks]
         return {names[id(w)] for weights in chosen for w in weights if self._can_be_view(names[id(w)])}
 
     def _can_be_view(self, name: str) -> bool:
-        """Whether a weight is a view of the file before it is cast; one that loading has to copy is not."""
-        return not hasattr(self.skeleton, "fold") and self.checkpoint.entries[name].aligned
+        """Whether a weight is a view of the file before it is cast, and need not be copied."""
+        return not isinstance(self.skeleton, Folds) and self.checkpoint.entries[name].aligned
 
     @cached_property
     def _matrices(self) -> set[str]:
         return late_matrices(self.skeleton)
 
-    def _build(self, name: str = "") -> Any:
+    def _build(self, name: str = "") -> Model:
         with on_meta():
-            return ROWS[name or self.name].module(self.config).from_config(self.config)
+            return ROWS[name or self.name].build(self.config)
 
     def _other_keys(self) -> set[str]:
         """The keys of the component in whose file this one lies."""
@@ -148,9 +148,9 @@ class Component:
 
 
 class ModelFiles:
-    """A whole model in its files: components, tokenizer and schedule, checked each and against one another.
+    """A whole model in its files: components, tokenizer and schedule, checked alone and against one another.
 
-    `shift` is None where nothing tells it; `assumptions` are lines on what loose files do not say.
+    `shift` is None if no file states it; `assumptions` are lines about what loose files leave open.
     """
 
     def __init__(
@@ -182,20 +182,19 @@ class ModelFiles:
     ) -> "ModelFiles":
         """Loose files or component folders, one for each that is required.
 
-        The schedule's shift goes by the variant, else by the folder that the DiT lies in, else by the model `folder`
+        The schedule's shift follows from the variant, else from the folder of the DiT, else from the model `folder`
         whose component a loose DiT replaces.
         """
         for name in REQUIRED:
             if name not in paths:
-                raise RequestError(
-                    f"{name} is missing: pass {', '.join(REQUIRED)} together, or a whole model", fields=(name,)
-                )
+                text = f"{name} is missing: pass {', '.join(REQUIRED)} together, or a whole model"
+                raise RequestError(text, fields=(name,))
         components = {name: Component.open(name, paths[name]) for name in REQUIRED}
         found = Tokenizer.load(tokenizer or find_tokenizer(paths[TEXT_ENCODER]))
         if variant:
             return cls(paths[DIT], components, found, VARIANTS[variant])
         if paths[DIT].is_dir() or folder is None:
-            return cls(paths[DIT], components, found, _shift_beside(paths[DIT]))
+            return cls(paths[DIT], components, found, read_shift(paths[DIT].parent) if paths[DIT].is_dir() else None)
         shift = read_shift(folder)
         line = f"DiT from a loose file: the schedule of {folder} (shift {shift:g}) is assumed" if shift else ""
         return cls(paths[DIT], components, found, shift, [line] if line else [])
@@ -207,7 +206,7 @@ class ModelFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digits that tell this model's weights from others."""
+        """Digits that distinguish this model's weights from others."""
         return "-".join(component.checkpoint.fingerprint()[:4] for component in self.components.values())
 
     def skeleton(self, name: str) -> Any:
@@ -236,9 +235,9 @@ class ModelFiles:
 
 
 def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> ModelFiles:
-    """A folder or an all-in-one file, with the settings' components in the place of its own; or these alone.
+    """Open a folder or an all-in-one file, with the settings' components in place of its own, or these alone.
 
-    `default` is opened where neither is given. Raises CheckpointError, ConfigError or RequestError.
+    `default` is opened if neither is given. Raises CheckpointError, ConfigError or RequestError.
     """
     named = {name: Path(value).expanduser() for name in REQUIRED if (value := getattr(settings, name))}
     tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else None
@@ -267,7 +266,7 @@ def load_component(
 
 
 def component_folder(path: Path, name: str) -> Path:
-    """`path`'s subfolder of the component, or `path` itself where it is that subfolder or a file."""
+    """The component's subfolder of `path`, or `path` itself if it is that subfolder or a file."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -285,14 +284,9 @@ def find_tokenizer(text_encoder: Path) -> Path:
         if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
             return folder
     raise CheckpointError(
-        f"{text_encoder} comes with no tokenizer, and there is none beside it; use --tokenizer DIR with the folder "
+        f"{text_encoder} has no tokenizer beside it; use --tokenizer DIR with the folder "
         "`tokenizer` of Tongyi-MAI/Z-Image-Turbo or of Qwen/Qwen3-4B (tokenizer.json)"
     )
-
-
-def _shift_beside(dit: Path) -> float | None:
-    """The shift of the model folder that a component folder lies in, if it does."""
-    return read_shift(dit.parent) if dit.is_dir() else None
 
 
 def read_shift(folder: Path) -> float | None:

@@ -1,12 +1,11 @@
-"""The architecture that a loose file's shapes tell, as the config it would have in a published folder.
+"""The architecture of a loose file, inferred from its shapes, as the config that a published folder would have.
 
-What shapes cannot tell is assumed to be as published, and said: `ASSUMED`.
+What shapes cannot show is assumed to be as published; `ASSUMED` tells the user so.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from zimage.errors import CheckpointError
 from zimage.formats.stored import Stored
@@ -21,21 +20,21 @@ ASSUMED = {
 Shape = Callable[[str], tuple[int, ...]]
 
 
-def architecture(part: str, file: Path, entries: Mapping[str, Stored]) -> dict[str, Any]:
+def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> dict[str, object]:
     """The config of "dit", "text_encoder" or "vae" with these canonical keys. Raises CheckpointError."""
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in entries or len(entries[key].shape) not in (1, 2, 4):
-            raise CheckpointError(f"{file}: {key}, which tells the architecture, is missing or misshapen")
+            raise CheckpointError(f"{file}: {key}, which shows the architecture, is missing or has the wrong shape")
         return entries[key].shape
 
     try:
-        return {"dit": _dit, "text_encoder": _text_encoder, "vae": _vae}[part](file, shape, entries)
+        return {"dit": _dit, "text_encoder": _text_encoder, "vae": _vae}[component](file, shape, entries)
     except (IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: the shapes of its tensors tell no architecture ({error})") from error
+        raise CheckpointError(f"{file}: the shapes of its tensors fit no known architecture ({error})") from error
 
 
-def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, Any]:
+def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:
     dim, head_dim = shape("x_pad_token")[1], shape("layers.0.attention.norm_q.weight")[0]
     if head_dim != HEAD_DIM:
         raise CheckpointError(
@@ -59,7 +58,7 @@ def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, Any]
     }
 
 
-def _text_encoder(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, Any]:
+def _text_encoder(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:
     vocab, hidden = shape("model.embed_tokens.weight")
     head_dim = shape("model.layers.0.self_attn.q_norm.weight")[0]
     return {
@@ -76,7 +75,7 @@ def _text_encoder(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[
     }
 
 
-def _vae(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, Any]:
+def _vae(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:
     if "decoder.mid_block.resnets.0.norm1.gamma" in keys:
         raise CheckpointError(f"{file}: a Wan VAE without its latents' mean and deviation; use a folder")
     levels = _count(keys, r"decoder\.up_blocks\.(\d+)\.")

@@ -1,9 +1,8 @@
 """The LoRA adapters of a pipeline: which files at which scale, whether its DiT is loaded or not.
 
-Adapters add up. A layer is always made from the checkpoint's weight and all that is wanted of it, never from what it
-holds at the moment, so that an adapter that is removed leaves nothing behind. What is listed here is what requests
-prepared from now on take along; the loaded DiT belongs to `residency`, which gives it the adapters of the request at
-work.
+Adapters add up. A layer is always computed from the checkpoint's weight and all adapters in use, never from its present
+weight, so that a removed adapter leaves nothing behind. Requests take the adapters that are listed here when they are
+prepared; the loaded DiT belongs to `residency`, which applies those of the request at work.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -34,14 +33,14 @@ class Handle:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """Which adapter at which scale, as plain values: `scale` is what its deltas are multiplied by."""
+    """Which adapter at which scale, as plain values: its deltas are multiplied by `scale`."""
 
     name: str  # of the file, without its folder
     scale: float
     hash: str
     path: str
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Plain values for a picture's metadata, which names no folders."""
         return {"name": self.name, "scale": self.scale, "hash": self.hash}
 
@@ -58,15 +57,15 @@ Adapters = tuple[Adapter, ...]
 
 
 class Owner(Protocol):
-    """Who has the loaded DiT."""
+    """The owner of the loaded DiT."""
 
     def adapt_idle(self, adapters: Adapters) -> None: ...
 
 
 class Loras:
-    """`pipe.lora`. For several threads at once; a render keeps the adapters that it was prepared with.
+    """`pipe.lora`. Several threads may use it; a render keeps the adapters with which it was prepared.
 
-    `mergeable` says that the DiT's layers are plain.
+    `mergeable`: whether the DiT's layers are plain.
     """
 
     def __init__(self, dit: Component, owner: Owner, mergeable: bool):
@@ -75,9 +74,9 @@ class Loras:
         self._adapters: dict[Handle, Adapter] = {}
 
     def add(self, path: str | os.PathLike, scale: float = 1.0) -> Handle:
-        """Add the adapter of a safetensors file and return what `set` and `remove` know it by.
+        """Add the adapter of a safetensors file and return its handle for `set` and `remove`.
 
-        Raises RequestError for a scale that cannot be used and CheckpointError for a file that cannot.
+        Raises RequestError for an unusable scale and CheckpointError for an unusable file.
         """
         adapter = self.adapter(path, scale)
         with self._lock:
@@ -87,31 +86,29 @@ class Loras:
     def adapter(self, path: str | os.PathLike, scale: float = 1.0, expected: str = "") -> Adapter:
         """The adapter of a file, checked but not added; `expected` is the hash that its content must have."""
         if not isinstance(path, str | os.PathLike):
-            raise RequestError(
-                f"lora {path!r} is a {type(path).__name__}; it should be the path of a file", fields=("lora",)
-            )
+            text = f"lora {path!r} is a {type(path).__name__}; it should be the path of a file"
+            raise RequestError(text, fields=("lora",))
         check_lora_scale(scale)
         named = Path(os.path.expanduser(path))
         file = read_lora(named, linear_shapes(self._dit.skeleton))
         if expected and file.fingerprint != expected:
-            raise RequestError(
-                f"lora {named} is not the file that was meant: its content has changed", fields=("lora",)
-            )
+            raise RequestError(f"lora {named} is not the expected file: its content has changed", fields=("lora",))
         decomposed = [layer for layer, delta in file.deltas.items() if isinstance(delta, Decomposed)]
-        if not all(self._mergeable and not self._is_packed(layer) for layer in decomposed):
+        entries = self._dit.checkpoint.entries
+        if not all(self._mergeable and not entries[f"{layer}.weight"].packed for layer in decomposed):
             text = f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16"
             raise RequestError(text, fields=("lora", "precision"))
         return Adapter(file.name, float(scale), file.fingerprint, os.path.abspath(named), file)
 
     def set(self, handle: Handle, scale: float) -> None:
-        """Give an adapter another scale; at 0 the weights are as without it. Raises RequestError."""
+        """Change an adapter's scale; at 0 the weights are as without it. Raises RequestError."""
         check_lora_scale(scale)
         with self._lock:
             adapter = dataclasses.replace(self._known(handle), scale=float(scale))
             self._become({**self._adapters, handle: adapter})
 
     def remove(self, handle: Handle) -> None:
-        """Take an adapter away; when none is left the weights are the checkpoint's own bits. Raises RequestError."""
+        """Remove an adapter; once none is left, the weights are the checkpoint's own bits. Raises RequestError."""
         with self._lock:
             self._known(handle)
             self._become({key: adapter for key, adapter in self._adapters.items() if key is not handle})
@@ -121,11 +118,8 @@ class Loras:
         return tuple(self._adapters.values())
 
     def read(self, uses: Iterable[LoraUse]) -> Adapters:
-        """The adapters that a job names, those from their files that are not read yet. Raises as `adapter` does."""
+        """The adapters that a job names, read from their files where needed. Raises as `adapter` does."""
         return tuple(u if isinstance(u, Adapter) else self.adapter(u.path, u.scale, u.hash) for u in uses)
-
-    def _is_packed(self, path: str) -> bool:
-        return self._dit.checkpoint.entries[f"{path}.weight"].packed
 
     def _known(self, handle: Handle) -> Adapter:
         if not isinstance(handle, Handle) or handle not in self._adapters:
@@ -133,22 +127,17 @@ class Loras:
         return self._adapters[handle]
 
     def _become(self, adapters: Mapping[Handle, Adapter]) -> None:
-        """Have these adapters from now on, unless the DiT cannot carry them."""
+        """Use these adapters from now on, unless the DiT cannot carry them."""
         self._owner.adapt_idle(tuple(adapters.values()))
         self._adapters = dict(adapters)
 
 
 def bring(
-    dit: nn.Module,
-    component: Component,
-    before: Adapters,
-    after: Adapters,
-    dtype: torch.dtype,
-    device: torch.device,
+    dit: nn.Module, component: Component, before: Adapters, after: Adapters, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Make a DiT that carries the adapters `before` carry those of `after`, layer by layer where that is different."""
+    """Exchange the adapters of a DiT from `before` to `after`, in the layers where these differ."""
     old, new = _stacks(before), _stacks(after)
-    changed = {path: new.get(path, []) for path in {**old, **new} if _told(old, path) != _told(new, path)}
+    changed = {path: new.get(path, []) for path in {**old, **new} if _marks(old, path) != _marks(new, path)}
     if not changed:
         return
     maps, entries = Maps(), component.checkpoint.entries
@@ -166,7 +155,7 @@ def bring(
 
 
 def _stacks(adapters: Adapters) -> dict[str, list[Adapter]]:
-    """Layer → the adapters that have something for it, at a scale other than 0."""
+    """Layer → the adapters that change it, at a scale other than 0."""
     stacks: dict[str, list[Adapter]] = {}
     for adapter in adapters:
         for path in adapter.file.deltas if adapter.scale else ():
@@ -174,5 +163,5 @@ def _stacks(adapters: Adapters) -> dict[str, list[Adapter]]:
     return stacks
 
 
-def _told(stacks: Mapping[str, list[Adapter]], path: str) -> list[tuple[str, float]]:
+def _marks(stacks: Mapping[str, list[Adapter]], path: str) -> list[tuple[str, float]]:
     return [(adapter.hash, adapter.scale) for adapter in stacks.get(path, [])]

@@ -1,4 +1,4 @@
-"""What memory the machine has, and running out of it."""
+"""The machine's memory, and running out of it."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from zimage.errors import OutOfMemory
 from zimage.formats.pages import PAGE, libc
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
-KEPT = 64 << 20  # bytes: an activation of a step is kept, a whole map of a VAE goes back at once
+KEPT = 64 << 20  # bytes: an activation of a step is kept, a whole map of a VAE is returned at once
 
 
 def available_memory(device: torch.device) -> int:
@@ -36,7 +36,7 @@ def process_memory() -> int:
 
 @contextlib.contextmanager
 def out_of_memory_in(stage: str) -> Iterator[None]:
-    """Turn running out of memory inside into one line: an OutOfMemory that names the stage and what was asked for."""
+    """Turn a lack of memory inside into one line: an OutOfMemory that names the stage and the size asked for."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -51,14 +51,14 @@ def out_of_memory_in(stage: str) -> Iterator[None]:
 
 
 def _is_shortage(error: Exception) -> bool:
-    """PyTorch has a class for it on NVIDIA's GPUs only."""
+    """Whether memory was lacking; PyTorch has a class for this error on NVIDIA GPUs only."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def _readable(size: str) -> str:
-    """PyTorch counts in bytes on a CPU."""
+    """The size in GB where PyTorch counts in bytes, as it does on a CPU."""
     number, unit = size.split()
     return f"{int(number) / 1e9:.3g} GB" if unit == "bytes" else size
 
@@ -76,8 +76,8 @@ def _container_memory() -> int:
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next activation, until `release_cached`. For the whole process.
 
-    By default every map of more than some 100 KB is new memory from the kernel, zeroed page by page when first written:
-    8 % of a full-size step.
+    By default every map above some 100 KB is new memory from the kernel, zeroed page by page when first written: 8 % of
+    a full-size step.
     """
     if sys.platform == "linux" and hasattr(libc(), "mallopt"):
         for option, size in ((M_MMAP_THRESHOLD, KEPT), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, KEPT)):
@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
 
 
 def release_cached(device: torch.device) -> None:
-    """Hand freed memory back, so that the next stage and other programs can have it."""
+    """Return freed memory, so that the next stage and other programs can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and hasattr(libc(), "malloc_trim"):

@@ -1,16 +1,16 @@
-"""A memory plan as plain values: what a request asks of the memory, and what is in it while each stage runs."""
+"""A memory plan as plain values: what a request needs, and what is in memory while each stage runs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides on the memory of a request: sizes in pixels, tokens of its longest text, images denoised together.
+    """What determines the memory of a request: sizes in pixels, tokens of its longest text, images denoised together.
 
-    `tile_mode` "" leaves the way of decoding to the planner; `tile_size` 0 is the usual one. `stored_tokens` is how
-    many tokens the text encoder's cache has room for when it writes; 0 when it only encodes.
+    `tile_mode` "" leaves the choice to the planner; `tile_size` 0 is the default. `stored_tokens` is the room, in
+    tokens, of the text encoder's cache when it writes; 0 when it only encodes.
     """
 
     width: int
@@ -25,9 +25,6 @@ class Workload:
     def pixels(self) -> int:
         return self.width * self.height
 
-    def with_mode(self, tile_mode: str) -> "Workload":
-        return replace(self, tile_mode=tile_mode)
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -37,11 +34,11 @@ class StagePlan:
     title: str  # of the component, in sentences
     device: str
     base: int  # what is there before anything is loaded
-    weights: int  # in memory throughout, other components' included
+    weights: int  # in memory throughout, including other components'
     activations: int
     streamed: tuple[int, ...] = ()  # indices of the blocks that come and go
     streamed_bytes: int = 0
-    window: int = 0  # of their weights in memory at once
+    window: int = 0  # bytes of them that are in memory at once
     blocks: int = 0  # in all
     pinned: int = 0  # page-locked on the host, for streaming to a GPU
     tile_mode: str = ""  # of the VAE's stage
@@ -53,7 +50,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a workload runs: its stages, the components that stay loaded after theirs, and what each device allows."""
+    """How a workload runs: its stages, the components that stay loaded afterwards, and the limit of each device."""
 
     work: Workload
     stages: Mapping[str, StagePlan]  # by component
@@ -71,14 +68,14 @@ class MemoryPlan:
 
     @property
     def tightest(self) -> StagePlan:
-        """The stage with the least room left, or the most lacking."""
+        """The stage with the least room left, or with the largest excess."""
         return max(self.stages.values(), key=self.excess)
 
     @property
     def fits(self) -> bool:
         return self.excess(self.tightest) <= 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, as JSON holds them."""
         stages = {name: {**asdict(stage), "streamed": list(stage.streamed)} for name, stage in self.stages.items()}
         kept, limits = sorted(self.kept), dict(self.limits)

@@ -1,20 +1,20 @@
-"""What of a model is in memory and when: decided before anything is loaded, from sizes alone.
+"""Decides which components are in memory and when: before anything is loaded, from sizes alone.
 
-On each device the first of these is taken that fits, from the least costly on:
+On each device the planner takes the first of these that fits, the least costly first:
 
     keep     all components stay loaded between stages and requests
-    stage    each component is loaded in its turn and let go
+    stage    each component is loaded for its stage and then released
     strips   … and the picture is decoded in exact strips
-    stream   … and of the text encoder or the DiT some blocks' weights are in memory only while they run,
-             as few as possible (`loading.streaming`)
+    stream   … and the weights of some blocks of the text encoder or the DiT, as few as possible, are in memory
+             only while these run (`loading.streaming`)
 
-The peak of a stage is what is there anyway, plus the weights in memory meanwhile, plus what its work takes
+The peak of a stage is the memory in use anyway, plus the weights in memory during it, plus what its work needs
 (`loading.sizes`). On a CPU it is the whole process's resident memory, with pages of mapped files, as Linux counts it
 (VmHWM); on a GPU what PyTorch allocates there.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -27,22 +27,20 @@ from zimage.loading.registry import ROWS, TEXT_ENCODER, VAE
 from zimage.loading.sizes import BlockBytes, ComponentSizes, measure
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, LoadSettings
 
-# By default a CPU's weights stay loaded only when they leave as much memory free: other programs live there too, and
-# letting go of mapped pages costs little, since the kernel keeps them cached. A GPU is used to the full.
+# By default weights stay loaded on a CPU only if they leave as much memory free: other programs live there too, and
+# releasing mapped pages costs little, since the kernel keeps them cached. A GPU is used to the full.
 KEEP_SHARE = 0.5
-# Decoded whole up to this, in strips beyond it, whatever memory there is: strips equal the whole to rounding only, and
-# the same request should give the same bits on every machine that has some 4 GB.
+# Pictures are decoded whole up to this size and in strips beyond it, however much memory is free: strips equal the
+# whole only up to rounding, and a request should give the same bits on every machine that has some 4 GB.
 WHOLE_BYTES = 3e9
-# Measured: code pages of libraries first used in a render, thread stacks, freed memory that is not handed back.
+# Measured: code pages of libraries first used in a render, thread stacks, freed memory that is not returned.
 RUNTIME_BYTES = {"cpu": 40_000_000}
-ELSEWHERE_BYTES = (
-    300_000_000  # on a GPU: workspaces of libraries, rounding of the allocator; an allowance, not measured
-)
+ELSEWHERE_BYTES = 300_000_000  # on a GPU: workspaces of libraries, rounding of the allocator; an unmeasured allowance
 STREAMING_DEVICES = ("cpu", "cuda")
 
 
 class Planner:
-    """Knows the sizes of a model's components in their places, and the memory there is."""
+    """Knows the sizes of a model's components in their places, and the available memory."""
 
     def __init__(self, model: ModelFiles, places: Mapping[str, Place], settings: LoadSettings):
         self.settings = settings
@@ -61,9 +59,9 @@ class Planner:
     # ------------------------------------------------------------------ the decision
 
     def plan(self, work: Workload, loaded: Iterable[str] = ()) -> MemoryPlan:
-        """How to run a workload on what is free when the `loaded` components were let go.
+        """How to run a workload in the memory that is free once the `loaded` components are released.
 
-        Always gives a plan; `check` refuses one that does not fit.
+        Always returns a plan; `check` refuses one that does not fit.
         """
         copies = {name: self.sizes[name].copied for name in loaded if name in self.sizes}
         stages: dict[str, StagePlan] = {}
@@ -80,7 +78,7 @@ class Planner:
         return MemoryPlan(work, ordered, frozenset(kept), limits, self.settings.memory)
 
     def plan_writing(self, tokens: int, loaded: Iterable[str] = ()) -> MemoryPlan:
-        """How the text encoder writes a text of `tokens` in all. Raises RequestError where it does not fit."""
+        """How the text encoder writes a text of `tokens` in total. Raises RequestError if it does not fit."""
         work = Workload(SIZE_MULTIPLE, SIZE_MULTIPLE, tokens, tile_mode="off", stored_tokens=tokens)
         plan = self.plan(work, loaded)
         stage = plan.stages[TEXT_ENCODER]
@@ -88,7 +86,7 @@ class Planner:
             limit = plan.limits[stage.device]
             raise RequestError(
                 f"writing a text of {tokens} tokens needs {stage.peak / 1e9:.2f} GB; {limit / 1e9:.2f} GB may be "
-                "used; set fewer max_tokens or more memory, or a rewriter_url",
+                "used; set fewer max_tokens, more memory or a rewriter_url",
                 fields=("max_tokens", "memory"),
             )
         return plan
@@ -99,7 +97,7 @@ class Planner:
         return self.plan(Workload(width, height, 0), loaded).tile_mode
 
     def check(self, plan: MemoryPlan, loaded: Iterable[str] = ()) -> None:
-        """Raise RequestError, with the figures and what would fit, for a plan that does not fit."""
+        """Raise RequestError, with the figures and a size that fits, for a plan that does not fit."""
         if not plan.fits:
             fitting = self._largest(plan.work, list(loaded))
             fields = ("width", "height", "memory") if fitting else ("memory",)
@@ -114,14 +112,14 @@ class Planner:
             )
 
     def _together(self, names: list[str], work: Workload, limit: int) -> dict[str, StagePlan]:
-        """The stages of components that all stay loaded, or nothing where they do not fit."""
+        """The stages of components that all stay loaded, or nothing if these do not fit."""
         if self.settings.residency == "stage":
             return {}
         must = self.settings.residency == "keep"
         weights = sum(self.sizes[name].resident for name in names)
         stages: dict[str, StagePlan] = {}
         for mode in self._tile_modes(work) if must else self._tile_modes(work)[:1]:
-            stages = {name: self._stage(name, work.with_mode(mode), weights) for name in names}
+            stages = {name: self._stage(name, replace(work, tile_mode=mode), weights) for name in names}
             if all(stage.peak <= limit for stage in stages.values()):
                 break
             if not must:
@@ -138,7 +136,7 @@ class Planner:
     def _ways(self, name: str, work: Workload, limit: int) -> Iterable[StagePlan]:
         sizes = self.sizes[name]
         for mode in self._tile_modes(work) if name == VAE else ("",):
-            yield (whole := self._stage(name, work.with_mode(mode), sizes.resident))
+            yield (whole := self._stage(name, replace(work, tile_mode=mode), sizes.resident))
         if any(block.loaded for block in sizes.blocks):
             yield self._streamed(whole, sizes.blocks, limit)
 
@@ -149,7 +147,7 @@ class Planner:
         for count in range(1, len(candidates) + 1):
             chosen = tuple(candidates[(2 * j + 1) * len(candidates) // (2 * count)] for j in range(count))
             size = sum(blocks[i].loaded for i in chosen)
-            stage = dataclasses.replace(
+            stage = replace(
                 whole,
                 weights=whole.weights - size,
                 streamed=chosen,
@@ -163,7 +161,7 @@ class Planner:
 
     def _stage(self, name: str, work: Workload, weights: int) -> StagePlan:
         sizes = self.sizes[name]
-        # All layers and the head are read when it writes, which encoding does without.
+        # Writing reads all layers and the head; encoding does not.
         weights += sizes.unread if work.stored_tokens and name == TEXT_ENCODER else 0
         return StagePlan(
             name,
@@ -179,7 +177,7 @@ class Planner:
     # ------------------------------------------------------------------ limits
 
     def _limit(self, device: torch.device, copies: int = 0) -> int:
-        """Bytes that may be taken on a device: what is free if our own `copies` were let go, or what was allowed."""
+        """Bytes that may be used on a device: what is free without our own `copies`, or what was allowed."""
         free = self._base[device] + available_memory(device) + copies
         return free if self.settings.memory is None else min(free, round(self.settings.memory * 1e9))
 
@@ -192,7 +190,7 @@ class Planner:
         """The ways of decoding that the request leaves open, the preferred one first."""
         if work.tile_mode:
             return (work.tile_mode,)
-        whole = dataclasses.replace(work, tile_mode="off", tile_size=0)
+        whole = replace(work, tile_mode="off", tile_size=0)
         decode = self.sizes[VAE].component.work_bytes(whole, self.sizes[VAE].dtype)
         return ("off", "exact") if decode <= WHOLE_BYTES else ("exact",)
 
@@ -226,7 +224,7 @@ class Planner:
             width, height = (
                 max(1, side // SIZE_MULTIPLE * n // short) * SIZE_MULTIPLE for side in (work.width, work.height)
             )
-            return dataclasses.replace(work, width=width, height=height)
+            return replace(work, width=width, height=height)
 
         while low < high:
             middle = (low + high + 1) // 2
@@ -235,7 +233,7 @@ class Planner:
 
 
 def _window(on_cpu: bool, blocks: list[BlockBytes]) -> int:
-    """The block that runs and the next one; a block that is cast is read ahead as it is stored."""
+    """Bytes of the running block and the next one; a block that is cast is read ahead as it is stored."""
     loaded = max(block.loaded for block in blocks)
     if not on_cpu:
         return 2 * loaded
@@ -245,6 +243,6 @@ def _window(on_cpu: bool, blocks: list[BlockBytes]) -> int:
 
 
 def _base_bytes(device: torch.device) -> int:
-    """What is in memory before anything of the model is, and what the libraries will add."""
+    """The memory in use before the model is loaded, and what the libraries will add."""
     held = process_memory() if device.type == "cpu" else 0
     return held + RUNTIME_BYTES.get(device.type, ELSEWHERE_BYTES)

@@ -1,7 +1,7 @@
-"""One row per component: what it is called, where it lies, which module it is, and what is done to it once loaded.
+"""One row per component: what it is called, where it lies, which module it is, and which transformations apply to it.
 
-This is the only place that lists them. To add one, add a row: it is then opened, checked, planned, loaded and let go
-like the others; `optional` ones belong to a pipeline only where the settings ask for them.
+This is the only place that lists them. To add one, add a row: it is then opened, checked, planned, loaded and
+released like the others; `optional` ones belong to a pipeline only where the settings ask for them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,56 +14,44 @@ from torch import nn
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import ConfigError
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import (
-    dit_bytes,
-    dit_reads,
-    text_encoder_bytes,
-    text_encoder_reads,
-    vae_bytes,
-    vae_reads,
-)
+from zimage.loading.sizes import dit_bytes, dit_reads, text_encoder_bytes, text_encoder_reads, vae_bytes, vae_reads
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
+Model = Qwen3 | ZImageDiT | ContextRefiner | AutoencoderKL | AutoencoderKLWan
 
 
 @dataclass(frozen=True)
 class Row:
-    """A component. `classes` are by the config's `_class_name`, or the only one under ""."""
+    """A component. The keys of `classes` are a config's `_class_name`, or "" where there is only one class."""
 
     name: str  # in settings, files and messages for programs
     title: str  # in sentences
     folder: str  # in the published layout
-    classes: Mapping[str, type[nn.Module]]
+    classes: Mapping[str, type[Model]]
     reads: Callable[[nn.Module], Iterator[nn.Parameter]]  # what a render reads, in its order
-    work: Callable[[Any, Workload, torch.dtype], int]  # bytes that its stage needs besides weights, of its config
+    work: Callable[[Any, Workload, torch.dtype], int]  # config → bytes that its stage needs besides weights
     optional: bool = False
     inside: str = ""  # the component whose file it shares: it is loaded by itself only
     transformed: bool = False  # whether precision, LoRAs and compilation apply to it
 
-    def module(self, config: Mapping[str, Any]) -> type[nn.Module]:
-        """The class that a config asks for. Raises ConfigError."""
+    def build(self, config: Mapping[str, object]) -> Model:
+        """A module of the class and the sizes that a config asks for. Raises ConfigError."""
         kind = "" if "" in self.classes else config.get("_class_name")
-        if kind not in self.classes:
+        if not isinstance(kind, str) or kind not in self.classes:
             known = " or ".join(self.classes)
             raise ConfigError(f"{self.name} config: _class_name = {kind!r} is not implemented; it must be {known}")
-        return self.classes[kind]
+        return self.classes[kind].from_config(config)
 
 
+VAES: Mapping[str, type[Model]] = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLWan": AutoencoderKLWan}
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         Row(TEXT_ENCODER, "text encoder", "text_encoder", {"": Qwen3}, text_encoder_reads, text_encoder_bytes),
         Row(DIT, "DiT", "transformer", {"": ZImageDiT}, dit_reads, dit_bytes, transformed=True),
-        Row(
-            VAE,
-            "VAE",
-            "vae",
-            {"AutoencoderKL": AutoencoderKL, "AutoencoderKLWan": AutoencoderKLWan},
-            vae_reads,
-            vae_bytes,
-        ),
+        Row(VAE, "VAE", "vae", VAES, vae_reads, vae_bytes),
         Row(
             CONTEXT_REFINER,
             "context refiner",

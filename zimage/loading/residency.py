@@ -1,9 +1,9 @@
-"""The loaded components of a model: brought in for a stage, transformed in one visible list, let go.
+"""The loaded components of a model: loaded for a stage, transformed in one visible list, released.
 
-Which components stay, and which of their blocks are streamed, is what a plan says, and every call brings its own: two
+A plan says which components stay and which of their blocks are streamed, and every call passes its own plan: two
 requests on one pipeline, interleaved or in threads, cannot see each other's. Work on a component is done inside `use`,
-which holds its device: one piece of work at a time (an evaluation, a text, a picture), so that weights move between
-them only, and a request whose component was let go for another's finds it loaded anew, with the LoRAs it began with.
+which holds its device for one piece of work (an evaluation, a text, a picture), so that weights move only between
+pieces. If another request had a component released, it is loaded again with the LoRAs that its request began with.
 """
 
 import logging
@@ -54,7 +54,7 @@ class Residency:
         sizes: Mapping[str, ComponentSizes],
     ):
         self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
-        # A backend that is named is meant for the DiT; components on another device take what runs there.
+        # A named backend is meant for the DiT; components on another device use what runs there.
         attention = settings.attention or "auto"
         chosen = {n: choose_attention(attention if p == places[DIT] else "auto", *p) for n, p in places.items()}
         self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
@@ -70,22 +70,22 @@ class Residency:
 
     @contextmanager
     def use(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> Iterator[Any]:
-        """A component for one piece of work, loaded by `plan` and carrying `adapters`; its device is held meanwhile.
+        """A component for one piece of work, loaded by `plan` with `adapters`; its device is held during it.
 
-        Never yield out of a generator inside: another request on the same pipeline would wait for ever.
+        Never yield from a generator inside: another request on the same pipeline would wait forever.
         """
         with self._devices[self.places[name].device]:
             yield self._brought(name, plan, adapters).module
 
     def begin(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> None:
-        """A stage begins: its component is loaded, and read ahead."""
+        """Begin a stage: load its component and read it ahead."""
         with self._devices[self.places[name].device]:
             self._brought(name, plan, adapters)
             self._read_ahead(name)
             self._busy[name] += 1
 
     def finish(self, name: str, plan: MemoryPlan) -> None:
-        """A stage ends: its component is let go unless the plan keeps it, or another request's stage still needs it."""
+        """End a stage: release its component unless the plan keeps it or another request's stage still needs it."""
         with self._devices[self.places[name].device]:
             self._busy[name] -= 1
             if self._busy[name]:
@@ -97,7 +97,7 @@ class Residency:
                 held.ahead = None
 
     def release(self, *names: str) -> None:
-        """Let go of loaded components (all, when none is named); they load again when next used."""
+        """Release loaded components (all, if none is named); they load again when they are next used."""
         for name in names or self.loaded:
             if name not in self.places:
                 raise RequestError(f"component {name!r} does not exist; use one of {', '.join(self.places)}")
@@ -105,7 +105,7 @@ class Residency:
                 self._let_go([name])
 
     def adapt_idle(self, adapters: Adapters) -> None:
-        """Give a DiT that is loaded and in no request's stage these adapters now; a fault raises and loses nothing."""
+        """Apply these adapters now to a DiT that is loaded but in no request's stage; an error loses nothing."""
         with self._devices[self.places[DIT].device]:
             if DIT in self._held and not self._busy[DIT]:
                 self._adapted(self._held[DIT], adapters)
@@ -148,7 +148,7 @@ class Residency:
         return _Loaded(module, adapters if row.transformed else ())
 
     def _adapted(self, held: _Loaded, adapters: Adapters) -> None:
-        """Exchange the adapters that the DiT carries; one that is changed by half is loaded anew."""
+        """Exchange the DiT's adapters; if that fails halfway, the DiT is released and loads again."""
         device, dtype = self.places[DIT]
         try:
             bring(held.module, self.model.components[DIT], held.adapters, adapters, dtype, device)

@@ -1,7 +1,7 @@
-"""Bytes: of a component's weights in the form in which they are loaded, and of the work that each stage does.
+"""Bytes of a component's weights in the form in which they are loaded, and of the work of each stage.
 
-The models say nothing of bytes. What a stage needs besides weights follows from a config and a workload; the factors
-were measured on the models themselves, and tests hold them against the peaks of real runs.
+The models know nothing of bytes. What a stage needs besides weights follows from a config and a workload; the factors
+were measured on the models themselves, and tests compare them with the peaks of real runs.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def text_encoder_bytes(config: Qwen3Config, work: Workload, dtype: torch.dtype) 
 
 
 def writing_bytes(config: Qwen3Config, tokens: int, dtype: torch.dtype) -> int:
-    """What writing takes besides: the keys and values of `tokens`, and logits with the filters' copies in fp32."""
+    """What writing needs besides: keys and values of `tokens`, and logits with the filters' copies in fp32."""
     keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return tokens * keys + 24 * config.vocab_size
 
@@ -59,7 +59,7 @@ def vae_bytes(config: AutoencoderKLConfig | AutoencoderKLWanConfig, work: Worklo
 
 
 def _map_widths(config: AutoencoderKLConfig | AutoencoderKLWanConfig) -> tuple[int, int]:
-    """Values per pixel at the peak: of a whole decode, and of one in strips, which keeps two maps of full size."""
+    """Values per pixel at the peak of a whole decode, and of one in strips, which keeps two maps of full size."""
     if isinstance(config, AutoencoderKLWanConfig):
         return 12 * config.base_dim, 2 * config.base_dim  # measured: 6.3 in fp32; 11.7 in bf16, whose norms are fp32
     first, second = config.block_out_channels[:2]
@@ -70,7 +70,7 @@ def _map_widths(config: AutoencoderKLConfig | AutoencoderKLWanConfig) -> tuple[i
 
 
 def text_encoder_reads(encoder: nn.Module) -> Iterator[nn.Parameter]:
-    """What encoding reads, in its order: not the last layer, and of the embeddings only rows."""
+    """What encoding reads, in its order: all layers but the last, and only rows of the embeddings."""
     assert isinstance(encoder, Qwen3)
     for layer in encoder.model.layers[:-1]:
         yield from layer.parameters()
@@ -96,17 +96,17 @@ def vae_reads(vae: nn.Module) -> Iterator[nn.Parameter]:
 
 
 class BlockBytes(NamedTuple):
-    """What a block takes that is streamed instead of loaded."""
+    """The bytes of a block that is streamed instead of loaded."""
 
     loaded: int  # its weights as they are used
-    stored: int  # of those that are cast: as they lie in the file
+    stored: int  # those that are cast, as they lie in the file
 
 
 class Sized(Protocol):
-    """What is measured: a component of a model, opened but not loaded."""
+    """A component of a model, opened but not loaded."""
 
-    skeleton: nn.Module
-
+    @property
+    def skeleton(self) -> nn.Module: ...
     @property
     def is_packed(self) -> bool: ...
     def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int: ...
@@ -121,9 +121,9 @@ class Sized(Protocol):
 class ComponentSizes:
     """One component's bytes in the form in which it is loaded, as the planner needs them.
 
-    `resident`: of its weights, what a render brings into memory. `copied`: what is not a view of a file, whose pages
-    count as free. `unread`: what stays on disk while it encodes, and is read when it writes. `packed_work`: what a
-    CPU's half-precision products repack.
+    `resident`: the weights that a render brings into memory. `copied`: those that are not views of a file, whose pages
+    count as free. `unread`: those that stay on disk while it encodes and are read when it writes. `packed_work`: what
+    half-precision products repack on a CPU.
     """
 
     component: Sized
@@ -146,7 +146,7 @@ def measure(
 ) -> ComponentSizes:
     """The sizes of a component on `device`; `precision` "bf16" leaves its products as they are.
 
-    `streams`: whether its blocks can be brought one by one there.
+    `streams`: whether its blocks can be loaded one by one there.
     """
     late, on_cpu, quantised = widen_late, device.type == "cpu", precision != "bf16"
     loaded = component.weight_bytes(dtype, late)
@@ -172,7 +172,7 @@ def measure(
 
 
 def _unread_bytes(component: Sized, dtype: torch.dtype, late: bool) -> int:
-    """Of the weights, on a CPU, what stays on disk: views of the file that no render reads."""
+    """Bytes of the weights that stay on disk on a CPU: views of the file that no render reads."""
     read = {id(weight) for weight in component.reads()}
     names = [name for name, weight in component.skeleton.named_parameters() if id(weight) not in read]
     return sum(component.view_bytes(name, dtype, late) for name in names)
@@ -185,7 +185,7 @@ def _is_viewed(component: Sized, dtype: torch.dtype, late: bool) -> bool:
 
 
 def _block_sizes(component: Sized, dtype: torch.dtype, late: bool) -> Iterator[BlockBytes]:
-    """Of each block that can be streamed, in the order of `blocks()`; 0 where a render runs none."""
+    """Bytes of each block that can be streamed, in the order of `blocks()`; 0 for one that no render runs."""
     blocks = getattr(component.skeleton, "blocks", None)
     read = {id(weight) for weight in component.reads()}
     names = {id(w): name for name, w in component.skeleton.named_parameters() if id(w) in read}

@@ -1,4 +1,4 @@
-"""Streaming: blocks whose weights are in memory only while they run, the next one's on their way meanwhile.
+"""Streaming: blocks whose weights are in memory only while they run, while those of the next one are on their way.
 
     block      0         1         2         0      (of a model whose every block is streamed)
     weights    bring ──→ bring ──→ bring ──→ bring
@@ -6,17 +6,17 @@
     after it   let go 0     1         2         0
 
 At most two blocks' weights are in memory at a time. On a CPU they are pages of the mapped file, read ahead by another
-thread and unmapped afterwards (the page cache keeps them where there is room); what is stored in another dtype is cast
-in its turn. On a GPU they are copied from page-locked memory into two buffers in turn, by a stream of their own, while
-the other buffer's block computes. Values and kernels are those of resident weights, so results are the same bits.
+thread and unmapped afterwards (the page cache keeps them if there is room); weights of another dtype are cast when
+their block runs. On a GPU they are copied from page-locked memory into two buffers in turn, by a stream of their own,
+while the other buffer's block computes. Values and kernels are those of resident weights, so results have equal bits.
 """
 
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +24,49 @@ from torch import Tensor, nn
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.nn.packed import packed_codes
 
-ALIGNMENT = 256  # bytes, of a weight within a buffer: what a GPU's allocator gives
+ALIGNMENT = 256  # bytes, of a weight within a buffer, as in a GPU's allocator
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """A model of blocks that run one after another."""
+
+    def blocks(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]: ...
+
+
+class Runtime(Protocol):
+    """What CUDA has for copies beside the computation."""
+
+    def Stream(self, device: torch.device, /) -> torch.cuda.Stream: ...
+    def Event(self) -> torch.cuda.Event: ...
+    def stream(self, stream: torch.cuda.Stream, /) -> AbstractContextManager[object]: ...
+    def current_stream(self, device: torch.device, /) -> torch.cuda.Stream: ...
 
 
 def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> None:
     """Stream the blocks `indices` of `model.blocks()`, whose weights were left as they are stored, in place."""
+    assert isinstance(model, Blocks)
     blocks = list(model.blocks())
     weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
     codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
     carrier = MappedBlocks(weights, codes) if device.type == "cpu" else CopiedBlocks(weights, device)
-    model.streaming = Streaming(carrier, len(indices))
+    vars(model)["streaming"] = streaming = Streaming(carrier, len(indices))
     for turn, i in enumerate(indices):
         block = blocks[i][0]
         inner = vars(block).get("forward") or partial(_forward, weakref.ref(block))
-        block.forward = partial(_run, model.streaming, turn, inner)
+        block.forward = partial(_run, streaming, turn, inner)
 
 
 def stop_streaming(model: nn.Module) -> None:
-    """Let go of what was read ahead; the model may run again."""
-    if hasattr(model, "streaming"):
-        model.streaming.stop()
+    """Release what was read ahead; the model may run again."""
+    if streaming := vars(model).get("streaming"):
+        streaming.stop()
 
 
 def streamed_blocks(model: nn.Module) -> int:
     """How many blocks of a loaded model are streamed."""
-    return model.streaming.count if hasattr(model, "streaming") else 0
+    streaming = vars(model).get("streaming")
+    return streaming.count if streaming else 0
 
 
 def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.Parameter]]) -> Iterator[nn.Parameter]:
@@ -56,13 +74,14 @@ def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.
     return (weight for weight in reads(model) if not hasattr(weight, "wanted"))
 
 
-def _forward(block: "weakref.ref[nn.Module]", *args: Any, **kwargs: Any) -> Any:
-    """Holding the block itself would be a cycle, and its pages stay mapped until Python looks for such."""
+def _forward(block: "weakref.ref[nn.Module]", *args: object, **kwargs: object) -> Tensor:
+    """Run a block through a weak reference: a cycle would keep its pages mapped until Python collects it."""
     module = block()
+    assert module is not None  # its caller holds it
     return type(module).forward(module, *args, **kwargs)
 
 
-def _run(streaming: "Streaming", turn: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(streaming: "Streaming", turn: int, forward: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:
     with streaming.turn(turn):
         return forward(*args, **kwargs)
 
@@ -70,16 +89,16 @@ def _run(streaming: "Streaming", turn: int, forward: Any, *args: Any, **kwargs: 
 class Streaming:
     """Whose turn it is. One block runs at a time: threads that share a model alternate, and memory stays bounded."""
 
-    def __init__(self, carrier: Any, count: int):
+    def __init__(self, carrier: "MappedBlocks | CopiedBlocks", count: int):
         self.carrier, self.count = carrier, count
         self._lock = threading.Lock()
-        # Which block ran after which: the file's order at first, then what is seen. A step begins anew after the last.
+        # Which block follows which: at first the file's order, then the observed one.
         self._after: dict[int, int] = {i: i + 1 for i in range(count - 1)}
         self._last: int | None = None
 
     @contextmanager
     def turn(self, i: int) -> Iterator[None]:
-        """The weights of streamed block `i` are there inside."""
+        """Inside, the weights of streamed block `i` are in memory."""
         with self._lock:
             if self._last is not None:
                 self._after[self._last] = i
@@ -100,29 +119,29 @@ class Streaming:
 
 
 class MappedBlocks:
-    """Weights of blocks on a CPU: views of mapped files, or cast from such in their turn.
+    """Weights of blocks on a CPU: views of mapped files, or cast from them when the block runs.
 
-    `codes` are tensors of packed matrices, which stay what they are: their pages come and go.
+    `codes` are tensors of packed matrices, which are not replaced: only their pages come and go.
     """
 
     def __init__(self, weights: list[list[nn.Parameter]], codes: list[list[Tensor]]):
         self.weights, self.codes = weights, codes
         self.stored = [[weight.data for weight in block] for block in weights]
-        self._ahead: tuple[int, Prefetch] | None = None  # the block that was announced
-        self._reading: Prefetch | None = None  # of the block that runs
+        self._ahead: tuple[int, Prefetch] | None = None  # the announced block
+        self._reading: Prefetch | None = None  # that of the running block
 
     def bring(self, i: int) -> None:
         if self._ahead is not None and self._ahead[0] == i:
             self._reading, self._ahead = self._ahead[1], None
-        if self._reading is not None and any(w.wanted != s.dtype for w, s in self._pairs(i)):
+        if self._reading is not None and any(_wanted(w) != s.dtype for w, s in self._pairs(i)):
             self._reading.finish()  # or it would bring back what is dropped here
         for weight, stored in self._pairs(i):
-            if weight.wanted != stored.dtype:
-                weight.data = stored.to(weight.wanted)
+            if _wanted(weight) != stored.dtype:
+                weight.data = stored.to(_wanted(weight))
                 forget_pages(stored)
 
     def announce(self, i: int) -> None:
-        """Read block `i` once the block that runs now has been read; one announced before and not run is dropped."""
+        """Read block `i` after the running block has been read; an announced block that did not run is dropped."""
         if self._ahead is None or self._ahead[0] != i:
             self.stop()
             self._ahead = (i, Prefetch(self.stored[i] + self.codes[i], after=self._reading))
@@ -152,17 +171,17 @@ class MappedBlocks:
 class CopiedBlocks:
     """Weights of blocks on a GPU: page-locked copies on the host, two buffers on the device, a stream that copies.
 
-    `runtime` has CUDA's Stream, Event, stream and current_stream. A copy into a buffer waits for the event `free`,
-    recorded when the buffer's last block had been launched; a block waits for `ready`, recorded after the copy.
+    A copy into a buffer waits for the event `free`, recorded when the buffer's last block had been launched; a block
+    waits for `ready`, recorded after the copy.
     """
 
-    def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Any = torch.cuda):
+    def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Runtime = torch.cuda):
         self.weights, self.device, self.runtime = weights, device, runtime
         self.hosts = [_packed(block, pin=device.type == "cuda") for block in weights]
         self.copies = runtime.Stream(device)
         largest = max(host.numel() for host in self.hosts)
         self.buffers = [_Buffer(largest, device, runtime) for _ in range(2)]
-        for buffer in self.buffers:  # its memory may still be in use by kernels launched before
+        for buffer in self.buffers:  # kernels launched before may still use its memory
             buffer.free.record(runtime.current_stream(device))
 
     def bring(self, i: int) -> None:
@@ -205,16 +224,16 @@ class CopiedBlocks:
 
 
 class _Buffer:
-    def __init__(self, size: int, device: torch.device, runtime: Any):
+    def __init__(self, size: int, device: torch.device, runtime: Runtime):
         self.values = torch.empty(size, dtype=torch.uint8, device=device)
         self.ready, self.free = runtime.Event(), runtime.Event()
-        self.block: int | None = None  # whose weights it holds
-        self.latest = False  # its block runs, or was the last that did
+        self.block: int | None = None  # the one whose weights it holds
+        self.latest = False  # its block runs or was the last to run
 
 
 def _packed(weights: list[nn.Parameter], pin: bool) -> Tensor:
-    """One page-locked tensor with all weights as they are wanted, so that one copy brings a whole block."""
-    size = sum(_aligned(weight.numel() * weight.wanted.itemsize) for weight in weights)
+    """One page-locked tensor of all weights in the wanted dtypes, so that one copy brings a whole block."""
+    size = sum(_aligned(weight.numel() * _wanted(weight).itemsize) for weight in weights)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for weight, view in zip(weights, _views(host, weights), strict=True):
         stored = weight.data
@@ -228,9 +247,14 @@ def _views(packed: Tensor, weights: list[nn.Parameter]) -> Iterator[Tensor]:
     """Each weight's place in a packed block."""
     begin = 0
     for weight in weights:
-        size = weight.numel() * weight.wanted.itemsize
-        yield packed[begin : begin + size].view(weight.wanted).view(weight.shape)
+        size = weight.numel() * _wanted(weight).itemsize
+        yield packed[begin : begin + size].view(_wanted(weight)).view(weight.shape)
         begin += _aligned(size)
+
+
+def _wanted(weight: nn.Parameter) -> torch.dtype:
+    """The dtype in which a weight that was left in its file is used."""
+    return vars(weight)["wanted"]
 
 
 def _aligned(size: int) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,19 @@ from zimage.errors import CheckpointError, NonFiniteError
 from zimage.formats.checkpoint import Checkpoint, listing
 from zimage.formats.pages import forget_pages
 from zimage.nn.layers import StreamedLinear, WideningLinear
-from zimage.nn.packed import PackedEmbedding, PackedLinear, is_packed
+from zimage.nn.packed import Packed, PackedEmbedding, PackedLinear, is_packed
+
+
+@runtime_checkable
+class Folds(Protocol):
+    """A model whose layout differs from its file's: `fold` gives a weight its own name and shape."""
+
+    def published_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def fold(self, key: str, tensor: Tensor) -> tuple[str, Tensor] | None: ...
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
-    """Raise CheckpointError listing what is missing, unexpected or misshapen; `other_keys` belong to other modules."""
+    """Raise CheckpointError with all missing, unexpected and misshapen keys; `other_keys` belong to other modules."""
     _check_keys(checkpoint, _published_shapes(model), set(other_keys), late_matrices(model))
 
 
@@ -27,13 +35,12 @@ def load_weights(
     widen_late: bool = False,
     away: Collection[str] = (),
 ) -> None:
-    """Give `model` (built on meta) the weights of a checkpoint that was found to fit, as `dtype` on `device`.
+    """Load the weights of a checkpoint that fits `model`, which was built on meta, as `dtype` on `device`.
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
-    pages let go. Quantised matrices stay packed, and are widened when used. With `widen_late` so do plain matrices of
-    Linear and Embedding layers. Weights named in `away` stay views of the file, whatever the dtype and the device:
-    their attribute `wanted` says what they are to be when used. A model whose layout differs from the file's brings
-    `published_shapes()` and `fold(key, tensor)`.
+    pages released. Quantised matrices stay packed and are widened when used; with `widen_late`, plain matrices of
+    Linear and Embedding layers stay as stored too. Weights named in `away` stay views of the file, whatever the dtype
+    and the device: their attribute `wanted` is the dtype in which they are used.
     """
     read = checkpoint.reader()
     kept = late_matrices(model) if widen_late else set()
@@ -44,7 +51,7 @@ def load_weights(
         if is_packed(value):
             _pack(model, key, value.to(device))
             continue
-        folded = model.fold(key, value) if hasattr(model, "fold") else (key, value)
+        folded = model.fold(key, value) if isinstance(model, Folds) else (key, value)
         if folded is not None:
             name, tensor = folded
             wanted = tensor.dtype if name in kept else dtype
@@ -56,7 +63,7 @@ def load_weights(
 
 
 def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded as `dtype`; a model on meta will do."""
+    """Bytes of the weights once loaded as `dtype`; the model may be on meta."""
     packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed}
     return sum(
         packed[name].nbytes if name in packed else weight.numel() * dtype.itemsize
@@ -65,12 +72,12 @@ def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -
 
 
 def non_finite_weights(model: nn.Module) -> list[str]:
-    """Names of parameters holding NaN or infinity: asked only when a result is not finite, since it reads them all."""
+    """Names of the weights with NaN or infinity. It reads them all, so it is called only if a result is not finite."""
     return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 
 def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
-    """`values`, or NonFiniteError that names the weights at fault where there are such."""
+    """Return `values` if they are finite, else raise NonFiniteError with the weights at fault, if any are."""
     if torch.isfinite(values).all():
         return values
     broken = non_finite_weights(model)
@@ -80,9 +87,8 @@ def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
 
 
 def late_matrices(model: nn.Module) -> set[str]:
-    """Names of the weights that stay as stored where they are widened late."""
-    modules = model.named_modules()
-    return {f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear | nn.Embedding)}
+    """Names of the weights that stay as stored with `widen_late`."""
+    return {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
 
 
 def _widen_linears(model: nn.Module) -> None:
@@ -99,7 +105,7 @@ def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.de
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
-    """Returns the module that owns the weight."""
+    """Set a weight and return the module that owns it."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -107,7 +113,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
 
 
 def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> None:
-    """A weight that is not loaded but comes and goes; its plain Linear can be told by its class."""
+    """Leave a weight in its file, to be streamed; the class of its plain Linear says so."""
     owner = _assign(model, name, stored)
     getattr(owner, name.rpartition(".")[2]).wanted = wanted
     if type(owner) is nn.Linear:
@@ -115,24 +121,25 @@ def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> 
 
 
 def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    if hasattr(model, "published_shapes"):
+    if isinstance(model, Folds):
         return model.published_shapes()
     return {key: tuple(weight.shape) for key, weight in model.named_parameters()}
 
 
-def _pack(model: nn.Module, key: str, packed: Any) -> None:
-    """Put a packed layer in the place of the layer that `key` is the weight of."""
+def _pack(model: nn.Module, key: str, packed: Packed) -> None:
+    """Replace the layer whose weight is `key` by a packed one."""
     path = key.removesuffix(".weight")
     owner, _, name = path.rpartition(".")
     layer = model.get_submodule(path)
-    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
+    bias = layer.bias if isinstance(layer, nn.Linear) else None
+    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, bias)
     setattr(model.get_submodule(owner), name, new)
 
 
 def _check_keys(
     checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], other: set[str], matrices: set[str]
 ) -> None:
-    found, complaints = checkpoint.entries, []
+    found = checkpoint.entries
     fitting = [key for key in shapes if key in found and found[key].shape == shapes[key]]
     misshapen = [
         f"{key} {list(found[key].shape)} should be {list(shape)}"
@@ -149,9 +156,7 @@ def _check_keys(
             if not found[key].is_number or (found[key].packed and key not in matrices)
         ],
     }
-    for word, keys in lists.items():
-        if keys:
-            complaints.append(f"{len(keys)} tensors {word}: {listing(keys)}")
+    complaints = [f"{len(keys)} tensors {word}: {listing(keys)}" for word, keys in lists.items() if keys]
     if complaints:
         raise CheckpointError(
             f"{checkpoint.origin}: the weights do not fit {checkpoint.describes}; " + "; ".join(complaints)

@@ -1,8 +1,8 @@
-"""Gives the Linear layers of a loaded model the deltas of adapters: a transformation, made after quantising.
+"""Adds the deltas of adapters to the Linear layers of a loaded model: a transformation that follows quantising.
 
-Deltas are merged into the weight of a plain float layer, which is computed from the checkpoint's weight every time:
-nothing is ever added to or subtracted from a merged weight, so without deltas the layer holds the original bits. A
-layer of another kind (quantised, or widened when it is used) is wrapped, and its deltas are computed at run time.
+Deltas are merged into the weight of a plain float layer, always from the checkpoint's weight: nothing is ever added to
+or subtracted from a merged weight, so without deltas the layer holds the original bits. A layer of another kind
+(quantised, or widened when used) is wrapped, and its deltas are computed at run time.
 
 Shapes: x (…, I), y (…, O), weights (O, I).
 """
@@ -32,7 +32,7 @@ class LowRankBranch(nn.Module):
         wide = like.float()
         down = torch.cat([delta.w[1].to(wide) for delta, _ in stack])
         up = torch.cat([delta.scale * strength * delta.w[0].to(wide) for delta, strength in stack], dim=1)
-        # Ranks are powers of two, since each size means another compilation of a block.
+        # Ranks are powers of two, since each size costs another compilation of a block.
         room = max(LEAST_RANK, 1 << (len(down) - 1).bit_length()) - len(down)
         self.register_buffer("down", F.pad(down, (0, 0, 0, room)).to(like))
         self.register_buffer("up", F.pad(up, (0, room)).to(like))
@@ -60,7 +60,7 @@ class KroneckerBranch(nn.Module):
 
 
 class HadamardBranch(nn.Module):
-    """x ↦ x · ((w1_a · w1_b) ∘ (w2_a · w2_b))ᵀ; the matrix is computed at each use: x cannot go through factors."""
+    """x ↦ x · ((w1_a · w1_b) ∘ (w2_a · w2_b))ᵀ; computed at each use, since x cannot pass through the factors."""
 
     a1: Tensor
     b1: Tensor
@@ -114,14 +114,9 @@ def is_plain(model: nn.Module, path: str, dtype: torch.dtype) -> bool:
 
 
 def adapt(
-    model: nn.Module,
-    path: str,
-    stack: Stack,
-    original: Callable[[], Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
+    model: nn.Module, path: str, stack: Stack, original: Callable[[], Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give the layer at `path` these deltas and no others; an empty stack restores it as it was loaded.
+    """Make these the only deltas of the layer at `path`; an empty stack restores the layer as it was loaded.
 
     `original` reads the layer's weight from the checkpoint; `dtype` is that of the activations. Raises RequestError.
     """

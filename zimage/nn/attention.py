@@ -2,16 +2,17 @@
 
 Shapes: B batch, L tokens, H query heads, G key/value heads, D head size.
 
-A transformer's attention modules hold the function they call as `attend`; `use_attention` exchanges it. (The VAEs' one
-head of 384 or 512 is too large for other packages and stays with PyTorch's own.) All backends compute
-softmax(q·kᵀ/√D)·v exactly up to rounding, but for `sage`, which quantises q and k and is used only when named.
+The attention modules of a transformer call their attribute `attend`; `use_attention` exchanges it. (The single head of
+the VAEs, of size 384 or 512, is too large for other packages and stays with PyTorch.) All backends compute
+softmax(q·kᵀ/√D)·v up to rounding, except `sage`, which quantises q and k and is used only when it is named.
 """
 
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,10 @@ from zimage.settings.declared import ATTENTIONS
 
 
 class Padding(NamedTuple):
-    """Sequences of unequal length in one batch: each is real up to its length, what follows may not be seen."""
+    """Sequences of unequal length in one batch: each is real up to its length, and nothing may attend to the rest."""
 
     mask: Tensor  # (B, 1, 1, L), True on real keys
-    indices: Tensor  # (total,), places of the real tokens in the flattened batch
+    indices: Tensor  # (total,), positions of the real tokens in the flattened batch
     bounds: Tensor  # (B + 1,) int32, where each sequence begins and ends among them
     longest: int
     lengths: tuple[int, ...]
@@ -39,8 +40,8 @@ class Padding(NamedTuple):
             return None
         real = torch.arange(longest) < torch.tensor(lengths)[:, None]
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        parts = (part.to(device) for part in (real[:, None, None], real.flatten().nonzero()[:, 0], bounds))
-        return cls(*parts, longest, tuple(lengths))
+        mask, indices = real[:, None, None].to(device), real.flatten().nonzero()[:, 0].to(device)
+        return cls(mask, indices, bounds.to(device), longest, tuple(lengths))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, H, D) → (total, H, D), real tokens only."""
@@ -71,10 +72,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, c
 
 
 def use_attention(model: nn.Module, attend: Attend) -> None:
-    """Exchange what the model's attention modules call."""
+    """Exchange the function that the model's attention modules call."""
     for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = attend
+        if "attend" in vars(module):
+            vars(module)["attend"] = attend
 
 
 # ------------------------------------------------------------------ backends
@@ -85,7 +86,7 @@ def _torch_only(kind: SDPBackend, q, k, v, padding=None, causal=False):
         return attention(q, k, v, padding, causal)
 
 
-def _flash(module: Any, q, k, v, padding=None, causal=False):
+def _flash(module: ModuleType, q, k, v, padding=None, causal=False):
     """FlashAttention 2 and 3 (Dao 2023, Shah et al. 2024): unequal sequences are packed, not masked."""
     if padding is None:
         return _first(module.flash_attn_func(q, k, v, causal=causal))
@@ -94,8 +95,8 @@ def _flash(module: Any, q, k, v, padding=None, causal=False):
     return padding.unpack(_first(module.flash_attn_varlen_func(*packed, *ends, causal=causal)))
 
 
-def _xformers(module: Any, q, k, v, padding=None, causal=False):
-    if q.shape[2] != k.shape[2]:  # it groups queries by an axis of its own; repeating keys gives the same
+def _xformers(module: ModuleType, q, k, v, padding=None, causal=False):
+    if q.shape[2] != k.shape[2]:  # it groups queries on an axis of its own; repeated keys give the same result
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     if padding is None:
         return module.memory_efficient_attention(q, k, v, attn_bias=module.LowerTriangularMask() if causal else None)
@@ -105,7 +106,7 @@ def _xformers(module: Any, q, k, v, padding=None, causal=False):
     return padding.unpack(module.memory_efficient_attention(*packed, attn_bias=bias)[0])
 
 
-def _sage(module: Any, q, k, v, padding=None, causal=False):
+def _sage(module: ModuleType, q, k, v, padding=None, causal=False):
     """SageAttention (Zhang et al. 2024) has no mask: unequal sequences run one by one."""
     if padding is None:
         return module.sageattn(q, k, v, tensor_layout="NHD", is_causal=causal)
@@ -116,7 +117,7 @@ def _sage(module: Any, q, k, v, padding=None, causal=False):
     return torch.cat([F.pad(part, (0, 0, 0, 0, 0, padding.longest - part.shape[1])) for part in parts])
 
 
-def _first(result: Any) -> Tensor:
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """FlashAttention 3 returned (out, log-sum-exp) at first."""
     return result[0] if isinstance(result, tuple) else result
 
@@ -124,8 +125,8 @@ def _first(result: Any) -> Tensor:
 class _Package(NamedTuple):
     module: str
     install: str
-    capability: tuple[int, int]  # least of the GPU
-    below: tuple[int, int]  # first capability it does not run on
+    capability: tuple[int, int]  # the least that the GPU needs
+    below: tuple[int, int]  # the first on which it does not run
     run: Attend
 
 
@@ -147,9 +148,9 @@ AUTOMATIC = ("flash3", "flash2", "xformers")  # in this order, then PyTorch's ow
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
-    """The backend called `name` as (name, function); "auto" takes the first of AUTOMATIC that runs here, else sdpa.
+    """The backend `name` as (name, function); "auto" takes the first of AUTOMATIC that runs here, else sdpa.
 
-    Raises RequestError, with the command that installs what is missing.
+    Raises RequestError, with the command that installs a missing package.
     """
     if name not in ATTENTIONS:
         raise RequestError(f"attention {name!r} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))

@@ -1,6 +1,6 @@
 """Regional compilation: the forward of a transformer block is compiled once and serves all blocks of its kind.
 
-The number of tokens is dynamic, everything else static, so that neither another prompt nor another size compiles anew.
+The number of tokens is dynamic and everything else static, so another prompt or size does not compile again.
 """
 
 import weakref
@@ -17,7 +17,7 @@ KINDS = 64  # compilations of a block: by its modulation, and by which of its la
 def compile_blocks(dit: nn.Module) -> None:
     """Compile the DiT's blocks in place; the first use of each kind takes some seconds."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)  # of the whole process
-    blocks = (*dit.context_refiner, *dit.noise_refiner, *dit.layers)
+    blocks = [b for name in ("context_refiner", "noise_refiner", "layers") for b in dit.get_submodule(name).children()]
     compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
     for block in blocks:
         block.forward = partial(_run, compiled, weakref.ref(block))  # a cycle would outlive the model

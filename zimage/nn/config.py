@@ -18,8 +18,7 @@ T = TypeVar("T", bound="DataclassInstance")
 def read_architecture(cls: type[T], config: Mapping[str, object], implemented: Mapping[str, tuple] | None = None) -> T:
     """Fill the dataclass `cls` from `config`.
 
-    `implemented` maps further keys to the values that this code implements; the first one stands for an absent key.
-    Raises ConfigError naming the key.
+    `implemented` maps further keys to the values that this code implements, the default first. Raises ConfigError.
     """
     name = config.get("_class_name") or cls.__name__.removesuffix("Config")
     for key, allowed in (implemented or {}).items():
@@ -37,7 +36,7 @@ def read_architecture(cls: type[T], config: Mapping[str, object], implemented: M
 
 
 def _checked(name: object, field: dataclasses.Field, value: object) -> object:
-    """The value, if it has the type of the field, else ConfigError; lists become tuples, which can be hashed."""
+    """The value, or ConfigError if it does not have the field's type; lists become tuples, which can be hashed."""
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "tuple": (list, tuple), "str": (str,)}
     wanted = str(getattr(field.type, "__name__", field.type))
     for kind, accepted in kinds.items():

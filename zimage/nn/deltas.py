@@ -1,4 +1,4 @@
-"""What an adapter adds to the weight of a Linear layer, kept as the trained factors.
+"""The deltas that an adapter adds to the weight of a Linear layer, kept as the trained factors.
 
 Shapes: W and ΔW (O, I), R the rank. A matrix is computed in the dtype and on the device of `like` or `weight`.
 """
@@ -20,7 +20,7 @@ class Delta:
         raise NotImplementedError
 
     def rows(self, first: int, last: int) -> Self:
-        """Rows first … last − 1: those of one of several layers that were trained as one."""
+        """Rows first … last − 1: the share of one layer where several were trained as one."""
         raise NotImplementedError
 
     def matrix(self, like: Tensor) -> Tensor:
@@ -55,10 +55,7 @@ class LowRank(Delta):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Delta):
-    """LoKr (Yeh et al. 2023): rows `first` to `last` of ΔW = scale · w1 ⊗ w2.
-
-    Each factor is one matrix, or two whose product it is.
-    """
+    """LoKr (Yeh et al. 2023): rows `first` to `last` of ΔW = scale · w1 ⊗ w2; factors may be products."""
 
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
@@ -118,7 +115,7 @@ class Decomposed(Delta):
 
     def rows(self, first: int, last: int) -> Self:
         if not self.per_row:
-            raise ValueError("a norm per column cannot be taken over some of the rows")
+            raise ValueError("a norm per column cannot be computed from some of the rows")
         return replace(self, inner=self.inner.rows(first, last), magnitude=self.magnitude[first:last])
 
     def change(self, weight: Tensor) -> Tensor:
@@ -128,6 +125,6 @@ class Decomposed(Delta):
 
 
 def product(factors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The only matrix, or the product of the two."""
+    """The single matrix, or the product of the two."""
     matrices = [factor.to(like) for factor in factors]
     return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]

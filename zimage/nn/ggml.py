@@ -1,4 +1,4 @@
-"""Decodes llama.cpp's block-quantised matrices in PyTorch, on any device: the kinds that image models use.
+"""Decodes those block-quantised matrices of llama.cpp that image models use, in PyTorch, on any device.
 
 A row is a sequence of blocks. A block of Q8_0 or Q4_0 has 32 numbers and a scale d; a block of a K kind has 256 numbers
 in groups of 32 or 16, each group with a small integer scale (and minimum) times the block's d (and dmin).

@@ -22,11 +22,11 @@ class RMSNorm(nn.Module):
 class NarrowLinear(nn.Linear):
     """A Linear for few rows at a time, as a text encoder has: the same products, the weight as their left factor.
 
-    Half-precision products on a CPU first repack their right factor, every time. A weight of 50 MB times 24 tokens is
-    a quarter faster when the tokens are what is repacked (21 and 27 GB/s of weights read).
+    Half-precision products on a CPU repack their right factor every time. A weight of 50 MB times 24 tokens is a
+    quarter faster if the tokens are repacked instead (21 and 27 GB/s of weights read).
     """
 
-    ROWS = 64  # from about here on there is nothing to gain
+    ROWS = 64  # with more rows there is nothing to gain
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
@@ -36,10 +36,7 @@ class NarrowLinear(nn.Linear):
 
 
 class StreamedLinear(nn.Linear):
-    """A Linear whose weight is in memory only while its block runs: whatever is written into it would be lost.
-
-    What changes weights leaves it alone and adds its branch when the layer runs.
-    """
+    """A Linear whose weight is in memory only while its block runs: changes would be lost, so LoRAs add a branch."""
 
 
 class WideningLinear(nn.Linear):
@@ -55,7 +52,7 @@ class WideningLinear(nn.Linear):
 
 
 class TokenEmbedding(nn.Embedding):
-    """An Embedding not initialised on meta, where drawing normal numbers imports torch's compiler for seconds."""
+    """An Embedding that is not initialised on meta: drawing numbers there imports torch's compiler (seconds)."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

@@ -1,6 +1,6 @@
 """Matrices that stay quantised in memory and are widened piece by piece when they are used.
 
-A packed matrix (out, in) consists of codes and what turns them into numbers. `PackedLinear` widens a few rows at a
+A packed matrix (out, in) consists of codes and of what turns them into numbers. `PackedLinear` widens a few rows at a
 time to multiply with them, so the whole model never exists in bf16; quant.py multiplies some kinds without widening.
 """
 
@@ -40,7 +40,7 @@ class Packed(Protocol):
     def to(self, device: torch.device) -> Self: ...
 
     def tensors(self) -> list[Tensor]:
-        """The tensors that it occupies memory with."""
+        """Its tensors in memory."""
 
     def decode(self) -> Tensor:
         """The numbers (out, in), fp32."""

@@ -1,4 +1,4 @@
-"""int8 and fp8 matrix products in place of a plain model's Linear layers: a transformation, made after loading.
+"""int8 and fp8 matrix products in place of a plain model's Linear layers: a transformation that follows loading.
 
 Weights get one scale per output channel once, activations one per token at every call (W8A8, dynamic):
 
@@ -8,7 +8,6 @@ Weights get one scale per output channel once, activations one per token at ever
 import logging
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +22,25 @@ log = logging.getLogger("zimage")
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # Small, sensitive to error, or both; names of modules in the DiT.
 SKIPPED = r"x_embedder|cap_embedder|t_embedder|adaLN_modulation|final_layer"
-ENDS_KEPT = {"int8": 0, "fp8": 2}  # joint blocks at either end that stay as they are: e4m3 has three bits of mantissa
+ENDS_KEPT = {"int8": 0, "fp8": 2}  # joint blocks at either end that are not quantised: e4m3 has three bits of mantissa
 FP8_CAPABILITY = (8, 9)
 
 
 class QuantisedLinear(nn.Module):
     """A Linear with an int8 or fp8 weight (out, in); inference only.
 
-    The codes of a packed weight of the same dtype are taken as they are, so no second rounding is added.
+    The codes of a packed weight of the same dtype are used as they are, so nothing is rounded twice.
     """
+
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, linear: nn.Linear | PackedLinear, dtype: torch.dtype):
         super().__init__()
         weight, scale, self.rotated = _codes(linear, dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("weight", weight)
-        # (1, out) fp32; contiguous, also where one scale serves all rows: row-wise fp8 products refuse strides of 0.
+        # (1, out) fp32; contiguous even if one scale serves all rows: row-wise fp8 products refuse strides of 0.
         self.register_buffer("scale", scale.expand(self.out_features, 1).reshape(1, -1).contiguous())
         self.bias = linear.bias
 
@@ -53,16 +55,16 @@ class QuantisedLinear(nn.Module):
 
 def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """Codes (out, in), scale () or (out, 1), and the columns that are rotated together (0: none)."""
-    packed = getattr(linear, "packed", None)
-    if isinstance(packed, Scaled) and packed.codes.dtype == dtype:
-        return packed.codes, packed.scale, packed.rotated
-    device = linear.weight.device if packed is None else packed.tensors()[0].device
+    stored = linear.weight.detach() if isinstance(linear, nn.Linear) else linear.packed
+    if isinstance(stored, Scaled) and stored.codes.dtype == dtype:
+        return stored.codes, stored.scale, stored.rotated
+    device = stored.device if isinstance(stored, Tensor) else stored.codes.device
     codes = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device)
     scale = torch.empty(linear.out_features, 1, device=device)
     step = max(1, PIECE // linear.in_features)  # whole matrices in fp32 left holes in the heap: 24 GB at full size
     for i in range(0, linear.out_features, step):
         end = min(i + step, linear.out_features)
-        rows = linear.weight.detach()[i:end] if packed is None else packed.rows(i, end).decode()
+        rows = stored[i:end] if isinstance(stored, Tensor) else stored.rows(i, end).decode()
         codes[i:end], scale[i:end] = quantise_rows(rows, dtype)
     return codes, scale, 0
 
@@ -80,7 +82,7 @@ def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtyp
 def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] = lambda weight: None) -> None:
     """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models.
 
-    `discard` is called with each plain weight that is needed no more.
+    `discard` is called with each plain weight that is no longer needed.
     """
     layers = list(quantisable(dit, precision))
     while layers:
@@ -90,7 +92,7 @@ def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] =
             discard(linear.weight)
 
 
-def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, Any]]:
+def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, nn.Linear | PackedLinear]]:
     """(owner, attribute, layer) of every Linear that is replaced."""
     kept = _kept_blocks(dit, precision)
     for path, module in dit.named_modules():
@@ -102,7 +104,7 @@ def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str
 
 
 def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
-    """Bytes of the DiT's weights once quantised; a model on meta will do."""
+    """Bytes of the DiT's weights once quantised; the model may be on meta."""
     replaced = {id(linear.weight): linear.out_features for _, _, linear in quantisable(dit, precision)}
     return sum(
         p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * dtype.itemsize for p in dit.parameters()
@@ -110,7 +112,7 @@ def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises RequestError where the device cannot compute so; warns where it only imitates it."""
+    """Raise RequestError if the device cannot compute in `precision`; warn if it only emulates it."""
     if precision != "fp8":
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
@@ -118,11 +120,10 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise RequestError(text, fields=("precision",))
     if device.type != "cuda":
         log.warning(
-            "precision fp8 on %s: rounded to fp8 but multiplied as before; no faster, for looking at quality", device
+            "precision fp8 on %s: rounded to fp8 but multiplied as before; no faster, only for judging quality", device
         )
 
 
 def _kept_blocks(dit: nn.Module, precision: str) -> list[str]:
-    ends, count = ENDS_KEPT[precision], len(dit.layers)
-    indices = [i for i in range(count) if i < ends or i >= count - ends]
-    return [f"layers.{i}" for i in indices]
+    ends, count = ENDS_KEPT[precision], len(list(dit.get_submodule("layers").children()))
+    return [f"layers.{i}" for i in range(count) if i < ends or i >= count - ends]

@@ -7,7 +7,7 @@ from typing import Any
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import DIT, TEXT_ENCODER, VAE
-from zimage.pictures.image import InputPicture, natural_size, open_image, open_mask
+from zimage.pictures.image import InputPicture, open_image, open_mask
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, Request
 from zimage.settings.fields import either
@@ -81,7 +81,7 @@ def _size(request: Request, model: ModelFiles, image: InputPicture | None) -> tu
         return request.width, _multiple(request.width * high / wide)
     if request.height:
         return _multiple(request.height * wide / high), request.height
-    return natural_size(image.picture)
+    return image.natural_size()
 
 
 def _strength(request: Request) -> float | None:

@@ -123,8 +123,8 @@ def start_from(
     """The latents (1, 16, h, w) that each image starts from, where it does not start from noise alone."""
     request, (width, height, _) = job.request, job.passes[-1]
     if request.image is not None:
-        picture = from_pil(fit(request.image.picture, width, height))
-        events = _encode_pictures(components, job, "encode image", [picture], 1)
+        pictures = [request.image.tensor(width, height)]
+        events = _encode_pictures(components, job, "encode image", pictures, 1)
         (clean,) = yield from components.stage(VAE, events)
         return [clean] * job.count
     if request.hires is None:

@@ -1,6 +1,7 @@
-"""The two image autoencoders; which one a checkpoint uses stands in its `vae/config.json`."""
+"""The two image autoencoders; a checkpoint's `vae/config.json` says which one it uses."""
 
+from zimage.vae.autoencoder import Autoencoder
 from zimage.vae.kl import AutoencoderKL
 from zimage.vae.wan import AutoencoderKLWan
 
-__all__ = ["AutoencoderKL", "AutoencoderKLWan"]
+__all__ = ["Autoencoder", "AutoencoderKL", "AutoencoderKLWan"]

@@ -1,7 +1,7 @@
 """The classic tiled pass: overlapping tiles, each run as a picture of its own, blended where they overlap.
 
-Quick to explain and light on memory, but not exact: every tile has its own norm statistics and attention, which shows
-as seams and shifts of colour. `zimage.vae.tiling` has the exact way.
+It needs little memory but is not exact: every tile has its own norm statistics and attention, which causes seams and
+shifts of colour. `zimage.vae.tiling` is exact.
 """
 
 import itertools
@@ -15,23 +15,24 @@ from zimage.kernels.tiles import add_tile
 
 
 def blend(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int) -> Tensor:
-    """run(x) in tiles of at most `tile` × `tile` input positions; (B, C, H, W) → fp32, at the scale `run` gives it."""
+    """run(x) in tiles of at most `tile` × `tile` input positions; (B, C, H, W) → fp32 at the scale of its results."""
     tops, lefts = (starts(length, tile, overlap) for length in x.shape[-2:])
-    canvas = None
+    canvas: Tensor | None = None
     for (i, top), (j, left) in itertools.product(enumerate(tops), enumerate(lefts)):
         part = x[..., top : top + tile, left : left + tile]
         out = run(part)
-        if canvas is None:  # the first tile tells channels and scale
+        if canvas is None:  # the first tile shows the channels and the scale
             scale = Fraction(out.shape[-1], part.shape[-1])
             canvas = torch.zeros(*out.shape[:2], *(int(n * scale) for n in x.shape[-2:]), device=out.device)
             rows = weights(tops, tile, overlap, x.shape[-2], scale, out.device)
             columns = weights(lefts, tile, overlap, x.shape[-1], scale, out.device)
         add_tile(canvas, out, rows[i], columns[j], int(top * scale), int(left * scale))
+    assert canvas is not None  # there is at least one tile
     return canvas
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one axis; the last one ends with the axis."""
+    """The first position of each tile along one axis; the last tile ends with the axis."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
@@ -40,9 +41,9 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
 def weights(
     begins: list[int], tile: int, overlap: int, length: int, scale: Fraction, device: torch.device
 ) -> list[Tensor]:
-    """Weights of each tile's output positions along one axis; over every position they add up to one.
+    """Weights of each tile's output positions along one axis; they add up to one at every position.
 
-    All lengths are of the input; each inner edge of a tile has a ramp over the overlap.
+    All lengths are those of the input; each inner edge of a tile has a ramp over the overlap.
     """
     tile, overlap, length = (int(n * scale) for n in (min(tile, length), overlap, length))
     begins = [int(begin * scale) for begin in begins]

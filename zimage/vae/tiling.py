@@ -1,15 +1,15 @@
-"""Decoding and encoding in strips: exactly what the whole pass gives, in a fraction of its memory.
+"""Decoding and encoding in strips: the exact result of the whole pass in a fraction of its memory.
 
 A strip is a band of rows over the full width. Every layer is walked strip by strip from one stored map to the next:
 
     rows of x, one more above and below → norm, SiLU → 3 × 3 convolution → rows of the next map
                                                                         └→ its statistics, for the norm after it
 
-so that only stored maps have full size, two at a time, and everything between them is as small as a strip. GroupNorm
-needs the statistics of a whole map: they are gathered while the map is written. The mid block, whose attention sees
-every position, runs whole, at the resolution of the latents. A convolution may write over its own input, since the
-rows that the next strip still needs are carried along. A residual block that halves the channels puts its
-map and its shortcut into the memory of the map that it read; the blocks after it use the same two.
+Only stored maps have full size, two at a time; everything between them is as small as a strip. GroupNorm needs the
+statistics of a whole map, which are gathered while the map is written. The mid block, whose attention sees every
+position, runs whole, at the resolution of the latents. A convolution may overwrite its own input, since the rows that
+the next strip still needs are carried along. A residual block that halves the channels puts its map and its shortcut
+into the memory of the map that it read; the blocks after it use the same two.
 
 Shapes: C channels, H × W positions. Maps are (1, C, H, W) with the channels innermost.
 """
@@ -25,16 +25,17 @@ from zimage.errors import RequestError
 from zimage.kernels.group_norm import channel_statistics, normalise
 from zimage.settings.declared import BLEND_TILE, TILE_MODES, TILE_OVERLAP
 from zimage.vae.blend import blend
+from zimage.vae.layers import DecoderStack, EncoderStack, ResnetBlock, Stack
 
 Rows = Callable[[Tensor], Tensor]
-STRIP_VALUES = 4 << 20  # values of a strip when no height is asked for: small enough to stay near the processor
+STRIP_VALUES = 4 << 20  # values of a strip without a given height: small enough for the processor's cache
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How a picture is cut for the VAE; `size` and `overlap` in pixels. Raises RequestError.
 
-    "off" runs it whole, "exact" in strips of `size` rows, "blend" in tiles of `size` × `size` with `overlap`.
+    "off" runs the VAE on the whole, "exact" on strips of `size` rows, "blend" on overlapping tiles of `size` × `size`.
     """
 
     mode: str = "off"
@@ -45,13 +46,12 @@ class Tiling:
         if self.mode not in TILE_MODES:
             raise RequestError(f"tile_mode {self.mode!r} is not known; use {', '.join(TILE_MODES)}")
         if self.size is not None and self.size < 8:
-            raise RequestError(f"tile_size {self.size} is too small; the least is 8")
-        if self.mode == "blend" and not 0 <= self.overlap < (self.size or BLEND_TILE):
-            raise RequestError(
-                f"tile_overlap {self.overlap} must be from 0 to below the tile_size {self.size or BLEND_TILE}"
-            )
+            raise RequestError(f"tile_size {self.size} is too small; it must be at least 8")
+        tile = self.size or BLEND_TILE
+        if self.mode == "blend" and not 0 <= self.overlap < tile:
+            raise RequestError(f"tile_overlap {self.overlap} must be at least 0 and below the tile_size {tile}")
 
-    def decode(self, decoder: nn.Module, z: Tensor, factor: int) -> Tensor:
+    def decode(self, decoder: DecoderStack, z: Tensor, factor: int) -> Tensor:
         """decoder(z) of unscaled latents (B, 16, h, w) at `factor` pixels per latent."""
         if self.mode == "off":
             return decoder(z)
@@ -60,7 +60,7 @@ class Tiling:
         walk = StripWalk(decoder, z.shape[2] * factor, self.size)
         return torch.cat([walk.decode(sample) for sample in z.split(1)])
 
-    def encode(self, encoder: nn.Module, images: Tensor, factor: int) -> Tensor:
+    def encode(self, encoder: EncoderStack, images: Tensor, factor: int) -> Tensor:
         """encoder(images) of pictures (B, 3, H, W)."""
         if self.mode == "off":
             return encoder(images)
@@ -71,7 +71,7 @@ class Tiling:
         return torch.cat([walk.encode(image) for image in images.split(1)])
 
     def _in_steps_of(self, factor: int) -> tuple[int, int]:
-        """Tile and overlap in latents; at least one latent of every tile is not overlap."""
+        """Tile and overlap in latents; at least one latent of every tile lies outside the overlap."""
         tile = max((self.size or BLEND_TILE) // factor, 2)
         return tile, min(self.overlap // factor, tile - 1)
 
@@ -83,10 +83,9 @@ class Statistics:
     """Mean and variance of each channel of a map, gathered over its strips (Chan, Golub & LeVeque 1979)."""
 
     def __init__(self, needed: bool = True) -> None:
-        self.needed = needed  # False: no norm reads them, so none are taken
+        self.needed = needed  # False: no norm reads them, so they are not computed
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.deviation: Tensor | float = 0.0  # sum of squared differences from the mean
+        self.mean = self.deviation = torch.zeros((), dtype=torch.float64)  # deviation: sum of squares about the mean
 
     def add(self, rows: Tensor) -> None:
         if not self.needed:
@@ -105,7 +104,8 @@ class Statistics:
         mean = means.mean(dim=1, keepdim=True)
         spread = self.deviation.view(groups, -1) / self.count + (means - mean) ** 2
         variance = spread.mean(dim=1, keepdim=True)
-        return tuple(part.expand_as(means).flatten().float() for part in (mean, variance))
+        mean, variance = (values.expand_as(means).flatten().float() for values in (mean, variance))
+        return mean, variance
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Map:
     spare: Tensor | None = None  # memory for another map of its shape
 
     def alone(self) -> Tensor:
-        """The values, when no more memory is held than they take."""
+        """The values in memory of their own; the spare map is released."""
         self.spare = None
         self.values = self.values.contiguous(memory_format=torch.channels_last)
         return self.values
@@ -124,44 +124,40 @@ class Map:
 class StripWalk:
     """Runs an encoder or a decoder layer by layer in strips of at most `height` rows of the picture's `pixels`.
 
-    Maps of lower resolution have proportionally lower strips. Without `height` strips have a fixed number of values.
+    Maps of lower resolution have proportionally lower strips. Without `height`, strips have a fixed number of values.
     """
 
-    def __init__(self, stack: nn.Module, pixels: int, height: int | None):
+    def __init__(self, stack: Stack, pixels: int, height: int | None):
         self.stack, self.pixels, self.height = stack, pixels, height
         self.needs_statistics = any(isinstance(module, nn.GroupNorm) for module in stack.modules())
 
     def decode(self, z: Tensor) -> Tensor:
         """Picture (1, 3, H, W) of unscaled latents (1, 16, h, w)."""
-        decoder = self.stack
-        x = self._whole(decoder.mid_block(decoder.conv_in(z)))
-        for layer in decoder.layers():
-            x = self._layer(layer, x)
-        return self._head(x)
+        return self._head(self._through_layers(self._whole(self.stack.mid_block(self.stack.conv_in(z)))))
 
     def encode(self, image: Tensor) -> Tensor:
         """Moments (1, 2·16, h, w) of a picture (1, 3, H, W)."""
-        encoder = self.stack
-        x = self._convolve(image, encoder.conv_in)
-        for layer in encoder.layers():
-            x = self._layer(layer, x)
-        return self._head(self._whole(encoder.mid_block(x.values)))
+        x = self._through_layers(self._convolve(image, self.stack.conv_in))
+        return self._head(self._whole(self.stack.mid_block(x.values)))
 
     def _whole(self, values: Tensor) -> Map:
         x = Map(values, Statistics(self.needs_statistics))
         x.statistics.add(values)
         return x
 
-    def _layer(self, layer: nn.Module, x: Map) -> Map:
-        if hasattr(layer, "norm1"):
-            return self._residual(layer, x)
-        resample = self._halve if layer.conv.stride == (2, 2) else self._double
-        return resample(layer.conv, x.alone())
+    def _through_layers(self, x: Map) -> Map:
+        for layer in self.stack.layers():
+            x = self._residual(layer, x) if isinstance(layer, ResnetBlock) else self._resample(layer, x)
+        return x
+
+    def _resample(self, layer: nn.Module, x: Map) -> Map:
+        conv = next(module for module in layer.modules() if isinstance(module, nn.Conv2d))
+        return (self._halve if conv.stride == (2, 2) else self._double)(conv, x.alone())
 
     def _head(self, x: Map) -> Tensor:
-        return self._convolve(x.values, self.stack.conv_out, activation(self.stack.norm_out, x)).values
+        return self._convolve(x.values, self.stack.conv_out, activation(self.stack.last_norm(), x)).values
 
-    def _residual(self, block: nn.Module, x: Map) -> Map:
+    def _residual(self, block: ResnetBlock, x: Map) -> Map:
         out, residual, shortcut = x.spare, x.values, block.conv_shortcut
         if shortcut is not None:
             out, residual = two_maps(x.values, shortcut.out_channels)
@@ -179,9 +175,9 @@ class StripWalk:
         shortcut: nn.Conv2d | None = None,
         kept: Tensor | None = None,
     ) -> Map:
-        """conv(before(x)) + residual, 3 × 3; besides shortcut(x) into `kept`.
+        """conv(before(x)) + residual with a 3 × 3 kernel; also writes shortcut(x) into `kept`.
 
-        `out` may be `x` itself, `out` and `kept` may be what `two_maps` gave for it.
+        `out` may be `x` itself; `out` and `kept` may be the result of `two_maps` for it.
         """
         out = new_map(x, conv.out_channels, x.shape[2], x.shape[3]) if out is None else out
         statistics = Statistics(self.needs_statistics)
@@ -189,7 +185,7 @@ class StripWalk:
             rows = F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
             if residual is not None:
                 rows += residual[:, :, top:end]
-            if shortcut is not None:
+            if shortcut is not None and kept is not None:
                 kept[:, :, top:end] = shortcut(x[:, :, top:end])
             out[:, :, top:end] = rows
             statistics.add(rows)
@@ -203,9 +199,8 @@ class StripWalk:
         for top in range(0, height, step):
             end = min(top + step, height)
             band = x[:, :, 2 * top : 2 * end + 1]
-            rows = F.conv2d(
-                F.pad(band, (0, 1, 0, 2 * (end - top) + 1 - band.shape[2])), conv.weight, conv.bias, stride=2
-            )
+            band = F.pad(band, (0, 1, 0, 2 * (end - top) + 1 - band.shape[2]))
+            rows = F.conv2d(band, conv.weight, conv.bias, stride=2)
             out[:, :, top:end] = rows
             statistics.add(rows)
         return Map(out, statistics)
@@ -214,20 +209,19 @@ class StripWalk:
         """Nearest × 2, then 3 × 3, as four 2 × 2 convolutions of the small map: 4/9 of the products, no doubled map."""
         height, width = x.shape[2:]
         out, statistics = new_map(x, conv.out_channels, 2 * height, 2 * width), Statistics(self.needs_statistics)
-        weight, bias = phase_weights(conv.weight), conv.bias.repeat(4)
+        weight, bias = phase_weights(conv.weight), conv.get_parameter("bias").repeat(4)
         by_row = tuple(zip(weight.chunk(2), bias.chunk(2), strict=True))
         for top, end, window in windows(x, max(1, self._rows(x, conv) // 4), lambda rows: rows):
             for row, (kernels, offsets) in enumerate(by_row):
                 band = window[:, :, row : row + end - top + 1]
                 phases = F.conv2d(band, kernels, offsets, padding=(0, 1)).chunk(2, dim=1)  # each (1, C, rows, W + 1)
                 for column, phase in enumerate(phases):
-                    part = phase[:, :, :, column : column + width]
-                    out[:, :, 2 * top + row : 2 * end : 2, column::2] = part
+                    out[:, :, 2 * top + row : 2 * end : 2, column::2] = phase[:, :, :, column : column + width]
             statistics.add(out[:, :, 2 * top : 2 * end])
         return Map(out, statistics)
 
     def _rows(self, x: Tensor, conv: nn.Conv2d) -> int:
-        """Rows of a strip of `x`."""
+        """The number of rows in a strip of `x`."""
         if self.height is None:
             return max(1, STRIP_VALUES // (max(x.shape[1], conv.out_channels) * x.shape[3]))
         return max(1, self.height * x.shape[2] // self.pixels)
@@ -242,13 +236,13 @@ def activation(norm: nn.Module, x: Map) -> Rows:
 
 
 def windows(x: Tensor, height: int, before: Rows) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (top, end, rows top − 1 … end of before(x)), zeros beyond the borders; each row passes `before` once.
+    """Yield (top, end, rows top − 1 … end of before(x)), with zeros beyond the borders; `before` sees each row once.
 
-    Rows top … end − 1 of `x` may be overwritten once they were yielded. All windows share their memory.
+    Rows top … end − 1 of `x` may be overwritten once they have been yielded. All windows share their memory.
     """
     window = new_map(x, x.shape[1], min(height, x.shape[2]) + 2, x.shape[3])
     window[:, :, :1] = 0
-    held, ready = 1, 0  # rows of the window that are there already, rows of x that are prepared
+    held, ready = 1, 0  # rows already in the window, rows of x already prepared
     for top in range(0, x.shape[2], height):
         end = min(top + height, x.shape[2])
         size = end - top + 2
@@ -284,7 +278,7 @@ def new_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def two_maps(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Two maps of the size of `x`: in its own memory where both fit, row beside row, else new ones."""
+    """Two maps of the size of `x`: in its own memory if both fit there, row beside row, else in new memory."""
     height, width = x.shape[2:]
     if x.shape[1] != 2 * channels or not x.is_contiguous(memory_format=torch.channels_last):
         return new_map(x, channels, height, width), new_map(x, channels, height, width)

@@ -9,17 +9,17 @@ Module names are the checkpoint's (diffusers naming).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage.errors import CheckpointError, ConfigError
 from zimage.kernels.norm import rms_norm
 from zimage.nn.attention import attention
 from zimage.nn.config import read_architecture
-from zimage.settings.declared import TILE_OVERLAP
+from zimage.vae.autoencoder import Autoencoder
+from zimage.vae.layers import DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
 from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
@@ -31,14 +31,14 @@ class AutoencoderKLWanConfig:
     z_dim: int
     dim_mult: tuple[int, ...]
     num_res_blocks: int
-    temperal_downsample: tuple[bool, ...]  # spelt so in the checkpoint; decides only which time_conv keys a file holds
+    temperal_downsample: tuple[bool, ...]  # the checkpoint's spelling; decides only which time_conv keys a file holds
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
     in_channels: int = 3
     out_channels: int = 3
     sample_size: int = 1024
 
-    IMPLEMENTED: ClassVar = {
+    IMPLEMENTED: ClassVar[Mapping[str, tuple]] = {
         "_class_name": ("AutoencoderKLWan",),
         "attn_scales": ([], ()),
         "decoder_base_dim": (None,),
@@ -58,12 +58,12 @@ class AutoencoderKLWanConfig:
         return self.z_dim
 
 
-class AutoencoderKLWan(nn.Module):
+class AutoencoderKLWan(Autoencoder):
     """Images (B, 3, H, W) in [−1, 1] ↔ standardised latents (B, 16, H/8, W/8)."""
 
     def __init__(self, config: AutoencoderKLWanConfig):
         super().__init__()
-        self.config = config
+        self.config, self.spatial_factor = config, 2 ** (len(config.dim_mult) - 1)
         self.encoder = Encoder(config)
         self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, 1)
@@ -71,47 +71,29 @@ class AutoencoderKLWan(nn.Module):
         self._published = self._published_shapes()
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "AutoencoderKLWan":
-        """Build from the contents of `vae/config.json`; raises ConfigError."""
+    def from_config(cls, config: Mapping[str, object]) -> "AutoencoderKLWan":
+        """Build from the contents of `vae/config.json`. Raises ConfigError."""
         return cls(read_architecture(AutoencoderKLWanConfig, config, AutoencoderKLWanConfig.IMPLEMENTED))
 
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent along one side."""
-        return 2 ** (len(self.config.dim_mult) - 1)
-
     def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log-variance, each (B, 16, h, w), not standardised."""
         encoded = tiling.encode(self.encoder, self._input(images), self.spatial_factor)
         mean, logvar = self.quant_conv(encoded.to(self.quant_conv.weight.dtype)).chunk(2, dim=1)
         return mean, logvar
 
-    def encode(
-        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
-    ) -> Tensor:
-        """Standardised latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode.
-
-        Tiles as `Tiling` describes them.
-        """
-        mean, _ = self.moments(images, Tiling(tile_mode, tile_size, tile_overlap))
+    def _scaled(self, mean: Tensor) -> Tensor:
         center, spread = self._statistics(mean)
-        return (mean.float() - center) / spread
+        return (mean - center) / spread
 
-    def decode(
-        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
-    ) -> Tensor:
-        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of standardised latents (B, 16, h, w); tiles as in `Tiling`."""
-        tiling = Tiling(tile_mode, tile_size, tile_overlap)
+    def _unscaled(self, latents: Tensor) -> Tensor:
         center, spread = self._statistics(latents)
-        z = self.post_quant_conv(self._input(latents.float() * spread + center))
-        return tiling.decode(self.decoder, z, self.spatial_factor).float().clamp(-1, 1)
+        return self.post_quant_conv(self._input(latents * spread + center))
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key of a published file with its 3-D shape, those of the unused time_conv included."""
+        """Every key of a published file with its 3-D shape, including the unused time_conv."""
         return dict(self._published)
 
     def fold(self, key: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """One published tensor as (own name, view of it), or None for a key knowingly unused; raises CheckpointError.
+        """One published tensor as (own name, view of it), or None for a key that is not used. Raises CheckpointError.
 
         Keeps the last tap of a causal kernel (O, I, T, k, k) and drops the empty axes of a norm's gamma (C, 1, 1, 1).
         """
@@ -129,18 +111,13 @@ class AutoencoderKLWan(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, CausalConv | ChannelNorm | Resample):
                 shapes |= {f"{name}.{leaf}": shape for leaf, shape in module.published_shapes().items()}
-        rest = {key: tuple(weight.shape) for key, weight in self.named_parameters() if key not in shapes}
-        return shapes | rest
+        return shapes | {key: tuple(weight.shape) for key, weight in self.named_parameters() if key not in shapes}
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, (16, 1, 1) fp32."""
         stats = torch.tensor((self.config.latents_mean, self.config.latents_std), device=like.device)
         center, spread = stats.float()[:, :, None, None]
         return center, spread
-
-    def _input(self, x: Tensor) -> Tensor:
-        # Channels innermost: quicker convolutions, and each norm reads its channels in one stretch.
-        return x.to(self.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 class CausalConv(nn.Conv2d):
@@ -176,7 +153,7 @@ class Resample(nn.Module):
     def __init__(self, first: nn.Module, conv: nn.Conv2d, time_conv: tuple[int, int] | None):
         super().__init__()
         self.resample = nn.Sequential(first, conv)
-        self.time_conv_widths = time_conv  # (in, out) of the temporal convolution in the file, which is not built
+        self.time_conv_widths = time_conv  # (in, out) of the file's temporal convolution, which is not built
 
     @classmethod
     def down(cls, width: int, temporal: bool) -> "Resample":
@@ -185,26 +162,22 @@ class Resample(nn.Module):
 
     @classmethod
     def up(cls, width: int, temporal: bool) -> "Resample":
-        """Halves the channels too."""
+        """Double the map and halve the channels."""
         conv = nn.Conv2d(width, width // 2, 3, padding=1)
         return cls(nn.Upsample(scale_factor=2.0, mode="nearest"), conv, (width, 2 * width) if temporal else None)
-
-    @property
-    def conv(self) -> nn.Conv2d:
-        return self.resample[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resample(x)
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the temporal convolution only; that of `resample` is stored as it is."""
+        """The shapes of the temporal convolution only; the weights of `resample` are stored as they are."""
         if self.time_conv_widths is None:
             return {}
         c_in, c_out = self.time_conv_widths
         return {"time_conv.weight": (c_out, c_in, 3, 1, 1), "time_conv.bias": (c_out,)}
 
 
-class Encoder(nn.Module):
+class Encoder(EncoderStack):
     def __init__(self, config: AutoencoderKLWanConfig):
         super().__init__()
         widths = [config.base_dim * factor for factor in config.dim_mult]
@@ -213,33 +186,25 @@ class Encoder(nn.Module):
         c_in = config.base_dim
         for i, width in enumerate(widths):
             for j in range(config.num_res_blocks):
-                self.down_blocks.append(ResnetBlock(c_in if j == 0 else width, width))
+                self.down_blocks.append(resnet_block(c_in if j == 0 else width, width))
             c_in = width
             if i < len(widths) - 1:
                 self.down_blocks.append(Resample.down(width, config.temperal_downsample[i]))
-        self.mid_block = MidBlock(widths[-1])
+        self.mid_block = mid_block(widths[-1])
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, 3)
 
     def layers(self) -> Iterator[nn.Module]:
-        """Residual blocks and resamplers, before the mid block."""
         return iter(self.down_blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for layer in self.layers():
-            x = layer(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2·16, h, w)
 
-
-class Decoder(nn.Module):
+class Decoder(DecoderStack):
     def __init__(self, config: AutoencoderKLWanConfig):
         super().__init__()
         widths = [config.base_dim * factor for factor in config.dim_mult[::-1]]
         temporal = (*config.temperal_downsample[::-1], None)  # None: no upsampling
         self.conv_in = CausalConv(config.z_dim, widths[0], 3)
-        self.mid_block = MidBlock(widths[0])
+        self.mid_block = mid_block(widths[0])
         self.up_blocks = nn.ModuleList(
             UpBlock(config.num_res_blocks, widths[0] if i == 0 else widths[i - 1] // 2, width, temporal[i])
             for i, width in enumerate(widths)
@@ -248,47 +213,22 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv(widths[-1], config.out_channels, 3)
 
     def layers(self) -> Iterator[nn.Module]:
-        """Residual blocks and resamplers, after the mid block."""
-        for block in self.up_blocks:
-            yield from (*block.resnets, *block.upsamplers)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for layer in self.layers():
-            x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+        return layers_of(self.up_blocks)
 
 
 class UpBlock(nn.Module):
     def __init__(self, layers: int, c_in: int, c_out: int, temporal: bool | None):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out) for j in range(layers + 1))
+        self.resnets = nn.ModuleList(resnet_block(c_in if j == 0 else c_out, c_out) for j in range(layers + 1))
         self.upsamplers = nn.ModuleList([] if temporal is None else [Resample.up(c_out, temporal)])
 
 
-class MidBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.attentions = nn.ModuleList([SpatialAttention(width)])
-        self.resnets = nn.ModuleList(ResnetBlock(width, width) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+def resnet_block(c_in: int, c_out: int) -> ResnetBlock:
+    return ResnetBlock(c_in, c_out, ChannelNorm, CausalConv)
 
 
-class ResnetBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.norm1 = ChannelNorm(c_in)
-        self.conv1 = CausalConv(c_in, c_out, 3)
-        self.norm2 = ChannelNorm(c_out)
-        self.conv2 = CausalConv(c_out, c_out, 3)
-        self.conv_shortcut = CausalConv(c_in, c_out, 1) if c_in != c_out else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+def mid_block(width: int) -> MidBlock:
+    return MidBlock(resnet_block(width, width), SpatialAttention(width), resnet_block(width, width))
 
 
 class SpatialAttention(nn.Module):

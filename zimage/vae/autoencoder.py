@@ -1,0 +1,52 @@
+"""What an autoencoder does for a render, whichever of the two it is.
+
+Shapes: B batch, H × W pixels, h × w = H/8 × W/8 latents.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from zimage.settings.declared import TILE_OVERLAP
+from zimage.vae.layers import DecoderStack, EncoderStack
+from zimage.vae.tiling import OFF, Tiling
+
+
+class Autoencoder(nn.Module):
+    """Images (B, 3, H, W) in [−1, 1] ↔ scaled latents (B, 16, h, w)."""
+
+    encoder: EncoderStack
+    decoder: DecoderStack
+    spatial_factor: int  # pixels per latent along one side
+
+    def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance, each (B, 16, h, w), unscaled."""
+        raise NotImplementedError
+
+    def encode(
+        self, images: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
+    ) -> Tensor:
+        """Scaled latents (B, 16, h, w) fp32 of images (B, 3, H, W) in [−1, 1]: the posterior's mode, not a sample.
+
+        `Tiling` describes the tiles.
+        """
+        mean, _ = self.moments(images, Tiling(tile_mode, tile_size, tile_overlap))
+        return self._scaled(mean.float())
+
+    def decode(
+        self, latents: Tensor, tile_size: int | None = None, tile_overlap: int = TILE_OVERLAP, tile_mode: str = "off"
+    ) -> Tensor:
+        """Images (B, 3, H, W) fp32, clamped to [−1, 1], of scaled latents (B, 16, h, w); tiles as in `Tiling`."""
+        tiling = Tiling(tile_mode, tile_size, tile_overlap)
+        z = self._unscaled(latents.float())
+        return tiling.decode(self.decoder, z, self.spatial_factor).float().clamp(-1, 1)
+
+    def _scaled(self, mean: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """What the decoder takes."""
+        raise NotImplementedError
+
+    def _input(self, x: Tensor) -> Tensor:
+        # With channels innermost, convolutions and norms are about a quarter faster on a CPU (and on tensor cores).
+        return x.to(self.decoder.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
