@@ -141,7 +141,8 @@ def rows(document: Path) -> list[str]:
 
 def files(document: Path) -> set[str]:
     """Every file below a document's folder, but for folders with a document of their own and what is generated."""
-    folder, inner = document.parent, {other.parent for other in DOCUMENTS} - {document.parent}
+    folder = document.parent
+    inner = {other.parent for other in DOCUMENTS if folder in other.parent.parents}
     if folder == ROOT:  # where people's pictures, settings and git's own files may lie as well
         junk = (".png", ".jpg", ".webp")
         there = [p for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.suffix not in junk]
@@ -155,6 +156,11 @@ def files(document: Path) -> set[str]:
         and not inner & set(path.parents)
         and not any(name in IGNORED for name in path.relative_to(ROOT).parts)
     }
+
+
+@pytest.mark.parametrize("document", MAPS, ids=lambda path: path.parent.name)
+def test_a_map_has_files_to_name(document):
+    assert len(files(document)) > 3
 
 
 @pytest.mark.parametrize("document", MAPS, ids=lambda path: path.parent.name)

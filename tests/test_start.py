@@ -1,6 +1,7 @@
 """Renders that do not start from noise alone: a picture, a mask, a first pass; and renders that go on from a state."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -187,6 +188,17 @@ def test_a_render_goes_on_to_the_same_bits_from_any_event(pipe, picture, kind, t
         whole = before + list(pipe.run(job, again))
         assert [e.image.tobytes() for e in whole if e.image] == expected, stop
         assert sum(e.latents is not None for e in whole) == steps, "no step is computed twice"
+
+
+def test_every_stage_that_is_emitted_is_documented(pipe, picture):
+    from zimage.events import Event
+
+    seen = set()
+    for settings in RENDERS.values():
+        given = {k: picture if v is True else v for k, v in settings.items()}
+        seen |= {event.stage for event in pipe.run(zimage.Request(seed=5, **given))}
+    named = set(re.findall(r'"([a-z ]+)"', Event.__doc__))
+    assert named == seen | {"load"}
 
 
 def test_a_state_that_is_none(tmp_path):

@@ -204,7 +204,7 @@ def _tensor(name: str, shape: tuple[int, ...], sources: list[Stored], dtype: str
 def _pieces(name: str, source: Stored, dtype: torch.dtype, maps: Maps) -> Iterator[Tensor]:
     """Yield a stored tensor's values as `dtype`, in order; pages that have been copied are released."""
     value = source.read(maps)
-    if not source.packed:
+    if isinstance(value, Tensor):
         for numbers in value.reshape(-1).split(PIECE):
             yield _cast(name, numbers, dtype)
             forget_pages(numbers)

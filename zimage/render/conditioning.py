@@ -56,11 +56,11 @@ class ChatParts(NamedTuple):
     def format(self, prompt: str) -> str:
         """What the text encoder reads."""
 
-        def stripped(text: str | None) -> str | None:
-            return text.replace('"', "") if text and self.strip_quotes else text
-
-        parts = map(stripped, (self.system_prompt, self.thinking_content, self.assistant_content))
-        return format_chat(stripped(prompt) or "", *parts, think_block=self.force_think_block)
+        parts = [self.system_prompt, self.thinking_content, self.assistant_content]
+        if self.strip_quotes:
+            prompt, parts = prompt.replace('"', ""), [part and part.replace('"', "") for part in parts]
+        system, thinking, answer = parts
+        return format_chat(prompt, system, thinking, answer, self.force_think_block)
 
 
 class Texts:
