@@ -34,7 +34,7 @@ def _kernel(
     length,
     channels,
     gate_stride,
-    eps,
+    EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,7 +49,7 @@ def _kernel(
         place = (batch * length + first + i) * channels + column
         branch = tl.load(branch_ptr + place, mask=there, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(branch * branch, axis=0) / channels + eps)
+        inverse = tl.rsqrt(tl.sum(branch * branch, axis=0) / channels + EPS)
         tl.store(out_ptr + place, (x + branch * inverse * weight).to(out_ptr.dtype.element_ty), mask=there)
 
 

@@ -24,7 +24,16 @@ def reference(x, scale, eps):
 
 @jit
 def _kernel(
-    x_ptr, scale_ptr, out_ptr, length, channels, x_stride, scale_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    scale_ptr,
+    out_ptr,
+    length,
+    channels,
+    x_stride,
+    scale_stride,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """ROWS tokens of one sample; `x_stride` leads from sample to sample."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
@@ -35,7 +44,7 @@ def _kernel(
         there = present & (first + i < length)
         x = tl.load(x_ptr + batch * x_stride + (first + i) * channels + column, mask=there, other=0.0).to(tl.float32)
         centred = tl.where(there, x - tl.sum(x, axis=0) / channels, 0.0)
-        inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / channels + eps)
+        inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / channels + EPS)
         place = (batch * length + first + i) * channels + column
         tl.store(out_ptr + place, (centred * inverse * scale).to(out_ptr.dtype.element_ty), mask=there)
 

@@ -40,7 +40,16 @@ def reference(x, weight, scale, eps):
 
 @jit
 def _kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, length, channels, scale_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    out_ptr,
+    length,
+    channels,
+    scale_stride,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """ROWS tokens of one sample."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
@@ -52,7 +61,7 @@ def _kernel(
         there = present & (first + i < length)
         place = (batch * length + first + i) * channels + column
         x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / channels + eps)
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / channels + EPS)
         tl.store(out_ptr + place, (x * inverse * weight).to(out_ptr.dtype.element_ty), mask=there)
 
 

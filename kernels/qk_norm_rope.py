@@ -41,7 +41,9 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
-def _norm_rope(x_ptr, weight_ptr, cos, sin, head_stride, heads, eps, D: tl.constexpr, BLOCK_H: tl.constexpr):
+def _norm_rope(
+    x_ptr, weight_ptr, cos, sin, head_stride, heads, EPS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr
+):
     """All heads of one token, in place."""
     head, dim = tl.arange(0, BLOCK_H), tl.arange(0, D)
     place = x_ptr + head[:, None] * head_stride + dim[None, :]
@@ -50,7 +52,7 @@ def _norm_rope(x_ptr, weight_ptr, cos, sin, head_stride, heads, eps, D: tl.const
     # Pairs by split and join, not by strided loads: global accesses stay 128 bits wide.
     even, odd = tl.split(tl.reshape(x, (BLOCK_H, D // 2, 2)))
     even_weight, odd_weight = tl.split(tl.reshape(tl.load(weight_ptr + dim).to(tl.float32), (D // 2, 2)))
-    scale = tl.rsqrt(tl.sum(even * even + odd * odd, axis=1) / D + eps)[:, None]
+    scale = tl.rsqrt(tl.sum(even * even + odd * odd, axis=1) / D + EPS)[:, None]
     even, odd = even * scale * even_weight[None, :], odd * scale * odd_weight[None, :]
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     tl.store(place, tl.reshape(turned, (BLOCK_H, D)).to(x_ptr.dtype.element_ty), mask=present)
@@ -73,7 +75,7 @@ def _kernel(
     table_batch_stride,
     q_heads,
     k_heads,
-    eps,
+    EPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -84,8 +86,8 @@ def _kernel(
     cos, sin = tl.load(cos_ptr + row)[None, :], tl.load(sin_ptr + row)[None, :]
     q_place = q_ptr + batch * q_batch_stride + token * q_token_stride
     k_place = k_ptr + batch * k_batch_stride + token * k_token_stride
-    _norm_rope(q_place, q_weight_ptr, cos, sin, q_head_stride, q_heads, eps, D, BLOCK_Q)
-    _norm_rope(k_place, k_weight_ptr, cos, sin, k_head_stride, k_heads, eps, D, BLOCK_K)
+    _norm_rope(q_place, q_weight_ptr, cos, sin, q_head_stride, q_heads, EPS, D, BLOCK_Q)
+    _norm_rope(k_place, k_weight_ptr, cos, sin, k_head_stride, k_heads, EPS, D, BLOCK_K)
 
 
 def launch(q, k, q_weight, k_weight, cos, sin, eps):

@@ -26,13 +26,20 @@ def reference(x, dtype):
 
 @jit
 def _kernel(
-    x_ptr, out_ptr, scale_ptr, channels, largest, TINY: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    channels,
+    PEAK: tl.constexpr,
+    TINY: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     present = column < channels
     x = tl.load(x_ptr + row * channels + column, mask=present, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), TINY) / largest
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), TINY) / PEAK
     x = tl.div_rn(x, tl.full((BLOCK,), 0.0, tl.float32) + scale)
     if INTEGER:
         x = (x + 12582912.0) - 12582912.0  # to the nearest even integer: 1.5 · 2²³ leaves no fractional bits

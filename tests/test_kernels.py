@@ -5,6 +5,7 @@ On a machine with a GPU the numbers come from the GPU.
 
 import ast
 import contextlib
+import inspect
 import json
 import os
 import subprocess
@@ -157,6 +158,33 @@ def test_inductor_can_write_a_kernel_anew(file):
         assert names <= {"tl", "triton"}, f"{file.name}: {kernel.name} names {names} in its signature"
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_fractions_are_constants_of_a_kernel(name, monkeypatch):
+    """Inductor types any other Python float as fp64, so that under `--compile` whole rows were computed in fp64 (a 64th
+    of the speed on a consumer card), and what takes fp32 only did not compile.
+    """
+    spec, seen = SPECS[name], []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.signature = inspect.signature(kernel.fn)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append(self.signature.bind(*arguments).arguments)
+
+    module = inspect.getmodule(spec.launch)
+    kernels_of = [name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "fn")]
+    constants = {}
+    for kernel in kernels_of:
+        recorder = Recorder(getattr(module, kernel))
+        constants |= {p.name: "constexpr" in str(p.annotation) for p in recorder.signature.parameters.values()}
+        monkeypatch.setattr(module, kernel, recorder)
+    spec.launch(*arguments(spec, spec.cases[0], torch.bfloat16))
+    assert seen
+    for given in seen:
+        assert not [n for n, value in given.items() if isinstance(value, float) and not constants[n]], name
+
+
 # ------------------------------------------------------------------ machine code
 
 
@@ -223,7 +251,7 @@ def broken(tmp_path: Path, name: str, old: str, new: str) -> Path:
 
 
 FAULTS = {
-    "wrong number": ("norm", "/ channels + eps", "/ BLOCK + eps", AssertionError, "the reference's"),
+    "wrong number": ("norm", "/ channels + EPS", "/ BLOCK + EPS", AssertionError, "the reference's"),
     "past the end": ("norm", "present & (first + i < length)", "present", Exception, "outside|address"),
     "two programs, one place": ("norm", "tl.program_id(0) * ROWS,", "tl.program_id(0) * 9,", Exception, "address|read"),
     "never written": ("swiglu", "-(-C // BLOCK))]", "C // BLOCK)]", AssertionError, None),
