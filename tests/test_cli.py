@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from zimage.cli import main
+from zimage.cli import cli, main
 from zimage.pictures import files as picture_file
 
 ROOT = Path(__file__).parent.parent
@@ -309,3 +310,7 @@ def test_a_fault_that_shows_late_is_the_files_only_where_the_file_set_it(
     last = err.splitlines()[-1]
     assert last.endswith(source) if source else "zimage.toml" not in last
     assert not (tmp_path / "x.png").exists()
+
+
+def test_no_line_of_the_overview_is_cut_off():
+    assert "..." not in CliRunner().invoke(cli, ["--help"]).output.partition("Commands:")[2]

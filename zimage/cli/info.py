@@ -28,7 +28,7 @@ PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_over
 @options_of(LoadSettings, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -> None:
-    """Show the components, sizes, dtypes and memory of MODEL (default: the settings' model, else the bundled demo)."""
+    """Show the components, sizes and memory of MODEL. Default: the settings' model, else the bundled demo."""
     resolved = resolve_options({**options, "model": model})
     pipe, size = load_pipeline(resolved), _planned(resolved.of(Request))
     facts = describe(pipe, size)

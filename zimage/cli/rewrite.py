@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only the prompt, warnings and errors.")
 def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **options: object) -> None:
-    """Turn a short PROMPT into a full one; `gen --rewrite NAME` also renders it."""
+    """Turn a short PROMPT into a full one. `gen --rewrite NAME` also renders it."""
     progress = Progress(quiet or as_json)
     resolved = resolve_options(options)
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))

@@ -25,7 +25,7 @@ MARKS = {"shipped": "", "own": "own", "override": "own, overrides shipped"}
 @click.group(invoke_without_command=True)
 @click.pass_context
 def templates(ctx: click.Context) -> None:
-    """Show the prompt templates: system prompts that say how a picture looks, not what it shows.
+    """List, show and search the prompt templates. They say how a picture looks, not what it shows.
 
     \b
     zimage templates list                        all of them, by category

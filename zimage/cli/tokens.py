@@ -29,7 +29,7 @@ def text_command(command: Command) -> Command:
 @click.option("--show", is_flag=True, help="Also print the formatted text and its tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
-    """Count the tokens of the formatted PROMPT and say what will happen to them."""
+    """Count the tokens of PROMPT as the model reads it. Says what happens to those beyond the trained length."""
     pipe, text = _opened(options)
     count = pipe.count_tokens(prompt, **text)
     ids = pipe.tokenize(prompt, **text)
@@ -49,7 +49,7 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
 @text_command
 def encode(prompt: str, output: Path, **options: object) -> None:
-    """Write the caption embeddings of PROMPT to a file, for `gen --embeddings`."""
+    """Save the caption of PROMPT for `gen --embeddings`."""
     if not output.parent.is_dir():
         raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; create it first")
     if output.suffix != ".safetensors":
