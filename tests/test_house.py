@@ -159,6 +159,17 @@ def test_a_planted_circle_is_found():
     assert circles({**pair, "zimage.nn.b": "import zimage.nn.c"}) == ["zimage.nn.a", "zimage.nn.b", "zimage.nn.c"]
 
 
+def test_components_are_rows_and_settings_know_each():
+    """The registry lists them; what must be quick to import repeats their names, and must repeat all of them."""
+    from zimage.cli.weights import COMPONENT
+    from zimage.loading.registry import REQUIRED, ROWS
+    from zimage.settings import LoadSettings
+
+    assert tuple(COMPONENT.choices) == REQUIRED
+    assert {*REQUIRED, *(f"{name}_device" for name in REQUIRED)} <= set(LoadSettings.names())
+    assert all(row.inside in ROWS for row in ROWS.values() if row.inside)
+
+
 def test_the_library_never_prints():
     for name, text in sources().items():
         calls = {

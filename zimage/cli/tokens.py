@@ -56,12 +56,13 @@ def encode(prompt: str, output: Path, **options: object) -> None:
         raise RequestError(f"output {output.name!r} should end in .safetensors")
     pipe, text = _opened(options)
     request = {"prompt": prompt, **pipe.texts.filled(TextSettings.from_mapping(text)).to_mapping()}
+    from zimage.loading.registry import TEXT_ENCODER
     from zimage.text.embeddings import save_embeddings
 
     (caption,) = pipe.encode(prompt, **text)
     if output.exists():
         click.echo(f"replacing {output}", err=True)
-    save_embeddings(output, caption, request, pipe.model.components["text_encoder"].checkpoint.fingerprint())
+    save_embeddings(output, caption, request, pipe.model.components[TEXT_ENCODER].checkpoint.fingerprint())
     click.echo(os.fspath(output))
     click.echo(f"{len(caption)} tokens × {caption.shape[1]}, {str(caption.dtype).removeprefix('torch.')}", err=True)
 
