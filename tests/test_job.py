@@ -141,7 +141,16 @@ def test_what_was_given_as_an_object_is_passed_again_by_its_hash(tiny_folder):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seeds", ["1"]), ("seeds", []), ("passes", [["64", 48, "off"]]), ("passes", []), ("token_ids", {}), ("plan", 3)],
+    [
+        ("seeds", ["1"]),
+        ("seeds", []),
+        ("passes", [["64", 48, "off"]]),
+        ("passes", []),
+        ("sigmas", [0.0, 1.0]),
+        ("sigmas", [float("nan"), 0.0]),
+        ("token_ids", {}),
+        ("plan", 3),
+    ],
     ids=str,
 )
 def test_a_job_whose_parts_do_not_belong_together_is_refused(tiny_folder, name, value):

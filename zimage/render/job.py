@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from zimage import flow
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import LoraUse
@@ -40,8 +41,8 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `passes` are one, or two with `hires`; `seeds` one per image; `model` is the fingerprint of the model
-    that it was prepared for.
+    text once; `passes` are one, or two with `hires`; `sigmas` the noise levels, falling from 1 to 0; `seeds` one per
+    image; `model` is the fingerprint of the model that it was prepared for.
     """
 
     request: Request
@@ -49,6 +50,7 @@ class Job:
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
     passes: tuple[Pass, ...]
+    sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
     plan: MemoryPlan
@@ -65,13 +67,6 @@ class Job:
         """Images in all."""
         return len(self.seeds)
 
-    @property
-    def schedule(self) -> tuple[int, float]:
-        """Steps and shift of the noise levels."""
-        assert self.request.steps is not None
-        assert self.request.shift is not None
-        return self.request.steps, self.request.shift
-
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""
         return Text(formatted, self.token_ids[formatted], self.request.layers)
@@ -84,6 +79,7 @@ class Job:
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
             "passes": [list(one) for one in self.passes],
+            "sigmas": list(self.sigmas),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
             "plan": self.plan.to_dict(),
@@ -105,6 +101,7 @@ class Job:
                 tuple(plain["negative_texts"]),
                 {text: tuple(ids) for text, ids in plain["token_ids"].items()},
                 tuple(Pass(*one) for one in plain["passes"]),
+                tuple(map(float, plain["sigmas"])),
                 tuple(plain["seeds"]),
                 tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
                 MemoryPlan.from_dict(plain["plan"]),
@@ -126,6 +123,8 @@ class Job:
         ]
         if not all(type(number) is int for number in whole) or len(self.seeds) != self.request.count:
             raise ValueError("its seeds, sizes or tokens are not the whole numbers that its request needs")
+        if len(self.sigmas) < 2 or not all(2 > a >= b >= 0 for a, b in itertools.pairwise(self.sigmas)):
+            raise ValueError("its sigmas do not fall from about 1 to 0")
         if set(self.token_ids) != {*self.texts, *self.negative_texts} or not self.passes:
             raise ValueError("its texts and their tokens do not belong together")
 
@@ -162,7 +161,10 @@ def decide(
         small = first_pass_size(width, height, request.hires)
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
-    return Job(complete, prompts, negatives, ids, tuple(passes), tuple(complete.seeds), loras, plan, model.fingerprint)
+    sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
+    return Job(
+        complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, model.fingerprint
+    )
 
 
 def first_pass(job: Job) -> Job:

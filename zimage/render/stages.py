@@ -248,7 +248,7 @@ def denoise(
 ) -> Generator[Event, None, list[Tensor]]:
     """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
     request, finished = job.request, list(state.finished)
-    sigmas = flow.sigmas(*job.schedule)
+    sigmas = torch.tensor(job.sigmas)
     guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
     for first in range(len(finished), job.count, request.batch_size):
         batch = range(first, min(first + request.batch_size, job.count))
