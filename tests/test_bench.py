@@ -65,9 +65,9 @@ def test_tables_come_from_saved_results(tmp_path, monkeypatch, capsys):
     report(runs, {"size": 256}, as_json=True)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "step.json").write_text(capsys.readouterr().out)
-    text = tables.filled("before\n<!-- result: step -->\nold\n<!-- end -->\nafter")
+    text = tables.filled("before\n<!-- result: step -->\nthe table before\n<!-- end -->\nafter")
     assert "| a step, warm | 2 (2 to 2) | 4 (4 to 4) | 0.50 |" in text
-    assert "old" not in text
+    assert "the table before" not in text
     assert text.startswith("before\n")
     assert text.endswith("<!-- end -->\nafter")
     assert tables.filled(text) == text
