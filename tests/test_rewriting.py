@@ -80,7 +80,7 @@ def test_thoughts_are_split_off_and_never_leak(pipe, says):
     result = pipe.rewrite("a cat", rewrite_thinking=True)
     assert (result.thinking, result.prompt) == ("A cat? Fur.", "A fine cat.")
     says("<think>\nA cat? Fur")
-    with pytest.raises(RewriteError, match="still thinking after 7 tokens; give more max_tokens"):
+    with pytest.raises(RewriteError, match="still thinking after 7 tokens; raise max_tokens"):
         pipe.rewrite("a cat", rewrite_thinking=True, max_tokens=7)
     says("  \n")
     with pytest.raises(RewriteError, match="wrote nothing"):
@@ -98,7 +98,7 @@ def test_quotes_around_the_whole_are_not_drawn(answer, prompt):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rewriter": "photo-overcast"}, "is no rewriter; use one of rewrite-"),
+        ({"rewriter": "photo-overcast"}, "is not a rewriter; use one of rewrite-"),
         ({"rewriter": "rewrite-foto"}, "did you mean 'rewrite-photo'"),
         ({"temperature": -1.0}, "too small"),
         ({"presence_penalty": 2.5}, "too large"),

@@ -71,10 +71,6 @@ class Checkpoint:
         """What describes the architecture that the weights must fit."""
         return "config.json" if self.origin.is_dir() else "the architecture inferred from their shapes"
 
-    def is_mapped(self, key: str) -> bool:
-        """Whether a tensor can be a view of the file; it cannot if a careless writer left it unaligned."""
-        return self.entries[key].aligned
-
     def stored_bytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 

@@ -8,7 +8,8 @@ prepared; the loaded DiT belongs to `residency`, which applies those of the requ
 import dataclasses
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from zimage.formats.lora import LoraFile, read_lora
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.formats.stored import Maps
 from zimage.loading.files import Component
+from zimage.loading.registry import DIT
 from zimage.nn.adapters import adapt, is_plain, linear_shapes
 from zimage.nn.deltas import Decomposed
 from zimage.settings.declared import check_lora_scale
@@ -60,6 +62,7 @@ class Owner(Protocol):
     """The owner of the loaded DiT."""
 
     def adapt_idle(self, adapters: Adapters) -> None: ...
+    def hold(self, name: str) -> AbstractContextManager[object]: ...
 
 
 class Loras:
@@ -79,7 +82,7 @@ class Loras:
         Raises RequestError for an unusable scale and CheckpointError for an unusable file.
         """
         adapter = self.adapter(path, scale)
-        with self._lock:
+        with self._changing():
             self._become({**self._adapters, adapter.handle: adapter})
         return adapter.handle
 
@@ -103,13 +106,13 @@ class Loras:
     def set(self, handle: Handle, scale: float) -> None:
         """Change an adapter's scale; at 0 the weights are as without it. Raises RequestError."""
         check_lora_scale(scale)
-        with self._lock:
+        with self._changing():
             adapter = dataclasses.replace(self._known(handle), scale=float(scale))
             self._become({**self._adapters, handle: adapter})
 
     def remove(self, handle: Handle) -> None:
         """Remove an adapter; once none is left, the weights are the checkpoint's own bits. Raises RequestError."""
-        with self._lock:
+        with self._changing():
             self._known(handle)
             self._become({key: adapter for key, adapter in self._adapters.items() if key is not handle})
 
@@ -120,6 +123,12 @@ class Loras:
     def read(self, uses: Iterable[LoraUse]) -> Adapters:
         """The adapters that a job names, read from their files where needed. Raises as `adapter` does."""
         return tuple(u if isinstance(u, Adapter) else self.adapter(u.path, u.scale, u.hash) for u in uses)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The DiT's device first: a hook, which holds it, may change adapters while another thread does."""
+        with self._owner.hold(DIT), self._lock:
+            yield
 
     def _known(self, handle: Handle) -> Adapter:
         if not isinstance(handle, Handle) or handle not in self._adapters:

@@ -13,6 +13,7 @@ The peak of a stage is the memory in use anyway, plus the weights in memory duri
 (VmHWM); on a GPU what PyTorch allocates there.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -82,8 +83,12 @@ class Planner:
         work = Workload(SIZE_MULTIPLE, SIZE_MULTIPLE, tokens, tile_mode="off", stored_tokens=tokens)
         plan = self.plan(work, loaded)
         stage = plan.stages[TEXT_ENCODER]
+        limit = plan.limits[stage.device]
+        if plan.excess(stage) > 0:  # also where all should be kept: then only while it writes are they not
+            stage = self._alone(TEXT_ENCODER, work, limit)
+            kept = frozenset(n for n in plan.kept if plan.stages[n].device != stage.device)
+            plan = dataclasses.replace(plan, stages={**plan.stages, TEXT_ENCODER: stage}, kept=kept)
         if plan.excess(stage) > 0:
-            limit = plan.limits[stage.device]
             raise RequestError(
                 f"writing a text of {tokens} tokens needs {stage.peak / 1e9:.2f} GB; {limit / 1e9:.2f} GB may be "
                 "used; set fewer max_tokens, more memory or a rewriter_url",
@@ -198,7 +203,7 @@ class Planner:
 
     def _refusal(self, plan: MemoryPlan, fitting: tuple[int, int] | None) -> str:
         work, stage, limit = plan.work, plan.tightest, plan.limits[plan.tightest.device]
-        budget, needed = self.settings.memory, f"{-(-stage.peak // 10**8) / 10:.1f}"
+        budget, needed = plan.budget, f"{-(-stage.peak // 10**8) / 10:.1f}"
         allowed = budget is not None and limit == round(budget * 1e9)
         if fitting:
             advice = f"choose at most {fitting[0]}×{fitting[1]}" + (f" or set memory {needed}" if allowed else "")

@@ -1,7 +1,7 @@
 """One row per component: what it is called, where it lies, which module it is, and which transformations apply to it.
 
 This is the only place that lists them. To add one, add a row: it is then opened, checked, planned, loaded and
-released like the others; `optional` ones belong to a pipeline only where the settings ask for them.
+released like the others; an `optional` one is only loaded by itself (`load_component`), no pipeline contains it.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,10 @@ class Residency:
         with self._devices[self.places[name].device]:
             yield self._brought(name, plan, adapters).module
 
+    def hold(self, name: str) -> AbstractContextManager[object]:
+        """The component's device for one piece of work on a module that the caller has in hand."""
+        return self._devices[self.places[name].device]
+
     def begin(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> None:
         """Begin a stage: load its component and read it ahead."""
         with self._devices[self.places[name].device]:
@@ -84,13 +88,16 @@ class Residency:
             self._read_ahead(name)
             self._busy[name] += 1
 
-    def finish(self, name: str, plan: MemoryPlan) -> None:
-        """End a stage: release its component unless the plan keeps it or another request's stage still needs it."""
+    def finish(self, name: str, plan: MemoryPlan, keep: bool = False) -> None:
+        """End a stage: release its component unless the plan keeps it or another request's stage still needs it.
+
+        `keep` leaves it until something else needs the room.
+        """
         with self._devices[self.places[name].device]:
             self._busy[name] -= 1
             if self._busy[name]:
                 return
-            if name not in plan.kept:
+            if name not in plan.kept and not keep:
                 self._let_go([name])
             elif (held := self._held.get(name)) and held.ahead:
                 held.ahead.stop()
@@ -113,8 +120,8 @@ class Residency:
     # ------------------------------------------------------------------ with the device held
 
     def _brought(self, name: str, plan: MemoryPlan, adapters: Adapters) -> _Loaded:
-        stage, here = plan.stages[name], self.places[name].device
-        self._let_go([n for n in self.loaded if n not in (name, *plan.kept) and self.places[n].device == here])
+        stage = plan.stages[name]
+        self._let_go(self._in_the_way(name, plan))
         if name in self._held and streamed_blocks(self._held[name].module) < len(stage.streamed):
             self._let_go([name])
         if name not in self._held:
@@ -131,6 +138,17 @@ class Residency:
         held = self._held[name]
         if held.ahead is None:
             held.ahead = Prefetch(resident_weights(held.module, ROWS[name].reads))
+
+    def _in_the_way(self, name: str, plan: MemoryPlan) -> list[str]:
+        """What must go before a stage runs: what its plan does not keep, unless another stage is using that and there
+        is room for it beside this one (a preview between two steps must not reload the DiT).
+        """
+        here, stage = self.places[name].device, plan.stages[name]
+        others = [n for n in self.loaded if n not in (name, *plan.kept) and self.places[n].device == here]
+        used = [n for n in others if self._busy[n]]
+        if stage.peak + sum(self._sizes[n].resident for n in used) <= plan.limits[stage.device]:
+            return [n for n in others if n not in used]
+        return others
 
     def _prepared(self, name: str, stage: StagePlan, adapters: Adapters) -> _Loaded:
         """Load a plain module, then transform it, in this order."""

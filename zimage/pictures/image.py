@@ -51,9 +51,7 @@ class InputPicture:
         return natural_size(self.picture)
 
     def tensor(self, width: int, height: int) -> "Tensor":
-        """At this size: (1, 3, H, W) in [−1, 1] of an image, (1, 1, H, W) of zeros and ones of a mask."""
-        if self.picture.mode == "L":
-            return mask_tensor(self.picture, width, height)
+        """An image at this size: (1, 3, H, W) in [−1, 1]."""
         return from_pil(fit(self.picture, width, height))
 
 

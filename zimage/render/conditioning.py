@@ -69,7 +69,6 @@ class Texts:
     def __init__(self, model: ModelFiles, folder: Path | None):
         self._model, self._folder = model, folder
         self.limit: int = model.config(DIT).max_caption_tokens
-        self.width: int = model.config(TEXT_ENCODER).hidden_size
 
     @cached_property
     def templates(self) -> Templates:
@@ -131,13 +130,13 @@ class Text(NamedTuple):
 class Encoder(Protocol):
     """Turns texts into captions (L, C), all their tokens.
 
-    `component` is what of the model works meanwhile and is loaded for it; "" where nothing is.
+    `component` names the component that must be loaded while it encodes; "" if none.
     """
 
     component: str
 
     def known(self, text: Text) -> Tensor | None:
-        """The caption where it is there without work, else None."""
+        """The caption if it is already known, else None."""
 
     def encode(self, text: Text, plan: MemoryPlan) -> Tensor:
         """The caption, computed now."""

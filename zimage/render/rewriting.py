@@ -41,7 +41,7 @@ class Rewrite:
 
 
 class Rewriter:
-    """What of a pipeline writes."""
+    """Rewrites prompts for a pipeline."""
 
     def __init__(self, tokenizer: Tokenizer, residency: Residency, texts: Texts, planner: Planner):
         self._tokenizer, self._residency, self._texts, self._planner = tokenizer, residency, texts, planner
@@ -61,8 +61,8 @@ class Rewriter:
         answer = _unquoted(answer)
         if not answer:
             raise RewriteError(
-                f"the rewriter was still thinking after {settings.max_tokens} tokens; give more max_tokens, or no "
-                "rewrite_thinking"
+                f"the rewriter was still thinking after {settings.max_tokens} tokens; raise max_tokens or "
+                "turn off rewrite_thinking"
                 if thinking
                 else "the rewriter wrote nothing; try another rewriter, rewrite_seed or temperature"
             )
@@ -73,31 +73,41 @@ class Rewriter:
         template = self._texts.templates.get(settings.rewriter or DEFAULT)
         if template.category != REWRITER:
             known = ", ".join(t.name for t in self._texts.templates.list(REWRITER))
-            raise RequestError(f"template {template.name!r} is no rewriter; use one of {known}")
+            raise RequestError(
+                f"template {template.name!r} is not a rewriter; use one of {known}", fields=("rewriter",)
+            )
         if template.assistant_content:
-            raise RequestError(f"rewriter {template.name!r} has assistant_content, which would end the answer")
+            raise RequestError(
+                f"rewriter {template.name!r} has assistant_content, which would end the answer", fields=("rewriter",)
+            )
         return template
 
     def _write(
         self, prompt: str, template: Template, settings: RewriteSettings, seed: int
     ) -> Generator[str, None, str]:
-        """With the text encoder. Its think block is closed at once where it shall not think."""
+        """With the text encoder. Unless it should think, the think block is closed at once."""
         from zimage.text.generate import write
 
         thinking = template.thinking_content
         block = bool(thinking) or not settings.rewrite_thinking
         chat = format_chat(prompt, template.system_prompt, thinking, think_block=block)
         tokens, text = len(self._tokenizer.encode(chat)) + settings.max_tokens, ""
-        plan = self._planner.plan_writing(tokens, self._residency.loaded)
-        with self._residency.use(TEXT_ENCODER, plan) as encoder:
-            pieces = write(encoder, self._tokenizer, chat, settings, settings.max_tokens, seed)
-        while True:
-            with out_of_memory_in(ROWS[TEXT_ENCODER].title), self._residency.use(TEXT_ENCODER, plan), torch.no_grad():
-                piece = next(pieces, None)
-            if piece is None:
-                return text
-            text += piece
-            yield piece
+        plan, residency = self._planner.plan_writing(tokens, self._residency.loaded), self._residency
+        with out_of_memory_in(ROWS[TEXT_ENCODER].title):
+            residency.begin(TEXT_ENCODER, plan)
+        try:
+            with residency.use(TEXT_ENCODER, plan) as encoder:  # its cache makes it the one that writes to the end
+                pieces = write(encoder, self._tokenizer, chat, settings, settings.max_tokens, seed)
+            del encoder
+            while True:
+                with out_of_memory_in(ROWS[TEXT_ENCODER].title), residency.hold(TEXT_ENCODER), torch.no_grad():
+                    piece = next(pieces, None)
+                if piece is None:
+                    return text
+                text += piece
+                yield piece
+        finally:
+            residency.finish(TEXT_ENCODER, plan, keep=True)  # what was written is encoded next
 
     def _ask(self, prompt: str, template: Template, settings: RewriteSettings, seed: int) -> Generator[str, None, str]:
         """With a server, which answers in one piece."""

@@ -1,7 +1,7 @@
 """The stages of a render as generators over (components, job): encode → start → denoise → decode.
 
 Each begins with its component loaded and read ahead, does one piece of work at a time while it holds the component, and
-yields between them. What an earlier run of the same job has done, its state, is not done again; the bits are the same.
+yields between them. Work that the state of an earlier run contains is skipped, and the bits are the same.
 
 A hook takes the function that computes a step's velocity and gives another: a ControlNet, guidance split over devices
 or a second noise prediction stand there without another pipeline.
@@ -21,7 +21,6 @@ from zimage import flow
 from zimage.dit.model import Context, Modulation, ZImageDiT
 from zimage.events import Event
 from zimage.kernels.tiles import to_levels
-from zimage.loading.devices import Place
 from zimage.loading.loras import Adapters
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import MemoryPlan
@@ -30,7 +29,7 @@ from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
 from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
 from zimage.render.conditioning import Encoder, Texts
-from zimage.render.job import Job, first_pass
+from zimage.render.job import EMBEDDED, Job, first_pass
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
 
@@ -104,13 +103,15 @@ def encode(components: Components, job: Job, encoder: Encoder, texts: Texts) -> 
 def _encode_texts(
     components: Components, job: Job, encoder: Encoder, texts: Texts, known: dict[str, Tensor | None]
 ) -> Generator[Event, None, dict[str, Tensor]]:
-    found = {}
-    for i, (text, caption) in enumerate(known.items()):
-        yield Event("encode", 0, 1, i, len(known))
+    found, read = {}, [text for text in known if text != EMBEDDED]
+    for text, caption in known.items():
+        if text in read:
+            yield Event("encode", 0, 1, read.index(text), len(read))
         if caption is None:
             caption = encoder.encode(job.text(text), components.plan)
         found[text] = texts.shorten(caption, job.request.long_prompt)
-        yield Event("encode", 1, 1, i, len(known))
+        if text in read:
+            yield Event("encode", 1, 1, read.index(text), len(read))
     return found
 
 
@@ -133,13 +134,8 @@ def start_from(
     if not small:
         small = yield from components.stage(DIT, denoise(components, first_pass(job), conditions, None, state, hooks))
 
-    def enlarged(latents: Tensor) -> Tensor:
-        """The picture (1, 3, H, W) of small latents at the request's size."""
-        with components.use(VAE) as vae:
-            images = decoded(vae, latents.to(components.device(VAE)), tile_mode=job.passes[0].tile_mode)
-            return from_pil(fit(picture_of(images), width, height))
-
-    events = _encode_pictures(components, job, "enlarge", map(enlarged, small), job.count)
+    enlarged = (from_pil(fit(_drawn(components, first_pass(job), latents), width, height)) for latents in small)
+    events = _encode_pictures(components, job, "enlarge", enlarged, job.count)
     return (yield from components.stage(VAE, events))
 
 
@@ -147,15 +143,20 @@ def _encode_pictures(
     components: Components, job: Job, stage: str, pictures: Iterable[Tensor], count: int
 ) -> Generator[Event, None, list[Tensor]]:
     """Latents (1, 16, h, w) of each picture (1, 3, H, W)."""
-    tiles = {name: getattr(job.request, name) for name in ("tile_size", "tile_overlap", "tile_mode")}
     clean, remaining = [], iter(pictures)
     for i in range(count):
         yield Event(stage, 0, 1, i, count)
-        picture = next(remaining)
-        with components.use(VAE) as vae, torch.no_grad():
-            clean.append(finite(vae.encode(picture.to(components.device(VAE)), **tiles), "the VAE", vae))
+        clean.append(_encoded(components, job, next(remaining)))
         yield Event(stage, 1, 1, i, count)
     return clean
+
+
+@torch.no_grad()
+def _encoded(components: Components, job: Job, picture: Tensor) -> Tensor:
+    request, mode = job.request, job.passes[-1].tile_mode
+    with components.use(VAE) as vae:
+        latents = vae.encode(picture.to(components.device(VAE)), request.tile_size, request.tile_overlap, mode)
+        return finite(latents, "the VAE", vae)
 
 
 # ------------------------------------------------------------------ denoising
@@ -164,8 +165,8 @@ def _encode_pictures(
 class Evaluation(NamedTuple):
     """What one step's velocity is computed from.
 
-    `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; `negative` is there where `scale`, the guidance of
-    this step, is above 0.
+    `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`. `negative` is None in a run without guidance;
+    `scale` is this step's guidance, 0 where it is off.
     """
 
     dit: ZImageDiT
@@ -199,6 +200,48 @@ class Guidance(NamedTuple):
     normalization: float = 0.0
 
 
+class _Batch:
+    """The steps of one batch. Between them it holds no component: one that is let go is gone."""
+
+    def __init__(
+        self, components: Components, start: flow.Start, sigmas: Tensor, guidance: Guidance, hooks: Sequence[Hook]
+    ):
+        self.components, self.sigmas, self.guidance = components, sigmas, guidance
+        self.start = start.to(components.device(DIT))
+        self.evaluate: Evaluate = guided_velocity
+        for hook in hooks:
+            self.evaluate = hook(self.evaluate)
+
+    def condition(self, positive: Sequence[Tensor], negative: Sequence[Tensor] | None) -> None:
+        """What stays the same over the steps; captions come from where the text encoder runs."""
+        place, size = self.components.residency.places[DIT], self.start.noise.shape[-2:]
+        with self.components.use(DIT) as dit, torch.no_grad():
+
+            def context(captions: Sequence[Tensor]) -> Context:
+                refined: Context = dit.context(dit.refine([caption.to(*place) for caption in captions]), *size)
+                return refined
+
+            self.modulation = dit.modulate(self.sigmas[:-1])
+            self.positive = context(positive)
+            self.negative = context(negative) if negative and self.guidance.scale > 0 else None
+
+    def step(self, latents: Tensor, i: int) -> Tensor:
+        """From noise level i to the next."""
+        start, sigmas = self.start, self.sigmas
+        scale = flow.guidance_at(sigmas[i], self.guidance.scale, self.guidance.truncation)
+        with self.components.use(DIT) as dit, torch.no_grad():
+            now = self.modulation.step(i)
+            moment = Evaluation(
+                dit, latents, i, sigmas, now, self.positive, self.negative, scale, self.guidance.normalization
+            )
+            latents = flow.euler_step(latents, self.evaluate(moment), sigmas[i], sigmas[i + 1])
+            if start.mask is not None and start.clean is not None:
+                latents = flow.keep_outside(latents, start.clean, start.noise, start.mask, sigmas[i + 1])
+            if i in (start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
+                finite(latents, "the DiT", dit)
+        return latents
+
+
 def denoise_steps(
     components: Components,
     positive: Sequence[Tensor],
@@ -209,33 +252,12 @@ def denoise_steps(
     hooks: Sequence[Hook] = (),
 ) -> Iterator[Tensor]:
     """Yield the latents (B, 16, h, w) fp32 after each Euler step of B captions (L, C), with as many negative ones."""
-    evaluate: Evaluate = guided_velocity
-    for hook in hooks:
-        evaluate = hook(evaluate)
-    place, last = components.residency.places[DIT], len(sigmas) - 2
-    start = start.to(place.device)
-    with components.use(DIT) as dit, torch.no_grad():
-        modulation = dit.modulate(sigmas[:-1])
-        context = _context(dit, positive, place, start)
-        opposite = _context(dit, negative, place, start) if negative and guidance.scale > 0 else None
-    latents = start.latents
-    for i in range(start.step, last + 1):
-        scale = flow.guidance_at(sigmas[i], guidance.scale, guidance.truncation)
-        with components.use(DIT) as dit, torch.no_grad():
-            now = modulation.step(i)
-            moment = Evaluation(dit, latents, i, sigmas, now, context, opposite, scale, guidance.normalization)
-            velocity = evaluate(moment)
-            latents = flow.euler_step(latents, velocity, sigmas[i], sigmas[i + 1])
-            if start.mask is not None and start.clean is not None:
-                latents = flow.keep_outside(latents, start.clean, start.noise, start.mask, sigmas[i + 1])
-            if i in (start.step, last):  # each look is a device sync; a bad weight shows at once
-                finite(latents, "the DiT", dit)
+    batch = _Batch(components, start, sigmas, guidance, hooks)
+    batch.condition(positive, negative)
+    latents = batch.start.latents
+    for i in range(start.step, len(sigmas) - 1):
+        latents = batch.step(latents, i)
         yield latents
-
-
-def _context(dit: ZImageDiT, captions: Sequence[Tensor], place: Place, start: flow.Start) -> Context:
-    """What stays the same over the steps; captions come from where the text encoder runs."""
-    return dit.context(dit.refine([caption.to(*place) for caption in captions]), *start.noise.shape[-2:])
 
 
 def denoise(
@@ -295,14 +317,17 @@ def _latent_mask(job: Job, h: int, w: int) -> Tensor | None:
 
 def decode(components: Components, job: Job, latents: list[Tensor], done: int) -> Generator[Event, None, None]:
     """The pictures of finished latents, after the first `done`."""
-    request = job.request
     for i in range(done, len(latents)):
         yield Event("decode", 0, 1, i, len(latents))
-        with components.use(VAE) as vae:
-            sample = latents[i].to(components.device(VAE))
-            images = decoded(vae, sample, request.tile_size, request.tile_overlap, job.passes[-1].tile_mode)
-            picture = picture_of(images)
-        yield Event("decode", 1, 1, i, len(latents), image=picture)
+        yield Event("decode", 1, 1, i, len(latents), image=_drawn(components, job, latents[i]))
+
+
+def _drawn(components: Components, job: Job, latents: Tensor) -> Image.Image:
+    """The picture of the latents (1, 16, h, w) of a job's last pass."""
+    request, mode = job.request, job.passes[-1].tile_mode
+    with components.use(VAE) as vae:
+        images = decoded(vae, latents.to(components.device(VAE)), request.tile_size, request.tile_overlap, mode)
+        return to_pil(to_levels(images))[0]
 
 
 @torch.no_grad()
@@ -312,8 +337,3 @@ def decoded(
     """Images (B, 3, H, W) fp32 in [−1, 1] of latents (B, 16, h, w), each alone. Raises NonFiniteError."""
     images = [vae.decode(sample[None], tile_size, tile_overlap, tile_mode) for sample in latents]
     return finite(torch.cat(images), "the VAE", vae)
-
-
-def picture_of(images: Tensor) -> Image.Image:
-    """The one picture of images (1, 3, H, W) in [−1, 1]."""
-    return to_pil(to_levels(images))[0]
