@@ -128,6 +128,15 @@ def test_what_is_drawn_is_what_was_written(run, server):
     assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("plan", [[], ["-v"]], ids=["", "-v"])
+def test_nothing_is_written_for_a_picture_that_cannot_be_drawn(run, server, plan):
+    ask = ["--rewrite", "rewrite-photo", "--rewriter-url", server.url, "--memory", "0.000001"]
+    status, out, err = run("gen", "a cat", *ask, *plan)
+    assert (status, out) == (2, "")
+    assert "no size fits" in err.splitlines()[-1]
+    assert not server.asked
+
+
 def test_an_unfinished_thought_is_never_drawn(run, tmp_path):
     with chat_server.serving(chat_server.said("<think>Fur, or")) as chat:
         ask = ["--rewrite", "rewrite-photo", "--rewriter-url", chat.url]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from zimage.cli import main
 from zimage.events import Event
@@ -141,7 +142,8 @@ def test_every_setting_comes_from_the_state(run, monkeypatch, tmp_path):
     Path("one.png").unlink()
     (tmp_path / "zimage.toml").write_text("[default]\nsteps = 9\ndtype = 'bf16'\n")
     monkeypatch.setenv("ZIMAGE_CONFIG", "zimage.toml")
-    status, said = run("--resume", "state", "--steps", "4", "--image", "start.png", "--layer-weights", "-2:1,-3:1")
+    again = ["--steps", "4", "--strength", "0.7", "--image", "start.png", "--layer-weights", "-2:1,-3:1"]
+    status, said = run("--resume", "state", *again)
     assert (status, said.out) == (0, "one.png\n"), said.err
     assert Image.open("one.png").tobytes() == Image.open("whole.png").tobytes()
     assert Image.open("one.png").info["zimage"] == Image.open("whole.png").info["zimage"]
@@ -177,12 +179,17 @@ def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypat
         (["--resume", "nothing"], "there is no prompt"),
         (["--resume", "text"], "cannot be read as the state"),
         (["--resume", "hollow"], "does not hold a complete state"),
+        (["--resume", "earlier"], "is a state of format 1, not 2; finish the render with the version that wrote it"),
+        (["--resume", "listed"], "listed should hold a JSON object, not list"),
     ],
 )
 def test_what_would_end_otherwise_is_refused_and_nothing_lost(run, monkeypatch, arguments, words):
     stopped(monkeypatch, run, "--steps", "2", "--seed", "1", "--checkpoint", "state", "-o", "x.png")
     Path("text").write_text("hello")
     save_state(Path("hollow"), RenderState(), {})
+    kept = {"format": "zimage-render", "version": "2", "state": "{}"}
+    save_file({}, "earlier", {**kept, "version": "1"})
+    save_file({}, "listed", {**kept, "state": "[1]"})
     before = Path("state").read_bytes()
     status, said = run(*arguments)
     assert status in (1, 2)

@@ -61,7 +61,7 @@ class NonFiniteError(ZImageError):
 
 
 class OutOfMemory(ZImageError):
-    """The device ran out of memory all the same: something else took it, or the plan reckoned too little."""
+    """The device ran out of memory all the same: something else took it, or the plan's estimate was too low."""
 
 
 class Cancelled(ZImageError):

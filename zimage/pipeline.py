@@ -14,11 +14,14 @@ once per request and, where memory is short, let go before the next. How each st
 Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 """
 
+import dataclasses
+import logging
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -42,6 +45,7 @@ from zimage.render.job import Job, decide
 from zimage.render.rewriting import Rewrite, Rewriter
 from zimage.render.state import RenderState
 from zimage.settings.declared import (
+    SIZE_MULTIPLE,
     STRENGTH,
     TILE_OVERLAP,
     LoadSettings,
@@ -58,6 +62,9 @@ from zimage.version import __version__
 from zimage.weights import DEMO
 
 __all__ = ["Event", "Job", "Result", "ZImage", "load_component"]
+
+
+log = logging.getLogger("zimage")
 
 
 class ZImage:
@@ -77,6 +84,7 @@ class ZImage:
         folder = Path(settings.cache_folder).expanduser() if settings.cache_folder else None
         self.cache = EmbeddingCache(settings.cache_entries, folder)
         self.encoder: Encoder = CachedEncoder(LocalEncoder(model, self.residency), self.cache)
+        self._prepared: WeakSet[Job] = WeakSet()
         self.rewriter = Rewriter(model.tokenizer, self.residency, self.texts, self.planner)
 
     @classmethod
@@ -92,13 +100,14 @@ class ZImage:
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
         Further keywords are the fields of LoadSettings, which says what each does: loose files (dit, text_encoder,
         vae, tokenizer, variant), devices of single components, attention, precision, compile, memory, residency, lora.
-        What is not given is taken from the environment's variables where these are set. `device` and `dtype` of the
-        pipeline are the DiT's. Raises CheckpointError or RequestError.
+        What is not given is taken from the environment's variables where these are set (but ZIMAGE_MODEL, which is the
+        command line's). `device` and `dtype` of the pipeline are the DiT's. Raises CheckpointError or RequestError.
         """
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
         given = {name: value for name, value in plain.items() if value is not None}
-        checked = LoadSettings.from_mapping({**from_environment(LoadSettings), "device": device, **given})
-        model = open_model(path or checked.model, checked, default=DEMO)
+        variables = {name: value for name, value in from_environment(LoadSettings).items() if name != "model"}
+        checked = LoadSettings.from_mapping({**variables, "device": device, **given})
+        model = open_model(path, checked, default=DEMO)
         return cls(model, choose_places(model.components, checked, dtype), checked)
 
     # ------------------------------------------------------------------ components
@@ -119,6 +128,7 @@ class ZImage:
 
     @property
     def dit(self) -> ZImageDiT:
+        """With the adapters that `lora` lists now; a later render with others exchanges them in this same module."""
         return self._component(DIT)
 
     @property
@@ -194,11 +204,11 @@ class ZImage:
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
-        `negative` captions count when guidance > 0; without them it is the empty prompt. `clean` latents (B, 16, h, w),
-        as `vae.encode` gives them, are where an image-to-image run starts, at `strength`; where the `mask` (1, 1, h, w)
-        is 0 they stay. `hooks` stand round every evaluation, as `render.stages` says. Raises RequestError.
+        `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
+        starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
+        (1, 1, h, w) is 0 they stay. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError.
         """
-        if noise.ndim != 4 or len(captions) != len(noise):
+        if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         for name, value in {"steps": steps, "shift": shift, **scales}.items():
@@ -227,6 +237,8 @@ class ZImage:
         `tile_mode` "exact" gives the same picture strip by strip, "blend" a similar one of overlapping tiles; without
         it, strips are used where the whole does not fit in memory. Sizes in pixels; raises RequestError.
         """
+        if latents.ndim != 4 or not len(latents):
+            raise RequestError(f"latents {tuple(latents.shape)} should be (B, 16, h, w), at least one")
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in latents.shape[-2:])
         mode = tile_mode or self.planner.tile_mode(width, height, self.loaded)
         components = self._components(Workload(width, height, 0, tile_mode=mode, tile_size=tile_size or 0))
@@ -242,22 +254,25 @@ class ZImage:
         does not fit in memory, unless it need not (to look at its plan).
         """
         uses = self.lora.list() if loras is None else tuple(loras)
-        return decide(request, self.model, self.texts, self.planner, uses, self.loaded, must_fit)
+        job = decide(request, self.model, self.texts, self.planner, uses, self.loaded, self._facts, must_fit)
+        self._prepared.add(job)
+        return job
 
     def run(
         self, job: Job | Request, state: RenderState | None = None, hooks: Sequence[stages.Hook] = ()
     ) -> Iterator[Event]:
         """Render, yielding an Event per step; closing the generator cancels. A request is prepared first.
 
-        `state` is how far an earlier run of the same job came: what it has is not done again. `hooks` stand round every
-        evaluation, as `render.stages` says. Raises RequestError before any loading.
+        Work that the `state` of an earlier run of the job contains is skipped. `hooks` wrap every evaluation, see
+        `render.stages`. Raises RequestError, and CheckpointError for files that the job names, before any loading.
         """
-        job = self.prepare(job) if isinstance(job, Request) else job
-        self._check_job(job)
+        job = self._checked(self.prepare(job) if isinstance(job, Request) else job)
+        self._warn_beyond_training(max(job.passes[-1][:2]))
         components = stages.Components(self.residency, job.plan, self.lora.read(job.loras))
         embeddings = job.request.embeddings
         encoder = self.encoder if embeddings is None else SavedEmbeddings(embeddings.caption, self.encoder)
         begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own
+        self._check_state(begun, job)
         return stages.run(components, job, encoder, self.texts, begun, hooks)
 
     def generate(self, prompt: str | list[str] | None = None, **settings: Any) -> Result:
@@ -288,8 +303,8 @@ class ZImage:
             "request": {**request.to_mapping(), **single},
             "template": request.template,
             "model": {"name": self.model.name, "fingerprint": job.model},
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "precision": self.settings.precision,
+            "dtype": job.dtype,
+            "precision": job.precision,
             "lora": [use.describe() for use in job.loras],
             "attention": self.residency.attention,
             "compile": self.settings.compile,
@@ -299,28 +314,46 @@ class ZImage:
 
     # ------------------------------------------------------------------ checks
 
-    def refusal(self, job: Job) -> str:
-        """Why a job does not fit in memory, with the figures and what would; empty where it fits."""
+    @property
+    def _facts(self) -> dict[str, str]:
+        """What a job is prepared for."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"model": self.model.fingerprint, "dtype": dtype, "precision": self.settings.precision}
+
+    def refusal(self, job: Job) -> RequestError | None:
+        """The error on a job that does not fit in memory, with the figures and what would fit; None where it fits."""
         try:
             self.planner.check(job.plan, self.loaded)
         except RequestError as error:
-            return str(error)
-        return ""
+            return error
+        return None
 
-    def _check_job(self, job: Job) -> None:
-        """A job may come from elsewhere: it must have been prepared for this model, in these places."""
-        if job.model != self.model.fingerprint:
-            raise RequestError(f"the job was prepared for another model ({job.model}); prepare it anew for this one")
-        here = {name: str(place.device) for name, place in self.places.items()}
-        there = {name: stage.device for name, stage in job.plan.stages.items()}
-        if here != there:
-            raise RequestError(f"the job was prepared for {_listed(there)}; prepare it anew for {_listed(here)}")
-        if not job.plan.fits:
-            raise RequestError(self.refusal(job), fields=("width", "height", "memory"))
+    def _checked(self, job: Job) -> Job:
+        """A job of this pipeline as it is; one from elsewhere with a plan for here, if it means the same here."""
+        if job in self._prepared:
+            if refusal := self.refusal(job):
+                raise refusal
+            return job
+        for name, here in self._facts.items():
+            if (there := getattr(job, name)) != here:
+                raise RequestError(f"the job was prepared for {name} {there}, and this is {here}; prepare it anew")
+        again = self.prepare(dataclasses.replace(job.request, template=None), loras=job.loras)
+        if difference := job.differs(again):
+            raise RequestError(f"the job's {difference} are not those that its request has here; prepare it anew")
+        return dataclasses.replace(again, request=job.request)
 
+    def _check_state(self, state: RenderState, job: Job) -> None:
+        factor = self.model.skeleton(VAE).spatial_factor
+        sizes = {(height // factor, width // factor) for width, height, _ in job.passes}
+        tensors = [*state.small, *state.finished, *([] if state.latents is None else [state.latents])]
+        counts = (len(state.small), len(state.finished), state.decoded)
+        if any(tuple(x.shape[-2:]) not in sizes for x in tensors) or max(counts) > job.count:
+            raise RequestError("the state is that of another render; pass one that this job's events have made")
 
-def _listed(devices: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} on {device}" for name, device in devices.items())
+    def _warn_beyond_training(self, side: int) -> None:
+        longest = self.model.config(DIT).axes_lens[1] * SIZE_MULTIPLE
+        if side > longest:
+            log.warning("a side of %d px is past the %d px the model was trained for", side, longest)
 
 
 def _exhausted(pieces: Generator[Any, None, Rewrite]) -> Rewrite:

@@ -11,7 +11,6 @@ import click
 
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences
-from zimage.cli.plan import plan_lines
 from zimage.cli.progress import Progress
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
@@ -77,11 +76,9 @@ def gen(
     progress.show("starting")
     pipe = load_pipeline(resolved)
     with resolved.naming_sources():
-        job, rewrites = prepared(pipe, request, rewriting, progress, must_fit=not verbose)
+        job, rewrites = prepared(pipe, request, rewriting, progress, verbose)
     for line in _introduction(pipe, job):
         progress.note(line)
-    if verbose:
-        _show_plan(pipe, job)
     records = _records(pipe, job, [r.describe() for r in rewrites], keeping.record)
     warn_of_differences(origin, records[0])
     saved = _render(pipe, job, records, target, progress, keeping, resolved.of(LoadSettings), output)
@@ -128,14 +125,6 @@ def _render(
     if kept:
         kept.remove()
     return saved
-
-
-def _show_plan(pipe: "ZImage", job: "Job") -> None:
-    """Print the plan, and refuse what does not fit it only then."""
-    refusal = pipe.refusal(job)
-    click.echo("\n".join(plan_lines(job.plan, refusal)), err=True)
-    if refusal:
-        raise RequestError(refusal)
 
 
 def _prompts(arguments: tuple[str, ...], file: Path | None) -> Record:

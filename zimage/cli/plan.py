@@ -1,11 +1,20 @@
 """The memory plan, as `info --plan` and `gen --verbose` print it."""
 
+from typing import TYPE_CHECKING
+
+import click
+
+from zimage.errors import RequestError
 from zimage.loading.plan import MemoryPlan, StagePlan
+
+if TYPE_CHECKING:
+    from zimage.pipeline import ZImage
+    from zimage.render.job import Job
 
 DECODING = {"off": "decoded whole", "exact": "decoded in strips", "blend": "decoded in blended tiles"}
 
 
-def plan_lines(plan: MemoryPlan, refusal: str = "") -> list[str]:
+def plan_lines(plan: MemoryPlan, refusal: RequestError | None = None) -> list[str]:
     """What each stage holds, what comes and goes, and the peak to expect; and why it was refused, if it was."""
     lines = [f"plan          {plan.work.width}×{plan.work.height}; {_limits(plan)}; {_strategy(plan)}"]
     lines.append(f"{'':14}{'device':8}{'weights':>10}{'activations':>13}{'other':>10}{'peak':>10}  streamed")
@@ -14,6 +23,14 @@ def plan_lines(plan: MemoryPlan, refusal: str = "") -> list[str]:
         weights, work, base, peak = (f"{size / 1e9:.2f} GB" for size in figures)
         lines.append(f"{stage.title:14}{stage.device:8}{weights:>10}{work:>13}{base:>10}{peak:>10}  {_streamed(stage)}")
     return [*lines, f"refused       {refusal}"] if refusal else lines
+
+
+def show_plan(pipe: "ZImage", job: "Job") -> None:
+    """Print a job's plan to standard error. Raises RequestError after it where the job does not fit."""
+    refusal = pipe.refusal(job)
+    click.echo("\n".join(plan_lines(job.plan, refusal)), err=True)
+    if refusal:
+        raise refusal
 
 
 def plan_facts(plan: MemoryPlan) -> dict[str, object]:

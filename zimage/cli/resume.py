@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from zimage.cli.origin import FILES, Record
 from zimage.cli.progress import counted
 from zimage.errors import CheckpointError, RequestError
-from zimage.settings.declared import LoadSettings, Request
-from zimage.settings.fields import Plain
-from zimage.settings.profiles import FIELDS
+from zimage.settings.declared import LoadSettings
+from zimage.settings.fields import Plain, as_plain
+from zimage.settings.profiles import FIELDS, OWNERS
 
 if TYPE_CHECKING:
     from zimage.render.job import Job
@@ -38,7 +38,7 @@ class Keeping:
         return {**_request_of(self.path, self.record), **self.record["loading"]}
 
     def start(self, job: "Job", records: list[Record], loading: Record, output: str | None) -> "StateFile | None":
-        """The consumer of events that keeps the state; nothing where nobody asked for it.
+        """The consumer of events that keeps the state; None if no state is to be kept.
 
         Raises RequestError where a render that had begun could not end in its bits.
         """
@@ -75,7 +75,7 @@ def open_state(save_state: Path | None, resume: Path | None, picture: Path | Non
         now, then = (os.path.abspath(value) if name in FILES else value), stored.get(name)
         if name == "template":
             then = record["template"]
-        if now != then and Request.from_mapping({name: now}).to_mapping()[name] != then:
+        if now != then and as_plain(OWNERS[name].check_one(name, now)) != then:
             raise RequestError(
                 f"resume: the render in {path} has {name} {then!r}, not {value!r}; leave it out or start anew",
                 fields=(name,),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError
@@ -61,10 +62,15 @@ def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
 
 
 def prepared(
-    pipe: "ZImage", request: Request, settings: RewriteSettings | None, progress: Progress, must_fit: bool
+    pipe: "ZImage", request: Request, settings: RewriteSettings | None, progress: Progress, verbose: bool
 ) -> tuple["Job", list["Rewrite"]]:
-    """The job of a request, its prompts rewritten first where that is asked for, and what came of each."""
-    job = pipe.prepare(request, must_fit=must_fit)
+    """The job of a request, its prompts rewritten first where that is asked for, and what came of each.
+
+    `verbose` prints its memory plan before anything is written.
+    """
+    job = pipe.prepare(request, must_fit=not verbose)
+    if verbose:
+        show_plan(pipe, job)
     if settings is None:
         return job, []
     if request.embeddings is not None:
@@ -77,7 +83,7 @@ def prepared(
         progress.note(f"rewritten ({result.rewriter}, seed {result.seed}): {result.prompt}")
     prompts = [result.prompt for result in results]
     prompt = prompts if isinstance(request.prompt, list) else prompts[0]
-    return pipe.prepare(dataclasses.replace(job.request, prompt=prompt), must_fit=must_fit), results
+    return pipe.prepare(dataclasses.replace(job.request, prompt=prompt)), results
 
 
 def write(pipe: "ZImage", prompt: str, settings: RewriteSettings, progress: Progress) -> "Rewrite":

@@ -1,19 +1,16 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
-import logging
 import secrets
 from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
-from zimage.loading.registry import DIT, TEXT_ENCODER, VAE
+from zimage.loading.registry import TEXT_ENCODER, VAE
 from zimage.pictures.image import InputPicture, open_image, open_mask
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, Request
 from zimage.settings.fields import either
 from zimage.text.embeddings import Embeddings
-
-log = logging.getLogger("zimage")
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -25,9 +22,6 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, A
     guidance = either(request.guidance, 4.0 if is_base else 0.0)
     attachments = _opened(request, model)
     width, height = _size(request, model, attachments["image"])
-    longest = model.config(DIT).axes_lens[1] * SIZE_MULTIPLE
-    if max(width, height) > longest:
-        log.warning("a side of %d px is past the %d px the model was trained for", max(width, height), longest)
     return {
         **parts._asdict(),
         **attachments,

@@ -6,7 +6,6 @@ LoRAs, and a queue may keep it as JSON.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from zimage.render.defaults import filled, first_pass_size
 from zimage.settings.declared import Request
 from zimage.text.embeddings import Embeddings
 
+FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 OPENERS = {"image": open_image, "mask": open_mask}
 
@@ -35,14 +35,14 @@ class Pass(NamedTuple):
     tile_mode: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A request as it will run.
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
     text once; `passes` are one, or two with `hires`; `sigmas` the noise levels, falling from 1 to 0; `seeds` one per
-    image; `model` is the fingerprint of the model that it was prepared for.
+    image; `model`, `dtype` and `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -55,6 +55,8 @@ class Job:
     loras: tuple[LoraUse, ...]
     plan: MemoryPlan
     model: str
+    dtype: str
+    precision: str
 
     @property
     def token_counts(self) -> tuple[int, ...]:
@@ -83,19 +85,20 @@ class Job:
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
             "plan": self.plan.to_dict(),
-            "model": self.model,
+            **{name: getattr(self, name) for name in FACTS},
         }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], attachments: Mapping[str, Any] | None = None) -> "Job":
         """The inverse of `to_dict`. `attachments` are pictures and embeddings by hash; others are read at their paths.
 
-        Raises RequestError where something is missing, changed, or not a job.
+        `ZImage.run` checks it against what it would decide itself. Raises RequestError where something is missing,
+        changed, or not a job, and CheckpointError for damaged embeddings.
         """
         try:
             values = {name: value for name, value in plain["request"].items() if value is not None}
             opened = {n: _opened(n, values[n], attachments or {}) for n in (*OPENERS, "embeddings") if n in values}
-            job = cls(
+            return cls(
                 Request.from_mapping({**values, **opened}),
                 tuple(plain["texts"]),
                 tuple(plain["negative_texts"]),
@@ -105,28 +108,20 @@ class Job:
                 tuple(plain["seeds"]),
                 tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
                 MemoryPlan.from_dict(plain["plan"]),
-                plain["model"],
+                *(plain[name] for name in FACTS),
             )
-            job._check()
-            return job
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"these values are not a job ({error}); pass what Job.to_dict returned") from error
 
-    def _check(self) -> None:
-        """Raise ValueError unless the parts belong together: what is read from JSON may be anything."""
-        whole = [
-            *self.seeds,
-            *(side for one in self.passes for side in one[:2]),
-            *itertools.chain(*self.token_ids.values()),
-        ]
-        if not all(type(number) is int for number in whole) or len(self.seeds) != self.request.count:
-            raise ValueError("its seeds, sizes or tokens are not the whole numbers that its request needs")
-        if len(self.sigmas) < 2 or not all(2 > a >= b >= 0 for a, b in itertools.pairwise(self.sigmas)):
-            raise ValueError("its sigmas do not fall from about 1 to 0")
-        if set(self.token_ids) != {*self.texts, *self.negative_texts} or not self.passes:
-            raise ValueError("its texts and their tokens do not belong together")
+    def differs(self, other: "Job") -> str:
+        """The first thing that was decided otherwise, in words; empty where the two draw the same."""
+        for name in ("texts", "negative_texts", "token_ids", "sigmas", "seeds"):
+            if getattr(self, name) != getattr(other, name):
+                return name.replace("_", " ")
+        same_sizes = [one[:2] for one in self.passes] == [one[:2] for one in other.passes]
+        return "" if same_sizes and self.passes[-1] == other.passes[-1] else "passes"
 
 
 def decide(
@@ -136,6 +131,7 @@ def decide(
     planner: Planner,
     loras: tuple[LoraUse, ...],
     loaded: tuple[str, ...],
+    facts: Mapping[str, str],
     must_fit: bool,
 ) -> Job:
     """The job that a request makes, on what is free when the `loaded` components are let go.
@@ -162,18 +158,12 @@ def decide(
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
-    return Job(
-        complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, model.fingerprint
-    )
+    return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
 
 
 def first_pass(job: Job) -> Job:
-    """Of a job in two passes the first, as a job of its own."""
-    width, height, tile_mode = job.passes[0]
-    request = dataclasses.replace(
-        job.request, width=width, height=height, tile_mode=tile_mode, hires=None, strength=None
-    )
-    return dataclasses.replace(job, request=request, passes=job.passes[:1])
+    """The first pass of a job in two passes, as a job of its own."""
+    return dataclasses.replace(job, passes=job.passes[:1])
 
 
 def _attachments(request: Request) -> dict[str, Any]:

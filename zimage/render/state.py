@@ -22,6 +22,7 @@ from torch import Tensor
 from zimage.errors import CheckpointError, RequestError
 from zimage.events import Event
 from zimage.formats.atomic import beside
+from zimage.formats.stored import json_object
 
 FORMAT = "zimage-render"
 VERSION = "2"
@@ -32,7 +33,7 @@ class RenderState:
     """A consumer of a render's events, and what `ZImage.run` takes to continue one.
 
     `small` are the finished latents of the first of two passes, `finished` those of the last pass so far, `latents`
-    what is in work after `step` evaluations, `decoded` the number of pictures that are done.
+    those in progress, after `step` evaluations, `decoded` the number of pictures that are done.
     """
 
     small: list[Tensor] = field(default_factory=list)
@@ -76,7 +77,7 @@ class StateFile:
             self._write()
 
     def remove(self) -> None:
-        """When all pictures are saved there is nothing to go on with."""
+        """Once all pictures are saved, nothing is left to continue."""
         self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
@@ -112,17 +113,18 @@ def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+        if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not the state of a render; pass a file that --save-state wrote")
-        record = json.loads(metadata["state"])
-        state = RenderState(
-            _numbered(tensors, "small"),
-            _numbered(tensors, "finished"),
-            tensors.get("latents"),
-            record.pop("step"),
-            record.pop("decoded"),
-        )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if (version := metadata.get("version")) != VERSION:
+            told = f"{path} is a state of format {version}, not {VERSION}"
+            raise CheckpointError(f"{told}; finish the render with the version that wrote it, or start anew")
+        record = json_object(str(path), metadata["state"])
+        done = [record.pop("step"), record.pop("decoded")]
+        if not all(type(number) is int and number >= 0 for number in done):
+            raise ValueError("its step and its number of pictures should be whole numbers")
+        small, finished = _numbered(tensors, "small"), _numbered(tensors, "finished")
+        state = RenderState(small, finished, tensors.get("latents"), *done)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as the state of a render: {error}") from error
     return state, record
 

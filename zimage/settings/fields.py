@@ -91,7 +91,7 @@ class Settings:
     def to_mapping(self) -> dict[str, Plain]:
         """Plain values, as JSON holds them; an attachment becomes its name and the hash of its contents."""
         return {
-            field.name: _described(value) if field.metadata["attachment"] else _plain(value)
+            field.name: _described(value) if field.metadata["attachment"] else as_plain(value)
             for field in dataclasses.fields(self)
             for value in [getattr(self, field.name)]
         }
@@ -156,7 +156,7 @@ def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
         forms[0] = {**forms[0], **enum, "type": [forms[0]["type"], "null"]}
     shape = forms[0] if len(forms) == 1 else {"anyOf": forms}
     marks = {"x-attachment": m["attachment"], "x-per-call": m["per_call"]}
-    shown = {"default": _plain(field.default), "description": m["help"], "x-group": m["group"]}
+    shown = {"default": as_plain(field.default), "description": m["help"], "x-group": m["group"]}
     return {**shape, **shown, **{mark: True for mark, holds in marks.items() if holds}}
 
 
@@ -192,7 +192,8 @@ def _coerced(name: str, value: Plain, accepted: Hint) -> Plain:
     return value
 
 
-def _plain(value: Plain) -> Plain:
+def as_plain(value: Plain) -> Plain:
+    """As JSON gives it back: keys are text there."""
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
