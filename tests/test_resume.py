@@ -180,6 +180,7 @@ def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypat
         (["--resume", "text"], "cannot be read as the state"),
         (["--resume", "hollow"], "does not hold a complete state"),
         (["--resume", "earlier"], "is a state of format 1, not 2; finish the render with the version that wrote it"),
+        (["--resume", "empty"], "cannot be read as the state of a render: it lacks 'step'"),
         (["--resume", "listed"], "listed should hold a JSON object, not list"),
     ],
 )
@@ -189,6 +190,7 @@ def test_what_would_end_otherwise_is_refused_and_nothing_lost(run, monkeypatch, 
     save_state(Path("hollow"), RenderState(), {})
     kept = {"format": "zimage-render", "version": "2", "state": "{}"}
     save_file({}, "earlier", {**kept, "version": "1"})
+    save_file({}, "empty", kept)
     save_file({}, "listed", {**kept, "state": "[1]"})
     before = Path("state").read_bytes()
     status, said = run(*arguments)
