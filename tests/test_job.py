@@ -317,9 +317,10 @@ def test_where_there_is_no_room_the_other_job_lets_go(tiny_folder, monkeypatch):
     alone = [draw(pipe.run(job)) for job in planned]
     with peaks(pipe, monkeypatch) as seen:
         runs = [pipe.run(job) for job in planned]
-        found = list(zip_longest(*runs))
+        next(event for event in runs[0] if event.stage == "denoise" and event.latents is not None)
+        found = list(zip_longest(*runs))  # each in another stage than the other
     assert [draw(filter(None, events)) for events in zip(*found, strict=True)] == alone
-    assert seen == {frozenset(): 1}
+    assert seen.keys() == {frozenset()}
 
 
 def test_a_component_that_is_released_is_gone_while_a_job_waits(tiny_folder):
@@ -356,15 +357,18 @@ def test_a_hook_may_change_the_loras_while_a_thread_does(tiny_folder, style):
 
         return changed
 
+    done = threading.Event()
+
     def run():
         for _ in range(5):
             list(pipe.run(Request("a cat", seed=1, **SIZE), hooks=[changing]))
+        done.set()
 
     def toggle():
-        for i in range(40):
-            pipe.lora.set(handle, i / 40)
+        while not done.wait(0.0005):
+            pipe.lora.set(handle, 0.3)
 
-    run_in_threads([run, toggle, toggle])
+    run_in_threads([run, toggle, toggle], seconds=60)
 
 
 def test_eight_threads_each_have_their_own_plan(tiny_folder, monkeypatch):
@@ -381,7 +385,7 @@ def test_eight_threads_each_have_their_own_plan(tiny_folder, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name == "zimage-prefetch"]
 
 
-def run_in_threads(calls):
+def run_in_threads(calls, seconds=300):
     found, faults = [None] * len(calls), []
 
     def work(i):
@@ -394,7 +398,7 @@ def run_in_threads(calls):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=300)
+        thread.join(timeout=seconds)
     assert not [thread for thread in threads if thread.is_alive()]
     assert not faults, faults
     return found

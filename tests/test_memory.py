@@ -58,8 +58,9 @@ import json, sys
 import zimage
 settings, size = json.loads(sys.argv[1])
 pipe = zimage.ZImage.load(device="cpu", path=sys.argv[2], **settings)
-jobs = [pipe.prepare(zimage.Request(f"a cat, number {i}", steps=2, seed=i, **size)) for i in range(2)]
+jobs = [pipe.prepare(zimage.Request(f"a cat, number {i}", steps=4, seed=i, **size)) for i in range(2)]
 runs = [pipe.run(job) for job in jobs]
+next(event for event in runs[0] if event.stage == "denoise" and event.latents is not None)  # in another stage each
 while runs:
     runs = [run for run in runs if next(run, None) is not None]
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -125,7 +125,7 @@ def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:
         small, finished = _numbered(tensors, "small"), _numbered(tensors, "finished")
         state = RenderState(small, finished, tensors.get("latents"), *done)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        told = f"it lacks {error}" if isinstance(error, KeyError) else error
+        told = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} cannot be read as the state of a render: {told}") from error
     return state, record
 
