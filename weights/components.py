@@ -8,7 +8,7 @@ from torch import Tensor
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint, components_in, read_json
 from zimage.loading.files import Component
-from zimage.loading.registry import REQUIRED, ROWS, VAE
+from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 
 
 def find_components(path: Path) -> dict[str, Path]:
@@ -52,7 +52,7 @@ def all_finite(numbers: Tensor) -> bool:
 
 def _component_of(folder: Path) -> str:
     config = read_json(folder / "config.json")
-    kinds = {**dict.fromkeys(ROWS[VAE].classes, VAE), "ZImageTransformer2DModel": "dit", "qwen3": "text_encoder"}
+    kinds = {**dict.fromkeys(ROWS[VAE].classes, VAE), "ZImageTransformer2DModel": DIT, "qwen3": TEXT_ENCODER}
     kind = config.get("_class_name") or config.get("model_type")
     if kind not in kinds:
         raise CheckpointError(f"{folder / 'config.json'} describes {kind!r}; known kinds are {', '.join(kinds)}")

@@ -18,26 +18,26 @@ from zimage.formats.layouts import Layout, fused_name, layout, split_names
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, Maps, Stored
 from zimage.loading.files import Component
-from zimage.loading.registry import ROWS
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.weights.components import all_finite, check_configs, find_components, open_component
 from zimage.weights.manifest import Progress, silent
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
 
 # Target → component → (prefix of its keys, layout). `diffusers` is a folder or a file, the others are files.
 TARGETS: dict[str, dict[str, tuple[str, str]]] = {
-    "diffusers": {"text_encoder": ("", "transformers"), "dit": ("", "diffusers"), "vae": ("", "diffusers")},
-    "native": {"dit": ("", "native")},
-    "ldm": {"vae": ("", "ldm")},
-    "transformers": {"text_encoder": ("", "transformers")},
-    "bare": {"text_encoder": ("", "bare")},
+    "diffusers": {TEXT_ENCODER: ("", "transformers"), DIT: ("", "diffusers"), VAE: ("", "diffusers")},
+    "native": {DIT: ("", "native")},
+    "ldm": {VAE: ("", "ldm")},
+    "transformers": {TEXT_ENCODER: ("", "transformers")},
+    "bare": {TEXT_ENCODER: ("", "bare")},
     "all-in-one": {
-        "dit": ("model.diffusion_model.", "native"),
-        "text_encoder": ("text_encoders.qwen3_4b.transformer.", "transformers"),
-        "vae": ("vae.", "ldm"),
+        DIT: ("model.diffusion_model.", "native"),
+        TEXT_ENCODER: ("text_encoders.qwen3_4b.transformer.", "transformers"),
+        VAE: ("vae.", "ldm"),
     },
 }
 STORED_AS = {"bf16": "BF16", "fp32": "F32", "fp16": "F16"}
-STEMS = {"text_encoder": "model", "dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+STEMS = {TEXT_ENCODER: "model", DIT: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model"}
 EXTRAS = (
     "model_index.json",
     "vocabulary.json",

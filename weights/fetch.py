@@ -18,7 +18,7 @@ from zimage.weights.manifest import Progress, Record, find_known, hash_file, rea
 
 REPOSITORIES = {"turbo": "Tongyi-MAI/Z-Image-Turbo", "base": "Tongyi-MAI/Z-Image"}
 PARTIAL = ".zimage-partial"
-# Never a pickle, nothing outside the folder: what is not named here is not fetched, whatever a repository lists.
+# Only these files are fetched, whatever a repository lists: no pickles, and nothing outside the folder.
 NEEDED = re.compile(
     r"model_index\.json|scheduler/[\w.-]+\.json|tokenizer/[\w.-]+\.(json|txt|jinja)"
     r"|(text_encoder|transformer|vae)/[\w.-]+\.(json|safetensors)"

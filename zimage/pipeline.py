@@ -40,7 +40,7 @@ from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
 from zimage.render import stages
 from zimage.render.conditioning import CachedEncoder, Encoder, LocalEncoder, SavedEmbeddings, Text, Texts, TokenCount
-from zimage.render.defaults import filled, find_shift
+from zimage.render.defaults import find_shift, usual_side
 from zimage.render.job import Job, decide
 from zimage.render.rewriting import Rewrite, Rewriter
 from zimage.render.state import RenderState
@@ -147,8 +147,8 @@ class ZImage:
     def _components(self, work: Workload | None = None) -> stages.Components:
         """For stages called one by one: planned for this work, else for a picture of the usual size."""
         if work is None:
-            values = filled(Request(seed=0, shift=1.0), self.model, self.texts.parts(TextSettings()))
-            work = Workload(values["width"], values["height"], len(self.tokenize("")))
+            side = usual_side(self.model)
+            work = Workload(side, side, len(self.tokenize("")))
         return stages.Components(self.residency, self.planner.plan(work, self.loaded), self.lora.list())
 
     # ------------------------------------------------------------------ stages

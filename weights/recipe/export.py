@@ -83,7 +83,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Two renames: for a moment there is no folder, but never half of one."""
+    """Replace a folder by two renames: it may be missing for a moment, but is never incomplete."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -128,7 +128,7 @@ def _file_lines(resolved: Resolved) -> Iterator[str]:
     yield f"file     {resolved.config.path.absolute()}"
     others = ", ".join(name for name in resolved.config.profiles if name != resolved.profile) or "none"
     if resolved.profile is None:
-        yield f"profile  none, because there is no [default]; choose one with --profile: {others}"
+        yield f"profile  none: the file has no [default]; choose one with --profile: {others}"
         return
     inherited = resolved.config.inherited(resolved.profile)
     yield f"profile  {resolved.profile}{', inherits ' + ', '.join(inherited) if inherited else ''} (others: {others})"

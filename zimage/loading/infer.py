@@ -9,12 +9,13 @@ from pathlib import Path
 
 from zimage.errors import CheckpointError
 from zimage.formats.stored import Stored
+from zimage.loading.registry import DIT, TEXT_ENCODER, VAE
 
 HEAD_DIM = 128  # of the published DiT: the only one whose split over the axes is known
 ASSUMED = {
-    "dit": "DiT from a loose file: RoPE θ 256 over axes of 32, 48 and 48, ε 1e-5, time scale 1000 are assumed",
-    "text_encoder": "text encoder from a loose file: RoPE θ 1,000,000 and ε 1e-6 are assumed",
-    "vae": "VAE from a loose file: 32 groups, scaling 0.3611 and shift 0.1159 are assumed",
+    DIT: "DiT from a loose file: RoPE θ 256 over axes of 32, 48 and 48, ε 1e-5, time scale 1000 are assumed",
+    TEXT_ENCODER: "text encoder from a loose file: RoPE θ 1,000,000 and ε 1e-6 are assumed",
+    VAE: "VAE from a loose file: 32 groups, scaling 0.3611 and shift 0.1159 are assumed",
 }
 
 Shape = Callable[[str], tuple[int, ...]]
@@ -29,7 +30,7 @@ def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> d
         return entries[key].shape
 
     try:
-        return {"dit": _dit, "text_encoder": _text_encoder, "vae": _vae}[component](file, shape, entries)
+        return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae}[component](file, shape, entries)
     except (IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{file}: the shapes of its tensors fit no known architecture ({error})") from error
 

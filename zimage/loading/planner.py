@@ -13,7 +13,6 @@ The peak of a stage is the memory in use anyway, plus the weights in memory duri
 (VmHWM); on a GPU what PyTorch allocates there.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -87,7 +86,7 @@ class Planner:
         if plan.excess(stage) > 0:  # also where all should be kept: then only while it writes are they not
             stage = self._alone(TEXT_ENCODER, work, limit)
             kept = frozenset(n for n in plan.kept if plan.stages[n].device != stage.device)
-            plan = dataclasses.replace(plan, stages={**plan.stages, TEXT_ENCODER: stage}, kept=kept)
+            plan = replace(plan, stages={**plan.stages, TEXT_ENCODER: stage}, kept=kept)
         if plan.excess(stage) > 0:
             raise RequestError(
                 f"writing a text of {tokens} tokens needs {stage.peak / 1e9:.2f} GB; {limit / 1e9:.2f} GB may be "

@@ -55,7 +55,6 @@ class ChatParts(NamedTuple):
 
     def format(self, prompt: str) -> str:
         """What the text encoder reads."""
-
         parts = [self.system_prompt, self.thinking_content, self.assistant_content]
         if self.strip_quotes:
             prompt, parts = prompt.replace('"', ""), [part and part.replace('"', "") for part in parts]

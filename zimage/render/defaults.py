@@ -48,6 +48,11 @@ def find_shift(model: ModelFiles, given: float | None) -> float:
     return shift
 
 
+def usual_side(model: ModelFiles) -> int:
+    """Width and height in pixels of a picture of no given size."""
+    return min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
+
+
 def first_pass_size(width: int, height: int, hires: float) -> tuple[int, int]:
     """The size of the first of two passes: each side divided by `hires`, at the nearest multiple."""
     return _multiple(width / hires), _multiple(height / hires)
@@ -66,7 +71,7 @@ def _opened(request: Request, model: ModelFiles) -> dict[str, Any]:
 def _size(request: Request, model: ModelFiles, image: InputPicture | None) -> tuple[int, int]:
     """What was given; else the picture's own, in its proportions where one side was given; else the checkpoint's."""
     if image is None:
-        side = min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
+        side = usual_side(model)
         return either(request.width, side), either(request.height, side)
     wide, high = image.picture.size
     if request.width and request.height:
