@@ -204,7 +204,11 @@ def test_bad_input_is_one_line_and_a_status(run, tmp_path, arguments, status, wo
 def test_interrupting_leaves_nothing_half_written(tiny_folder, tmp_path):
     command = [sys.executable, str(ROOT / "cli.py"), "gen", "a", "--model", str(tiny_folder), *QUICK, "--steps", "1000"]
     process = subprocess.Popen(
-        [*command, "--width", "256"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--width", "256", "-n", "50"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert "1000 steps" in process.stderr.readline()  # the settings, printed when the render begins
     time.sleep(1)
