@@ -295,7 +295,7 @@ def test_settings_that_are_no_json_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.safetensors", None, "there is no such file"),
+        ("a.safetensors", None, "is missing"),
         ("a.safetensors", b"", "not a whole safetensors file"),
         ("a.safetensors", b"garbage that is no header at all", "not a whole safetensors file"),
         ("a.safetensors", b"PK\x03\x04" + bytes(64), "is a pickle"),
@@ -314,7 +314,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, name, content, words):
 
 
 def test_folders_and_truncated_files_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="this is not a file"):
+    with pytest.raises(CheckpointError, match="is a folder; it should be a regular file"):
         read_lora(tmp_path, SHAPES)
     file = files.write(tmp_path / "a.safetensors", pair(Q))
     content = file.read_bytes()

@@ -50,7 +50,7 @@ def test_given_when_loading(tiny_folder, folder):
         tiny_folder, device="cpu", dtype="fp32", lora=[f"{folder}/style.safetensors:0.8", f"{folder}/all.safetensors"]
     )
     assert [(a.name, a.scale) for a in pipe.lora.list()] == [("style.safetensors", 0.8), ("all.safetensors", 1.0)]
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="is missing"):
         zimage.ZImage.load(tiny_folder, device="cpu", lora=["absent.safetensors:2"])
 
 
@@ -99,8 +99,8 @@ def test_command_line_and_metadata(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("value", "status", "words"),
     [
-        ("absent.safetensors", 1, "LoRA absent.safetensors: there is no such file"),
-        ("absent.ckpt:0.5", 1, "there is no such file"),
+        ("absent.safetensors", 1, "LoRA absent.safetensors is missing"),
+        ("absent.ckpt:0.5", 1, "is missing"),
         ("absent.safetensors:nan", 2, "lora scale nan should lie between -100 and 100"),
         ("", 1, "LoRA"),
     ],

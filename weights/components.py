@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.checkpoint import Checkpoint, components_in, read_json
+from zimage.formats.checkpoint import Checkpoint, components_in
+from zimage.formats.json_text import read_json
 from zimage.loading.files import Component
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 

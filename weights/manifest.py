@@ -15,7 +15,7 @@ from typing import Any
 
 from zimage.errors import CheckpointError
 from zimage.formats.atomic import beside
-from zimage.formats.checkpoint import read_json
+from zimage.formats.json_text import read_json
 
 KNOWN = Path(__file__).parent / "manifest.json"
 RECORD = ".zimage-manifest.json"

@@ -1,6 +1,5 @@
 """Verification of weights: headers, lengths, keys and shapes, hashes on record and, on request, all values."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -10,16 +9,18 @@ from typing import Any
 import torch
 
 from zimage.errors import CheckpointError
-from zimage.formats.checkpoint import read_json
+from zimage.formats.files import read_file
+from zimage.formats.headers import Header, Slot, read_header
+from zimage.formats.json_text import json_value, read_json
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, NUMBERS, Maps
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import REQUIRED
 from zimage.weights.components import all_finite, check_configs, find_components, open_component
-from zimage.weights.headers import Header, Slot, read_header
 from zimage.weights.manifest import Progress, Record, find_known, find_record, hash_file, silent
 
 PIECE = 64 << 20  # bytes checked at a time
+MAX_JSON = 64 << 20  # bytes; a tokenizer.json has 11 MB
 LISTED = 5  # problems of a file that are named before the rest is counted
 KINDS = (".safetensors", ".gguf", ".json", ".txt", ".jinja")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -89,13 +90,14 @@ def _check_file(file: Path, top: Path, record: Record | None, values: bool, hash
 
 def _check_json(file: Path, report: Report) -> None:
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        report.problems.append(f"it cannot be read as JSON: {error}")
+        json_value("it", read_file(file, MAX_JSON), MAX_JSON)
+    except CheckpointError as error:
+        report.problems.append(str(error))
 
 
 def _check_weights(file: Path, report: Report, values: bool, progress: Progress) -> None:
-    header = read_header(file)
+    with file.open("rb") as stream:
+        header = read_header(stream, report.size or 0)
     report.tensors = len(header.slots)
     report.dtypes = dict(Counter(slot.dtype for slot in header.slots.values()))
     _tell(report, header.problems)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.weights.headers import BITS
+from zimage.formats.headers import BITS
 from zimage.weights.manifest import Progress, silent
 
 ALIGNMENT = 64  # of the values in the file: products read weights from aligned memory 3 to 5 % faster

@@ -3,6 +3,29 @@
 from collections.abc import Iterable
 from typing import Self
 
+LONGEST = 2000  # characters of an error
+JOINERS = "\u200c\u200d"  # not printable by themselves, and part of words and emoji
+
+
+def printable(text: str) -> str:
+    """Text that may be anything, fit for a terminal: what would steer it, or cannot be shown, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in JOINERS else " " if c.isspace() else _escaped(c) for c in text)
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """Printable text on one line; of a longer one the middle is left out, since both ends of an error tell most."""
+    line = text if text.isprintable() else " ".join(printable(text).split())
+    if len(line) <= longest:
+        return line
+    end = longest // 3
+    return f"{line[: longest - end - 3]} … {line[-end:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
 
 class ZImageError(Exception):
     """Base of all errors that are raised on purpose; `exit_status` is what the command line returns for it.
@@ -14,7 +37,7 @@ class ZImageError(Exception):
     exit_status = 1
 
     def __init__(self, text: str = "", *, fields: Iterable[str] = ()):
-        super().__init__(text)
+        super().__init__(one_line(text))
         self.fields = tuple(fields)
 
     def with_text(self, text: str) -> Self:

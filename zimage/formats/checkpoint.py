@@ -4,30 +4,21 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.formats import gguf as gguf_file
+from zimage.formats.files import require_file
+from zimage.formats.json_text import read_json
 from zimage.formats.layouts import Layout, recognise, split_names
 from zimage.formats.quantised import gathered
-from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, json_object, stored_in
+from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, stored_in
 from zimage.nn.packed import Packed
 
 SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 SHOWN = 120  # characters of a name in an error
 LISTED = 5  # names in an error; the others are only counted
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if there is no file or it holds anything else."""
-    try:
-        return json_object(str(path), path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 class Checkpoint:
@@ -102,8 +93,7 @@ def components_in(file: Path) -> list[str]:
 
 def _opened(file: Path) -> dict[str, Stored]:
     """The tensors of a file, each quantised weight joined with its companions."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is not a file")
+    require_file(file)
     if is_pickle(file):
         raise CheckpointError(f"{file} {A_PICKLE}")
     raw, metadata = gguf_file.stored_in(file) if gguf_file.is_gguf(file) else stored_in(file)

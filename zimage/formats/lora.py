@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.formats.checkpoint import listing
 from zimage.formats.lora_keys import Group, grouped, layer_names
 from zimage.formats.peft import PeftConfig
-from zimage.formats.stored import A_PICKLE, is_pickle
+from zimage.formats.stored import TensorFile
 from zimage.nn.deltas import Decomposed, Delta, Hadamard, Kronecker, LowRank
 
 # Each form and its factors. A factor is one matrix or the product of two, (out, rank) and (rank, in).
@@ -45,30 +44,19 @@ def read_lora(file: Path, shapes: Mapping[str, tuple[int, int]]) -> LoraFile:
     key must be known and every tensor must fit.
     """
     try:
-        stored = _opened(file)
-        groups = grouped(list(stored.keys()), layer_names(shapes))
-        config = PeftConfig.find(file, stored.metadata() or {})
-        deltas = _deltas(stored, groups, shapes, config)
+        with TensorFile(file) as stored:
+            groups = grouped(list(stored.slots), layer_names(shapes))
+            deltas = _deltas(stored, groups, shapes, PeftConfig.find(file, stored.metadata))
     except CheckpointError as error:
-        raise CheckpointError(f"LoRA {file}: {' '.join(str(error).splitlines())}") from error  # a key may be any text
+        told = str(error)
+        raise CheckpointError(f"LoRA {told if told.startswith(str(file)) else f'{file}: {told}'}") from error
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return LoraFile(file.name, digest[:12], deltas)
 
 
-def _opened(file: Path) -> safe_open:
-    try:
-        if not file.is_file():
-            raise CheckpointError("this is not a file" if file.exists() else "there is no such file")
-        if is_pickle(file):
-            raise CheckpointError(f"this {A_PICKLE}")
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"this is not a whole safetensors file ({error}); fetch it again") from error
-
-
 def _deltas(
-    stored: safe_open, groups: list[Group], shapes: Mapping[str, tuple[int, int]], config: PeftConfig | None
+    stored: TensorFile, groups: list[Group], shapes: Mapping[str, tuple[int, int]], config: PeftConfig | None
 ) -> dict[str, Delta]:
     """The deltas of all layers. Raises CheckpointError listing the layers that do not fit."""
     deltas, misfits = dict[str, Delta](), []
@@ -87,12 +75,9 @@ def _deltas(
     return deltas
 
 
-def _tensor(stored: safe_open, key: str) -> Tensor:
+def _tensor(stored: TensorFile, key: str) -> Tensor:
     """A copy in memory, since a trainer may rewrite its file while the deltas are in use."""
-    try:
-        tensor = stored.get_tensor(key).clone()
-    except SafetensorError as error:
-        raise CheckpointError(f"{key} cannot be read: {error}") from error
+    tensor = stored.read(key)
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
         raise CheckpointError(f"{key} is stored as {tensor.dtype}; it should be a floating-point kind")
     if not torch.isfinite(tensor.float()).all():

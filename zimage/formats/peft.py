@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from zimage.errors import CheckpointError
-from zimage.formats.checkpoint import read_json
-from zimage.formats.stored import json_object
+from zimage.formats.json_text import json_object, read_json
 
 HEADER_KEY = "lora_adapter_metadata"
 FILE_NAME = "adapter_config.json"

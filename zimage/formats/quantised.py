@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import FP8, Maps, Stored, json_object
+from zimage.formats.json_text import json_object
+from zimage.formats.stored import FP8, Maps, Stored
 from zimage.nn.packed import NVFP4, NVFP4_BLOCK, Packed, Scaled, unswizzled
 
 MARKER = "scaled_fp8"  # an empty tensor that marks Comfy's older form

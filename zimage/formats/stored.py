@@ -1,18 +1,18 @@
 """Tensors as files store them: name, shape and size are known, values are not read."""
 
-import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zimage.errors import CheckpointError
+from zimage.formats.files import require_file
+from zimage.formats.headers import read_header
 from zimage.formats.pages import forget_pages
 from zimage.nn.packed import Packed
 
@@ -21,6 +21,8 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 NUMBERS = {**FLOATS, **FP8}
 DTYPES = {**NUMBERS, "I8": torch.int8, "U8": torch.uint8}
+# Every kind that a tensor of an adapter, a state or a caption may have, meant to be computed with or not.
+TORCH_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}
 A_PICKLE = "is a pickle, which can run code when it is opened; use a safetensors file"
 COPIED_AT_ONCE = 32 << 20  # bytes
 
@@ -85,17 +87,6 @@ class Stored:
         return replace(self, shape=shape, read=lambda maps: self.tensor(maps).reshape(shape))
 
 
-def json_object(name: str, text: str | bytes) -> dict[str, Any]:
-    """The JSON object that a text holds. Raises CheckpointError, which calls the text by `name`."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name} should hold a JSON object, not {type(content).__name__}")
-    return content
-
-
 def is_pickle(file: Path) -> bool:
     """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
     with file.open("rb") as stream:
@@ -105,27 +96,56 @@ def is_pickle(file: Path) -> bool:
 
 def stored_in(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file, and the metadata in its header. Raises CheckpointError."""
-    header, start = _header(file)
-    metadata = header.pop("__metadata__", None) or {}
-    return dict(_tensors(file, header, start)), metadata
+    with TensorFile(file) as opened:
+        slots = opened.slots
+        return {key: plain(file, s.dtype, s.shape, s.begin, s.end) for key, s in slots.items()}, opened.metadata
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    try:
-        with safe_open(file, framework="pt", device="cpu"):
-            pass  # the package checks the header: offsets against shapes and against the file's length
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            return json.loads(stream.read(length)), 8 + length
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
+class TensorFile:
+    """An open safetensors file, its header checked, whose tensors are copied out one by one. Raises CheckpointError.
 
+    It stays the same file when another takes its name meanwhile. (A mapping would too, but a file that is cut short
+    while it is mapped ends the process.)
+    """
 
-def _tensors(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[str, Stored]]:
-    for key, about in header.items():
-        name, shape = about["dtype"], tuple(about["shape"])
-        begin, end = (start + offset for offset in about["data_offsets"])
-        yield key, plain(file, name, shape, begin, end)
+    def __init__(self, path: Path, longest: int | None = None):
+        self.path, size = path, require_file(path)
+        if longest is not None and size > longest:
+            raise CheckpointError(f"{path} has {size:,} bytes; such a file has at most {longest:,}")
+        if is_pickle(path):
+            raise CheckpointError(f"{path} {A_PICKLE}")
+        try:
+            self._stream = path.open("rb")
+            size = os.fstat(self._stream.fileno()).st_size
+            header = read_header(self._stream, size)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        if header.problems:
+            self._stream.close()
+            raise CheckpointError(f"{path} is not a whole safetensors file ({header.problems[0]}); fetch it again")
+        self.slots, self.metadata = header.slots, header.metadata
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def read(self, key: str) -> Tensor:
+        """A copy of a tensor, on the CPU. Raises CheckpointError."""
+        slot = self.slots[key]
+        if slot.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{self.path}: {key} is {slot.dtype}, which no tensor here is")
+        data = bytearray(slot.end - slot.begin)
+        try:
+            self._stream.seek(slot.begin)
+            count = self._stream.readinto(data)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if count != len(data):
+            raise CheckpointError(f"{self.path} was cut short while it was read; run the command again")
+        dtype = TORCH_DTYPES[slot.dtype]
+        return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(slot.shape)
 
 
 def plain(file: Path, name: str, shape: tuple[int, ...], begin: int, end: int) -> Stored:

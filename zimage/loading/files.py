@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from zimage.errors import CheckpointError, ConfigError, RequestError
-from zimage.formats.checkpoint import Checkpoint, components_in, read_json
+from zimage.formats.checkpoint import Checkpoint, components_in
+from zimage.formats.json_text import read_json
 from zimage.kernels.backend import check_triton
 from zimage.loading.devices import choose_device, choose_dtype
 from zimage.loading.infer import ASSUMED, architecture

@@ -22,7 +22,7 @@ from torch import Tensor
 from zimage.errors import CheckpointError, RequestError
 from zimage.events import Event
 from zimage.formats.atomic import beside
-from zimage.formats.stored import json_object
+from zimage.formats.json_text import json_object
 
 FORMAT = "zimage-render"
 VERSION = "2"

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import beside
 from zimage.formats.checkpoint import listing
-from zimage.formats.stored import A_PICKLE, FLOATS, is_pickle, json_object
+from zimage.formats.json_text import json_object
+from zimage.formats.stored import FLOATS, TensorFile
 from zimage.settings.fields import Plain
 
 TENSOR = "embeddings"
@@ -103,28 +103,14 @@ def write_caption(path: Path, caption: Tensor, metadata: Mapping[str, str]) -> N
 def read_caption(path: Path) -> tuple[Tensor, dict[str, str]]:
     """The tensor `embeddings` of a floating dtype, and the metadata. Raises CheckpointError.
 
-    The file is read at once: another process may replace it at any time.
+    Another process may replace the file at any time.
     """
-    try:
-        if not path.is_file():  # a FIFO, say, in the folder of a cache
-            raise CheckpointError(f"{path} is not a file")
-        if is_pickle(path):
-            raise CheckpointError(f"{path} {A_PICKLE}")
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise CheckpointError(f"{path} has more than {MAX_BYTES:,} bytes, too many for the embeddings of a prompt")
-        found = dict(deserialize(data))  # checks the header
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {str(error).splitlines()[0]}") from error
-    if list(found) != [TENSOR]:
-        raise CheckpointError(f"{path} should hold one tensor {TENSOR!r}; it holds {listing(sorted(found))}")
-    dtype, shape, values = (found[TENSOR][name] for name in ("dtype", "shape", "data"))
-    if dtype not in FLOATS:
-        raise CheckpointError(f"{path}: embeddings cannot be {dtype}; use {', '.join(FLOATS)}")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    caption = torch.frombuffer(values, dtype=FLOATS[dtype]) if values else torch.empty(0, dtype=FLOATS[dtype])
-    return caption.view(shape), header.get("__metadata__") or {}
+    with TensorFile(path, MAX_BYTES) as file:
+        if list(file.slots) != [TENSOR]:
+            raise CheckpointError(f"{path} should hold one tensor {TENSOR!r}; it holds {listing(sorted(file.slots))}")
+        if (dtype := file.slots[TENSOR].dtype) not in FLOATS:
+            raise CheckpointError(f"{path}: embeddings cannot be {dtype}; use {', '.join(FLOATS)}")
+        return file.read(TENSOR), file.metadata
 
 
 def _check_values(caption: Tensor, name: str, kind: type[Exception]) -> None:

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from zimage.errors import CheckpointError
-from zimage.formats.checkpoint import read_json
+from zimage.formats.json_text import read_json
 
 # How Qwen2 and Qwen3 split text into words before they merge byte pairs.
 QWEN_SPLIT = (
