@@ -55,6 +55,7 @@ from zimage.settings.declared import (
     split_lora,
 )
 from zimage.settings.environment import from_environment
+from zimage.settings.paths import user_path
 from zimage.text import Qwen3
 from zimage.text.cache import EmbeddingCache
 from zimage.text.templates import user_folder
@@ -79,9 +80,9 @@ class ZImage:
         self.lora = Loras(model.components[DIT], self.residency, mergeable)
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
-        templates = Path(settings.templates).expanduser() if settings.templates else user_folder()
+        templates = user_path(settings.templates, "templates") if settings.templates else user_folder()
         self.texts = Texts(model, templates)
-        folder = Path(settings.cache_folder).expanduser() if settings.cache_folder else None
+        folder = user_path(settings.cache_folder, "cache_folder") if settings.cache_folder else None
         self.cache = EmbeddingCache(settings.cache_entries, folder)
         self.encoder: Encoder = CachedEncoder(LocalEncoder(model, self.residency), self.cache)
         self._prepared: WeakSet[Job] = WeakSet()

@@ -1,7 +1,5 @@
 """`gen`: prompts in, picture files out."""
 
-import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zimage import interrupts
+from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences
 from zimage.cli.progress import Progress
@@ -46,6 +46,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
+@interrupts.telling("the unfinished picture was not saved")
 def gen(
     prompt: tuple[str, ...],
     prompt_file: Path | None,
@@ -80,11 +81,13 @@ def gen(
     for line in _introduction(pipe, job):
         progress.note(line)
     records = _records(pipe, job, [r.describe() for r in rewrites], keeping.record)
+    target.check(records)
     warn_of_differences(origin, records[0])
     saved = _render(pipe, job, records, target, progress, keeping, resolved.of(LoadSettings), output)
     if as_json:
         seconds = round(time.perf_counter() - started, 3)
-        click.echo(json.dumps({"images": saved, "seconds": seconds}, ensure_ascii=False))
+        with terminal.warned():
+            terminal.out_json({"images": saved, "seconds": seconds})
     progress.summary(len(saved), time.perf_counter() - started)
 
 
@@ -137,7 +140,7 @@ def _prompts(arguments: tuple[str, ...], file: Path | None) -> Record:
             raise RequestError(f"{file} cannot be read: {error}") from error
         return {"prompt": [line.strip() for line in lines if line.strip()]}
     if arguments == ("-",):
-        return {"prompt": sys.stdin.read().strip()}
+        return {"prompt": terminal.read_input()}
     if not arguments:
         return {}
     return {"prompt": arguments[0] if len(arguments) == 1 else list(arguments)}

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import TypeAlias
 
-import click
-
+from zimage.cli import terminal
 from zimage.errors import RequestError
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain, fields
@@ -39,9 +38,9 @@ def warn_of_differences(origin: Record, now: Record) -> None:
     current = now | {name: now["request"][name] for name in FILES}
     for name, before in then.items():
         if before is not None and _identity(before) != _identity(current[name]):
-            click.echo(f"warning: {name} was {plain(before)}, now {plain(current[name])}: pixels may differ", err=True)
+            terminal.note(f"warning: {name} was {plain(before)}, now {plain(current[name])}: pixels may differ")
     if origin.get("request", {}).get("batch_size", 1) > 1:
-        click.echo("warning: the picture was rendered in a batch, which affects its bits: pixels may differ", err=True)
+        terminal.note("warning: the picture was rendered in a batch, which affects its bits: pixels may differ")
 
 
 def plain(value: Plain) -> str:

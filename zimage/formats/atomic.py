@@ -1,16 +1,49 @@
 """Files are written whole or not at all: first under another name in the same folder, then moved in one step."""
 
 import contextlib
+import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from zimage import interrupts
+from zimage.errors import RequestError
+from zimage.formats.files import KINDS
+
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A free name in the folder of `path`, to write to and then to move; a file still there at the end is removed."""
-    temporary = path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex}{path.suffix}")
+    """A free name in the folder of `path`, to write to and then to move; a file still there at the end is removed.
+
+    An interrupt meanwhile waits for the end.
+    """
+    temporary = path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")
+    with interrupts.held():
+        try:
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):  # mostly it has been moved; its folder may be gone
+                temporary.unlink()
+
+
+def destination(path: Path) -> Path:
+    """Where a file of this name is written: itself, or what a symbolic link points to, so that the link stays.
+
+    Raises RequestError where something stands that is no regular file, which a file should not replace.
+    """
     try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+        real = Path(os.path.realpath(path)) if path.is_symlink() else path
+        mode = os.stat(real).st_mode
+    except FileNotFoundError:
+        return real
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode):
+        raise RequestError(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}; name a regular file")
+    return real
+
+
+def cut(name: str, limit: int) -> str:
+    """The beginning of a name, as long as it has at most `limit` bytes in a file system."""
+    return os.fsencode(name)[:limit].decode(errors="ignore")

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,6 +26,7 @@ from zimage.loading.registry import DIT
 from zimage.nn.adapters import adapt, is_plain, linear_shapes
 from zimage.nn.deltas import Decomposed
 from zimage.settings.declared import check_lora_scale
+from zimage.settings.paths import user_path
 
 
 class Handle:
@@ -92,7 +92,7 @@ class Loras:
             text = f"lora {path!r} is a {type(path).__name__}; it should be the path of a file"
             raise RequestError(text, fields=("lora",))
         check_lora_scale(scale)
-        named = Path(os.path.expanduser(path))
+        named = user_path(path, "lora")
         file = read_lora(named, linear_shapes(self._dit.skeleton))
         if expected and file.fingerprint != expected:
             raise RequestError(f"lora {named} is not the expected file: its content has changed", fields=("lora",))

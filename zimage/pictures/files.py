@@ -4,6 +4,7 @@ The settings stand as JSON under `zimage` and, for other tools, as the `paramete
 introduced. PNG keeps both in text chunks, JPEG and WebP the JSON in EXIF.
 """
 
+import io
 import itertools
 import json
 import os
@@ -13,12 +14,13 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from zimage.errors import RequestError
-from zimage.formats.atomic import beside
+from zimage.formats.atomic import beside, destination
 from zimage.settings.fields import Plain
 
 METADATA_KEY = "zimage"
 EXIF_DESCRIPTION = 0x010E
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LONGEST_SIDE = {"WEBP": 16_383}  # px that a format can hold, where a picture may have more
 
 
 def file_format(path: Path) -> str:
@@ -30,15 +32,31 @@ def file_format(path: Path) -> str:
 
 
 def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
-    """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number."""
-    kind = file_format(path)
-    with beside(path) as temporary:
+    """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number.
+
+    A symbolic link that is replaced stays: the file behind it is. Raises OSError, RequestError where something else
+    than a file has the name, and ValueError where the format cannot hold the picture.
+    """
+    kind, real = file_format(path), destination(path) if replace else path
+    with beside(real) as temporary:
         with temporary.open("xb") as stream:
             image.save(stream, kind, **_save_options(kind, metadata))
         if replace:
-            os.replace(temporary, path)
+            os.replace(temporary, real)
             return path
         return _publish(temporary, path)
+
+
+def check_savable(path: Path, metadata: Mapping[str, Plain]) -> None:
+    """Raise RequestError where the format of a name could not hold a picture with these settings."""
+    kind, request = file_format(path), metadata["request"]
+    side, longest = max(request["width"], request["height"]), LONGEST_SIDE.get(kind)
+    if longest is not None and side > longest:
+        raise RequestError(f"output {path.name!r}: a side of {side} px does not fit into {kind}; use .png")
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind, **_save_options(kind, metadata))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"output {path.name!r}: {kind} cannot hold the settings ({error}); use .png") from error
 
 
 def read_metadata(path: Path) -> dict[str, Plain]:
