@@ -1,5 +1,6 @@
 """`gen`: prompts in, picture files out."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def gen(
         raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
-    output = keeping.record["output"] if keeping.begun and output is None else output
+    output = keeping.output(output)
     target = Target(output, request.count)
     for note in filter(None, (keeping.note, resolved.note)):
         progress.note(note)
@@ -113,7 +114,7 @@ def _render(
     output: str | None,
 ) -> list[Record]:
     """Run to the end, save each picture, and keep the state; returns what was saved where."""
-    saved, kept = [], keeping.start(job, records, loading, output)
+    saved, kept = [], keeping.start(pipe, job, records, loading, output)
     for event in pipe.run(job, kept.state if kept else None):
         progress.update(event)
         if event.image is not None:
@@ -122,6 +123,8 @@ def _render(
             path = (keeping.begun and target.find(record, event.index)) or target.save(event.image, record, event.index)
             saved.append({"path": str(path), **record})
             progress.finished(saved[-1])
+            if kept:
+                kept.record["saved"].append(os.path.abspath(path))
         if kept:
             kept.update(event)
     progress.close()

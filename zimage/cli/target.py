@@ -6,7 +6,6 @@ A picture that is rendered is saved: where its own place fails meanwhile, in the
 import os
 import re
 import string
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,6 +137,8 @@ def holds(path: Path, metadata: Record) -> bool:
 
 
 def _rescued(image: "Image", path: Path, metadata: Record, ending: str, reason: str) -> Path:
+    import tempfile
+
     from zimage.formats.atomic import cut
     from zimage.pictures.files import save
 

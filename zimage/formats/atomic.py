@@ -1,6 +1,7 @@
 """Files are written whole or not at all: first under another name in the same folder, then moved in one step."""
 
 import contextlib
+import errno
 import os
 import stat
 import uuid
@@ -25,6 +26,18 @@ def beside(path: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # mostly it has been moved; its folder may be gone
                 temporary.unlink()
+
+
+def take(temporary: Path, path: Path) -> None:
+    """Give a finished file a free name; two at once never get the same. Raises FileExistsError, or OSError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the check and the move are then two steps
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
 
 
 def destination(path: Path) -> Path:

@@ -4,6 +4,7 @@ The settings stand as JSON under `zimage` and, for other tools, as the `paramete
 introduced. PNG keeps both in text chunks, JPEG and WebP the JSON in EXIF.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from zimage.errors import RequestError
-from zimage.formats.atomic import beside, destination
+from zimage.formats.atomic import beside, destination, take
 from zimage.settings.fields import Plain
 
 METADATA_KEY = "zimage"
@@ -105,13 +106,7 @@ def _publish(temporary: Path, path: Path) -> Path:
     """Give the finished file the first free name of path, path-2, path-3 …; two at once never get the same."""
     for number in itertools.count(1):
         target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without hard links: the check and the move are then two steps
-            if target.exists():
-                continue
-            os.replace(temporary, target)
-        return target
+        with contextlib.suppress(FileExistsError):
+            take(temporary, target)
+            return target
     raise AssertionError("unreachable: the count does not end")
