@@ -58,6 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user that has no name")
 def test_a_user_without_home_and_name_can_do_everything(commands, tmp_path):
+    tmp_path.chmod(0o777)
     setup = f"os.environ.pop('HOME', None); {NAMELESS}"
     for command in (["templates", "list"], ["config", "show"], ["info"], ["tokens", "a cat"], ["rewrite", "--help"]):
         status, _, err = commands.run(tmp_path, *command, setup=setup)

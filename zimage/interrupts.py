@@ -35,6 +35,7 @@ class _Now:
     held = 0  # pieces of work, within one another, that must be whole
     waiting: int | None = None  # the signal that came in an import or such a piece
     raised: float | None = None  # when one was raised
+    number = 0  # which
 
 
 def install() -> None:
@@ -95,6 +96,12 @@ def telling(consequence: str) -> Iterator[None]:
         raise
 
 
+def check() -> None:
+    """Raise once more what was raised, and dropped on its way: libraries in other languages do that in callbacks."""
+    if _Now.installed and _Now.raised is not None:
+        raise Interrupt(_Now.number)
+
+
 def leave(number: int) -> NoReturn:
     """End at once, without tidying up."""
     with contextlib.suppress(OSError):
@@ -118,7 +125,7 @@ def _arrived(number: int, frame: FrameType | None) -> None:
 
 
 def _raise(number: int) -> NoReturn:
-    _Now.waiting, _Now.raised = None, time.monotonic()
+    _Now.waiting, _Now.raised, _Now.number = None, time.monotonic(), number
     raise Interrupt(number)
 
 

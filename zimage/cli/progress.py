@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
+from zimage import interrupts
 from zimage.cli import terminal
 from zimage.cli.origin import Record
 
@@ -29,6 +30,7 @@ class Progress:
             terminal.note(text)
 
     def update(self, event: "Event") -> None:
+        interrupts.check()
         if event.stage == "load":
             from zimage.loading.registry import ROWS
 

@@ -150,6 +150,7 @@ class Watch:
         self.progress, self._next = Progress(quiet), 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        interrupts.check()
         now = time.monotonic()
         if now >= self._next:
             self._next = now + 0.1

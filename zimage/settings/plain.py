@@ -68,4 +68,5 @@ def _is(value: Plain, kind: type) -> bool:
 
 def _shown(value: Plain) -> str:
     """What was given instead: of text and numbers the beginning, of others the kind."""
-    return f"{value!r:.40}" if isinstance(value, str | float | bool | None) else type(value).__name__
+    plain = value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < LARGEST)
+    return f"{value!r:.40}" if plain else type(value).__name__
