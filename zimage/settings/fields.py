@@ -10,13 +10,12 @@ import dataclasses
 import difflib
 import functools
 import os
-import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TypeAlias, TypeVar
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 
 T = TypeVar("T")
 Weights = dict[int, float]
@@ -29,9 +28,6 @@ NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 JSON_BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
-_repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 3, 80, 80, 80
-_shown = _repr.repr  # a value in a message; long and deeply nested ones are cut
 _hints: Callable[[type], dict[str, Hint]] = functools.cache(typing.get_type_hints)
 
 
@@ -187,7 +183,7 @@ def _coerced(name: str, value: Plain, accepted: Hint) -> Plain:
                 return weights
             raise ValueError("a layer is named twice")
     except ValueError:
-        text = f"{name} {_shown(value)} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
+        text = f"{name} {quoted(value)} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
         raise RequestError(text, fields=(name,)) from None
     return value
 
@@ -226,13 +222,13 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
 
 def _check_weights(name: str, value: object) -> None:
     if not isinstance(value, dict) or not value:
-        raise _fault(name, f" {_shown(value)} should be a table of layers and weights, such as {{-2: 0.7, -8: 0.3}}")
+        raise _fault(name, f" {quoted(value)} should be a table of layers and weights, such as {{-2: 0.7, -8: 0.3}}")
     for layer, weight in value.items():
         if not isinstance(layer, int) or isinstance(layer, bool) or layer > -1:
-            raise _fault(name, f": layer {_shown(layer)} should be a negative integer, counted from the end")
+            raise _fault(name, f": layer {quoted(layer)} should be a negative integer, counted from the end")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_WEIGHT:
             raise _fault(
-                name, f": the weight {_shown(weight)} of layer {layer} should be a number up to {MAX_WEIGHT:g}"
+                name, f": the weight {quoted(weight)} of layer {layer} should be a number up to {MAX_WEIGHT:g}"
             )
     if not abs(sum(value.values())) > 1e-6:
         raise _fault(name, ": the weights add up to 0, so they cannot be normalised")
@@ -268,7 +264,7 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
         raise _mistyped(name, value, "of type " + " or ".join(t.__name__ for t in accepted))
     if m["choices"] and value not in m["choices"]:
-        raise _fault(name, f" {_shown(value)} is not known; use {', '.join(m['choices'])}")
+        raise _fault(name, f" {quoted(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
         if not value.isascii() and value != value.encode(errors="ignore").decode():
             raise _fault(name, " is not valid text; it must be valid UTF-8")
@@ -291,7 +287,7 @@ def _check_number(name: str, m: Mapping[str, Plain], value: float) -> None:
 
 
 def _mistyped(name: str, value: object, right: str) -> RequestError:
-    return _fault(name, f" {_shown(value)} is of type {type(value).__name__}; it should be {right}")
+    return _fault(name, f" {quoted(value)} is of type {type(value).__name__}; it should be {right}")
 
 
 def _fault(name: str, rest: str) -> RequestError:
