@@ -239,6 +239,7 @@ class ModelFiles:
                 f"{self.origin}: the tokenizer's {self.tokenizer.vocab_size} entries exceed "
                 f"the text encoder's {encoder.vocab_size}"
             )
+        self.tokenizer.limit(encoder.vocab_size)  # a vocabulary may have gaps
 
 
 def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> ModelFiles:

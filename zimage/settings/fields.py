@@ -27,7 +27,13 @@ MAX_WEIGHT = 1e6
 NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
-JSON_BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
+JSON_BOUNDS = {
+    "minimum": "minimum",
+    "maximum": "maximum",
+    "above": "exclusiveMinimum",
+    "multiple": "multipleOf",
+    "longest": "maxLength",
+}
 _hints: Callable[[type], dict[str, Hint]] = functools.cache(typing.get_type_hints)
 
 
@@ -44,6 +50,7 @@ def setting(
     above: float | None = None,
     multiple: int | None = None,
     choices: tuple[str, ...] | None = None,
+    longest: int | None = None,
     attachment: bool = False,
     path: bool = False,
     per_call: bool = False,
@@ -51,10 +58,11 @@ def setting(
     """A run setting. `env` is the environment variable that sets it where no option does.
 
     `path`: it names files or folders, which are relative to the settings file that they stand in. `per_call`: it
-    belongs to a single call, as attachments do, and may not stand in a settings file.
+    belongs to a single call, as attachments do, and may not stand in a settings file. `longest` counts the characters
+    of a text.
     """
-    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
-    shown = {"help": help, "group": group, "flag": flag, "metavar": metavar}
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "longest": longest}
+    shown = {"help": help, "group": group, "flag": flag, "metavar": metavar, "choices": choices}
     kind = {"env": env, "attachment": attachment, "path": path, "per_call": per_call or attachment}
     return dataclasses.field(default=default, metadata={**shown, **kind, **bounds})
 
@@ -143,6 +151,16 @@ def check_fields(settings: Settings) -> None:
     hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         _check(field, hints[field.name], getattr(settings, field.name))
+
+
+def check_text(name: str, text: str, longest: int | None = None) -> None:
+    """Raise RequestError for what is no text that UTF-8 can hold, and for more than `longest` characters of it."""
+    if longest is not None and len(text) > longest:
+        raise _fault(name, f" has {len(text):,} characters; it may have at most {longest:,}")
+    if not text.isascii() and text != text.encode(errors="ignore").decode():
+        raise _fault(name, " is not valid text; it must be valid UTF-8")
+    if "\0" in text:
+        raise _fault(name, f" holds a zero character at {text.index(chr(0)):,}; is it text in UTF-16?")
 
 
 def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
@@ -266,8 +284,7 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
     if m["choices"] and value not in m["choices"]:
         raise _fault(name, f" {quoted(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
-        if not value.isascii() and value != value.encode(errors="ignore").decode():
-            raise _fault(name, " is not valid text; it must be valid UTF-8")
+        check_text(name, value, m["longest"])
     elif isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(name, m, value)
 
