@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_control_characters_are_drawn(pipe, run):
     assert pipe.model.tokenizer.decode(pipe.tokenize(odd)).count("\x1b[31m\x07") == 1
     assert run("gen", odd, "-o", "odd.png")[0] == 0
     assert run("gen", "--from", "odd.png", "-o", "again.png")[0] == 0
-    assert open("odd.png", "rb").read() == open("again.png", "rb").read()
+    assert Path("odd.png").read_bytes() == Path("again.png").read_bytes()
 
 
 def test_a_text_of_too_many_tokens(pipe, run, tmp_path):

@@ -24,6 +24,7 @@ Plain: TypeAlias = Any  # a plain value, as JSON and TOML hold it
 Attachment: TypeAlias = Any  # a picture, a mask or embeddings: a path or an object
 Field: TypeAlias = "dataclasses.Field[Plain | Attachment]"
 MAX_WEIGHT = 1e6
+LONGEST_WORD = 80  # characters of a name that may have been mistyped
 NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -80,7 +81,7 @@ class Settings:
         """From plain values, as JSON and TOML hold them; an unknown name is an error that suggests the nearest."""
         for key in values:
             if key not in cls.names():
-                raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}", fields=(key,))
+                raise RequestError(f"there is no setting {quoted(key)}; {nearest(key, cls.names())}", fields=(key,))
         hints = _hints(cls)
         return cls(**{name: _coerced(name, value, hints[name]) for name, value in values.items()})
 
@@ -109,8 +110,15 @@ def either(value: T | None, default: T) -> T:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown word: the nearest known one, or all of them."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = close_matches(word, known, 1)
     return f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(known) or "none")
+
+
+def close_matches(word: str, known: Iterable[str], count: int, cutoff: float = 0.6) -> list[str]:
+    """Known words that look like this one, the nearest first; long ones are nobody's slip, and take long to compare."""
+    if len(word) > LONGEST_WORD:
+        return []
+    return difflib.get_close_matches(word, [k for k in known if len(k) <= LONGEST_WORD], count, cutoff)
 
 
 def parse_weights(text: str) -> Weights:
