@@ -1,7 +1,6 @@
 """`gen`: prompts in, picture files out."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences
 from zimage.cli.progress import Progress
+from zimage.cli.prompts import file_prompts, standard_input
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
 from zimage.cli.settings import configured, load_pipeline, resolve_options
@@ -131,13 +131,9 @@ def _prompts(arguments: tuple[str, ...], file: Path | None) -> Record:
     if arguments and file:
         raise RequestError("pass prompts as arguments or with --file, not both")
     if file:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{file} cannot be read: {error}") from error
-        return {"prompt": [line.strip() for line in lines if line.strip()]}
+        return {"prompt": file_prompts(file)}
     if arguments == ("-",):
-        return {"prompt": sys.stdin.read().strip()}
+        return {"prompt": standard_input()}
     if not arguments:
         return {}
     return {"prompt": arguments[0] if len(arguments) == 1 else list(arguments)}
