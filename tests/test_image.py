@@ -33,7 +33,7 @@ def test_tensors_and_pictures_are_inverse():
 # ------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp"])
 def test_one_picture_in_any_lossless_file(tmp_path, suffix):
     image, path = colours(), tmp_path / f"a.{suffix}"
     image.save(path, **({"lossless": True} if suffix == "webp" else {}))
@@ -128,7 +128,7 @@ def png(width: int = 64, height: int = 64) -> bytes:
 
 
 def test_missing_files_and_other_things_are_named(tmp_path):
-    cases = {tmp_path / "no.png": "is missing", tmp_path: "not a file", 7: "not int", "x" * 5000: "cannot be opened"}
+    cases = {tmp_path / "no.png": "is missing", tmp_path: "is a folder", 7: "not int", "x" * 5000: "cannot be read"}
     for source, expected in cases.items():
         with pytest.raises(RequestError, match=expected) as error:
             open_image(source)
@@ -180,7 +180,7 @@ def test_giants_are_refused_before_they_are_decoded(tmp_path):
         with pytest.raises(RequestError, match=expected) as error:
             open_image(path)
         one_line(error)
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="too large"):
         read_metadata(path)
     with pytest.raises(RequestError, match="0 × 5 px"):
         open_image(Image.new("RGB", (0, 5)))
