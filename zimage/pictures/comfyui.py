@@ -76,7 +76,7 @@ class Graph:
         """The first input of these names, there or behind its link; None where it is not of the kinds."""
         for name in names:
             given = node.inputs.get(name)
-            values = [given, *(n.inputs.get(v) for n in self.chain(given, VALUES) for v in (name, *VALUES))]
+            values = [given, *(n.inputs.get(v) for n in self.chain(given, (name, *VALUES)) for v in (name, *VALUES))]
             for value in values:
                 if isinstance(value, kinds) and not isinstance(value, bool):
                     return value
