@@ -50,7 +50,7 @@ OURS = {
 }
 PARAMETERS = (
     "a cat <lora:style:0.8>\nNegative prompt: dogs\nSteps: 8, Sampler: Euler, CFG scale: 2.5, Seed: 7, Size: 64x64, "
-    'Model: "a, b", Denoising strength: 0.6, Hires upscale: 2, Hires resize: 128x128, Lora hashes: "style: 01", Shift: 3'
+    'Model: "a, b", Denoising strength: 0.6, Hires upscale: 2, Hires resize: 99x99, Lora hashes: "style: 01", Shift: 3'
 )
 GRAPH = {
     "3": {
@@ -102,9 +102,7 @@ ODD = [
 
 def cases(chance: random.Random, folder: Path) -> Iterator[tuple[str, Call]]:
     """Each mutation's name, and a call that reads what it made: it ends, or raises a ZImageError."""
-    number = 0
-    for name, content in _mutants(chance):
-        number += 1
+    for number, (name, content) in enumerate(_mutants(chance), 1):
         path = folder / f"{number}.png"
         path.write_bytes(content)
         for reader, read in READERS.items():
@@ -245,15 +243,18 @@ def _texts(chance: random.Random) -> Iterator[tuple[str, str]]:
         name = "our settings" if record is OURS else "a graph"
         for path in _paths(record):
             for value in chance.sample(ODD, 4):
-                yield f"{name}, {'.'.join(map(str, path))} = {str(value)[:20]!r}", _dumped(_with(record, path, value))
-        yield f"{name}, cut", _dumped(record)[: chance.randrange(200)]
+                yield (
+                    f"{name}, {'.'.join(map(str, path))} = {str(value)[:20]!r}",
+                    json.dumps(_with(record, path, value)),
+                )
+        yield f"{name}, cut", json.dumps(record)[: chance.randrange(200)]
         yield f"{name}, deep", '{"request":' * 20_000
-        yield f"{name}, deep within", _dumped(record)[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
-        yield f"{name}, twice", _dumped(record)[:-1] + ', "request": 1, "request": 2}'
+        yield f"{name}, deep within", json.dumps(record)[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
+        yield f"{name}, twice", json.dumps(record)[:-1] + ', "request": 1, "request": 2}'
     chain = {
         str(i): {"class_type": "X", "inputs": {"model": [str(i + 1), 0], "text": [str(i + 1), 0]}} for i in range(5000)
     }
-    yield "a graph of a long chain", _dumped({**chain, **GRAPH})
+    yield "a graph of a long chain", json.dumps({**chain, **GRAPH})
     for _ in range(60):
         words = chance.sample(PARAMETERS.split(", "), chance.randrange(1, 8))
         value = chance.choice([str(value) for value in ODD])
@@ -286,7 +287,3 @@ def _with(record: dict, path: tuple, value: Any) -> dict:
         place = place[key]
     place[path[-1]] = value
     return changed
-
-
-def _dumped(value: Any) -> str:
-    return json.dumps(value)
