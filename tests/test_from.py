@@ -133,6 +133,8 @@ def test_a_graph_that_starts_from_a_picture_says_so():
     found = parse_graph(json.dumps(graph))
     assert found.by_picture
     assert "width" not in found.values
+    unknown = parse_graph(json.dumps({**PLAIN, "13": node("LatentOfMyOwn", ratio="2:3")}))
+    assert not unknown.by_picture
 
 
 @pytest.mark.parametrize(

@@ -202,10 +202,8 @@ def _grown(chance: random.Random, whole: bytes) -> bytes:
 def _of_huge_numbers(chance: random.Random, whole: bytes) -> bytes:
     """Sizes, counts and offsets that promise everything; PNG's chunks get their checksums again."""
     start = chance.randrange(min(len(whole), 200))
-    number = chance.choice((2**32 - 1, 2**31 - 1, 2**31, 0, 1, 65_535, 10**9)).to_bytes(
-        4, chance.choice(("big", "little"))
-    )
-    data = whole[:start] + number + whole[start + 4 :]
+    number = chance.choice((2**32 - 1, 2**31 - 1, 2**31, 0, 1, 65_535, 10**9))
+    data = whole[:start] + number.to_bytes(4, chance.choice(("big", "little"))) + whole[start + 4 :]
     if whole.startswith(b"\x89PNG") and chance.random() < 0.7:
         data = data[:29] + zlib.crc32(data[12:29]).to_bytes(4, "big") + data[33:]
     return data
@@ -214,9 +212,8 @@ def _of_huge_numbers(chance: random.Random, whole: bytes) -> bytes:
 def _header(width: int, height: int) -> bytes:
     stream = io.BytesIO()
     stream.write(b"\x89PNG\r\n\x1a\n")
-    PngImagePlugin.putchunk(
-        stream, b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 6, 0, 0, 0])
-    )
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    PngImagePlugin.putchunk(stream, b"IHDR", sides + bytes([8, 6, 0, 0, 0]))
     PngImagePlugin.putchunk(stream, b"IDAT", zlib.compress(bytes(1000)))
     return stream.getvalue()
 
@@ -238,34 +235,34 @@ def _with_text(chance: random.Random, kind: str, text: str) -> bytes:
 
 
 def _texts(chance: random.Random) -> Iterator[tuple[str, str]]:
-    """Settings, parameters and graphs, each with something changed."""
-    for record in (OURS, GRAPH):
-        name = "our settings" if record is OURS else "a graph"
-        for path in _paths(record):
-            for value in chance.sample(ODD, 4):
-                yield (
-                    f"{name}, {'.'.join(map(str, path))} = {str(value)[:20]!r}",
-                    json.dumps(_with(record, path, value)),
-                )
-        yield f"{name}, cut", json.dumps(record)[: chance.randrange(200)]
-        yield f"{name}, deep", '{"request":' * 20_000
-        yield f"{name}, deep within", json.dumps(record)[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
-        yield f"{name}, twice", json.dumps(record)[:-1] + ', "request": 1, "request": 2}'
-    chain = {
-        str(i): {"class_type": "X", "inputs": {"model": [str(i + 1), 0], "text": [str(i + 1), 0]}} for i in range(5000)
-    }
+    """Settings, graphs and parameters, each with something changed."""
+    yield from _changed_records(chance, "our settings", OURS)
+    yield from _changed_records(chance, "a graph", GRAPH)
+    links = {str(i): {"model": [str(i + 1), 0], "text": [str(i + 1), 0]} for i in range(5000)}
+    chain = {key: {"class_type": "X", "inputs": inputs} for key, inputs in links.items()}
     yield "a graph of a long chain", json.dumps({**chain, **GRAPH})
+    yield from _changed_parameters(chance)
+
+
+def _changed_records(chance: random.Random, name: str, record: dict) -> Iterator[tuple[str, str]]:
+    whole = json.dumps(record)
+    for path in _paths(record):
+        for value in chance.sample(ODD, 4):
+            changed = json.dumps(_with(record, path, value))
+            yield f"{name}, {'.'.join(map(str, path))} = {str(value)[:20]!r}", changed
+    yield f"{name}, cut", whole[: chance.randrange(200)]
+    yield f"{name}, deep", '{"request":' * 20_000
+    yield f"{name}, deep within", whole[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
+    yield f"{name}, twice", whole[:-1] + ', "request": 1, "request": 2}'
+
+
+def _changed_parameters(chance: random.Random) -> Iterator[tuple[str, str]]:
     for _ in range(60):
         words = chance.sample(PARAMETERS.split(", "), chance.randrange(1, 8))
-        value = chance.choice([str(value) for value in ODD])
-        yield (
-            f"parameters, shuffled, {value[:20]!r}",
-            ", ".join([*words, chance.choice(("Steps", "Seed", "Size")) + f": {value}"]),
-        )
-        yield (
-            "parameters, flipped",
-            "".join(c if chance.random() > 0.05 else chr(chance.randrange(1, 0x300)) for c in PARAMETERS),
-        )
+        item = f"{chance.choice(('Steps', 'Seed', 'Size'))}: {chance.choice(ODD)}"
+        yield f"parameters, shuffled, {item[:20]!r}", ", ".join([*words, item])
+        flipped = [c if chance.random() > 0.05 else chr(chance.randrange(1, 0x300)) for c in PARAMETERS]
+        yield "parameters, flipped", "".join(flipped)
     for sign in ',":\\<\n\0 ':
         yield f"parameters, {sign!r} without end", PARAMETERS + sign * 200_000
         yield f"parameters, {sign!r} before", sign * 200_000 + PARAMETERS

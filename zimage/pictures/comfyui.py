@@ -92,6 +92,9 @@ class Graph:
                 return words
         return None
 
+    def starts_from_picture(self, sampler: Node) -> bool:
+        return any("pixels" in node.inputs for node in self.chain(sampler.inputs.get("latent_image"), LATENTS))
+
     def empty_latent(self, sampler: Node) -> Node | None:
         """The node that says the size, where no other sampler and no picture stands in between."""
         for node in self.chain(sampler.inputs.get("latent_image"), LATENTS):
@@ -130,7 +133,7 @@ def _found(graph: Graph, sampler: Node, around: list[Node]) -> Found:
     name, schedule = (first(key, kinds=(str,)) or "" for key in ("sampler_name", "scheduler"))
     kept = {name: value for name, value in values.items() if value is not None}
     loras = tuple(line for node in models for line in _loras(node.inputs))
-    return Found("ComfyUI's graph", kept, name, schedule, loras, by_picture=size is None)
+    return Found("ComfyUI's graph", kept, name, schedule, loras, graph.starts_from_picture(sampler))
 
 
 def _loras(inputs: Inputs) -> Iterator[str]:

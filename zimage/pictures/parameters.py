@@ -14,7 +14,7 @@ reader removes. It does not keep blanks at the ends of lines, and a `<lora:…>`
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from zimage.pictures.foreign import CFG, MOST_HIRES, Found
 from zimage.pictures.image import first_pass_size
@@ -41,11 +41,11 @@ NUMBERS: dict[str, tuple[str, type]] = {
 def parameters_text(metadata: Mapping[str, Plain]) -> str:
     """The settings of one of our pictures in this form."""
     r, loras = metadata["request"], metadata.get("lora") or []
-    tags = [f"<lora:{_lora_name(lora)}:{lora['scale']:g}>" for lora in loras]
+    tags = [f"<lora:{_lora_name(lora)}:{_number_text(lora['scale'])}>" for lora in loras]
     lines = [" ".join(filter(None, [_escape(r["prompt"]), *tags]))]
     if r.get("negative"):
         lines.append(f"{NEGATIVE} {_escape(r['negative'])}")
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in _items(metadata, loras)))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in _items(metadata, loras).items()))
     return "\n".join(lines)
 
 
@@ -63,21 +63,31 @@ def parse_parameters(text: str) -> Found | None:
     return Found("`parameters`", values, items.get("Sampler", ""), items.get("Schedule type", ""), loras, by_picture)
 
 
-def _items(metadata: Mapping[str, Plain], loras: list[Plain]) -> Iterator[tuple[str, Plain]]:
-    r, model, hires = metadata["request"], metadata["model"], metadata["request"].get("hires")
-    width, height = first_pass_size(r["width"], r["height"], hires) if hires else (r["width"], r["height"])
-    yield from {"Steps": r["steps"], "Sampler": "Euler", "CFG scale": f"{r['guidance'] + 1:g}"}.items()
-    yield from {"Seed": r["seed"], "Size": f"{width}x{height}"}.items()
-    yield from {"Model": model["name"], "Model hash": model["fingerprint"]}.items()
+def _items(metadata: Mapping[str, Plain], loras: list[Plain]) -> dict[str, str]:
+    r, hires = metadata["request"], metadata["request"].get("hires")
+    first = first_pass_size(r["width"], r["height"], hires) if hires else (r["width"], r["height"])
+    items = {
+        "Steps": str(r["steps"]),
+        "Sampler": "Euler",
+        "CFG scale": _number_text(r["guidance"] + 1),
+        "Seed": str(r["seed"]),
+        "Size": f"{first[0]}x{first[1]}",
+        "Model": metadata["model"]["name"],
+        "Model hash": metadata["model"]["fingerprint"],
+    }
     if r.get("strength") is not None:
-        yield "Denoising strength", f"{r['strength']:g}"
+        items["Denoising strength"] = _number_text(r["strength"])
     if hires:
-        yield from {"Hires upscale": f"{hires:g}", "Hires steps": r["steps"], "Hires upscaler": "Lanczos"}.items()
-        if (width * hires, height * hires) != (r["width"], r["height"]):
-            yield "Hires resize", f"{r['width']}x{r['height']}"
+        items |= {"Hires upscale": _number_text(hires), "Hires steps": str(r["steps"]), "Hires upscaler": "Lanczos"}
+        if (first[0] * hires, first[1] * hires) != (r["width"], r["height"]):
+            items["Hires resize"] = f"{r['width']}x{r['height']}"
     if loras:
-        yield "Lora hashes", ", ".join(f"{_lora_name(lora)}: {lora['hash']}" for lora in loras)
-    yield from {"Shift": f"{r['shift']:g}", "Version": f"zimage {metadata['version']}"}.items()
+        items["Lora hashes"] = ", ".join(f"{_lora_name(lora)}: {lora['hash']}" for lora in loras)
+    return {**items, "Shift": _number_text(r["shift"]), "Version": f"zimage {metadata['version']}"}
+
+
+def _number_text(number: float) -> str:
+    return f"{number:.10g}"
 
 
 def _lora_name(lora: Mapping[str, Plain]) -> str:

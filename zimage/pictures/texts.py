@@ -39,8 +39,8 @@ def read_texts(path: Path) -> Texts:
         found = _texts(_in_chunks(image)) or _texts(_in_exif(image))
         found = found or _texts(_in_chunks(image))  # looking for EXIF has read the chunks behind the pixels
     for key, text in found.items():
-        if len(text) > LIMITS[key]:
-            raise RequestError(f"{path}: its text {key!r} has {len(text):,} characters; {LIMITS[key]:,} are read")
+        if len(text) > (most := LIMITS[key]):
+            raise RequestError(f"{path}: its text {key!r} has {len(text):,} characters; at most {most:,} are read")
     return Texts(*(found.get(key, "") for key in LIMITS))
 
 
@@ -77,6 +77,7 @@ def _comment(value: object) -> str:
         return value.rstrip("\0")
     if not isinstance(value, bytes):
         return ""
+    value = value[: 4 * LONGEST + len(UNICODE) + 2]  # more is refused anyhow, whatever its code
     if not value.startswith(UNICODE):
         return value.removeprefix(b"ASCII\0\0\0").strip(b"\0").decode("utf-8", "replace")
     body = value[len(UNICODE) :]
