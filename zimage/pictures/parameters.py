@@ -16,6 +16,8 @@ import json
 import re
 from collections.abc import Mapping
 
+from zimage.errors import CheckpointError
+from zimage.formats.json_text import json_value
 from zimage.pictures.foreign import CFG, MOST_HIRES, Found
 from zimage.pictures.image import first_pass_size
 from zimage.settings.fields import Plain
@@ -104,8 +106,8 @@ def _unquoted(value: str) -> str:
     if len(value) < 2 or not (value[0] == value[-1] == '"'):
         return value.strip()
     try:
-        return str(json.loads(value))
-    except ValueError:
+        return str(json_value("a value", value))
+    except CheckpointError:
         return value
 
 
