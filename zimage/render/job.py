@@ -16,9 +16,9 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.loras import LoraUse
 from zimage.loading.plan import MemoryPlan, Workload
 from zimage.loading.planner import Planner
-from zimage.pictures.image import InputPicture, open_image, open_mask
+from zimage.pictures.image import InputPicture, first_pass_size, open_image, open_mask
 from zimage.render.conditioning import ChatParts, Text, Texts
-from zimage.render.defaults import filled, first_pass_size
+from zimage.render.defaults import filled
 from zimage.settings.declared import Request
 from zimage.text.embeddings import Embeddings
 
