@@ -20,7 +20,7 @@ from zimage.nn.adapters import AdaptedLinear, linear_shapes, moved_norms, vector
 from zimage.nn.branches import DenseBranch
 from zimage.nn.deltas import Decomposed, LowRank
 from zimage.nn.layers import WideningLinear
-from zimage.nn.packed import PackedLinear
+from zimage.nn.packed import PackedLinear, Scaled
 from zimage.nn.quant import quantise
 
 CPU = torch.device("cpu")
@@ -188,7 +188,9 @@ def test_beside_products_in_int8(component_of, tmp_path, form):
 
 
 def test_norms_are_computed_piece_by_piece(monkeypatch):
-    """Whatever the size of the pieces; and no piece is larger than it may be."""
+    """Whatever the size of the pieces; and no piece of a packed weight is larger than it may be."""
+    decode, sizes = Scaled.decode, []
+    monkeypatch.setattr(Scaled, "decode", lambda packed: sizes.append(packed.codes.numel()) or decode(packed))
     weight = torch.randn(96, 64, dtype=torch.float64).float()
     down, up = torch.randn(4, 64), torch.randn(96, 4)
     for magnitude in (torch.ones(96, 1), torch.ones(1, 64)):
@@ -197,6 +199,10 @@ def test_norms_are_computed_piece_by_piece(monkeypatch):
         for piece in (1, 64, 1000, 1 << 20):
             monkeypatch.setattr("zimage.nn.adapters.PIECE", piece)
             torch.testing.assert_close(moved_norms(weight, delta, CPU).double(), exact, rtol=1e-5, atol=0)
+            sizes.clear()
+            moved_norms(Scaled(torch.ones(96, 64, dtype=torch.int8), torch.ones(())), delta, CPU)
+            assert sum(sizes) == 96 * 64
+            assert max(sizes) <= max(piece, 64)
     zero = Decomposed(LowRank((torch.zeros(96, 4), down)), torch.ones(96, 1))
     assert (moved_norms(torch.zeros(96, 64), zero, CPU) > 0).all()
 

@@ -207,6 +207,8 @@ def test_the_name_of_an_existing_file_has_no_scale(tmp_path, monkeypatch):
         ("absent.ckpt:0.5", 1, "is missing"),
         ("absent.safetensors:nan", 2, "lora scale nan should lie between -100 and 100"),
         ("", 1, "LoRA"),
+        ("x" * 5000, 1, "cannot be read: File name too long"),
+        ("x" * 5000 + ":2", 1, "cannot be read: File name too long"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(run, tmp_path, value, status, words):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,12 +39,15 @@ class LoraFile:
 
 def lora_file(path: Path) -> Path:
     """The file itself, or that of a folder as PEFT or diffusers write it. Raises CheckpointError."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path's own raises an OSError for what can be no name
         return path
     for name in NAMES:
         if (path / name).is_file():
             return path / name
-    others = sorted(file.name for file in path.iterdir() if file.name.endswith(ENDING) and file.is_file())
+    try:
+        others = sorted(file.name for file in path.iterdir() if file.name.endswith(ENDING) and file.is_file())
+    except OSError as error:
+        raise CheckpointError(f"LoRA folder {path} cannot be read: {error.strerror or error}") from error
     if len(others) != 1:
         found = f"it holds {listing(others)}: name one of them" if others else f"it holds no {ENDING} file"
         raise CheckpointError(f"LoRA folder {path}: expected {' or '.join(NAMES)}; {found}", fields=("lora",))
@@ -51,10 +55,13 @@ def lora_file(path: Path) -> Path:
 
 
 def content_hash(file: Path) -> str:
-    """Twelve hex digits of the hash of all bytes."""
+    """Twelve hex digits of the hash of all bytes. Raises CheckpointError."""
     require_file(file)
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def read_lora(

@@ -35,6 +35,7 @@ WRAPPERS = (
     "lycoris_",  # LyCORIS
 )
 LONGEST_NAME = 300  # characters of a module's name, wrappers included
+MOST_READINGS = 12  # of a name without some of its wrappers
 TEXT_ENCODER = ("text_encoder", "lora_te", "te_", "te1_", "conditioner_", "qwen3_")
 TEXT_ENCODER_LAYERS = ("_self_attn_", "_mlp_gate_proj", "_mlp_up_proj", "_mlp_down_proj", "_embed_tokens")
 NATIVE = {
@@ -187,11 +188,14 @@ def _unwrapped(module: str, known: Collection[str]) -> str | None:
 def _without_wrappers(name: str) -> Iterator[str]:
     """A name without any number of wrappers, in every way, the longest first."""
     left = {name}
-    while left:
+    for _ in range(MOST_READINGS):
+        if not left:
+            return
         longest = max(left, key=len)
         yield longest
         left.remove(longest)
-        left |= {longest[len(wrapper) :] for wrapper in WRAPPERS if longest.startswith(wrapper)}
+        if longest.startswith(WRAPPERS):
+            left |= {longest[len(wrapper) :] for wrapper in WRAPPERS if longest.startswith(wrapper)}
 
 
 def _of_text_encoder(key: str) -> bool:

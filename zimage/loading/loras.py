@@ -207,17 +207,17 @@ def find_by_hash(wanted: Mapping[str, str], named: Iterable[str], folder: str | 
     for path in sorted(dict.fromkeys(files), key=lambda path: (path.name not in names, _size(path))):
         if len(found) == len(wanted):
             break
-        if path.is_file() and os.access(path, os.R_OK) and (digest := content_hash(path)) in wanted:
+        if os.path.isfile(path) and os.access(path, os.R_OK) and (digest := content_hash(path)) in wanted:
             found.setdefault(digest, str(path))
     return found
 
 
 def _loras_below(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         text = f"lora_folder {str(folder)!r} is not a folder; name one that holds LoRA files"
         raise RequestError(text, fields=("lora_folder",))
     return sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names if name.endswith(ENDING))
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    return os.path.getsize(path) if os.path.isfile(path) else 0
