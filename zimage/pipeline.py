@@ -75,8 +75,7 @@ class ZImage:
         self.device, self.dtype = places[DIT]
         self.planner = Planner(model, places, settings)
         self.residency = Residency(model, places, settings, self.planner.sizes)
-        mergeable = settings.precision == "bf16" and not self.planner.sizes[DIT].widen_late
-        self.lora = Loras(model.components[DIT], self.residency, mergeable)
+        self.lora = Loras(model.components[DIT], self.residency, (settings.lora_skip,) if settings.lora_skip else ())
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
         templates = Path(settings.templates).expanduser() if settings.templates else user_folder()

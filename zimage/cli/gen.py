@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import GroupedCommand, given, options_of
-from zimage.cli.origin import Record, read_origin, warn_of_differences
+from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.progress import Progress
 from zimage.cli.prompts import file_prompts, standard_input
 from zimage.cli.resume import Keeping, open_state
@@ -71,6 +71,7 @@ def gen(
     keeping = open_state(save_state, resume, picture, given(options, Request))
     origin = read_origin(picture, options)
     resolved = resolve_options(options, keeping.settings if keeping.begun else origin.get("request"))
+    resolved = with_loras(picture, origin, options, resolved)
     wanted = resolved.of(Request)
     if "prompt" not in wanted and "embeddings" not in wanted:
         raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")

@@ -4,6 +4,7 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 `ZImage.generate`, the check of the value and the entry in the PNG's metadata. What a field is: `settings.fields`.
 """
 
+import os
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -40,6 +41,7 @@ MAX_TEXT_TOKENS = 32_768  # of a whole text: what Qwen3 was trained for, twenty 
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
 STRENGTH = 0.6
 MAX_LORA_SCALE = 100.0
+LORA_PARTS = ("text_encoder",)
 MAX_TOKENS = 512
 REWRITER_TIMEOUT = 120.0  # seconds
 MAX_TIMEOUT = 86_400  # seconds
@@ -328,8 +330,22 @@ class LoadSettings(Settings):
     )
     lora: list[str] | None = setting(
         None,
-        "LoRA file (.safetensors) and its scale, else 1; repeat it to add several. Default: none.",
+        "LoRA file (.safetensors), or a folder with one, and its scale, else 1; repeat it to add several. "
+        "Default: none.",
         metavar="PATH[:SCALE]",
+        group="Model",
+        path=True,
+    )
+    lora_skip: str | None = setting(
+        None,
+        "Leave out this part of LoRA files, which is not implemented, and use the rest. Default: refuse such files.",
+        choices=LORA_PARTS,
+        group="Model",
+    )
+    lora_folder: str | None = setting(
+        None,
+        "Folder in which --from finds the LoRAs of a picture by their content. Default: none.",
+        metavar="FOLDER",
         group="Model",
         path=True,
     )
@@ -444,7 +460,12 @@ ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettin
 
 
 def split_lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError."""
+    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError.
+
+    What is the name of an existing file or folder as a whole has no scale.
+    """
+    if os.path.exists(os.path.expanduser(text)):
+        return text, 1.0
     path, _, last = text.rpartition(":")
     try:
         scale = float(last)
