@@ -1,7 +1,6 @@
 """Text from a server: what is sent, and one clear line for everything that can go wrong."""
 
 import contextlib
-import itertools
 import re
 import socket
 import subprocess
@@ -10,7 +9,7 @@ import threading
 import time
 
 import pytest
-from chat_server import Reply, dripping, said, serving
+from chat_server import DRIPS, OK, Reply, dripping, said, serving
 
 from zimage.errors import RemoteError, RequestError
 from zimage.settings.declared import Sampling
@@ -136,30 +135,6 @@ def test_a_server_that_is_not_there():
     start = time.monotonic()
     assert "cannot be reached: " in failure(chat)
     assert time.monotonic() - start < 2
-
-
-OK = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-EVER = itertools.repeat
-DRIPS = {  # what a server sends at once, what it goes on to send, and the pause before each piece
-    "nothing": (b"", (), 0),
-    "status line": (b"HTTP/1.1 200 ", EVER(b"O"), 0.02),
-    "header": (OK + b"X-Name: ", EVER(b"x"), 0.02),
-    "headers": (OK, (b"X-%d: x\r\n" % i for i in itertools.count()), 0.02),
-    "body": (OK + b"Content-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
-    "body without an end": (OK + b"\r\n", EVER(b"x"), 0.02),
-    "chunk": (CHUNKED + b"fffff\r\n", EVER(b"x"), 0.02),
-    "chunks": (CHUNKED, EVER(b"1\r\nx\r\n"), 0.02),
-    "chunk size": (CHUNKED, EVER(b"0"), 0.02),
-    "chunk extension": (CHUNKED + b"5;", EVER(b"x"), 0.02),
-    "trailer": (CHUNKED + b"1\r\nx\r\n0\r\nX-Name: ", EVER(b"x"), 0.02),
-    "100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.02),
-    "flood of 100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), 0),
-    "redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://", EVER(b"x"), 0.02),
-    "error": (b"HTTP/1.1 500 No\r\nContent-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
-    "TLS": (b"", (), 0),
-    "TLS record": (b"\x16\x03\x03\x3f\xff", EVER(b"x"), 0.02),
-}
 
 
 @pytest.mark.parametrize("drip", DRIPS)

@@ -14,7 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 TICK = 0.1  # seconds between two looks at what has come
-GRACE = 0.5  # seconds that a thread gets to end once its connections are shut down; one that asks for a name may take longer
+GRACE = 0.5  # seconds that a thread gets to end once its connections are shut down; looking up a name may take longer
 
 
 class Connections:
