@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.progress import Progress, counted
-from zimage.errors import Cancelled, RequestError
+from zimage.errors import Cancelled, RequestError, printable
 
 if TYPE_CHECKING:
     from zimage.weights.verify import Report
@@ -92,7 +92,7 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
             reports.append(report)
             if not as_json:
                 watch.close()
-                click.echo("\n".join(_lines(report)))
+                click.echo("\n".join(map(printable, _lines(report))))
     wrong = sum(bool(report.problems) for report in reports)
     if as_json:
         click.echo(json.dumps({"path": str(path), "sound": not wrong, "reports": [r.as_dict() for r in reports]}))
@@ -164,13 +164,13 @@ class Watch:
         if now >= self._next:
             self._next = now + 0.1
             share = f"{done * 100 // total:3} %" if total else ""
-            self.progress.show(f"{what} {share} of {size_text(total)}")
+            self.progress.show(printable(f"{what} {share} of {size_text(total)}"))
 
     def note(self, text: str) -> None:
         """A line that stays, unless nobody wants to read."""
         self.close()
         if not self.progress.quiet:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     def close(self) -> None:
         self.progress.close()

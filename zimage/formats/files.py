@@ -47,7 +47,15 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Raise CheckpointError where `path` does not lie in `folder`, all links followed.
+    """Raise CheckpointError where `path` leads out of `folder` by a link; see `is_inside`."""
+    if not is_inside(folder, path):
+        raise CheckpointError(
+            f"{path} leads out of {folder} by a link, which is not followed; put the file itself there"
+        )
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether `path` lies in `folder`, all links followed.
 
     The snapshots of the hub's cache are folders of links to `blobs` beside them: these may be followed.
     """
@@ -55,10 +63,7 @@ def require_inside(folder: Path, path: Path) -> None:
     snapshot = next((p for p in (top, *top.parents[:2]) if p.parent.name == "snapshots"), None)
     cache = snapshot.parent.parent if snapshot else None
     around = [top, cache / "blobs"] if cache and cache.name.startswith("models--") else [top]
-    if not any(end.is_relative_to(place) for place in around):
-        raise CheckpointError(
-            f"{path} leads out of {folder} by a link, which is not followed; put the file itself there"
-        )
+    return any(end.is_relative_to(place) for place in around)
 
 
 def _reason(error: OSError | ValueError) -> str:
