@@ -104,7 +104,7 @@ def test_running_out_of_memory_is_no_fault_of_the_program(capsys, monkeypatch):
 
 def test_an_error_of_the_system_names_its_file(capsys, monkeypatch):
     def fail(*_):
-        open("nowhere/x")
+        os.stat("nowhere/x")
 
     monkeypatch.setattr("zimage.cli.config.resolve_options", fail)
     assert main(["config", "show"]) == 1

@@ -153,15 +153,10 @@ def test_patterns_that_make_no_name(folder, pattern, words):
         Target(pattern, 1).check([record(seed=BIG)])
 
 
-@pytest.mark.parametrize("name", ["x.jpg", "x.webp"])
-def test_what_a_format_cannot_hold_is_refused_before_rendering(folder, capsys, name):
-    if name == "x.webp":
-        with pytest.raises(RequestError, match="a side of 16384 px does not fit into WEBP; use"):
-            Target(name, 1).check([record(width=16384)])
-        return
-    assert main(["gen", "a " * 40_000, "-o", name, *SIZE, "--memory", "8"]) == 2
-    assert "JPEG cannot hold the settings" in capsys.readouterr().err.splitlines()[-1]
-    assert not os.listdir()
+def test_what_a_format_cannot_hold_is_refused_before_rendering(folder):
+    Target("x.png", 1).check([record(width=16384)])
+    with pytest.raises(RequestError, match="a side of 16384 px does not fit into WEBP; use"):
+        Target("x.webp", 1).check([record(width=16384)])
 
 
 # ---------------------------------------------------------------------- what stands where a picture should go

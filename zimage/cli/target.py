@@ -47,14 +47,12 @@ class Target:
         check_output(path, "output", self.replaces)
 
     def check(self, records: Sequence[Record]) -> None:
-        """Raise RequestError where one of these pictures could not get its name, or hold its settings."""
+        """Raise RequestError where one of these pictures could not get its name, or its format not hold it."""
         from zimage.pictures.files import check_savable
 
-        names = [self._name(record["request"], i) for i, record in enumerate(records)]
-        for name, record in {
-            record["request"]["prompt"]: (n, record) for n, record in zip(names, records, strict=True)
-        }.values():
-            check_savable(self.folder / name, record)
+        for i, record in enumerate(records):
+            request = record["request"]
+            check_savable(self.folder / self._name(request, i), request["width"], request["height"])
 
     def save(self, image: "Image", metadata: Record, index: int) -> Path:
         """Save a picture where it belongs, else where it can be saved. Raises OutputError where that is nowhere."""

@@ -1,4 +1,4 @@
-"""The one way to a terminal, a pipe or a log: everything that the commands say or read goes through here.
+"""The one way to a terminal, a pipe or a log: everything that the commands say goes through here.
 
 Names, prompts and answers come from outside and may hold anything: what would steer a terminal is escaped, and so is
 what the stream's encoding lacks. A stream may be closed, its reader gone or its disk full: what is said is then lost,
@@ -17,10 +17,9 @@ from typing import TextIO
 
 import click
 
-from zimage.errors import OutputError, RequestError, printable
+from zimage.errors import OutputError, printable
 from zimage.settings.fields import Plain
 
-MAX_INPUT = 16 << 20  # characters of standard input
 _WIPE = "\r\033[K"
 _live = False  # whether a progress line stands on the terminal now
 
@@ -85,21 +84,6 @@ def is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except ValueError:
         return False
-
-
-def read_input() -> str:
-    """All of standard input, without white space at its ends. Raises RequestError."""
-    if sys.stdin is None:
-        raise RequestError("standard input is closed; pass the prompt as an argument")
-    try:
-        text = sys.stdin.read(MAX_INPUT + 1)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not valid text: {error.reason}; it must be UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise RequestError(f"standard input cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(text) > MAX_INPUT:
-        raise RequestError(f"standard input has more than {MAX_INPUT:,} characters")
-    return text.strip()
 
 
 def open_streams() -> None:

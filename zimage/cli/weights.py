@@ -39,21 +39,26 @@ def weights(ctx: click.Context) -> None:
 
 
 @weights.command()
-@click.argument("model", type=click.Choice(("turbo", "base")))
-@click.option("--to", "folder", type=PATH, help="Folder to download to. Default: ./Z-Image-Turbo or ./Z-Image.")
+@click.argument("model")
+@click.option(
+    "--to", "folder", type=PATH, help="Folder to download to. Default: named after the model, ./Z-Image-Turbo."
+)
 @click.option("--revision", metavar="STR", help="Branch, tag or commit. Default: the main branch.")
 @click.option("--endpoint", metavar="URL", help="Another hub, such as a mirror. Default: the library's (HF_ENDPOINT).")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str | None, quiet: bool) -> None:
-    """Download a published model from the hub (extra `hub`).
+    """Download a published MODEL from the hub (extra `hub`): turbo, base or OWNER/NAME.
 
-    turbo is Z-Image-Turbo (about 33 GB), base is Z-Image (about 21 GB); only what a render needs is fetched. Every file
-    is checked against the hub's size and hash before it gets its name. Run the same command again to continue an
-    interrupted download; on a complete folder it checks every file.
+    turbo is Z-Image-Turbo (about 33 GB), base is Z-Image (about 21 GB), OWNER/NAME any repository in their layout. Only
+    what a render needs is fetched. Every file is checked against the hub's size and hash before it gets its name. Run
+    the same command again to continue an interrupted download; on a complete folder it checks every file.
+
+    Your login (HF_TOKEN, `hf auth login`) is told to huggingface.co and to the hub that HF_ENDPOINT names, and to no
+    other --endpoint.
     """
-    from zimage.weights.fetch import REPOSITORIES, fetch
+    from zimage.weights.fetch import fetch, repository_of
 
-    repository, watch, transferred, count = REPOSITORIES[model], Watch(quiet), 0, 0
+    repository, watch, transferred, count = repository_of(model), Watch(quiet), 0, 0
     folder = folder or Path(repository.rpartition("/")[2])
     with interrupts.telling("what has arrived is kept: run the same command to continue"):
         for file in fetch(repository, folder, revision, endpoint, watch):

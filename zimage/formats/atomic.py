@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -14,18 +15,31 @@ from zimage.formats.files import KINDS
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A free name in the folder of `path`, to write to and then to move; a file still there at the end is removed.
+def beside(path: Path, quick: bool = True) -> Iterator[Path]:
+    """A free name in the folder of `path`, to write to and then to move; what is still there at the end is removed.
 
-    An interrupt meanwhile waits for the end.
+    An interrupt waits for the end of what is quick.
     """
-    temporary = path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")
-    with interrupts.held():
+    temporary = free_name(path)
+    with interrupts.held() if quick else contextlib.nullcontext():
         try:
             yield temporary
         finally:
             with contextlib.suppress(OSError):  # mostly it has been moved; its folder may be gone
-                temporary.unlink()
+                remove(temporary)
+
+
+def free_name(path: Path) -> Path:
+    """A name in the folder of `path` that nobody can foresee, and so put a link under."""
+    return path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def take(temporary: Path, path: Path) -> None:
