@@ -10,7 +10,7 @@ import click
 
 from zimage import interrupts
 from zimage.cli import terminal
-from zimage.cli.options import GroupedCommand, given, options_of
+from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.progress import Progress
 from zimage.cli.prompts import file_prompts, standard_input
@@ -24,8 +24,6 @@ from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
     from zimage.render.job import Job
-
-PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=GroupedCommand)

@@ -1,16 +1,29 @@
 """Command-line options made from the settings' dataclass fields, and help that shows them by their groups."""
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from zimage.cli import terminal
 from zimage.settings.fields import Field, Plain, Settings, fields, list_fields
+from zimage.settings.paths import user_path
 from zimage.settings.profiles import FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., object])
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
+
+
+class _UserPath(click.Path):
+    """A path as people write it, whose `~` the shell may have left."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return user_path(value, param.name or "path" if param else "path")
+
+
+PATH = _UserPath()
 
 
 class _Helped(click.Command):

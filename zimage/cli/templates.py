@@ -12,13 +12,12 @@ from pathlib import Path
 import click
 
 from zimage.cli import terminal
-from zimage.cli.options import Command, Group
+from zimage.cli.options import PATH, Command, Group
 from zimage.cli.progress import counted
 from zimage.errors import RequestError
 from zimage.settings.fields import Plain
 from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
 
-PATH = click.Path(path_type=Path)
 MARKS = {"shipped": "", "own": "own", "override": "own, overrides shipped"}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli import terminal
-from zimage.cli.options import Command, GroupedCommand, options_of
+from zimage.cli.options import PATH, Command, GroupedCommand, options_of
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.target import check_output
 from zimage.errors import RequestError
@@ -47,7 +47,7 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
+@click.option("-o", "--output", required=True, type=PATH, help="File to write (.safetensors).")
 @text_command
 def encode(prompt: str, output: Path, **options: object) -> None:
     """Save the caption of PROMPT for `gen --embeddings`."""

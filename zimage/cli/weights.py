@@ -10,14 +10,13 @@ import click
 
 from zimage import interrupts
 from zimage.cli import terminal
-from zimage.cli.options import Group
+from zimage.cli.options import PATH, Group
 from zimage.cli.progress import Progress, counted
 from zimage.errors import RequestError
 
 if TYPE_CHECKING:
     from zimage.weights.verify import Report
 
-PATH = click.Path(path_type=Path)
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
 DTYPES = ("keep", "bf16", "fp32", "fp16")
 COMPONENT = click.Choice(("text_encoder", "dit", "vae"))
