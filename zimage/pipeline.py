@@ -169,6 +169,7 @@ class ZImage:
         parts = self.texts.parts(settings)
         formatted = [parts.format(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         texts = [Text(one, self.texts.tokenize(one), settings.layers) for one in formatted]
+        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), settings.long_prompt)
         return [self._caption(one, settings.long_prompt) for one in texts]
 
     def _caption(self, text: Text, long_prompt: str) -> Tensor:

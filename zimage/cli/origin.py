@@ -17,23 +17,51 @@ Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a rende
 FILES = [field.name for field, _ in fields(Request) if field.metadata["attachment"]]
 FACTS = ("model", "dtype", "precision", "lora", "attention", "compile", "device", "version", "torch")
 
+SINGLE = {"prompt": None, "seed": None, "images": 1}  # of which every picture has one
+LONGEST_VALUE = 200  # characters of a value in a message
+
 
 def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     """The metadata of a picture, or nothing. Its request holds no files: they are given again, beside it."""
     if source is None:
         return {}
-    from zimage.pictures.files import read_metadata
+    from zimage.pictures.files import read_settings
 
-    origin = read_metadata(source)
+    origin, note = read_settings(source)
     if foreign := [name for name in origin["request"] if name not in Request.names()]:
         raise RequestError(f"{source} sets {foreign[0]!r}, which is not a setting of a picture; remove it there")
+    _check_values(source, origin["request"])
     for name in FILES:
         before = origin["request"].get(name)
         if before and given.get(name) is None:
             raise RequestError(f"{source} was made from the {name} {plain(before)}; pass it with --{name}")
     left_out = FILES if given.get("template") is None else [*FILES, *PARTS, "force_think_block"]
     request = {name: value for name, value in origin["request"].items() if name not in left_out and value is not None}
-    return {**origin, "request": request, "files": {name: origin["request"].get(name) for name in FILES}}
+    files = {name: origin["request"].get(name) for name in FILES}
+    return {**origin, "request": request, "files": files, "note": note}
+
+
+def _check_values(source: Path, request: Record) -> None:
+    """Raise RequestError, which names the picture, for a value that a setting does not take."""
+    from zimage.pictures.foreign import check_prompts
+
+    check_prompts(str(source), request)
+    for name, value in request.items():
+        try:
+            if name in FILES:
+                _check_file(name, value)
+            elif value is not None:
+                Request.check_one(name, value)
+            if name in SINGLE and value is not None and (isinstance(value, list) or SINGLE[name] not in (None, value)):
+                raise RequestError(f"{name}: a picture has one", fields=(name,))
+        except RequestError as error:
+            raise error.with_text(f"{source}: {error}; it is not as it was saved") from None
+
+
+def _check_file(name: str, value: Plain) -> None:
+    """What a picture says of a file that it was made from: its name and the hash of its content."""
+    if value is not None and not (isinstance(value, dict) and all(isinstance(item, str) for item in value.values())):
+        raise RequestError(f"{name} should be a name and a hash", fields=(name,))
 
 
 def with_loras(source: Path | None, origin: Record, given: Mapping[str, Plain], resolved: Resolved) -> Resolved:
@@ -80,9 +108,10 @@ def warn_of_differences(origin: Record, now: Record) -> None:
 
 
 def plain(value: Plain) -> str:
+    """A value of a picture in a message: on one line, printable, not longer than such values are."""
     if isinstance(value, list):
-        return ", ".join(map(plain, value)) or "none"
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+        return one_line(", ".join(map(plain, value)) or "none", LONGEST_VALUE)
+    return one_line(" ".join(map(str, value.values())) if isinstance(value, dict) else str(value), LONGEST_VALUE)
 
 
 def _identity(value: Plain) -> Plain:
