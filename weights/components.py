@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zimage.errors import CheckpointError, RequestError
+from zimage.errors import CheckpointError, RequestError, quoted
 from zimage.formats.checkpoint import Checkpoint, components_in
 from zimage.formats.files import require_file, require_inside
 from zimage.formats.json_text import read_json
@@ -49,10 +49,9 @@ def open_component(name: str, path: Path, configs: Path | None = None) -> Compon
     """A component, checked against its config, which for a loose file may lie in the model folder `configs`."""
     if configs is None or path.is_dir():
         return Component.open(name, path)
-    place = configs / ROWS[name].folder / "config.json"
-    require_inside(configs, place)
-    config = read_json(place)
-    return Component(name, config, Checkpoint.of_file(path, name))
+    config = configs / ROWS[name].folder / "config.json"
+    require_inside(configs, config)
+    return Component(name, read_json(config), Checkpoint.of_file(path, name), config)
 
 
 def all_finite(numbers: Tensor) -> bool:
@@ -74,6 +73,6 @@ def _component_of(folder: Path) -> str:
     config = read_json(folder / "config.json")
     kinds = {**dict.fromkeys(ROWS[VAE].classes, VAE), "ZImageTransformer2DModel": DIT, "qwen3": TEXT_ENCODER}
     kind = config.get("_class_name") or config.get("model_type")
-    if kind not in kinds:
-        raise CheckpointError(f"{folder / 'config.json'} describes {kind!r}; known kinds are {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise CheckpointError(f"{folder / 'config.json'} describes {quoted(kind)}; known kinds are {', '.join(kinds)}")
     return kinds[kind]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zimage.errors import ConfigFileError, RequestError, ZImageError
+from zimage.errors import ConfigFileError, RequestError, ZImageError, quoted
 from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
@@ -27,6 +27,7 @@ from zimage.settings.toml_file import TomlFile, read_text
 EXAMPLE = Path(__file__).with_name("config.toml.example")
 FILE_NAME = "zimage.toml"
 PICTURE = "picture"
+MAX_INHERITED = 32  # profiles, one above the other
 OWNERS: dict[str, type[Settings]] = {name: settings for settings in ALL_SETTINGS for name in settings.names()}
 FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(settings)}
 
@@ -119,6 +120,11 @@ class Config:
                 raise self._file.fault(
                     f'inherit: {circle} is a cycle; break it with inherit = ""', chain[-1], "inherit"
                 )
+            if len(chain) > MAX_INHERITED:
+                text = (
+                    f"inherit: {quoted(profile)} has more than {MAX_INHERITED} profiles above it; let it inherit less"
+                )
+                raise self._file.fault(text, profile, "inherit")
             chain.append(parent)
         return chain
 
@@ -132,7 +138,7 @@ class Config:
             )
         if named and named not in self._parents:
             hint = nearest(named, self._parents)
-            raise self._file.fault(f"inherit: there is no profile {named!r}; {hint}", profile, "inherit")
+            raise self._file.fault(f"inherit: there is no profile {quoted(named)}; {hint}", profile, "inherit")
         return named or None
 
     def _entries(self, profile: str, table: Mapping[str, Plain]) -> dict[str, Entry]:
@@ -224,9 +230,11 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
         return "default" if config is not None and "default" in config.profiles else None
     if config is None:
         looked = " or ".join(map(str, usual_places(environ)))
-        raise ConfigFileError(f"profile {wanted!r}: there is no settings file {looked}")
+        raise ConfigFileError(f"profile {quoted(wanted)}: there is no settings file {looked}")
     if wanted not in config.profiles:
-        raise ConfigFileError(f"{config.path}: there is no profile {wanted!r}; {nearest(wanted, config.profiles)}")
+        raise ConfigFileError(
+            f"{config.path}: there is no profile {quoted(wanted)}; {nearest(wanted, config.profiles)}"
+        )
     return wanted
 
 
@@ -235,7 +243,7 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
 
 def _owner(name: str) -> type[Settings]:
     if name not in OWNERS:
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}", fields=(name,))
+        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, OWNERS)}", fields=(name,))
     return OWNERS[name]
 
 
@@ -256,7 +264,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
 def _from_file(name: str, value: Plain, folder: Path) -> Plain:
     if name not in OWNERS:
         known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
+        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
     if FIELDS[name].metadata["per_call"]:
         text = f"{name} belongs to a single call; pass it there and remove it from the file"
         raise RequestError(text, fields=(name,))
@@ -299,7 +307,9 @@ def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
     """What the settings' own checks say about values together."""
     try:
         for settings in ALL_SETTINGS:
-            settings.from_mapping({name: e.value for name, e in entries.items() if OWNERS[name] is settings})
+            values = {name: entry.value for name, entry in entries.items() if OWNERS[name] is settings}
+            if values:
+                settings.from_mapping(values)
     except RequestError as error:
         return error
     return None
