@@ -1,7 +1,6 @@
 """`gen`: prompts in, picture files out."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import GroupedCommand, given, options_of
-from zimage.cli.origin import Record, read_origin, warn_of_differences
+from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.progress import Progress
+from zimage.cli.prompts import file_prompts, standard_input
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
 from zimage.cli.settings import configured, load_pipeline, resolve_options
@@ -71,6 +71,7 @@ def gen(
     keeping = open_state(save_state, resume, picture, given(options, Request))
     origin = read_origin(picture, options)
     resolved = resolve_options(options, keeping.settings if keeping.begun else origin.get("request"))
+    resolved = with_loras(picture, origin, options, resolved)
     wanted = resolved.of(Request)
     if "prompt" not in wanted and "embeddings" not in wanted:
         raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")
@@ -141,13 +142,9 @@ def _prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> Recor
     if arguments and file:
         raise RequestError("pass prompts as arguments or with --file, not both")
     if file:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{file} cannot be read: {error}") from error
-        return {"prompt": [line.strip() for line in lines if line.strip()]}
+        return {"prompt": file_prompts(file)}
     if arguments == ("-",):
-        return {"prompt": sys.stdin.read().strip()}
+        return {"prompt": standard_input()}
     if not arguments:
         return {}
     if "-" in arguments:

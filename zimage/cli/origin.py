@@ -1,13 +1,16 @@
 """Settings that a picture carries, and what has changed since it was rendered."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import click
 
 from zimage.errors import RequestError, one_line
-from zimage.settings.declared import Request
+from zimage.settings.declared import LoadSettings, Request, split_lora
 from zimage.settings.fields import Plain, fields
+from zimage.settings.profiles import PICTURE, Entry, Resolved
 from zimage.text.chat import PARTS
 
 Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a render's state
@@ -61,6 +64,38 @@ def _check_file(name: str, value: Plain) -> None:
         raise RequestError(f"{name} should be a name and a hash", fields=(name,))
 
 
+def with_loras(source: Path | None, origin: Record, given: Mapping[str, Plain], resolved: Resolved) -> Resolved:
+    """The settings with the LoRAs that the picture was made with, found by their content, unless options name others.
+
+    They are looked for among the files that the settings name, and in the folder `lora_folder`. Raises RequestError
+    where one is not found.
+    """
+    loras = [] if source is None else _loras_of(source, origin)
+    if not loras or given.get("lora"):
+        return resolved
+    from zimage.loading.loras import find_by_hash
+
+    loading = resolved.of(LoadSettings)
+    named = [split_lora(text)[0] for text in loading.get("lora") or []]
+    with resolved.naming_sources():
+        found = find_by_hash({lora["hash"]: lora["name"] for lora in loras}, named, loading.get("lora_folder"))
+    if missing := [lora for lora in loras if lora["hash"] not in found]:
+        told = ", ".join(f"{one_line(lora['name'], 80)} (hash {one_line(lora['hash'], 80)})" for lora in missing)
+        text = f"{source} was made with lora {told}: pass it with --lora, or name a folder of LoRAs with --lora-folder"
+        raise RequestError(text, fields=("lora", "lora_folder"))
+    texts = [f"{found[lora['hash']]}:{lora['scale']}" for lora in loras]
+    return replace(resolved, entries={**resolved.entries, "lora": Entry(texts, PICTURE)})
+
+
+def _loras_of(source: Path, origin: Record) -> list[Record]:
+    loras = origin.get("lora") or []
+    wanted = {"name": str, "hash": str, "scale": int | float}
+    for lora in loras if isinstance(loras, list) else [None]:
+        if not isinstance(lora, dict) or not all(isinstance(lora.get(name), kind) for name, kind in wanted.items()):
+            raise RequestError(f"{source}: its lora should be a list of names, scales and hashes; pass --lora")
+    return loras
+
+
 def warn_of_differences(origin: Record, now: Record) -> None:
     """The same pixels need the same model, files, dtype, device and versions."""
     then = {name: origin.get(name) for name in FACTS} | origin.get("files", {})
@@ -81,4 +116,6 @@ def plain(value: Plain) -> str:
 
 def _identity(value: Plain) -> Plain:
     """What a file is does not depend on its name."""
-    return value["hash"] if isinstance(value, dict) and "hash" in value else value
+    if isinstance(value, list):
+        return [_identity(item) for item in value]
+    return (value["hash"], value.get("scale")) if isinstance(value, dict) and "hash" in value else value

@@ -1,11 +1,12 @@
 """The components of a model in their files: found, checked alone and against one another, loaded on request."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Mode
 from zimage.loading.sizes import BlockBytes
 from zimage.loading.streaming import Blocks
 from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
-from zimage.nn.config import read_architecture
+from zimage.nn.config import Between, read_architecture
 from zimage.settings.declared import LoadSettings
 from zimage.text import Tokenizer
 
@@ -35,7 +36,7 @@ VARIANTS = {"turbo": 3.0, "base": 6.0}  # the schedule's shift, which loose file
 class SchedulerConfig:
     """The only scheduler setting that a plain flow-matching Euler sampler needs."""
 
-    shift: float
+    shift: Annotated[float, Between(1e-3, 100)]
 
     IMPLEMENTED: ClassVar = {
         "_class_name": ("FlowMatchEulerDiscreteScheduler",),
@@ -52,8 +53,12 @@ class SchedulerConfig:
 class Component:
     """One component of a model, opened and checked but not loaded. Raises CheckpointError or ConfigError."""
 
-    def __init__(self, name: str, config: Mapping[str, object], checkpoint: Checkpoint):
+    def __init__(
+        self, name: str, config: Mapping[str, object], checkpoint: Checkpoint, described_by: Path | None = None
+    ):
+        """`described_by` is the file that the config was read from, else the checkpoint itself."""
         self.name, self.config, self.checkpoint = name, config, checkpoint
+        self._described_by = described_by or checkpoint.origin
         self.skeleton = self._build()
         check_fit(self.skeleton, self.checkpoint, self._other_keys())
 
@@ -62,7 +67,8 @@ class Component:
         """From a component folder with its config, or from a loose file whose shapes show the architecture."""
         whole = ROWS[name].inside or name
         if path.is_dir():
-            return cls(name, read_json(path / "config.json"), Checkpoint.of_folder(path, whole))
+            config = path / "config.json"
+            return cls(name, read_json(config), Checkpoint.of_folder(path, whole), config)
         checkpoint = Checkpoint.of_file(path, whole)
         return cls(name, architecture(whole, path, checkpoint.entries), checkpoint)
 
@@ -140,7 +146,7 @@ class Component:
         return late_matrices(self.skeleton)
 
     def _build(self, name: str = "") -> Model:
-        with on_meta():
+        with on_meta(), naming(self._described_by):
             return ROWS[name or self.name].build(self.config)
 
     def _other_keys(self) -> set[str]:
@@ -233,6 +239,7 @@ class ModelFiles:
                 f"{self.origin}: the tokenizer's {self.tokenizer.vocab_size} entries exceed "
                 f"the text encoder's {encoder.vocab_size}"
             )
+        self.tokenizer.limit(encoder.vocab_size)  # a vocabulary may have gaps
 
 
 def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> ModelFiles:
@@ -295,7 +302,14 @@ def read_shift(folder: Path) -> float | None:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return None
-    shift = read_architecture(SchedulerConfig, read_json(path), SchedulerConfig.IMPLEMENTED).shift
-    if not shift > 0:
-        raise ConfigError(f"{path}: shift = {shift} must be above 0")
-    return float(shift)
+    with naming(path):
+        return float(read_architecture(SchedulerConfig, read_json(path), SchedulerConfig.IMPLEMENTED).shift)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors on a config name the file that it was read from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.with_text(f"{path}: {error}") from None

@@ -147,6 +147,7 @@ def decide(
     ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
+    texts.warn_of_length(longest, request.long_prompt)
     together = min(request.batch_size, request.count)
     work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0)
     plan = planner.plan(work, loaded)
