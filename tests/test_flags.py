@@ -366,7 +366,7 @@ def options(values: dict[str, Any], places: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         flag, value = "--" + name.replace("_", "-"), filled(value, places)
         if name == "prompt":
-            arguments += value if isinstance(value, list) else [value] if value else []
+            arguments += ["--each", *value] if isinstance(value, list) else [value] if value else []
         elif isinstance(value, bool):
             arguments.append(flag if value else flag.replace("--", "--no-"))
         elif isinstance(value, dict):
