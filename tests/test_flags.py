@@ -222,6 +222,7 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "each": "test_from.py::test_words_without_quotes_are_one_prompt",
     "prompt_file": "test_cli.py::test_prompts_from_standard_input_and_files",
     "picture": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",
     "output": "test_cli.py::test_patterns_folders_and_many_images",
