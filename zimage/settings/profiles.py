@@ -34,11 +34,15 @@ FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(
 
 @dataclass(frozen=True)
 class Entry:
-    """A setting's value and its source, as people write it; sources of a higher rank come first."""
+    """A setting's value and its source, as people write it; sources of a higher rank come first.
+
+    It is the user's `own` unless a picture, a state or a file that merely lies in the current folder brought it.
+    """
 
     value: Plain
     source: str
     rank: int = 0
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class Resolved:
 
     def source(self, name: str) -> str:
         return self.entries[name].source if name in self.entries else "default"
+
+    def is_own(self, name: str) -> bool:
+        """Whether the user set a value, or left it at its default: secrets go nowhere else."""
+        return name not in self.entries or self.entries[name].own
 
     @property
     def note(self) -> str | None:
@@ -82,10 +90,10 @@ class Resolved:
 
 
 class Config:
-    """A settings file in which every profile was checked. Raises ConfigFileError."""
+    """A settings file in which every profile was checked; see `Entry` for `own`. Raises ConfigFileError."""
 
-    def __init__(self, file: TomlFile):
-        self.path, self._file, document = file.path, file, file.document
+    def __init__(self, file: TomlFile, own: bool = True):
+        self.path, self._file, self._own, document = file.path, file, own, file.document
         for name, table in document.items():
             if not isinstance(table, dict):
                 message = f"{name} is outside of any profile; put it under [default] or another [NAME]"
@@ -140,7 +148,7 @@ class Config:
                 continue
             source = f"{self.path.name} [{profile}] line {self._file.line(profile, name)}"
             try:
-                entries[name] = Entry(_from_file(name, value, self.path.parent), source)
+                entries[name] = Entry(_from_file(name, value, self.path.parent), source, own=self._own)
             except RequestError as error:
                 raise self._file.fault(str(error), profile, name, fields=error.fields) from None
             except ValueError:  # Python shows no number of more than 4300 digits
@@ -177,9 +185,17 @@ def usual_places(environ: Mapping[str, str] = os.environ) -> list[Path]:
     return [Path(FILE_NAME), config_folder(environ) / FILE_NAME]
 
 
-def read_config(path: str | os.PathLike[str]) -> Config:
-    """Read a settings file and check all of it. Raises ConfigFileError."""
-    return Config(TomlFile(Path(path), read_text(Path(path))))
+def is_own_file(
+    path: Path, named: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ
+) -> bool:
+    """Whether a file that `find_config` found is the user's own or was named, and does not merely lie in the folder."""
+    own = os.path.realpath(config_folder(environ) / FILE_NAME)
+    return bool(named or environ.get(CONFIG)) or os.path.realpath(path) == own
+
+
+def read_config(path: str | os.PathLike[str], own: bool = True) -> Config:
+    """Read a settings file and check all of it; see `Entry` for `own`. Raises ConfigFileError."""
+    return Config(TomlFile(Path(path), read_text(Path(path))), own)
 
 
 def resolve(
@@ -199,7 +215,8 @@ def resolve(
     if origin:
         brought = {_owner(name) for name in origin}
         layers = [{n: e for n, e in layer.items() if OWNERS[n] not in brought} for layer in layers]
-        layers.append(_checked({n: v for n, v in origin.items() if n not in given}, lambda name: PICTURE))
+        layer = _checked({n: v for n, v in origin.items() if n not in given}, lambda name: PICTURE)
+        layers.append({name: replace(entry, own=False) for name, entry in layer.items()})
     layers.append(_checked(given, _flag))
     entries = {n: replace(e, rank=rank) for rank, layer in enumerate(layers) for n, e in layer.items()}
     left_out = _settle(entries, len(layers) - 1)
