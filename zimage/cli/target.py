@@ -54,7 +54,7 @@ class Target:
             raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; create it first")
         if not os.access(self.folder, os.W_OK):
             raise RequestError(f"output: the folder {str(self.folder)!r} is not writable")
-        if self.replaces and path.is_dir():
+        if self.replaces and os.path.isdir(path):
             raise RequestError(f"output: {str(path)!r} is a folder")
 
     def _name(self, request: Record, index: int) -> str:
