@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage.errors import CheckpointError, RequestError
+from zimage.errors import CheckpointError, OutputError, RequestError
 from zimage.text.embeddings import caption_hash, load_embeddings, save_embeddings
 
 REQUEST = {"prompt": "a cat – ein “Kätzchen” \ud800\n猫", "layers": [-2], "nested": {"n": 1.5, "none": None}}
@@ -169,7 +169,7 @@ def test_no_fault_is_saved(path, tensor, expected):
 def test_what_cannot_be_written_leaves_nothing(tmp_path, path, monkeypatch):
     with pytest.raises(RequestError, match=r"should end in \.safetensors"):
         save_embeddings(tmp_path / "a.pt", caption(), {}, "")
-    with pytest.raises(RequestError, match="cannot be written: No such file"):
+    with pytest.raises(OutputError, match="cannot be written: No such file"):
         save_embeddings(tmp_path / "no" / "a.safetensors", caption(), {}, "")
     save_embeddings(path, caption(), REQUEST, "e")
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(RequestError, match="cannot be written: No space left"):
+    with pytest.raises(OutputError, match="cannot be written: No space left"):
         save_embeddings(path, caption(length=9), {}, "")
     monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -82,7 +82,7 @@ def placing(target: Path, replace: bool) -> Iterator[Path]:
     Raises RequestError where `target` has come into being meanwhile and `replace` is off.
     """
     try:
-        with beside(target) as temporary:
+        with beside(target, quick=False) as temporary:
             yield temporary
             if target.exists() and not replace:
                 raise RequestError(f"{target} has appeared in the meantime and is not replaced; use --force")

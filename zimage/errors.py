@@ -100,14 +100,12 @@ class NonFiniteError(ZImageError):
     """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
 
 
+class OutputError(ZImageError):
+    """A file or stream that cannot be written: a full disk, a folder that is gone or closed. Names it."""
+
+
 class OutOfMemory(ZImageError):
     """The device ran out of memory all the same: something else took it, or the plan's estimate was too low."""
-
-
-class Cancelled(ZImageError):
-    """A render was interrupted on purpose."""
-
-    exit_status = 130
 
 
 def install_hint(extra: str, options: str = "") -> str:

@@ -55,6 +55,7 @@ from zimage.settings.declared import (
     split_lora,
 )
 from zimage.settings.environment import from_environment
+from zimage.settings.paths import user_path
 from zimage.text import Qwen3
 from zimage.text.cache import EmbeddingCache
 from zimage.text.templates import user_folder
@@ -78,9 +79,9 @@ class ZImage:
         self.lora = Loras(model.components[DIT], self.residency, (settings.lora_skip,) if settings.lora_skip else ())
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
-        templates = Path(settings.templates).expanduser() if settings.templates else user_folder()
+        templates = user_path(settings.templates, "templates") if settings.templates else user_folder()
         self.texts = Texts(model, templates)
-        folder = Path(settings.cache_folder).expanduser() if settings.cache_folder else None
+        folder = user_path(settings.cache_folder, "cache_folder") if settings.cache_folder else None
         self.cache = EmbeddingCache(settings.cache_entries, folder)
         self.encoder: Encoder = CachedEncoder(LocalEncoder(model, self.residency), self.cache)
         self._prepared: WeakSet[Job] = WeakSet()
@@ -272,7 +273,7 @@ class ZImage:
         embeddings = job.request.embeddings
         encoder = self.encoder if embeddings is None else SavedEmbeddings(embeddings.caption, self.encoder)
         begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own
-        self._check_state(begun, job)
+        self.check_state(begun, job)
         return stages.run(components, job, encoder, self.texts, begun, hooks)
 
     def generate(self, prompt: str | list[str] | None = None, **settings: Any) -> Result:
@@ -342,13 +343,9 @@ class ZImage:
             raise RequestError(f"the job's {difference} are not those that its request has here; prepare it anew")
         return dataclasses.replace(again, request=job.request)
 
-    def _check_state(self, state: RenderState, job: Job) -> None:
-        factor = self.model.skeleton(VAE).spatial_factor
-        sizes = {(height // factor, width // factor) for width, height, _ in job.passes}
-        tensors = [*state.small, *state.finished, *([] if state.latents is None else [state.latents])]
-        counts = (len(state.small), len(state.finished), state.decoded)
-        if any(tuple(x.shape[-2:]) not in sizes for x in tensors) or max(counts) > job.count:
-            raise RequestError("the state is that of another render; pass one that this job's events have made")
+    def check_state(self, state: RenderState, job: Job) -> None:
+        """Raise RequestError unless the state is one of this job's."""
+        state.check(job, self.model.config(DIT).in_channels, self.model.skeleton(VAE).spatial_factor)
 
     def _warn_beyond_training(self, side: int) -> None:
         longest = self.model.config(DIT).axes_lens[1] * SIZE_MULTIPLE

@@ -1,25 +1,33 @@
 """The command line; `gen` runs when no command is named. Every failure is one line and an exit status."""
 
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
+from zimage import interrupts
+from zimage.cli import terminal
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, tokens
 from zimage.cli.weights import weights
-from zimage.errors import ZImageError
+from zimage.errors import ZImageError, one_line
+from zimage.settings.environment import DEBUG
 from zimage.version import __version__
 
 INTERRUPTED = 130
+COMPLETION = "_ZIMAGE_COMPLETE"  # set by a shell that completes words, see click
+MOST_VERBOSE = "-vv"
 
 
-class DefaultGroup(click.Group):
+class DefaultGroup(Group):
     """A group whose first argument may be a prompt instead of a command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -28,8 +36,21 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
+def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        terminal.out(f"zimage, version {__version__}")
+        ctx.exit()
+
+
 @click.group(cls=DefaultGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="zimage")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Z-Image: text to image in plain PyTorch.
@@ -37,7 +58,7 @@ def cli(ctx: click.Context) -> None:
     `gen` is the default command: zimage "a cat" means zimage gen "a cat".
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        terminal.out(ctx.get_help())
 
 
 for command in (gen, rewrite, encode, tokens, templates, config, info, weights):
@@ -45,41 +66,57 @@ for command in (gen, rewrite, encode, tokens, templates, config, info, weights):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
-    _log_to_stderr()
+    """Run the command line and return its exit status.
+
+    0, 1 (failed), 2 (wrong usage), 130 or 143 (interrupted by Ctrl-C or a polite kill).
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    terminal.open_streams()
+    _log_to_terminal()
+    with interrupts.handled():
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt as interrupt:
+            told = "; ".join(["interrupted", *map(str, interrupt.args)])
+            return _fail(told, getattr(interrupt, "status", INTERRUPTED))
+        except click.ClickException as error:
+            return _fail(error.format_message(), error.exit_code)
+        except ZImageError as error:
+            return _fail(str(error), error.exit_status)
+        except MemoryError:
+            return _fail("out of memory; choose a smaller size", 1)
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                return _fail(f"{error.filename}: {error.strerror}", 1)
+            return unexpected(error, MOST_VERBOSE in arguments)
+
+
+def unexpected(error: Exception, verbose: bool) -> int:
+    """The last net, for what is not one of our errors: still one line, and how to get the traceback."""
+    if verbose or os.environ.get(DEBUG):
+        terminal.note("".join(traceback.format_exception(error)).rstrip())
+        return _fail(f"internal fault ({type(error).__name__}); please report it with these lines", 1)
+    again = f"run it again with {DEBUG}=1 for the traceback and please report it"
+    return _fail(f"internal fault ({type(error).__name__}: {one_line(str(error), 200)}); {again}", 1)
+
+
+def _run(arguments: list[str]) -> int:
+    if COMPLETION in os.environ:
+        cli.main(prog_name="zimage")
     try:
-        result = cli.main(args=None if args is None else list(args), prog_name="zimage", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return _fail("interrupted; the unfinished picture was not saved", INTERRUPTED)
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
-    except ZImageError as error:
-        return _fail(str(error), error.exit_status)
-    except BrokenPipeError:
-        return 1
-    except (OSError, MemoryError) as error:
-        return _fail(str(error) or "out of memory; choose a smaller size", 1)
+        with cli.make_context("zimage", arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    return 0
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"{_fresh_line()}error: {' '.join(message.split())}", file=sys.stderr)
+    terminal.note(f"error: {one_line(message)}")
     return status
 
 
-def _fresh_line() -> str:
-    """What wipes a progress line that may stand there."""
-    return "\r\033[K" if sys.stderr.isatty() else ""
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LevelFormatter())
+def _log_to_terminal() -> None:
     logger = logging.getLogger("zimage")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [terminal.LogHandler()]
     logger.propagate = False
-
-
-class _LevelFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{_fresh_line()}{record.levelname.lower()}: {record.getMessage()}"

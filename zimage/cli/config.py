@@ -1,6 +1,5 @@
 """`config`: which settings are in force, and where each comes from."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from zimage.cli.options import Command, GroupedCommand, options_of
+from zimage.cli import terminal
+from zimage.cli.options import Command, Group, GroupedCommand, options_of
 from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.errors import ConfigFileError
@@ -18,7 +18,7 @@ from zimage.settings.profiles import EXAMPLE, FIELDS, Resolved, find_config, rea
 CREATE_ONE = "create one with: zimage config example > zimage.toml"
 
 
-@click.group()
+@click.group(cls=Group)
 def config() -> None:
     """Show settings files, their profiles and the resulting settings."""
 
@@ -38,9 +38,10 @@ def show(as_json: bool, **options: object) -> None:
     """Show every setting, its value and where it comes from."""
     resolved = resolve_options(options)
     if as_json:
-        click.echo(json.dumps(_facts(resolved), ensure_ascii=False))
+        terminal.out_json(_facts(resolved))
         return
-    click.echo("\n".join(_lines(resolved)))
+    for line, is_default in _lines(resolved):
+        terminal.out(line, dim=is_default)
 
 
 @config.command()
@@ -51,20 +52,20 @@ def profiles(named: str | None) -> None:
     width = max(map(len, found.profiles), default=0)
     for name, entries in found.profiles.items():
         inherits = f"  inherits {', '.join(found.inherited(name))}" if found.inherited(name) else ""
-        click.echo(f"{name:{width}}  {counted(len(entries), 'setting'):11}{inherits}".rstrip())
+        terminal.out(f"{name:{width}}  {counted(len(entries), 'setting'):11}{inherits}".rstrip())
 
 
 @config.command()
 @click.option("--config", "named", metavar="FILE", help="Settings file, as for the other commands.")
 def path(named: str | None) -> None:
     """Print the path of the settings file in use."""
-    click.echo(_file(named).absolute())
+    terminal.out(str(_file(named).absolute()))
 
 
 @config.command()
 def example() -> None:
     """Print a commented settings file to start from."""
-    click.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
+    terminal.out(EXAMPLE.read_text(encoding="utf-8"), end="")
 
 
 def _file(named: str | None) -> Path:
@@ -95,8 +96,9 @@ def _values(resolved: Resolved) -> dict[str, object]:
     return {n: v for n, v in values.items() if n in resolved.entries or not FIELDS[n].metadata["per_call"]}
 
 
-def _lines(resolved: Resolved) -> Iterator[str]:
-    yield from _file_lines(resolved)
+def _lines(resolved: Resolved) -> Iterator[tuple[str, bool]]:
+    """What `show` prints, and whether it is only a default."""
+    yield from ((line, False) for line in _file_lines(resolved))
     values = _values(resolved)
     groups: dict[str, list[str]] = {}
     for name in values:
@@ -106,12 +108,12 @@ def _lines(resolved: Resolved) -> Iterator[str]:
     widths = [len(text) for text in shown.values()]
     width = max(w for w in widths if w <= max(24, shutil.get_terminal_size().columns // 3))
     for group, members in groups.items():
-        yield f"\n{group}"
+        yield f"\n{group}", False
         for name in members:
             line = f"  {name:{names}}  {shown[name]:{width}}  {resolved.source(name)}"
-            yield line if name in resolved.entries else click.style(line + _meaning(name), dim=True)
+            yield (line, False) if name in resolved.entries else (line + _meaning(name), True)
     for name, (entry, reason) in resolved.left_out.items():
-        yield f"\nleft out: {name} {_shown(entry.value)} from {entry.source}, because\n  {reason}"
+        yield f"\nleft out: {name} {_shown(entry.value)} from {entry.source}, because\n  {reason}", False
 
 
 def _meaning(name: str) -> str:

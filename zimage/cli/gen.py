@@ -1,6 +1,6 @@
 """`gen`: prompts in, picture files out."""
 
-import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage.cli.options import GroupedCommand, given, options_of
+from zimage import interrupts
+from zimage.cli import terminal
+from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.patterns import FIELDS
 from zimage.cli.progress import Progress
@@ -23,8 +25,6 @@ from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
     from zimage.render.job import Job
-
-PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=GroupedCommand)
@@ -53,6 +53,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
+@interrupts.telling("the unfinished picture was not saved")
 def gen(
     prompt: tuple[str, ...],
     each: bool,
@@ -78,7 +79,7 @@ def gen(
         raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
-    output = keeping.record["output"] if keeping.begun and output is None else output
+    output = keeping.output(output)
     target = Target(output, request.count)
     joined = isinstance(options.get("prompt"), str) and len(prompt) > 1
     for note in filter(
@@ -92,11 +93,13 @@ def gen(
     for line in _introduction(pipe, job):
         progress.note(line)
     records = _records(pipe, job, [r.describe() for r in rewrites], keeping.record)
+    target.check(records)
     warn_of_differences(origin, records[0])
     saved = _render(pipe, job, records, target, progress, keeping, resolved.of(LoadSettings), output)
     if as_json:
         seconds = round(time.perf_counter() - started, 3)
-        click.echo(json.dumps({"images": saved, "seconds": seconds}, ensure_ascii=False))
+        with terminal.warned():
+            terminal.out_json({"images": saved, "seconds": seconds})
     progress.summary(len(saved), time.perf_counter() - started)
 
 
@@ -122,7 +125,7 @@ def _render(
     output: str | None,
 ) -> list[Record]:
     """Run to the end, save each picture, and keep the state; returns what was saved where."""
-    saved, kept = [], keeping.start(job, records, loading, output)
+    saved, kept = [], keeping.start(pipe, job, records, loading, output)
     for event in pipe.run(job, kept.state if kept else None):
         progress.update(event)
         if event.image is not None:
@@ -131,6 +134,8 @@ def _render(
             path = (keeping.begun and target.find(record, event.index)) or target.save(event.image, record, event.index)
             saved.append({"path": str(path), **record})
             progress.finished(saved[-1])
+            if kept:
+                kept.record["saved"].append(os.path.abspath(path))
         if kept:
             kept.update(event)
     progress.close()

@@ -1,11 +1,11 @@
 """`info`: what a model folder holds and what it will take to run."""
 
-import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
 
+from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
@@ -33,12 +33,12 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -
     pipe, size = load_pipeline(resolved), _planned(resolved.of(Request))
     facts = describe(pipe, size)
     if as_json:
-        click.echo(json.dumps(facts))
+        terminal.out_json(facts)
         return
     _print(facts)
     if with_plan:
         job = _job(pipe, size)
-        click.echo("\n".join(plan_lines(job.plan, pipe.refusal(job))))
+        terminal.out("\n".join(plan_lines(job.plan, pipe.refusal(job))))
 
 
 def _planned(request: dict[str, Plain]) -> dict[str, Plain]:
@@ -47,21 +47,23 @@ def _planned(request: dict[str, Plain]) -> dict[str, Plain]:
 
 
 def _print(facts: dict[str, Plain]) -> None:
-    click.echo(f"{facts['name']}  fingerprint {facts['fingerprint']}")
-    click.echo(f"{'':14}{'class':26}{'tensors':>8}{'parameters':>16}{'on disk':>10}  {'stored as':18}{'in memory':>10}")
+    terminal.out(f"{facts['name']}  fingerprint {facts['fingerprint']}")
+    terminal.out(
+        f"{'':14}{'class':26}{'tensors':>8}{'parameters':>16}{'on disk':>10}  {'stored as':18}{'in memory':>10}"
+    )
     for c in facts["components"]:
-        click.echo(
+        terminal.out(
             f"{c['name']:14}{c['class']:26}{c['tensors']:>8}{c['parameters']:>16,}{_size(c['disk_bytes']):>10}  "
             f"{c['stored']:18}{_size(c['memory_bytes']):>10}"
         )
-    click.echo(f"vocabulary    {facts['vocabulary']:,} tokens; captions up to {facts['caption_tokens']:,} tokens")
+    terminal.out(f"vocabulary    {facts['vocabulary']:,} tokens; captions up to {facts['caption_tokens']:,} tokens")
     for line in facts["assumptions"]:
-        click.echo(f"assumed       {line}")
+        terminal.out(f"assumed       {line}")
     d = facts["defaults"]
-    click.echo(
+    terminal.out(
         f"defaults      {d['width']}×{d['height']}, {d['steps']} steps, guidance {d['guidance']:g}, shift {d['shift']}"
     )
-    click.echo(
+    terminal.out(
         f"memory        {facts['dtype']} on {facts['device']}: "
         + ", ".join(f"{name} {_size(stage['peak'])}" for name, stage in facts["plan"]["stages"].items())
         + (" (all components stay loaded)" if len(facts["plan"]["kept"]) == len(facts["components"]) else "")

@@ -1,18 +1,52 @@
 """Command-line options made from the settings' dataclass fields, and help that shows them by their groups."""
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import click
 
+from zimage.cli import terminal
 from zimage.settings.fields import Field, Plain, Settings, fields, list_fields
+from zimage.settings.paths import user_path
 from zimage.settings.profiles import FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., object])
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 
-class GroupedCommand(click.Command):
+class _UserPath(click.Path):
+    """A path as people write it, whose `~` the shell may have left."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return user_path(value, param.name or "path" if param else "path")
+
+
+PATH = _UserPath()
+
+
+class _Helped(click.Command):
+    """A command whose help goes through the terminal's one way."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+class PlainCommand(_Helped):
+    """A command with options of its own only."""
+
+
+class Group(_Helped, click.Group):
+    """A command that has commands."""
+
+    command_class = PlainCommand
+
+
+class GroupedCommand(_Helped):
     """A command whose help shows its settings section by section, after its own options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -47,6 +81,12 @@ def given(values: Mapping[str, Plain], settings: type[Settings]) -> dict[str, Pl
     found = {name: values[name] for name in settings.names() if values.get(name) not in (None, ())}
     takes_one = list_fields(settings)
     return {name: _single(value, takes_one.get(name, True)) for name, value in found.items()}
+
+
+def _show_help(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        terminal.out(ctx.get_help())
+        ctx.exit()
 
 
 def _option(field: Field, kinds: tuple[type, ...], repeatable: bool) -> Callable[[Command], Command]:

@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-import click
-
+from zimage.cli import terminal
 from zimage.errors import RequestError, one_line
 from zimage.settings.declared import LoadSettings, Request, split_lora
 from zimage.settings.fields import Plain, fields
@@ -99,9 +98,9 @@ def warn_of_differences(origin: Record, now: Record) -> None:
     current = now | {name: now["request"][name] for name in FILES}
     for name, before in then.items():
         if before is not None and _identity(before) != _identity(current[name]):
-            click.echo(f"warning: {name} was {plain(before)}, now {plain(current[name])}: pixels may differ", err=True)
+            terminal.note(f"warning: {name} was {plain(before)}, now {plain(current[name])}: pixels may differ")
     if origin.get("request", {}).get("batch_size", 1) > 1:
-        click.echo("warning: the picture was rendered in a batch, which affects its bits: pixels may differ", err=True)
+        terminal.note("warning: the picture was rendered in a batch, which affects its bits: pixels may differ")
 
 
 def plain(value: Plain) -> str:

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-import click
-
+from zimage.cli import terminal
 from zimage.errors import RequestError
 from zimage.loading.plan import MemoryPlan, StagePlan
 
@@ -28,7 +27,7 @@ def plan_lines(plan: MemoryPlan, refusal: RequestError | None = None) -> list[st
 def show_plan(pipe: "ZImage", job: "Job") -> None:
     """Print a job's plan to standard error. Raises RequestError after it where the job does not fit."""
     refusal = pipe.refusal(job)
-    click.echo("\n".join(plan_lines(job.plan, refusal)), err=True)
+    terminal.note("\n".join(plan_lines(job.plan, refusal)))
     if refusal:
         raise refusal
 

@@ -3,6 +3,8 @@
 import sys
 from typing import TYPE_CHECKING
 
+from zimage import interrupts
+from zimage.cli import terminal
 from zimage.cli.origin import Record
 
 if TYPE_CHECKING:
@@ -14,20 +16,21 @@ class Progress:
 
     def __init__(self, quiet: bool, names: bool = True):
         self.quiet, self.names = quiet, names
-        self.live = not quiet and sys.stderr.isatty()
+        self.live = not quiet and terminal.is_terminal(sys.stderr)
 
     def show(self, text: str) -> None:
         """Replace the progress line."""
         if self.live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            terminal.show(text)
 
     def note(self, text: str) -> None:
         """A line that stays, for people who want more than names."""
-        self.close()
+        terminal.clear()
         if not self.quiet:
-            print(text, file=sys.stderr)
+            terminal.note(text)
 
     def update(self, event: "Event") -> None:
+        interrupts.check()
         if event.stage == "load":
             from zimage.loading.registry import ROWS
 
@@ -37,23 +40,21 @@ class Progress:
         self.show(f"{event.stage}{place} {_bar(event.step, event.total)} {event.step}/{event.total}")
 
     def finished(self, saved: Record) -> None:
-        self.close()
         if not self.names:
             return
         r = saved["request"]
-        if sys.stdout.isatty():
-            print(f"{saved['path']}  (seed {r['seed']})", flush=True)
+        if terminal.is_terminal(sys.stdout):
+            terminal.saved(f"{saved['path']}  (seed {r['seed']})")
             return
-        print(saved["path"], flush=True)
+        terminal.saved(saved["path"])
         if not self.quiet:
-            print(f"seed {r['seed']}", file=sys.stderr)
+            terminal.note(f"seed {r['seed']}")
 
     def summary(self, count: int, seconds: float) -> None:
         self.note(f"{counted(count, 'image')} in {seconds:.1f} s")
 
     def close(self) -> None:
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        terminal.clear()
 
 
 def counted(count: int, what: str) -> str:

@@ -1,12 +1,12 @@
 """`rewrite`: a short idea becomes a full prompt, and how `gen` does the same before it renders."""
 
 import dataclasses
-import json
 import logging
 from typing import TYPE_CHECKING
 
 import click
 
+from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
@@ -46,12 +46,12 @@ def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **opti
         _warn_of_demo(pipe, settings, progress)
         result = write(pipe, prompt, settings, progress)
     if as_json:
-        click.echo(json.dumps({"prompt": result.prompt, "thinking": result.thinking, **result.describe()}))
+        terminal.out_json({"prompt": result.prompt, "thinking": result.thinking, **result.describe()})
         return
     progress.note(f"{result.rewriter}, seed {result.seed}")
     if show_thinking and result.thinking:
-        click.echo(result.thinking, err=True)
-    click.echo(result.prompt)
+        terminal.note(result.thinking)
+    terminal.out(result.prompt)
 
 
 def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:

@@ -1,71 +1,154 @@
-"""Where pictures go: names from patterns, checked before anything is rendered, never silently taken."""
+"""Where pictures go: names from patterns, checked before anything is rendered, never silently taken.
+
+A picture that is rendered is saved: where its own place fails meanwhile, in the next best one.
+"""
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
+from zimage.cli import terminal
 from zimage.cli.origin import Record
 from zimage.cli.patterns import NAME_FIELDS, check_pattern, invalid
-from zimage.errors import RequestError
+from zimage.errors import OutputError, RequestError
+from zimage.settings.fields import Plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LONGEST = 255  # bytes of a name in the file systems in use
+NUMBER = 6  # bytes of them for the number that a taken name gets
+WORDS = 60  # characters of a prompt
+
 
 class Target:
-    """Where pictures go; checked before anything is rendered."""
+    """Where pictures go; checked before anything is rendered.
+
+    Raises RequestError, and OutputError where a folder may not be written to.
+    """
 
     def __init__(self, output: str | None, count: int):
+        from zimage.pictures.files import file_format
+
+        output = output if output is None else _path_text(output)
         folder_only = output is not None and os.path.isdir(output)
         self.pattern = "{prompt}-{seed}.png" if output is None or folder_only else Path(output).name
         self.folder = Path(output or ".") if output is None or folder_only else Path(output).parent
         # Only a name that the user wrote out in full, for a single picture, may replace a file.
         self.replaces = count == 1 and output is not None and not folder_only and "{" not in self.pattern
-        self._check()
+        check_pattern(self.pattern)
+        path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
+        file_format(path)
+        check_output(path, "output", self.replaces)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raise RequestError where one of these pictures could not get its name, or its format not hold it."""
+        from zimage.pictures.files import check_savable
+
+        for i, record in enumerate(records):
+            request = record["request"]
+            check_savable(self.folder / self._name(request, i), request["width"], request["height"])
 
     def save(self, image: "Image", metadata: Record, index: int) -> Path:
+        """Save a picture where it belongs, else where it can be saved. Raises OutputError where that is nowhere."""
         from zimage.pictures.files import save
 
         path = self.folder / self._name(metadata["request"], index)
         if self.replaces and path.exists():
-            click.echo(f"replacing {path}", err=True)
-        return save(image, path, metadata, self.replaces)
+            terminal.note(f"replacing {path}")
+        try:
+            return save(image, path, metadata, self.replaces)
+        except OSError as error:
+            return _rescued(image, path, metadata, path.suffix, error.strerror or str(error))
+        except ValueError as error:  # of the format, or of a name that something else has taken meanwhile
+            return _rescued(image, path, metadata, ".png", str(error))
 
     def find(self, metadata: Record, index: int) -> Path | None:
         """The picture that an earlier run saved under these settings, where it did."""
-        from zimage.pictures.files import read_metadata
-
         path = self.folder / self._name(metadata["request"], index)
-        try:
-            return path if path.is_file() and read_metadata(path) == metadata else None
-        except RequestError:  # something else has taken the name
-            return None
-
-    def _check(self) -> None:
-        from zimage.pictures.files import file_format
-
-        check_pattern(self.pattern)
-        path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
-        file_format(path)
-        if not self.folder.is_dir():
-            raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; create it first")
-        if not os.access(self.folder, os.W_OK):
-            raise RequestError(f"output: the folder {str(self.folder)!r} is not writable")
-        if self.replaces and os.path.isdir(path):
-            raise RequestError(f"output: {str(path)!r} is a folder")
+        return path if holds(path, metadata) else None
 
     def _name(self, request: Record, index: int) -> str:
-        values = {name: request[name] for name in NAME_FIELDS if name in request}
-        values |= {"index": index + 1, "prompt": _slug(request["prompt"])}
+        """The name of a picture. It has at most LONGEST bytes, with room for a number; the prompt is cut for that."""
+        values = {name: request[name] for name in NAME_FIELDS if name in request} | {"index": index + 1}
+        room = LONGEST if self.replaces else LONGEST - NUMBER
+        for words in _shorter(_slug(request["prompt"])):
+            name = self._formatted({**values, "prompt": words})
+            if len(os.fsencode(name)) <= room:
+                return name
+        told = f"output: the name {name[:80]!r} has {len(os.fsencode(name))} bytes"
+        raise RequestError(f"{told}; it may have {room}" + ("" if self.replaces else ", without a number"))
+
+    def _formatted(self, values: dict[str, Plain]) -> str:
         try:
-            return self.pattern.format_map(values)
-        except (KeyError, ValueError, IndexError, AttributeError, TypeError):
+            name = self.pattern.format_map(values)
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError, OverflowError):
             raise invalid(self.pattern) from None
+        if "/" in name or "\0" in name:
+            raise invalid(self.pattern)
+        return name
+
+
+def check_output(path: Path, setting: str, replaces: bool = True) -> None:
+    """Raise RequestError, or OutputError where the folder is closed, unless a file can be written there."""
+    from zimage.formats.atomic import destination
+
+    real = destination(path) if replaces else path
+    folder, name = str(real.parent)[:200], real.name
+    if not os.path.isdir(real.parent):
+        raise RequestError(f"{setting}: the folder {folder!r} does not exist; create it first")
+    if not os.access(real.parent, os.W_OK):
+        raise OutputError(f"{setting}: the folder {folder!r} is not writable")
+    if len(os.fsencode(name)) > LONGEST:
+        raise RequestError(
+            f"{setting}: the name {name[:80]!r} has {len(os.fsencode(name))} bytes; it may have {LONGEST}"
+        )
+
+
+def holds(path: Path, metadata: Record) -> bool:
+    """Whether a picture with these settings lies there."""
+    from zimage.pictures.files import read_metadata
+
+    try:
+        return path.is_file() and bool(read_metadata(path) == metadata)
+    except (OSError, RequestError):  # something else has taken the name
+        return False
+
+
+def _rescued(image: "Image", path: Path, metadata: Record, ending: str, reason: str) -> Path:
+    import tempfile
+
+    from zimage.formats.atomic import cut
+    from zimage.pictures.files import save
+
+    for place in (os.getcwd, tempfile.gettempdir):
+        try:
+            saved = save(image, Path(place()) / (cut(path.stem, 80) + ending), metadata, replace=False)
+        except (OSError, ValueError):
+            continue
+        terminal.note(f"warning: {path} cannot be written ({reason}); the picture is in {saved}")
+        return saved
+    raise OutputError(f"{path} cannot be written: {reason}; nor can the current folder and the temporary one")
+
+
+def _path_text(output: str) -> str:
+    try:
+        os.fsencode(output)
+    except ValueError:
+        raise RequestError(f"output {output[:80]!r} is not a path") from None
+    if "\0" in output:
+        raise RequestError(f"output {output[:80]!r} is not a path")
+    return output
 
 
 def _slug(prompt: str) -> str:
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-    return words[:60].rstrip("-_") or "image"
+    return words[:WORDS].rstrip("-_") or "image"
+
+
+def _shorter(words: str) -> Iterator[str]:
+    """The words, then less and less of them."""
+    for count in range(len(words), 0, -1):
+        yield words[:count].rstrip("-_") or words[0]

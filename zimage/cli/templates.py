@@ -1,6 +1,5 @@
 """`templates`: what prompt templates there are, and what is in them."""
 
-import json
 import os
 import shutil
 import sys
@@ -12,17 +11,17 @@ from pathlib import Path
 
 import click
 
-from zimage.cli.options import Command
+from zimage.cli import terminal
+from zimage.cli.options import PATH, Command, Group
 from zimage.cli.progress import counted
 from zimage.errors import RequestError
 from zimage.settings.fields import Plain
 from zimage.text.templates import Template, Templates, count_added_tokens, user_folder
 
-PATH = click.Path(path_type=Path)
 MARKS = {"shipped": "", "own": "own", "override": "own, overrides shipped"}
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def templates(ctx: click.Context) -> None:
     """List, show and search the prompt templates. They say how a picture looks, not what it shows.
@@ -34,7 +33,7 @@ def templates(ctx: click.Context) -> None:
     zimage templates show NAME                   one in full
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        terminal.out(ctx.get_help())
 
 
 def _shared(command: Command) -> Command:
@@ -63,10 +62,12 @@ def list_command(category: str | None, everything: bool, as_json: bool, **option
     shelf = _Shelf(**options)
     found = shelf.templates.list(category, everything)
     if as_json:
-        click.echo(json.dumps([shelf.facts(t) for t in found]))
+        terminal.out_json([shelf.facts(t) for t in found])
         return
     for _, members in groupby(found, key=lambda t: t.category):
-        click.echo("\n".join(shelf.rows(list(members), found)) + "\n")
+        heading, *rows = shelf.rows(list(members), found)
+        terminal.out(heading, bold=True)
+        terminal.out("\n".join(rows) + "\n")
     _note(f"{counted(len(found), 'template')} in {counted(len({t.category for t in found}), 'category')}; ", found)
 
 
@@ -77,7 +78,11 @@ def show(name: str, as_json: bool, **options: Path | None) -> None:
     """Show the template NAME in full."""
     shelf = _Shelf(**options)
     facts = shelf.facts(shelf.templates.get(name))
-    click.echo(json.dumps(facts) if as_json else "\n".join(_description(facts)))
+    if as_json:
+        terminal.out_json(facts)
+        return
+    for line, is_heading in _description(facts):
+        terminal.out(line, bold=is_heading)
 
 
 @templates.command()
@@ -91,10 +96,10 @@ def search(words: tuple[str, ...], as_json: bool, **options: Path | None) -> Non
     shelf = _Shelf(**options)
     found = shelf.templates.search(words)
     if as_json:
-        click.echo(json.dumps([shelf.facts(t) for t in found]))
+        terminal.out_json([shelf.facts(t) for t in found])
         return
     for row in shelf.hits(found):
-        click.echo(row)
+        terminal.out(row)
     _note(f"{counted(len(found), 'template')} with the most of these words; " if found else "no match; ", found)
 
 
@@ -120,7 +125,7 @@ class _Shelf:
         """Name, tokens and description under a heading, in columns as wide as all that is shown needs."""
         width = max(len(t.name) for t in all_shown)
         heading = f"{shown[0].category:{width + 1}} tokens"
-        return [click.style(heading, bold=True), *(_cut(f"  {t.name:{width}}{self._end(t, '')}") for t in shown)]
+        return [heading, *(_cut(f"  {t.name:{width}}{self._end(t, '')}") for t in shown)]
 
     def hits(self, found: Sequence[Template]) -> list[str]:
         """The same with the category in place of a heading."""
@@ -134,8 +139,16 @@ class _Shelf:
         return f"{count}  [{mark}] {template.description}" if mark else f"{count}  {template.description}"
 
 
-def _description(facts: dict[str, Plain]) -> Iterator[str]:
-    """What `show` prints of a template's facts."""
+def _description(facts: dict[str, Plain]) -> Iterator[tuple[str, bool]]:
+    """What `show` prints of a template's facts, and whether it is a heading."""
+    yield from ((line, False) for line in _facts_lines(facts))
+    for part in ("system_prompt", "thinking_content", "assistant_content"):
+        if facts[part]:
+            yield f"\n{part.replace('_', ' ')}", True
+            yield _wrapped(facts[part]), False
+
+
+def _facts_lines(facts: dict[str, Plain]) -> Iterator[str]:
     counted = facts["tokens"] is not None
     yield f"name         {facts['name']}"
     yield f"category     {facts['category']}"
@@ -145,9 +158,6 @@ def _description(facts: dict[str, Plain]) -> Iterator[str]:
     if facts["add_think_block"] is not None:
         yield f"think block  {'on' if facts['add_think_block'] else 'off'}"
     yield f"file         {facts['path']} ({MARKS[facts['origin']] or 'shipped'})"
-    for part in ("system_prompt", "thinking_content", "assistant_content"):
-        if facts[part]:
-            yield f"\n{click.style(part.replace('_', ' '), bold=True)}\n{_wrapped(facts[part])}"
 
 
 def _wrapped(text: str) -> str:
@@ -168,7 +178,7 @@ def _encoder(model: Path) -> Callable[[str], list[int]]:
 def _note(text: str, found: Sequence[Template]) -> None:
     """How many there are and where to go on, beside the list: not in a pipe that reads it."""
     example = found[0].name if found else ""
-    click.echo(text + (f"zimage templates show {example}" if found else "zimage templates list shows all"), err=True)
+    terminal.note(text + (f"zimage templates show {example}" if found else "zimage templates list shows all"))
 
 
 def _cut(text: str) -> str:
@@ -183,7 +193,7 @@ def _cut(text: str) -> str:
 
 def _width() -> int | None:
     """Columns of the terminal, or those that the environment's COLUMNS asks for; None in a pipe."""
-    wanted = sys.stdout.isatty() or "COLUMNS" in os.environ
+    wanted = terminal.is_terminal(sys.stdout) or "COLUMNS" in os.environ
     return shutil.get_terminal_size().columns if wanted else None
 
 

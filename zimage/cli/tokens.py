@@ -1,6 +1,5 @@
 """`tokens` and `encode`: how long a prompt is, and its caption as a file."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage.cli.options import Command, GroupedCommand, options_of
+from zimage.cli import terminal
+from zimage.cli.options import PATH, Command, GroupedCommand, options_of
 from zimage.cli.settings import configured, load_pipeline, resolve_options
+from zimage.cli.target import check_output
 from zimage.errors import RequestError
 from zimage.settings.declared import LoadSettings, TextSettings
 from zimage.settings.fields import Plain
@@ -36,22 +37,21 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
     pieces = [pipe.model.tokenizer.decode([i]) for i in ids]
     if as_json:
         facts = {"tokens": count.tokens, "limit": count.limit, "outcome": count.outcome}
-        click.echo(json.dumps({**facts, "ids": ids, "pieces": pieces} if show else facts, ensure_ascii=False))
+        terminal.out_json({**facts, "ids": ids, "pieces": pieces} if show else facts)
         return
-    click.echo(count.outcome)
+    terminal.out(count.outcome)
     if show:
-        click.echo("".join(pieces))
-        click.echo(" ".join(f"{piece!r}:{i}" for piece, i in zip(pieces, ids, strict=True)))
+        terminal.out("".join(pieces))
+        terminal.out(" ".join(f"{piece!r}:{i}" for piece, i in zip(pieces, ids, strict=True)))
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
+@click.option("-o", "--output", required=True, type=PATH, help="File to write (.safetensors).")
 @text_command
 def encode(prompt: str, output: Path, **options: object) -> None:
     """Save the caption of PROMPT for `gen --embeddings`."""
-    if not output.parent.is_dir():
-        raise RequestError(f"output: the folder {str(output.parent)!r} does not exist; create it first")
+    check_output(output, "output")
     if output.suffix != ".safetensors":
         raise RequestError(f"output {output.name!r} should end in .safetensors")
     pipe, text = _opened(options)
@@ -61,10 +61,10 @@ def encode(prompt: str, output: Path, **options: object) -> None:
 
     (caption,) = pipe.encode(prompt, **text)
     if output.exists():
-        click.echo(f"replacing {output}", err=True)
+        terminal.note(f"replacing {output}")
     save_embeddings(output, caption, request, pipe.model.components[TEXT_ENCODER].checkpoint.fingerprint())
-    click.echo(os.fspath(output))
-    click.echo(f"{len(caption)} tokens × {caption.shape[1]}, {str(caption.dtype).removeprefix('torch.')}", err=True)
+    terminal.saved(os.fspath(output))
+    terminal.note(f"{len(caption)} tokens × {caption.shape[1]}, {str(caption.dtype).removeprefix('torch.')}")
 
 
 def _opened(options: Mapping[str, object]) -> tuple["ZImage", dict[str, Plain]]:

@@ -1,32 +1,29 @@
 """`weights`: fetch a published model, check one, write it in another layout or dtype."""
 
-import contextlib
-import json
 import re
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
+from zimage import interrupts
+from zimage.cli import terminal
+from zimage.cli.options import PATH, Group
 from zimage.cli.progress import Progress, counted
-from zimage.errors import Cancelled, RequestError, printable
+from zimage.errors import RequestError
 
 if TYPE_CHECKING:
     from zimage.weights.verify import Report
 
-PATH = click.Path(path_type=Path)
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
 DTYPES = ("keep", "bf16", "fp32", "fp16")
 COMPONENT = click.Choice(("text_encoder", "dit", "vae"))
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def weights(ctx: click.Context) -> None:
     """Fetch, verify and convert model weights.
@@ -37,7 +34,7 @@ def weights(ctx: click.Context) -> None:
     zimage weights convert Z-Image-Turbo Small --dtype bf16
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        terminal.out(ctx.get_help())
 
 
 @weights.command()
@@ -62,7 +59,7 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
 
     repository, watch, transferred, count = repository_of(model), Watch(quiet), 0, 0
     folder = folder or Path(repository.rpartition("/")[2])
-    with _interruptible(watch, "what has arrived is kept: run the same command to continue"):
+    with interrupts.telling("what has arrived is kept: run the same command to continue"):
         for file in fetch(repository, folder, revision, endpoint, watch):
             transferred, count = transferred + file.transferred, count + 1
             watch.note(f"{file.path}  {size_text(file.size)}  {file.state}")
@@ -87,17 +84,16 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
     from zimage.weights.verify import verify
 
     watch, reports = Watch(as_json), []
-    with _interruptible(watch, "not everything was checked"):
+    with interrupts.telling("not everything was checked"):
         for report in verify(path, values, not no_hashes, configs, watch):
             reports.append(report)
             if not as_json:
-                watch.close()
-                click.echo("\n".join(map(printable, _lines(report))))
+                terminal.out("\n".join(_lines(report)))
     wrong = sum(bool(report.problems) for report in reports)
     if as_json:
-        click.echo(json.dumps({"path": str(path), "sound": not wrong, "reports": [r.as_dict() for r in reports]}))
+        terminal.out_json({"path": str(path), "sound": not wrong, "reports": [r.as_dict() for r in reports]})
     else:
-        click.echo(f"{path}: " + (f"{wrong} of {len(reports)} checks found problems" if wrong else "sound"))
+        terminal.out(f"{path}: " + (f"{wrong} of {len(reports)} checks found problems" if wrong else "sound"))
     ctx.exit(1 if wrong else 0)
 
 
@@ -143,7 +139,7 @@ def convert(
     from zimage.weights.convert import convert
 
     watch, started = Watch(quiet), time.perf_counter()
-    with _interruptible(watch, f"{target} was not changed"):
+    with interrupts.telling(f"{target} was not changed"):
         done = convert(source, target, layout, dtype, component, configs, limit, force, watch)
     watch.note(
         f"{done.path}: {' and '.join(done.components)} as {done.layout}, {done.tensors} tensors, "
@@ -155,25 +151,19 @@ class Watch:
     """Called by the tools as they go on: a line on a terminal, at most ten times a second, nothing in a pipe."""
 
     def __init__(self, quiet: bool):
-        self.progress, self.interrupted, self._next = Progress(quiet), False, 0.0
+        self.progress, self._next = Progress(quiet), 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
+        interrupts.check()
         now = time.monotonic()
         if now >= self._next:
             self._next = now + 0.1
             share = f"{done * 100 // total:3} %" if total else ""
-            self.progress.show(printable(f"{what} {share} of {size_text(total)}"))
+            self.progress.show(f"{what} {share} of {size_text(total)}")
 
     def note(self, text: str) -> None:
         """A line that stays, unless nobody wants to read."""
-        self.close()
-        if not self.progress.quiet:
-            print(printable(text), file=sys.stderr)
-
-    def close(self) -> None:
-        self.progress.close()
+        self.progress.note(text)
 
 
 def size_text(size: int) -> str:
@@ -182,31 +172,6 @@ def size_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.2f} {unit}"
     return f"{size} bytes"
-
-
-@contextlib.contextmanager
-def _interruptible(watch: Watch, consequence: str) -> Iterator[None]:
-    """Ctrl-C and a polite kill both leave things tidy, and say in which state.
-
-    Python drops an interrupt that falls into a destructor or a callback of another language: `watch` raises it again.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        watch.interrupted = True
-        signal.default_int_handler(number, frame)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heeded = [number for number in before if before[number] is not signal.SIG_IGN]  # a shell's background jobs heed one
-    for number in heeded:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Cancelled(f"interrupted; {consequence}") from None
-    finally:
-        for number in heeded:
-            signal.signal(number, before[number])
-        watch.close()
 
 
 def _bytes(text: str) -> int:

@@ -1,25 +1,37 @@
 """Files are written whole or not at all: first under another name in the same folder, then moved in one step."""
 
 import contextlib
+import errno
+import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from zimage import interrupts
+from zimage.errors import RequestError
+from zimage.formats.files import KINDS
+
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A free name in the folder of `path`, to write to and then to move; what is still there at the end is removed."""
+def beside(path: Path, quick: bool = True) -> Iterator[Path]:
+    """A free name in the folder of `path`, to write to and then to move; what is still there at the end is removed.
+
+    An interrupt waits for the end of what is quick.
+    """
     temporary = free_name(path)
-    try:
-        yield temporary
-    finally:
-        remove(temporary)
+    with interrupts.held() if quick else contextlib.nullcontext():
+        try:
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):  # mostly it has been moved; its folder may be gone
+                remove(temporary)
 
 
 def free_name(path: Path) -> Path:
     """A name in the folder of `path` that nobody can foresee, and so put a link under."""
-    return path.with_name(f".{path.stem[:40]}-{uuid.uuid4().hex}{path.suffix}")
+    return path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")
 
 
 def remove(path: Path) -> None:
@@ -28,3 +40,37 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def take(temporary: Path, path: Path) -> None:
+    """Give a finished file a free name; two at once never get the same. Raises FileExistsError, or OSError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the check and the move are then two steps
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
+
+
+def destination(path: Path) -> Path:
+    """Where a file of this name is written: itself, or what a symbolic link points to, so that the link stays.
+
+    Raises RequestError where something stands that is no regular file, which a file should not replace.
+    """
+    try:
+        real = Path(os.path.realpath(path)) if path.is_symlink() else path
+        mode = os.stat(real).st_mode
+    except FileNotFoundError:
+        return real
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode):
+        raise RequestError(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}; name a regular file")
+    return real
+
+
+def cut(name: str, limit: int) -> str:
+    """The beginning of a name, as long as it has at most `limit` bytes in a file system."""
+    return os.fsencode(name)[:limit].decode(errors="ignore")

@@ -25,6 +25,7 @@ from zimage.loading.streaming import Blocks
 from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
 from zimage.nn.config import Between, read_architecture
 from zimage.settings.declared import LoadSettings
+from zimage.settings.paths import user_path
 from zimage.text import Tokenizer
 
 log = logging.getLogger("zimage")
@@ -247,11 +248,11 @@ def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -
 
     `default` is opened if neither is given. Raises CheckpointError, ConfigError or RequestError.
     """
-    named = {name: Path(value).expanduser() for name in REQUIRED if (value := getattr(settings, name))}
-    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else None
+    named = {name: user_path(value, name) for name in REQUIRED if (value := getattr(settings, name))}
+    tokenizer = user_path(settings.tokenizer, "tokenizer") if settings.tokenizer else None
     if path is None and named:
         return ModelFiles.of_components(named, tokenizer, settings.variant)
-    path = Path(default if path is None else path).expanduser()
+    path = user_path(default if path is None else path, "model")
     if path.is_file():
         return ModelFiles.of_components(dict.fromkeys(components_in(path), path) | named, tokenizer, settings.variant)
     if not (named or tokenizer or settings.variant):

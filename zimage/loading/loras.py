@@ -27,6 +27,7 @@ from zimage.loading.registry import DIT
 from zimage.nn.adapters import adapt, adapt_vector, is_plain, linear_shapes, vector_sizes
 from zimage.nn.deltas import Decomposed
 from zimage.settings.declared import check_lora_scale
+from zimage.settings.paths import user_path
 
 
 class Handle:
@@ -92,7 +93,7 @@ class Loras:
             text = f"lora {path!r} is a {type(path).__name__}; it should be the path of a file"
             raise RequestError(text, fields=("lora",))
         check_lora_scale(scale)
-        named, skeleton = lora_file(Path(os.path.expanduser(path))), self._dit.skeleton
+        named, skeleton = lora_file(user_path(path, "lora")), self._dit.skeleton
         file = read_lora(named, linear_shapes(skeleton), vector_sizes(skeleton), self._skip)
         if expected and file.fingerprint != expected:
             raise RequestError(f"lora {named} is not the expected file: its content has changed", fields=("lora",))
@@ -202,8 +203,8 @@ def find_by_hash(wanted: Mapping[str, str], named: Iterable[str], folder: str | 
     """
     found: dict[str, str] = {}
     names = set(wanted.values())
-    files = [Path(os.path.expanduser(path)) for path in named]
-    files += _loras_below(Path(os.path.expanduser(folder))) if folder else []
+    files = [user_path(path, "lora") for path in named]
+    files += _loras_below(user_path(folder, "lora_folder")) if folder else []
     for path in sorted(dict.fromkeys(files), key=lambda path: (path.name not in names, _size(path))):
         if len(found) == len(wanted):
             break

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zimage.settings.fields import Hint
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -48,6 +50,16 @@ class StagePlan:
         return self.base + self.weights + self.window + self.activations
 
 
+# What a plan is as plain values, for `settings.plain.mistake`.
+PLAN: dict[str, Hint] = {
+    "work": Workload,
+    "stages": dict[str, StagePlan],
+    "kept": list[str],
+    "limits": dict[str, int],
+    "budget": float | None,
+}
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a workload runs: its stages, the components that stay loaded afterwards, and the limit of each device."""
@@ -83,7 +95,7 @@ class MemoryPlan:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "MemoryPlan":
-        """The inverse of `to_dict`. Raises KeyError or TypeError for anything else."""
+        """The inverse of `to_dict`; `plain` is a PLAN."""
         stages = {n: StagePlan(**{**s, "streamed": tuple(s["streamed"])}) for n, s in plain["stages"].items()}
         work, kept = Workload(**plain["work"]), frozenset(plain["kept"])
         return cls(work, stages, kept, dict(plain["limits"]), plain["budget"])

@@ -4,6 +4,7 @@ The settings stand as JSON under `zimage` and, for other tools, as the `paramete
 introduced. PNG keeps both in text chunks, JPEG and WebP in EXIF: the JSON as the description, the text as the comment.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.atomic import beside
+from zimage.formats.atomic import beside, destination, take
 from zimage.formats.json_text import json_object
 from zimage.pictures.comfyui import parse_graph
 from zimage.pictures.foreign import taken
@@ -33,6 +34,7 @@ from zimage.settings.fields import Plain
 
 LONGEST_JPEG_EXIF = 65_533  # bytes: one segment
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LONGEST_SIDE = {"WEBP": 16_383}  # px that a format can hold, where a picture may have more
 
 
 def file_format(path: Path) -> str:
@@ -44,15 +46,27 @@ def file_format(path: Path) -> str:
 
 
 def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
-    """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number."""
-    kind = file_format(path)
-    with beside(path) as temporary:
+    """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number.
+
+    A symbolic link that is replaced stays: the file behind it is. Raises OSError, RequestError where something else
+    than a file has the name, and ValueError where the format cannot hold the picture.
+    """
+    kind, real = file_format(path), destination(path) if replace else path
+    with beside(real) as temporary:
         with temporary.open("xb") as stream:
             image.save(stream, kind, **_save_options(kind, metadata))
         if replace:
-            os.replace(temporary, path)
+            os.replace(temporary, real)
             return path
         return _publish(temporary, path)
+
+
+def check_savable(path: Path, width: int, height: int) -> None:
+    """Raise RequestError where the format of a name could not hold a picture of this size."""
+    kind, side = file_format(path), max(width, height)
+    longest = LONGEST_SIDE.get(kind)
+    if longest is not None and side > longest:
+        raise RequestError(f"output {path.name!r}: a side of {side} px does not fit into {kind}; use .png")
 
 
 def read_metadata(path: Path) -> dict[str, Plain]:
@@ -115,13 +129,7 @@ def _publish(temporary: Path, path: Path) -> Path:
     """Give the finished file the first free name of path, path-2, path-3 …; two at once never get the same."""
     for number in itertools.count(1):
         target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without hard links: the check and the move are then two steps
-            if target.exists():
-                continue
-            os.replace(temporary, target)
-        return target
+        with contextlib.suppress(FileExistsError):
+            take(temporary, target)
+            return target
     raise AssertionError("unreachable: the count does not end")

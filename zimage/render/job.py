@@ -14,17 +14,34 @@ from zimage import flow
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import LoraUse
-from zimage.loading.plan import MemoryPlan, Workload
+from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.pictures.image import InputPicture, first_pass_size, open_image, open_mask
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.settings.declared import Request
+from zimage.settings.fields import Hint, Plain
+from zimage.settings.plain import mistake
 from zimage.text.embeddings import Embeddings
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 OPENERS = {"image": open_image, "mask": open_mask}
+ATTACHED = (*OPENERS, "embeddings")
+ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}
+# What a job is as plain values, for `mistake`; the fields of its request check themselves.
+JOB: dict[str, Hint] = {
+    "request": dict[str, Any],
+    "texts": list[str],
+    "negative_texts": list[str],
+    "token_ids": dict[str, list[int]],
+    "passes": list[tuple[int, int, str]],
+    "sigmas": list[float],
+    "seeds": list[int],
+    "loras": list[LoraUse],
+    "plan": PLAN,
+    **dict.fromkeys(FACTS, str),
+}
 
 
 class Pass(NamedTuple):
@@ -95,25 +112,22 @@ class Job:
         `ZImage.run` checks it against what it would decide itself. Raises RequestError where something is missing,
         changed, or not a job, and CheckpointError for damaged embeddings.
         """
-        try:
-            values = {name: value for name, value in plain["request"].items() if value is not None}
-            opened = {n: _opened(n, values[n], attachments or {}) for n in (*OPENERS, "embeddings") if n in values}
-            return cls(
-                Request.from_mapping({**values, **opened}),
-                tuple(plain["texts"]),
-                tuple(plain["negative_texts"]),
-                {text: tuple(ids) for text, ids in plain["token_ids"].items()},
-                tuple(Pass(*one) for one in plain["passes"]),
-                tuple(map(float, plain["sigmas"])),
-                tuple(plain["seeds"]),
-                tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
-                MemoryPlan.from_dict(plain["plan"]),
-                *(plain[name] for name in FACTS),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(f"these values are not a job ({error}); pass what Job.to_dict returned") from error
+        if fault := job_mistake(plain):
+            raise RequestError(f"these values are not a job ({fault}); pass what Job.to_dict returned")
+        values = {name: value for name, value in plain["request"].items() if value is not None}
+        opened = {n: _opened(n, values[n], attachments or {}) for n in ATTACHED if n in values}
+        return cls(
+            Request.from_mapping({**values, **opened}),
+            tuple(plain["texts"]),
+            tuple(plain["negative_texts"]),
+            {text: tuple(ids) for text, ids in plain["token_ids"].items()},
+            tuple(Pass(*one) for one in plain["passes"]),
+            tuple(map(float, plain["sigmas"])),
+            tuple(plain["seeds"]),
+            tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
+            MemoryPlan.from_dict(plain["plan"]),
+            *(plain[name] for name in FACTS),
+        )
 
     def differs(self, other: "Job") -> str:
         """The first thing that was decided otherwise, in words; empty where the two draw the same."""
@@ -122,6 +136,19 @@ class Job:
                 return name.replace("_", " ")
         same_sizes = [one[:2] for one in self.passes] == [one[:2] for one in other.passes]
         return "" if same_sizes and self.passes[-1] == other.passes[-1] else "passes"
+
+
+def job_mistake(plain: Plain) -> str:
+    """What of plain values is not as `Job.to_dict` returns them, in words; empty where they are."""
+    if fault := mistake(plain, JOB, "job"):
+        return fault
+    for name in ATTACHED:
+        value = plain["request"].get(name)
+        if value is not None and (fault := mistake(value, ATTACHMENT, f"job.request.{name}")):
+            return fault
+    missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
+    empty = [name for name in ("texts", "passes", "sigmas", "seeds") if not plain[name]]
+    return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
 
 
 def decide(
@@ -168,7 +195,7 @@ def first_pass(job: Job) -> Job:
 
 
 def _attachments(request: Request) -> dict[str, Any]:
-    found = {name: getattr(request, name) for name in (*OPENERS, "embeddings")}
+    found = {name: getattr(request, name) for name in ATTACHED}
     return {name: value for name, value in found.items() if value is not None}
 
 

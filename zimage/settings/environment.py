@@ -7,9 +7,11 @@ from pathlib import Path
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.fields import Plain, Settings, fields, list_fields
+from zimage.settings.paths import user_path
 
 CONFIG = "ZIMAGE_CONFIG"  # the settings file
 PROFILE = "ZIMAGE_PROFILE"  # its profile
+DEBUG = "ZIMAGE_DEBUG"  # show the traceback of a fault of the program itself
 REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # the rewriter's secret key: no setting, so that no file or picture ever holds it
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -33,10 +35,15 @@ def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.e
     return values
 
 
-def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder `zimage` among the user's settings; it may not exist."""
-    home = environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "zimage"
+def config_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder `zimage` among the user's settings; it may not exist. None for a user without a home folder."""
+    variable = "APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME"
+    if home := environ.get(variable):
+        return user_path(home, variable) / "zimage"
+    try:
+        return user_path("~/.config", variable) / "zimage"
+    except RequestError:
+        return None
 
 
 def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:

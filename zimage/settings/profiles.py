@@ -22,6 +22,7 @@ from zimage.errors import ConfigFileError, RequestError, ZImageError, quoted
 from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
+from zimage.settings.paths import user_path
 from zimage.settings.toml_file import TomlFile, read_text
 
 EXAMPLE = Path(__file__).with_name("config.toml.example")
@@ -172,25 +173,30 @@ class Config:
 def find_config(named: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The settings file named here or by ZIMAGE_CONFIG, else the first of the usual ones that exists."""
     if named:
-        return Path(named).expanduser()
+        return user_path(named, "config")
     if chosen := environ.get(CONFIG):
-        if not os.path.exists(os.path.expanduser(chosen)):
+        path = user_path(chosen, CONFIG)
+        if not os.path.exists(path):
             raise ConfigFileError(f"{chosen}: there is no such settings file (from {CONFIG})")
-        return Path(chosen).expanduser()
-    return next((path for path in usual_places(environ) if os.path.exists(path)), None)
+        return path
+    found = next((path for path in usual_places(environ) if os.path.exists(path)), None)
+    if found is not None and not os.path.isfile(found):  # whoever names a pipe wants it to be read
+        raise ConfigFileError(f"{found} should be a settings file, and is something else; remove it or name another")
+    return found
 
 
 def usual_places(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """The current folder, then the user's own settings."""
-    return [Path(FILE_NAME), config_folder(environ) / FILE_NAME]
+    return [folder / FILE_NAME for folder in (Path(), config_folder(environ)) if folder is not None]
 
 
 def is_own_file(
     path: Path, named: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ
 ) -> bool:
     """Whether a file that `find_config` found is the user's own or was named, and does not merely lie in the folder."""
-    own = os.path.realpath(config_folder(environ) / FILE_NAME)
-    return bool(named or environ.get(CONFIG)) or os.path.realpath(path) == own
+    folder = config_folder(environ)
+    own = folder is not None and os.path.realpath(path) == os.path.realpath(folder / FILE_NAME)
+    return bool(named or environ.get(CONFIG)) or own
 
 
 def read_config(path: str | os.PathLike[str], own: bool = True) -> Config:
@@ -279,7 +285,7 @@ def _from_file(name: str, value: Plain, folder: Path) -> Plain:
 def _path(name: str, text: str, folder: Path) -> str:
     if not text:
         raise RequestError(f"{name}: the path is empty; write a path or remove the line", fields=(name,))
-    return str(folder / os.path.expanduser(text))
+    return str(folder / user_path(text, name))
 
 
 # ---------------------------------------------------------------------- values together

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from zimage.errors import CheckpointError, RequestError, quoted
-from zimage.formats.atomic import beside
+from zimage.errors import CheckpointError, OutputError, RequestError, quoted
+from zimage.formats.atomic import beside, destination
 from zimage.formats.checkpoint import listing
 from zimage.formats.json_text import json_object
 from zimage.formats.stored import FLOATS, TensorFile
@@ -58,16 +58,16 @@ class Embeddings:
 
 
 def save_embeddings(path: str | os.PathLike[str], caption: Tensor, request: Mapping[str, Plain], encoder: str) -> None:
-    """Write a caption (L, C), whole or not at all, and replace any earlier file. Raises RequestError."""
+    """Write a caption (L, C), whole or not at all, and replace any earlier file. Raises RequestError or OutputError."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise RequestError(f"embeddings {quoted(path.name)} should end in .safetensors")
     _check_values(caption, f"the caption for {path.name}", RequestError)
     metadata = {"format": FORMAT, "version": VERSION, "encoder": encoder, "request": json.dumps(dict(request))}
     try:
-        write_caption(path, caption, metadata)
+        write_caption(destination(path), caption, metadata)
     except OSError as error:
-        raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def load_embeddings(path: str | os.PathLike[str], width: int = 0) -> Embeddings:

@@ -14,6 +14,7 @@ not understood is an error that names file and line. A template in the user's fo
 
 import functools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from zimage.errors import RequestError, TemplateError, quoted
 from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import config_folder, from_environment
 from zimage.settings.fields import Plain, close_matches
+from zimage.settings.paths import user_path
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat
 
@@ -82,9 +84,9 @@ def count_added_tokens(template: Template, encode: Callable[[str], Sequence[int]
 def user_folder() -> Path | None:
     """The user's own: the folder that ZIMAGE_TEMPLATES names, else `templates` in the config folder if it exists."""
     if named := from_environment(LoadSettings).get("templates"):
-        return Path(named).expanduser()
-    folder = config_folder() / "templates"
-    return folder if folder.is_dir() else None
+        return user_path(named, "templates")
+    folder = config_folder()
+    return folder / "templates" if folder is not None and os.path.isdir(folder / "templates") else None
 
 
 class Templates:
