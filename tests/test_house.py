@@ -17,7 +17,7 @@ LEAVES = {"errors", "settings", "version"}
 SHARED = LEAVES | {"events", "flow", "pictures"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"pipeline", "settings", "errors", "version"},
-    "cli": SHARED | {"pipeline", "render", "loading", "text", "weights"},
+    "cli": SHARED | {"pipeline", "render", "loading", "formats", "text", "weights"},
     "pipeline": SHARED | {"render", "loading", "text", "dit", "vae", "weights"},
     "render": SHARED | {"loading", "formats", "text", "dit", "vae", "nn", "kernels"},
     "loading": LEAVES | {"formats", "text", "dit", "vae", "nn", "kernels"},

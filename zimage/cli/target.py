@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.origin import Record
+from zimage.cli.patterns import NAME_FIELDS, check_pattern, invalid
 from zimage.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-NAME_FIELDS = ("prompt", "seed", "index", "width", "height", "steps")
-FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
 
 
 class Target:
     """Where pictures go; checked before anything is rendered."""
 
     def __init__(self, output: str | None, count: int):
-        folder_only = output is not None and Path(output).is_dir()
+        folder_only = output is not None and os.path.isdir(output)
         self.pattern = "{prompt}-{seed}.png" if output is None or folder_only else Path(output).name
         self.folder = Path(output or ".") if output is None or folder_only else Path(output).parent
         # Only a name that the user wrote out in full, for a single picture, may replace a file.
@@ -49,13 +47,14 @@ class Target:
     def _check(self) -> None:
         from zimage.pictures.files import file_format
 
+        check_pattern(self.pattern)
         path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
         file_format(path)
         if not self.folder.is_dir():
             raise RequestError(f"output: the folder {str(self.folder)!r} does not exist; create it first")
         if not os.access(self.folder, os.W_OK):
             raise RequestError(f"output: the folder {str(self.folder)!r} is not writable")
-        if self.replaces and path.is_dir():
+        if self.replaces and os.path.isdir(path):
             raise RequestError(f"output: {str(path)!r} is a folder")
 
     def _name(self, request: Record, index: int) -> str:
@@ -64,7 +63,7 @@ class Target:
         try:
             return self.pattern.format_map(values)
         except (KeyError, ValueError, IndexError, AttributeError, TypeError):
-            raise RequestError(f"output pattern {self.pattern!r} is not valid; its fields may be {FIELDS}") from None
+            raise invalid(self.pattern) from None
 
 
 def _slug(prompt: str) -> str:
