@@ -271,8 +271,8 @@ def test_every_setting_that_names_a_file_is_a_path():
     """A new one has to say which it is."""
     paths = {n for n, f in FIELDS.items() if f.metadata["path"] or f.metadata["attachment"]}
     assert paths == {
-        *("model", "dit", "text_encoder", "vae", "tokenizer", "lora", "templates", "cache_folder"),
-        *("embeddings", "image", "mask"),
+        *("model", "dit", "text_encoder", "vae", "tokenizer", "lora", "lora_folder", "templates"),
+        *("cache_folder", "embeddings", "image", "mask"),
     }
 
 

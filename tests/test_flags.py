@@ -222,6 +222,7 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "each": "test_from.py::test_words_without_quotes_are_one_prompt",
     "prompt_file": "test_cli.py::test_prompts_from_standard_input_and_files",
     "picture": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",
     "output": "test_cli.py::test_patterns_folders_and_many_images",
@@ -366,7 +367,7 @@ def options(values: dict[str, Any], places: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         flag, value = "--" + name.replace("_", "-"), filled(value, places)
         if name == "prompt":
-            arguments += value if isinstance(value, list) else [value] if value else []
+            arguments += ["--each", *value] if isinstance(value, list) else [value] if value else []
         elif isinstance(value, bool):
             arguments.append(flag if value else flag.replace("--", "--no-"))
         elif isinstance(value, dict):

@@ -126,6 +126,7 @@ def test_a_product_and_the_difference_of_a_bias_go_together(tmp_path):
         ({"layers.0.attention_norm1.lora_A.weight": (4, 64)}, "has lora_A, but it is not linear"),
         ({f"{ONE}.diff": (64, 64), f"{ONE}.lora_A.weight": (4, 64)}, "it should have lora_A and lora_B"),
         ({"norm_final.diff": (64,)}, "none of its 1 keys names a layer of this DiT"),
+        ({"norm_final.lora_A.weight": (4, 64), f"{ONE}.diff": (64, 64)}, "1 of its 2 keys cannot be matched"),
     ],
 )
 def test_differences_that_cannot_be_are_named(tmp_path, tensors, words):
@@ -279,6 +280,7 @@ TEXT_ENCODERS = [
     "lora_te1_model_layers_0_mlp_down_proj.lora_up.weight",
     "model.layers.0.self_attn.o_proj.lora_A.weight",
     "te1.model.layers.0.input_layernorm.diff",
+    "model.layers.0.post_attention_layernorm.diff",
 ]
 
 

@@ -1,6 +1,7 @@
 """The `parameters` text of our pictures, read back and by sd-parsers; and those that other programs wrote."""
 
 import copy
+import json
 
 import pytest
 import sd_parsers
@@ -130,18 +131,22 @@ def _visible(text: str) -> str:
     return text.replace("\u200b", "")
 
 
-@pytest.mark.parametrize(
-    ("letters", "left"), [(3000, {"settings", "parameters"}), (9000, {"settings"}), (30000, set())]
-)
-def test_a_jpeg_is_saved_with_as_much_as_it_can_hold(tmp_path, caplog, letters, left):
+@pytest.mark.parametrize(("letters", "both"), [(3000, True), (9000, False)])
+def test_a_jpeg_without_room_for_both_keeps_our_own_settings(tmp_path, letters, both):
     full = record(prompt="猫" * letters)
     for suffix in ("jpg", "webp", "png"):
-        path = save(picture(), tmp_path / f"a.{suffix}", full, replace=False)
-        texts = read_texts(path)
-        assert {n for n in ("settings", "parameters") if getattr(texts, n)} == (
-            left if suffix == "jpg" else {"settings", "parameters"}
-        )
-    assert len(caplog.records) == 2 - len(left)
+        texts = read_texts(save(picture(), tmp_path / f"a.{suffix}", full, replace=False))
+        assert json.loads(texts.settings) == full
+        assert bool(texts.parameters) == (both or suffix != "jpg")
+
+
+def test_the_room_in_a_jpeg_is_used_up_to_the_last_byte(tmp_path):
+    kept = []
+    for length in range(21_300, 21_700, 20):
+        path = save(picture(), tmp_path / "a.jpg", record(prompt="x" * length), replace=True)
+        kept.append(bool(read_texts(path).parameters))
+    assert kept == sorted(kept, reverse=True)
+    assert set(kept) == {True, False}
 
 
 # ------------------------------------------------------------------ other programs'

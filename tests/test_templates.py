@@ -576,3 +576,46 @@ def test_listing_is_quick_and_loads_no_torch():
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) <= 0.5
+
+
+# ------------------------------------------------------------------ folders and front matter of any shape
+
+
+SHAPES = (
+    "- - a", "[[a]]", "- a\n- b", "? [a]\n: b", "? - a\n: b", "[]", "{}", "-\n  -\n    - a", "{a: [b]}", "!!set {a}",
+    "*a", "- &a b", "<<: {a: b}", "<<: [a]", "%YAML 1.1", "...", ": :", "'", "? |\n  x\n: y", 'a: "\\U00110000"',
+    "[" * 20_000, "- " * 20_000, "? " * 20_000, "a: " * 20_000, "&" * 60_000, "!" * 60_000, "'" * 60_000,
+    "{a: " * 15_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[:12])
+def test_front_matter_of_any_shape_is_a_line(tmp_path, shape):
+    path = tmp_path / "x.md"
+    path.write_text(f"---\n{shape}\n---\nbody\n")
+    begun = time.perf_counter()
+    with pytest.raises(TemplateError, match=r"x\.md, line \d+: ") as error:
+        read_template(path)
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "x.md")
+    with pytest.raises(TemplateError, match=r"x\.md cannot be read: it is not a file"):
+        Templates.open(tmp_path).list()
+
+
+def test_a_folder_of_a_thousand_templates(tmp_path):
+    text = "---\nname: t{0}\ndescription: x\ncategory: c{0}\n---\nbody\n"
+    for i in range(1000):
+        (tmp_path / f"t{i}.md").write_text(text.format(i))
+    begun = time.perf_counter()
+    templates = Templates.open(tmp_path)
+    assert templates.categories()["c7"] == 1
+    assert len(templates.list("c999")) == 1
+    assert time.perf_counter() - begun < 20  # 1.5 s on an idle core
+    with pytest.raises(RequestError) as error:
+        templates.get("y" * 100_000)
+    assert len(str(error.value)) < 300

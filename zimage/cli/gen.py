@@ -12,12 +12,13 @@ from zimage import interrupts
 from zimage.cli import terminal
 from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
+from zimage.cli.patterns import FIELDS
 from zimage.cli.progress import Progress
 from zimage.cli.prompts import file_prompts, standard_input
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
 from zimage.cli.settings import configured, load_pipeline, resolve_options
-from zimage.cli.target import FIELDS, Target
+from zimage.cli.target import Target
 from zimage.errors import RequestError, one_line
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 

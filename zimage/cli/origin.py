@@ -42,9 +42,6 @@ def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
 
 def _check_values(source: Path, request: Record) -> None:
     """Raise RequestError, which names the picture, for a value that a setting does not take."""
-    from zimage.pictures.foreign import check_prompts
-
-    check_prompts(str(source), request)
     for name, value in request.items():
         try:
             if name in FILES:

@@ -5,25 +5,22 @@ A picture that is rendered is saved: where its own place fails meanwhile, in the
 
 import os
 import re
-import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage.cli import terminal
 from zimage.cli.origin import Record
+from zimage.cli.patterns import NAME_FIELDS, check_pattern, invalid
 from zimage.errors import OutputError, RequestError
 from zimage.settings.fields import Plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAME_FIELDS = ("prompt", "seed", "index", "width", "height", "steps")
-FIELDS = ", ".join(f"{{{name}}}" for name in NAME_FIELDS)
 LONGEST = 255  # bytes of a name in the file systems in use
 NUMBER = 6  # bytes of them for the number that a taken name gets
 WORDS = 60  # characters of a prompt
-WIDE = re.compile(r"\d{4}|\{")  # in a field's format: widths beyond all names, or taken from other fields
 
 
 class Target:
@@ -41,7 +38,7 @@ class Target:
         self.folder = Path(output or ".") if output is None or folder_only else Path(output).parent
         # Only a name that the user wrote out in full, for a single picture, may replace a file.
         self.replaces = count == 1 and output is not None and not folder_only and "{" not in self.pattern
-        self._check_pattern()
+        check_pattern(self.pattern)
         path = self.folder / self._name(dict.fromkeys(NAME_FIELDS, 0) | {"prompt": "x"}, 0)
         file_format(path)
         check_output(path, "output", self.replaces)
@@ -73,17 +70,6 @@ class Target:
         path = self.folder / self._name(metadata["request"], index)
         return path if holds(path, metadata) else None
 
-    def _check_pattern(self) -> None:
-        try:
-            fields = [field for field in string.Formatter().parse(self.pattern) if field[1] is not None]
-        except ValueError:
-            raise self._invalid() from None
-        for _, name, spec, conversion in fields:
-            if name not in NAME_FIELDS or conversion:
-                raise self._invalid()
-            if WIDE.search(spec or ""):
-                raise RequestError(f"output pattern {self.pattern[:80]!r}: {{{name}}} has a width beyond that of names")
-
     def _name(self, request: Record, index: int) -> str:
         """The name of a picture. It has at most LONGEST bytes, with room for a number; the prompt is cut for that."""
         values = {name: request[name] for name in NAME_FIELDS if name in request} | {"index": index + 1}
@@ -99,13 +85,10 @@ class Target:
         try:
             name = self.pattern.format_map(values)
         except (KeyError, ValueError, IndexError, AttributeError, TypeError, OverflowError):
-            raise self._invalid() from None
+            raise invalid(self.pattern) from None
         if "/" in name or "\0" in name:
-            raise self._invalid()
+            raise invalid(self.pattern)
         return name
-
-    def _invalid(self) -> RequestError:
-        return RequestError(f"output pattern {self.pattern[:80]!r} is not valid; its fields may be {FIELDS}")
 
 
 def check_output(path: Path, setting: str, replaces: bool = True) -> None:

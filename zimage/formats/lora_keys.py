@@ -37,7 +37,7 @@ WRAPPERS = (
 LONGEST_NAME = 300  # characters of a module's name, wrappers included
 MOST_READINGS = 12  # of a name without some of its wrappers
 TEXT_ENCODER = ("text_encoder", "lora_te", "te_", "te1_", "conditioner_", "qwen3_")
-TEXT_ENCODER_LAYERS = ("_self_attn_", "_mlp_gate_proj", "_mlp_up_proj", "_mlp_down_proj", "_embed_tokens")
+TEXT_ENCODER_LAYERS = ("_self_attn_", "_mlp_gate_proj", "_mlp_up_proj", "_mlp_down_proj", "_layernorm", "_embed_tokens")
 NATIVE = {
     "attention_to_out_0": "attention_out",
     "attention_norm_q": "attention_q_norm",
@@ -143,9 +143,9 @@ def grouped(keys: Sequence[str], names: Mapping[str, tuple[str, ...]], skip: Col
     groups, unknown, known = dict[str, Group](), [], names.keys() | UNUSED
     for key in keys:
         module, name, role = next(_readings(key, known), ("", None, ""))
-        if name in UNUSED:
+        if name in UNUSED and role == "diff":
             continue
-        if name is None:
+        if name is None or name in UNUSED:
             if TEXT_ENCODER_PART not in skip or not _of_text_encoder(key):
                 unknown.append(key)
             continue

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 from zimage.settings.declared import LoadSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -45,7 +45,7 @@ def choose_device(name: str, setting: str = "device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        text = f"{setting} {name!r} is not known; use auto, cpu, cuda, cuda:N or mps"
+        text = f"{setting} {quoted(name)} is not known; use auto, cpu, cuda, cuda:N or mps"
         raise RequestError(text, fields=(setting,)) from None
     present = {
         "cpu": True,
@@ -53,7 +53,7 @@ def choose_device(name: str, setting: str = "device") -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type):
-        raise RequestError(f"{setting} {name!r} is not on this machine; use auto or cpu", fields=(setting,))
+        raise RequestError(f"{setting} {quoted(name)} is not on this machine; use auto or cpu", fields=(setting,))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device
@@ -69,5 +69,5 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         text = "dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32"
         raise RequestError(text, fields=("dtype",))
     if chosen not in (torch.bfloat16, torch.float32, torch.float64):
-        raise RequestError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}", fields=("dtype",))
+        raise RequestError(f"dtype {quoted(dtype)} is not known; use {' or '.join(DTYPES)}", fields=("dtype",))
     return chosen

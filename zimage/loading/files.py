@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import nn
 
-from zimage.errors import CheckpointError, ConfigError, RequestError
+from zimage.errors import CheckpointError, ConfigError, RequestError, quoted
 from zimage.formats.checkpoint import Checkpoint, components_in
 from zimage.formats.json_text import read_json
 from zimage.kernels.backend import check_triton
@@ -178,7 +178,7 @@ class ModelFiles:
     def of_folder(cls, folder: Path) -> "ModelFiles":
         """A folder in the published layout. Raises CheckpointError or ConfigError."""
         if not folder.is_dir():
-            text = f"model {str(folder)!r} is neither a folder in the published layout nor a file"
+            text = f"model {quoted(str(folder))} is neither a folder in the published layout nor a file"
             raise CheckpointError(text, fields=("model",))
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
         components = {name: Component.open(name, folder / ROWS[name].folder) for name in REQUIRED}
@@ -269,7 +269,7 @@ def load_component(
     `path` is the model folder, the component's own, or a loose file. Raises RequestError or CheckpointError.
     """
     if name not in ROWS:
-        raise RequestError(f"component {name!r} does not exist; use one of {', '.join(ROWS)}")
+        raise RequestError(f"component {quoted(name)} does not exist; use one of {', '.join(ROWS)}")
     place = choose_device(device)
     return Component.open(name, component_folder(Path(path), name)).load(place, choose_dtype(dtype, place))
 

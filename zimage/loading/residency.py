@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.loading.devices import Place
 from zimage.loading.files import ModelFiles
@@ -107,7 +107,7 @@ class Residency:
         """Release loaded components (all, if none is named); they load again when they are next used."""
         for name in names or self.loaded:
             if name not in self.places:
-                raise RequestError(f"component {name!r} does not exist; use one of {', '.join(self.places)}")
+                raise RequestError(f"component {quoted(name)} does not exist; use one of {', '.join(self.places)}")
             with self._devices[self.places[name].device]:
                 self._let_go([name])
 

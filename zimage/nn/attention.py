@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zimage.errors import RequestError, install_hint
+from zimage.errors import RequestError, install_hint, quoted
 from zimage.settings.declared import ATTENTIONS
 
 
@@ -153,7 +153,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     Raises RequestError, with the command that installs a missing package.
     """
     if name not in ATTENTIONS:
-        raise RequestError(f"attention {name!r} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))
+        raise RequestError(f"attention {quoted(name)} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))
     if name == "auto":
         runs = [name for name in AUTOMATIC if _obstacle(name, device, dtype) is None]
         name = runs[0] if runs else "sdpa"
@@ -161,12 +161,12 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
         return name, attention
     if name in _TORCH:
         if device.type != "cuda" and name in ("sdpa-cudnn", "sdpa-efficient"):
-            text = f"attention {name!r} runs on NVIDIA GPUs only, not on {device.type}; use sdpa"
+            text = f"attention {quoted(name)} runs on NVIDIA GPUs only, not on {device.type}; use sdpa"
             raise RequestError(text, fields=("attention",))
         return name, partial(_torch_only, _TORCH[name])
     obstacle = _obstacle(name, device, dtype)
     if obstacle:
-        raise RequestError(f"attention {name!r} {obstacle}", fields=("attention",))
+        raise RequestError(f"attention {quoted(name)} {obstacle}", fields=("attention",))
     package = _PACKAGES[name]
     return name, partial(package.run, importlib.import_module(package.module))
 

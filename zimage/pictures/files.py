@@ -7,7 +7,6 @@ introduced. PNG keeps both in text chunks, JPEG and WebP in EXIF: the JSON as th
 import contextlib
 import itertools
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +32,7 @@ from zimage.pictures.texts import (
 )
 from zimage.settings.fields import Plain
 
-log = logging.getLogger("zimage")
-LONGEST_JPEG_EXIF = 65_533 - 6  # bytes: one segment, after its own mark
+LONGEST_JPEG_EXIF = 65_533  # bytes: one segment
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LONGEST_SIDE = {"WEBP": 16_383}  # px that a format can hold, where a picture may have more
 
@@ -118,15 +116,12 @@ def _save_options(kind: str, metadata: Mapping[str, Plain]) -> dict[str, Plain]:
 
 
 def _exif(kind: str, metadata: Mapping[str, Plain]) -> Image.Exif:
-    """Both texts as EXIF; of a JPEG, which holds little, only as much as there is room for."""
+    """Both texts as EXIF; in a JPEG, which holds little, our own alone where there is no room for both."""
     exif = Image.Exif()
     exif[EXIF_DESCRIPTION] = json.dumps(metadata)  # EXIF text is ASCII
     exif[EXIF_IFD] = {EXIF_COMMENT: comment_bytes(parameters_text(metadata))}
-    for tag, what in ((EXIF_IFD, "settings for other programs"), (EXIF_DESCRIPTION, "settings")):
-        if kind != "JPEG" or len(exif.tobytes()) <= LONGEST_JPEG_EXIF:
-            break
-        log.warning("the %s are longer than a JPEG file can hold (64 kB) and are left out", what)
-        del exif[tag]
+    if kind == "JPEG" and len(exif.tobytes()) > LONGEST_JPEG_EXIF:
+        del exif[EXIF_IFD]
     return exif
 
 

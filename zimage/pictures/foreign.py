@@ -11,7 +11,6 @@ CFG = "cfg"  # other programs' guidance, which counts from 1
 MOST_HIRES = 8  # as the field says
 OURS = {"euler"}  # samplers, as other programs call them
 USUAL = {"", "automatic", "simple", "normal"}  # schedules that need no word
-LONGEST_PROMPT = 50_000  # characters: the model was trained for some six thousand
 NAMES = {"prompt": "prompt", "steps": "steps", "seed": "seed", "guidance": "CFG", "width": "size"}  # what one expects
 
 
@@ -32,8 +31,7 @@ class Found:
 
 def taken(name: str, found: Found) -> tuple[dict[str, Plain], str]:
     """The settings that can be taken, and a line on them and on what is missing. Raises RequestError."""
-    request, remarks = _checked(found.values)
-    check_prompts(name, request)
+    request, remarks = _checked(name, found.values)
     if request.get("guidance") == 0 and request.pop("negative", ""):
         remarks.append("at CFG 1 the negative prompt has no effect")
     if "hires" not in request:
@@ -47,20 +45,15 @@ def taken(name: str, found: Found) -> tuple[dict[str, Plain], str]:
     return request, one_line(f"{name} was saved by another program: {'; '.join(parts)}")
 
 
-def check_prompts(name: str, request: dict[str, Plain]) -> None:
-    """Raise RequestError where a text is so long that encoding it would take minutes."""
-    for key, value in request.items():
-        if isinstance(value, str) and len(value) > LONGEST_PROMPT:
-            raise RequestError(f"{name} has a {key} of {len(value):,} characters; at most {LONGEST_PROMPT:,} are taken")
-
-
-def _checked(values: dict[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
-    """Those of the values that the fields accept, and remarks on the others."""
+def _checked(name: str, values: dict[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
+    """Those of the values that the fields accept, and remarks on other numbers; a text at fault is an error."""
     values, remarks, request = _in_our_terms(values), [], {}
     for key, value in values.items():
         try:
             request[key] = Request.check_one(key, value)
         except RequestError as error:
+            if isinstance(value, str):
+                raise error.with_text(f"{name}: its {error}") from None
             remarks.append(str(error))
     sides = [(side, request[side]) for side in ("width", "height") if side in request]
     if len(sides) == 1:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TypedDict
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 from zimage.settings.environment import REWRITER_KEY
 from zimage.settings.fields import Attachment, Settings, Weights, check_fields, setting
 
@@ -480,7 +480,7 @@ def split_lora(text: str) -> tuple[str, float]:
 def check_lora_scale(scale: object) -> None:
     """Raise RequestError unless `scale` is a number within its bounds."""
     if not isinstance(scale, int | float) or isinstance(scale, bool):
-        text = f"lora scale {scale!r} is of type {type(scale).__name__}; it should be a number"
+        text = f"lora scale {quoted(scale)} is of type {type(scale).__name__}; it should be a number"
         raise RequestError(text, fields=("lora",))
     if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
         text = f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}"

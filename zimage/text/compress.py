@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 
 WINDOW = 2  # neighbours on each side that a token is compared with
 FLOOR = 0.1  # the lowest importance
@@ -82,6 +82,6 @@ def _attention_pool(rows: Tensor, limit: int) -> Tensor:
 
 def _check(limit: int, mode: str) -> None:
     if mode not in MODES:
-        raise RequestError(f"long prompt mode {mode!r} does not exist; use one of {', '.join(MODES)}")
+        raise RequestError(f"long prompt mode {quoted(mode)} does not exist; use one of {', '.join(MODES)}")
     if limit < 1:
         raise RequestError(f"the limit is {limit} tokens; the minimum is 1")

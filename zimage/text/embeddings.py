@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from zimage.errors import CheckpointError, OutputError, RequestError
+from zimage.errors import CheckpointError, OutputError, RequestError, quoted
 from zimage.formats.atomic import beside, destination
 from zimage.formats.checkpoint import listing
 from zimage.formats.json_text import json_object
@@ -61,7 +61,7 @@ def save_embeddings(path: str | os.PathLike[str], caption: Tensor, request: Mapp
     """Write a caption (L, C), whole or not at all, and replace any earlier file. Raises RequestError or OutputError."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise RequestError(f"embeddings {path.name!r} should end in .safetensors")
+        raise RequestError(f"embeddings {quoted(path.name)} should end in .safetensors")
     _check_values(caption, f"the caption for {path.name}", RequestError)
     metadata = {"format": FORMAT, "version": VERSION, "encoder": encoder, "request": json.dumps(dict(request))}
     try:
@@ -133,6 +133,6 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Plain
     if metadata.get("format") != FORMAT:
         return {}, ""
     if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path} has format version {metadata.get('version')!r}; supported is {VERSION!r}")
+        raise CheckpointError(f"{path} has format version {quoted(metadata.get('version'))}; supported is {VERSION!r}")
     request = json_object(f"{path}: the request in its metadata", metadata.get("request", ""))
     return request, metadata.get("encoder", "")

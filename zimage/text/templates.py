@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,7 @@ class Templates:
 
     def categories(self) -> dict[str, int]:
         """The number of templates in each category, rewriters included."""
-        names = [t.category for t in self._all()]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(t.category for t in self._all()))
 
     def origin(self, name: str) -> str:
         """`shipped`, `own`, or `override` for one of the user's that replaces a shipped one."""

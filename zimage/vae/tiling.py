@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 from zimage.kernels.group_norm import channel_statistics, normalise
 from zimage.settings.declared import BLEND_TILE, TILE_MODES, TILE_OVERLAP
 from zimage.vae.blend import blend
@@ -44,7 +44,7 @@ class Tiling:
 
     def __post_init__(self):
         if self.mode not in TILE_MODES:
-            raise RequestError(f"tile_mode {self.mode!r} is not known; use {', '.join(TILE_MODES)}")
+            raise RequestError(f"tile_mode {quoted(self.mode)} is not known; use {', '.join(TILE_MODES)}")
         if self.size is not None and self.size < 8:
             raise RequestError(f"tile_size {self.size} is too small; it must be at least 8")
         tile = self.size or BLEND_TILE
