@@ -1,11 +1,13 @@
-"""Text ↔ token ids with Qwen's byte-level BPE, read from `tokenizer.json` or from `vocab.json` and `merges.txt`."""
+"""Text ↔ token ids with Qwen's byte-level BPE: from `tokenizer.json`, `vocab.json` and `merges.txt`, or a GGUF file."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from zimage.errors import CheckpointError
+from zimage.formats.gguf import CONTROL, UNUSED, USER, Vocabulary, is_gguf
 from zimage.formats.json_text import read_json
 
 # How Qwen2 and Qwen3 split text into words before they merge byte pairs.
@@ -20,21 +22,27 @@ class Tokenizer:
         self._fast = fast
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """From a `tokenizer/` folder. Raises CheckpointError naming what is missing or damaged."""
+    def load(cls, path: Path) -> "Tokenizer":
+        """From a `tokenizer/` folder, a `tokenizer.json` or a GGUF file with a vocabulary in its metadata.
+
+        Raises CheckpointError naming what is missing or damaged.
+        """
+        whole = path if path.is_file() else path / "tokenizer.json"
         try:
-            if (folder / "tokenizer.json").is_file():
-                fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            if path.is_file() and is_gguf(path):
+                fast = _from_gguf(path)
+            elif whole.is_file():
+                fast = FastTokenizer.from_file(str(whole))
                 fast.normalizer = fast.normalizer or normalizers.NFC()
-            elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                fast = _from_vocabulary(folder)
+            elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+                fast = _from_vocabulary(path)
             else:
-                raise CheckpointError(f"{folder} should hold tokenizer.json, or vocab.json and merges.txt")
+                raise CheckpointError(f"{path} should hold tokenizer.json, or vocab.json and merges.txt")
         except CheckpointError:
             raise
         except Exception as error:  # the Rust tokenizer raises plain Exception
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+            raise CheckpointError(f"{path}: the tokenizer cannot be read: {reason}") from error
         fast.no_truncation()
         fast.no_padding()
         return cls(fast)
@@ -62,7 +70,24 @@ class Tokenizer:
 
 
 def _from_vocabulary(folder: Path) -> FastTokenizer:
-    bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    return _qwen(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")), _special_tokens(folder))
+
+
+def _from_gguf(file: Path) -> FastTokenizer:
+    """The words and special tokens in a GGUF file; what only fills its vocabulary up is left out."""
+    found = Vocabulary.read(file)
+    words = {token: i for i, (token, kind) in enumerate(zip(found.tokens, found.kinds, strict=True)) if kind != UNUSED}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in found.merges)]
+    wrong = next((merge for merge in merges if not {*merge, "".join(merge)} <= words.keys()), None)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: the merge {' '.join(wrong)[:80]!r} does not join two of its tokens to a third")
+    kinds = {token: kind for token, kind in zip(found.tokens, found.kinds, strict=True) if kind in (CONTROL, USER)}
+    added = [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in kinds.items()]
+    return _qwen(models.BPE(words, merges), added)
+
+
+def _qwen(bpe: models.BPE, added: Iterable[AddedToken]) -> FastTokenizer:
+    """A tokenizer that cuts text as Qwen's does before it merges."""
     fast = FastTokenizer(bpe)
     fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre_tokenizers.Sequence(
@@ -72,7 +97,7 @@ def _from_vocabulary(folder: Path) -> FastTokenizer:
         ]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_tokens(_special_tokens(folder))
+    fast.add_tokens(list(added))
     return fast
 
 
