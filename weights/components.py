@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint, components_in
+from zimage.formats.hub_cache import snapshot
 from zimage.formats.json_text import read_json
 from zimage.loading.files import Component
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
@@ -14,6 +15,7 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 
 def find_components(path: Path) -> dict[str, Path]:
     """Component → the folder or file that holds it. Raises CheckpointError where there is none."""
+    path = snapshot(path)
     if path.is_file():
         found = dict.fromkeys(components_in(path), path)
     elif path.is_dir():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from zimage.errors import CheckpointError, FetchError, RequestError
+from zimage.formats.hub_cache import REPOSITORY
 from zimage.weights.hub import Hub, Listing, Remote
 from zimage.weights.manifest import Progress, Record, find_known, hash_file, read_record, silent
 
@@ -70,6 +71,14 @@ def fetch(
         yield _recorded(folder, repository, listing, file, transferred, progress)
     if (folder / PARTIAL).is_dir():
         shutil.rmtree(folder / PARTIAL)
+
+
+def find_repository(model: str) -> str:
+    """The hub's OWNER/NAME of a model by its short name or by itself. Raises RequestError."""
+    repository = REPOSITORIES.get(model, model)
+    if not REPOSITORY.fullmatch(repository):
+        raise RequestError(f"model {model[:80]!r} should be {' or '.join(REPOSITORIES)}, or OWNER/NAME on the hub")
+    return repository
 
 
 def _needed(repository: str, listing: Listing, check_known: bool) -> list[Remote]:

@@ -40,7 +40,7 @@ def weights(ctx: click.Context) -> None:
 
 
 @weights.command()
-@click.argument("model", type=click.Choice(("turbo", "base")))
+@click.argument("model")
 @click.option("--to", "folder", type=PATH, help="Folder to download to. Default: ./Z-Image-Turbo or ./Z-Image.")
 @click.option("--revision", metavar="STR", help="Branch, tag or commit. Default: the main branch.")
 @click.option("--endpoint", metavar="URL", help="Another hub, such as a mirror. Default: the library's (HF_ENDPOINT).")
@@ -48,13 +48,13 @@ def weights(ctx: click.Context) -> None:
 def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str | None, quiet: bool) -> None:
     """Download a published model from the hub (extra `hub`).
 
-    turbo is Z-Image-Turbo (about 33 GB), base is Z-Image (about 21 GB); only what a render needs is fetched. Every file
-    is checked against the hub's size and hash before it gets its name. Run the same command again to continue an
-    interrupted download; on a complete folder it checks every file.
+    MODEL is turbo (Z-Image-Turbo, about 33 GB), base (Z-Image, about 21 GB) or any OWNER/NAME in their layout; only
+    what a render needs is fetched. Every file is checked against the hub's size and hash before it gets its name. Run
+    the same command again to continue an interrupted download; on a complete folder it checks every file.
     """
-    from zimage.weights.fetch import REPOSITORIES, fetch
+    from zimage.weights.fetch import fetch, find_repository
 
-    repository, watch, transferred, count = REPOSITORIES[model], Watch(quiet), 0, 0
+    repository, watch, transferred, count = find_repository(model), Watch(quiet), 0, 0
     folder = folder or Path(repository.rpartition("/")[2])
     with _interruptible(watch, "what has arrived is kept: run the same command to continue"):
         for file in fetch(repository, folder, revision, endpoint, watch):
