@@ -1,6 +1,7 @@
 """A chat server for tests: answers from a list, each served once, the last one again and again."""
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -54,6 +55,30 @@ def serving(*replies: Reply) -> Iterator[FakeChat]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+EVER = itertools.repeat
+DRIPS = {  # what a server sends at once, what it goes on to send, and the pause before each piece
+    "nothing": (b"", (), 0),
+    "status line": (b"HTTP/1.1 200 ", EVER(b"O"), 0.02),
+    "header": (OK + b"X-Name: ", EVER(b"x"), 0.02),
+    "headers": (OK, (b"X-%d: x\r\n" % i for i in itertools.count()), 0.02),
+    "body": (OK + b"Content-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
+    "body without an end": (OK + b"\r\n", EVER(b"x"), 0.02),
+    "chunk": (CHUNKED + b"fffff\r\n", EVER(b"x"), 0.02),
+    "chunks": (CHUNKED, EVER(b"1\r\nx\r\n"), 0.02),
+    "chunk size": (CHUNKED, EVER(b"0"), 0.02),
+    "chunk extension": (CHUNKED + b"5;", EVER(b"x"), 0.02),
+    "trailer": (CHUNKED + b"1\r\nx\r\n0\r\nX-Name: ", EVER(b"x"), 0.02),
+    "100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.02),
+    "flood of 100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), 0),
+    "redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://", EVER(b"x"), 0.02),
+    "error": (b"HTTP/1.1 500 No\r\nContent-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
+    "TLS": (b"", (), 0),
+    "TLS record": (b"\x16\x03\x03\x3f\xff", EVER(b"x"), 0.02),
+}
 
 
 @contextlib.contextmanager

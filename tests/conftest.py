@@ -20,6 +20,8 @@ from zimage.vae import AutoencoderKL
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
+    parser.addoption("--cases", type=int, default=20_000, help="mutated inputs of `-m fuzz`, of all kinds together")
+    parser.addoption("--seed", type=int, default=1, help="from which they are made")
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -36,11 +38,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--full"):
-        return
+    reasons = {}
+    if not config.getoption("--full"):
+        reasons["full"] = "full-size models are opt-in: --full"
+    if "fuzz" not in config.option.markexpr:
+        reasons["fuzz"] = "thousands of mutated inputs are opt-in: -m fuzz"
     for item in items:
-        if "full" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="full-size models are opt-in: --full"))
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +28,8 @@ class FakeHub:
     status: dict[str, int] = field(default_factory=dict)  # path → status to answer with
     ranges: bool = True  # whether a Range is heeded
     hashes: bool = True  # whether the listing states them
+    tamper: Callable[[dict], object] = lambda info: info  # what becomes of the listing; bytes are sent as they are
+    extra: bytes = b""  # sent after every file's content, and counted
     told: list[tuple[str, str | None]] = field(default_factory=list)  # by place: the Authorization that came along
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -52,6 +54,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
     """`hub` at `hub.url`, on a free port of this machine."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that has heard enough
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -92,9 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         repository = re.escape(self.hub.repository)
+        if path.startswith("/api/"):
+            self.hub.told.append(("api", self.headers.get("Authorization")))
         if match := re.fullmatch(rf"/api/models/{repository}/revision/(.+)", path):
             known = match[1] in ("main", COMMIT)
-            self._send(200 if known else 404, json.dumps(self.hub.info()).encode() if known else b"", with_body,
+            listing = self.hub.tamper(self.hub.info()) if known else b""
+            listing = listing if isinstance(listing, bytes) else json.dumps(listing).encode()
+            self._send(200 if known else 404, listing, with_body,
                        {} if known else {"X-Error-Code": "RevisionNotFound"})  # fmt: skip
         elif match := re.fullmatch(rf"/{repository}/resolve/{COMMIT}/(.+)", path):
             self._resolve(match[1], with_body)
@@ -131,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
         if wanted:
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        self._send(206 if wanted else 200, content[begin:], with_body, headers, path, begin)
+        self._send(206 if wanted else 200, content[begin:] + self.hub.extra, with_body, headers, path, begin)
 
     def _send(self, status: int, body: bytes, with_body: bool, headers: dict, path: str = "", begin: int = 0) -> None:
         self.send_response(status)

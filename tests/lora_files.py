@@ -8,16 +8,17 @@ from pathlib import Path
 import tiny
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage.dit import ZImageDiT
-from zimage.nn.adapters import linear_shapes
+from zimage.nn.adapters import linear_shapes, vector_sizes
 
 RANK = 4
 ALPHA = 2.0  # half the rank: powers of two, so that every way to write the scale gives the same bits
 
 with torch.device("meta"):
-    SHAPES = linear_shapes(ZImageDiT.from_config(tiny.DIT))
+    MODEL = ZImageDiT.from_config(tiny.DIT)
+SHAPES, SIZES = linear_shapes(MODEL), vector_sizes(MODEL)
 BLOCKS = ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
 PROJECTIONS = [f"{block}.attention.{name}" for block in BLOCKS for name in ("to_q", "to_k", "to_v", "to_out.0")]
 ONE = "layers.0.attention.to_q"
@@ -127,6 +128,14 @@ NAMINGS = {
     "dotted with duplicates": duplicated,
     "diffsynth": baked(named(str, *DEFAULT, False)),
     "raw peft": baked(named("base_model.model.{}".format, *A_B, False)),
+    "raw peft of an adapter called weight": baked(
+        named("base_model.model.{}".format, ".lora_A.weight.weight", ".lora_B.weight.weight", False)
+    ),
+    "diffsynth of an adapter with a name": baked(
+        named("pipe.dit.{}".format, ".lora_A.my-style.weight", ".lora_B.my-style.weight", False)
+    ),
+    "videox-fun": named(lambda path: "lora_unet__" + underscored(path), *DOWN_UP, True),
+    "wrapped twice": baked(named("base_model.model.transformer.{}".format, *A_B, False)),
 }
 
 
@@ -155,6 +164,30 @@ def loha(out: int, into: int, seed: int = 93) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"w1_a": (out, RANK), "w1_b": (RANK, into), "w2_a": (out, RANK), "w2_b": (RANK, into)}
     return {f"hada_{name}": 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def oft(inputs: int, side: int, size: float = 0.1, shared: bool = False, seed: int = 94) -> Tensor:
+    """The values above the diagonals of an OFT's blocks, as PEFT keeps them."""
+    generator = torch.Generator().manual_seed(seed)
+    return size * torch.randn(1 if shared else inputs // side, side * (side - 1) // 2, generator=generator)
+
+
+def oft_blocks(outputs: int, side: int, size: float = 0.1, seed: int = 95) -> Tensor:
+    """The blocks of an OFT, as LyCORIS keeps them."""
+    return size * torch.randn(outputs // side, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(model: nn.Module, seed: int = 96) -> dict[str, Tensor]:
+    """A difference for every norm's weight and every bias."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.3 * torch.randn(size, generator=generator) for name, size in vector_sizes(model).items()}
+
+
+def differences(given: dict[str, Tensor], name: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """Weights and biases as the extracting tools name their differences."""
+    endings = {"weight": "diff", "bias": "diff_b"}
+    parts = {key: key.rpartition(".") for key in given}
+    return {f"{name(parts[key][0])}.{endings[parts[key][2]]}": value for key, value in given.items()}
 
 
 def write_kinds(folder: Path) -> Path:

@@ -60,7 +60,7 @@ def test_an_explicit_file_is_replaced_and_it_says_so(run, tmp_path):
 
 def test_patterns_folders_and_many_images(run, tmp_path):
     (tmp_path / "d").mkdir()
-    status, out, _ = run("gen", "a", "b", "-n", "2", "--seed", "3", "-o", "d/{index}-{prompt}-{seed}.webp")
+    status, out, _ = run("gen", "a", "b", "--each", "-n", "2", "--seed", "3", "-o", "d/{index}-{prompt}-{seed}.webp")
     assert status == 0
     assert out.split() == ["d/1-a-3.webp", "d/2-a-4.webp", "d/3-b-3.webp", "d/4-b-4.webp"]
     assert run("gen", "a", "-n", "2", "-o", "same.jpg")[1].split() == ["same.jpg", "same-2.jpg"]
@@ -186,7 +186,7 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
         (["gen", "a", "-o", "{seed.x}.png"], 2, "is not valid; its fields may be"),
         (["gen", "--file", "absent.txt"], 2, "cannot be read"),
         (["gen", "a", "--file", "absent.txt"], 2, "not both"),
-        (["gen", "--from", "absent.png"], 2, "cannot be read as a picture"),
+        (["gen", "--from", "absent.png"], 2, "is missing"),
         (["gen", "a", "--model", "nowhere"], 1, "is neither a folder"),
         (["info", "nowhere"], 1, "is neither a folder"),
     ],

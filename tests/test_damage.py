@@ -7,7 +7,7 @@ from pathlib import Path
 
 import loose
 import pytest
-from fuzz.headers import HEADERS, flipped, gguf_damaged, other_dtype
+from damaged import HEADERS, flipped, gguf_damaged, other_dtype
 from safetensors.torch import load_file
 
 import zimage

@@ -28,10 +28,8 @@ def hub(tiny_folder):
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch, tmp_path):
-    """The library keeps 10 MB at a time: of a tiny file nothing would have arrived before it broke off."""
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4096)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+def without_pauses(monkeypatch, tmp_path):
+    monkeypatch.setattr("zimage.weights.hub.PAUSES", (0.0,) * 5)
     monkeypatch.chdir(tmp_path)
 
 
@@ -68,8 +66,9 @@ def test_a_model_is_fetched_and_renders(run, hub, tmp_path):
 
 def test_a_login_is_told_to_the_hub_alone(run, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)  # as HF_ENDPOINT sets it
     assert run()[0] == 0
-    assert set(hub.told) == {("hub", "Bearer hf_secret"), ("storage", None)}
+    assert set(hub.told) == {("api", "Bearer hf_secret"), ("hub", "Bearer hf_secret"), ("storage", None)}
 
 
 def test_a_complete_folder_transfers_nothing(run, hub):
@@ -124,14 +123,7 @@ def test_a_short_break_is_bridged_at_once(run, hub, tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_what_arrived(hub, tmp_path, sent):
     hub.stall_after[DIT] = 200_000
-    code = (
-        "import sys, huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 4096\n"
-        "from zimage.cli import main; sys.exit(main())"
-    )
-    arguments = ["weights", "fetch", "turbo", "--to", "model", "--endpoint", hub.url]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    process = _fetching(hub, tmp_path)
     deadline = time.monotonic() + 60
     while _partial_size(tmp_path) < 100_000:
         assert time.monotonic() < deadline
@@ -143,6 +135,14 @@ def test_an_interruption_keeps_what_arrived(hub, tmp_path, sent):
     assert err.splitlines()[-1].startswith("error: interrupted; what has arrived is kept")
     assert DIT not in visible(tmp_path / "model")
     assert _partial_size(tmp_path) >= 100_000
+
+
+def _fetching(hub, folder):
+    """A process that fetches. A shell's background jobs ignore SIGINT, and what they start does: not this one."""
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from zimage.cli import main; sys.exit(main())"
+    arguments = ["weights", "fetch", "turbo", "--to", "model", "--endpoint", hub.url]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder)
 
 
 def _partial_size(tmp_path):
@@ -218,7 +218,8 @@ def test_too_little_room_is_said_before_anything_comes(run, hub, tmp_path, monke
     [
         (["--revision", "nowhere"], 1, "has no revision nowhere"),
         (["--endpoint", "http://127.0.0.1:9"], 1, "cannot be reached"),
-        (["--endpoint", "nonsense"], 1, "nonsense"),
+        (["--endpoint", "nonsense"], 2, "endpoint 'nonsense' cannot be used"),
+        (["--endpoint", "http://me:pw@h"], 2, "cannot be used"),
         (["--to", "no/such/model"], 2, "does not exist; make it first"),
         (["--to", "file"], 2, "is a file"),
     ],

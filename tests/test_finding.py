@@ -265,11 +265,6 @@ def test_what_is_nowhere_is_said(path):
     assert "fetch" not in str(error.value)
 
 
-def test_fetch_wants_a_name(capsys):
-    assert main(["weights", "fetch", "../etc"]) == 2
-    assert "should be turbo or base, or OWNER/NAME on the hub" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------ info of loose files
 
 

@@ -86,6 +86,18 @@ def says(words: str) -> Seen:
     return seen
 
 
+def helps(words: str) -> Seen:
+    """What cannot be had without it."""
+
+    def seen(before: Outcome, after: Outcome) -> None:
+        assert before.status != 0
+        assert words in before.err
+        assert after.status == 0, after.err
+        assert after.pictures
+
+    return seen
+
+
 def fails(words: str) -> Seen:
     """What cannot be had is one line, and no picture."""
 
@@ -173,6 +185,8 @@ CASES = [
     Case("variant", "base", beside={"steps": 2, "guidance": 0.0}),
     Case("lora", ["{files}/style.safetensors"]),
     Case("lora", ["{files}/style.safetensors:0.5"], beside={"lora": ["{files}/style.safetensors"]}),
+    Case("lora_skip", "text_encoder", helps("--lora-skip"), beside={"lora": ["{files}/both.safetensors"]}),
+    Case("lora_folder", "{files}", helps("--lora-folder"), beside={"from": "{files}/styled.png"}),
     # machine
     Case("device", "cuda:99", fails("device 'cuda:99' is not on this machine")),
     Case("text_encoder_device", "cuda:99", fails("text_encoder_device 'cuda:99' is not on this machine")),
@@ -242,6 +256,8 @@ def places(tiny_folder, tmp_path_factory):
     states = [part.state_dict() for part in (tiny.talkative(encoder), dit, vae)]
     other = tiny.write_model(folder / "other", *states, tiny.KL)
     _write_files(folder)
+    styled = {"lora": [str(folder / "style.safetensors")]}
+    assert main(["gen", *options(BASE | styled, {"tiny": tiny_folder}), "-o", str(folder / "styled.png")]) == 0
     slow = chat_server.said("A fine cat.")
     slow.drip = 0.002
     with chat_server.serving(chat_server.said("A fine cat.")) as server, chat_server.serving(slow) as slow_server:
@@ -254,7 +270,9 @@ def places(tiny_folder, tmp_path_factory):
 def _write_files(folder: Path) -> None:
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "start.png")
     Image.linear_gradient("L").resize((64, 48)).rotate(180).save(folder / "mask.png")
-    lora_files.write(folder / "style.safetensors", lora_files.NAMINGS["kohya"](lora_files.factors([lora_files.ONE])))
+    style = lora_files.NAMINGS["kohya"](lora_files.factors([lora_files.ONE]))
+    lora_files.write(folder / "style.safetensors", style)
+    lora_files.write(folder / "both.safetensors", style | {"lora_te_x.lora_down.weight": torch.ones(1)})
     for i, name in enumerate(("one", "two")):
         caption = torch.randn(5, tiny.QWEN["hidden_size"], generator=torch.Generator().manual_seed(i))
         save_embeddings(folder / f"{name}.safetensors", caption, {}, "")
@@ -337,7 +355,7 @@ def check(places, run, plain):
 def filled(value: Any, places: dict[str, Any]) -> Any:
     if isinstance(value, list):
         return [filled(item, places) for item in value]
-    for name in ("tiny", "other", "files", "server", "slow") if isinstance(value, str) else ():
+    for name in places if isinstance(value, str) else ():
         value = value.replace(f"{{{name}}}", str(places[name]))
     return value
 

@@ -231,13 +231,6 @@ def test_a_branch_comes_near_the_merged_model(coarse, pipe, folder):
     assert (near - exact).norm() < 0.2 * (far - exact).norm()
 
 
-def test_a_dora_needs_float_weights(coarse, widened, folder):
-    for pipe in (coarse, widened):
-        with pytest.raises(RequestError, match="a DoRA, which needs plain float weights"):
-            pipe.lora.add(folder / "dora.safetensors")
-        assert not pipe.lora.list()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_compiled_blocks_see_what_changes(tiny_folder, folder, precision):
     """Added, re-weighted and removed after compiling; another strength compiles nothing anew."""

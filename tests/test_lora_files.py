@@ -211,7 +211,7 @@ NEW = torch.ones(4, 64)
     [
         (lambda t: t.update({"layers.9.attention.to_q.lora_down.weight": NEW}), "1 of its 49 keys cannot be matched"),
         (lambda t: t.update({f"transformer.{Q}.lora_mid.weight": NEW}), "layers.0.attention.to_q.lora_mid.weight"),
-        (lambda t: t.update({f"transformer.{Q}.diff": NEW}), f"cannot be matched to a layer: transformer.{Q}.diff"),
+        (lambda t: t.update({f"transformer.{Q}.diff": NEW}), f"{Q} has alpha, diff, lora_A, lora_B; it should have"),
         (lambda t: t.update({f"transformer.{Q}.lora_up.bias": NEW}), "lora_up.bias"),
         (lambda t: t.update({"text_encoder.layers.0.q.lora_down.weight": NEW}), "keys of the text encoder, 1 of 49"),
         (lambda t: t.update({"lora_te1_layers_0_q.lora_down.weight": NEW}), "only adapters of the DiT"),

@@ -1,7 +1,9 @@
 """LoRA in the settings, on the command line and in a picture's metadata."""
 
+import os
 import re
 import shutil
+from pathlib import Path
 
 import lora_files as files
 import pytest
@@ -9,9 +11,14 @@ from PIL import Image
 
 import zimage
 from zimage.cli import main
+from zimage.cli.origin import with_loras
 from zimage.errors import CheckpointError, RequestError
+from zimage.formats.lora import content_hash
+from zimage.loading import loras
+from zimage.loading.loras import find_by_hash
 from zimage.settings.declared import LoadSettings, split_lora
 from zimage.settings.fields import list_fields
+from zimage.settings.profiles import Resolved
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +97,107 @@ def test_command_line_and_metadata(run, folder, tmp_path):
     assert "warning" not in err
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.tobytes() == two.tobytes()
-    _, _, err = run("--from", "one.png", "-o", "three.png")
-    assert re.search(r"warning: lora was od:d.safetensors 0.8 \w+, all.safetensors 1.0 \w+, now none: pixels may", err)
+    _, _, err = run("--from", "one.png", "-o", "three.png", *both[2:])
+    assert re.search(r"warning: lora was od:d.safetensors 0.8 \w+, all.safetensors 1.0 \w+, now all.saf", err)
     _, _, err = run("--from", "none.png", "-o", "four.png", *both[:2])
     assert "warning: lora was none, now od:d.safetensors 0.8" in err
+
+
+def made(run, folder, tmp_path) -> bytes:
+    """one.png, made with two LoRAs; its pixels."""
+    both = ("--lora", f"{folder}/style.safetensors:0.8", "--lora", folder / "all.safetensors")
+    assert run("a", "--seed", 1, "-o", "one.png", *both)[0] == 0
+    with Image.open(tmp_path / "one.png") as one:
+        return one.tobytes()
+
+
+def same(tmp_path, name: str, pixels: bytes) -> bool:
+    with Image.open(tmp_path / name) as image:
+        return image.tobytes() == pixels
+
+
+def test_a_pictures_loras_are_demanded_and_found_by_their_content(run, folder, tmp_path):
+    """Under other names, in folders below, beside files that are none; without a warning, since nothing differs."""
+    pixels = made(run, folder, tmp_path)
+    status, out, err = run("--from", "one.png", "-o", "two.png")
+    assert (status, out) == (2, "")
+    told = r"error: one.png was made with lora style.safetensors \(hash \w{12}\), all.safetensors \(hash \w{12}\): "
+    assert re.match(told + r"pass it with --lora, or name a folder of LoRAs with --lora-folder\n$", err)
+
+    loras = tmp_path / "loras"
+    (loras / "below").mkdir(parents=True)
+    shutil.copy(folder / "style.safetensors", loras / "below" / "of:5 another name.safetensors")
+    shutil.copy(folder / "style.safetensors", loras / "all.safetensors")  # the right name, another content
+    (loras / "damaged.safetensors").write_bytes(b"")
+    os.mkfifo(loras / "pipe.safetensors")
+    (loras / "loop.safetensors").symlink_to("loop.safetensors")
+    status, _, err = run("--from", "one.png", "-o", "two.png", "--lora-folder", loras)
+    assert status == 2
+    assert re.match(r"error: one.png was made with lora all.safetensors \(hash", err)
+
+    shutil.copy(folder / "all.safetensors", loras / "below" / "third.safetensors")
+    status, _, err = run("--from", "one.png", "-o", "two.png", "--lora-folder", loras)
+    assert (status, "warning" in err) == (0, False), err
+    assert same(tmp_path, "two.png", pixels)
+
+
+def test_a_settings_file_names_the_folder_or_the_files(run, folder, tmp_path):
+    pixels = made(run, folder, tmp_path)
+    (tmp_path / "folder.toml").write_text(f"[default]\nlora_folder = '{folder}'\n", encoding="utf-8")
+    names = f"['{folder}/all.safetensors:2', '{folder}/dora.safetensors', '{folder}/style.safetensors']"
+    (tmp_path / "files.toml").write_text(f"[default]\nlora = {names}\n", encoding="utf-8")
+    for name in ("folder", "files"):
+        status, _, err = run("--from", "one.png", "-o", f"{name}.png", "--config", f"{name}.toml")
+        assert (status, "warning" in err) == (0, False), err
+        assert same(tmp_path, f"{name}.png", pixels)
+    (tmp_path / "folder.toml").write_text("[default]\nlora_folder = 'absent'\n", encoding="utf-8")
+    status, _, err = run("--from", "one.png", "-o", "two.png", "--config", "folder.toml")
+    assert status == 2
+    assert re.search(r"lora_folder '.*absent' is not a folder; name one .*\(from folder.toml \[default\] line 2\)", err)
+
+
+def test_each_candidate_is_hashed_once_and_those_of_the_right_name_first(folder, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(loras, "content_hash", lambda path: hashed.append(path.name) or content_hash(path))
+    for name in ("z", "a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode() * (10 if name == "a" else 5))
+    wanted = {content_hash(tmp_path / f"{name}.safetensors"): f"{name}.safetensors" for name in ("z", "b")}
+    found = find_by_hash(wanted, [str(tmp_path / "z.safetensors")], str(tmp_path))
+    assert [Path(path).name for path in found.values()] == hashed == ["z.safetensors", "b.safetensors"]
+    hashed.clear()
+    find_by_hash({"0" * 12: "b.safetensors"}, [str(tmp_path / "z.safetensors")], str(tmp_path))
+    assert hashed == ["b.safetensors", "z.safetensors", "a.safetensors"]
+
+
+@pytest.mark.parametrize("lora", ["x", 3, [3], [{"name": "a"}], [{"name": 1, "hash": "a", "scale": 1}]])
+def test_loras_of_a_picture_that_cannot_be_are_told(tmp_path, lora):
+    with pytest.raises(RequestError, match=r"one.png: its lora should be a list of names, scales and hashes"):
+        with_loras(Path("one.png"), {"lora": lora}, {}, Resolved({}, {}))
+
+
+def test_a_folder_stands_for_its_file(run, folder, tmp_path):
+    (tmp_path / "style").mkdir()
+    shutil.copy(folder / "style.safetensors", tmp_path / "style" / "pytorch_lora_weights.safetensors")
+    assert run("a", "--seed", 1, "-o", "one.png", "--lora", "style:0.5")[0] == 0
+    assert run("a", "--seed", 1, "-o", "two.png", "--lora", f"{folder}/style.safetensors:0.5")[0] == 0
+    with Image.open(tmp_path / "two.png") as two:
+        assert same(tmp_path, "one.png", two.tobytes())
+    shutil.copy(folder / "style.safetensors", tmp_path / "style" / "other.safetensors")
+    (tmp_path / "style" / "pytorch_lora_weights.safetensors").rename(tmp_path / "style" / "third.safetensors")
+    status, _, err = run("a", "-o", "one.png", "--lora", "style")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "it holds other.safetensors, third.safetensors: name one of them" in err
+
+
+def test_the_name_of_an_existing_file_has_no_scale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_lora("style:2") == ("style", 2.0)
+    (tmp_path / "style:2").write_bytes(b"")
+    assert split_lora("style:2") == ("style:2", 1.0)
+    assert split_lora("style:2:0.5") == ("style:2", 0.5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert split_lora("~/style:2") == ("~/style:2", 1.0)
+    assert split_lora("a\0:2") == ("a\0", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +207,8 @@ def test_command_line_and_metadata(run, folder, tmp_path):
         ("absent.ckpt:0.5", 1, "is missing"),
         ("absent.safetensors:nan", 2, "lora scale nan should lie between -100 and 100"),
         ("", 1, "LoRA"),
+        ("x" * 5000, 1, "cannot be read: File name too long"),
+        ("x" * 5000 + ":2", 1, "cannot be read: File name too long"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(run, tmp_path, value, status, words):

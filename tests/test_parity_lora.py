@@ -44,7 +44,9 @@ def fill(model) -> None:
     """Random values where training would start at zero."""
     generator = torch.Generator().manual_seed(97)
     for name, weight in model.named_parameters():
-        if "lora_" in name or "lokr_" in name or "hada_" in name:
+        if "oft_R" in name:
+            weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
+        elif "lora_" in name or "lokr_" in name or "hada_" in name:
             offset = 1.0 if "magnitude" in name else 0.0
             weight.data = offset + 0.2 * torch.randn(weight.shape, generator=generator)
 
@@ -95,12 +97,55 @@ def test_saved_by_a_diffusers_pipeline(pipe, reference, tmp_path):
 
 SAVED = {
     **CONFIGS,
+    "of all but the last blocks": peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=TARGETS,
+        alpha_pattern={r"(noise|context)_refiner\..*": 3, r"layers\.\d+\.attention\.to_[qk]": 9},
+    ),
     "dora": peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "w2"], use_dora=True),
     "loha": peft.LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lokr": peft.LoKrConfig(r=4, alpha=6, target_modules=TARGETS),
     "lokr of products": peft.LoKrConfig(r=2, alpha=6, target_modules=TARGETS, decompose_both=True),
     "lokr of whole matrices": peft.LoKrConfig(r=64, alpha=6, target_modules=["to_q", "w1"]),
 }
+
+
+INNER = ["to_q", "to_k", "to_out.0", "w1", "t_embedder.mlp.0", "cap_embedder.1"]
+OFTS = {
+    "defaults": {"oft_block_size": 8},
+    "blocks by their number": {"r": 4, "oft_block_size": 0},
+    "one block": {"oft_block_size": 64},
+    "shared": {"oft_block_size": 16, "block_share": True},
+    "exact": {"oft_block_size": 8, "use_cayley_neumann": False},
+    "exact and shared": {"oft_block_size": 8, "use_cayley_neumann": False, "block_share": True},
+    **{f"{n} terms": {"oft_block_size": 8, "num_cayley_neumann_terms": n} for n in (1, 2, 3, 4, 6, 9)},
+    "constrained": {"oft_block_size": 8, "coft": True, "eps": 0.3},
+    "constrained, exact and shared": {
+        **{"oft_block_size": 8, "coft": True, "eps": 0.05},
+        **{"use_cayley_neumann": False, "block_share": True},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OFTS)
+def test_an_oft_saved_by_peft(pipe, reference, tmp_path, name):
+    """The merged weights of each layer, and the velocity of the whole model."""
+    model = peft.get_peft_model(reference, peft.OFTConfig(target_modules=INNER, **OFTS[name]))
+    fill(model)
+    model.save_pretrained(tmp_path)
+    pipe.lora.add(tmp_path)
+    ours = dict(pipe.dit.named_parameters())
+    model.merge_adapter()
+    merged = {key.replace(".base_layer", ""): value for key, value in reference.state_dict().items()}
+    turned = [path for path in SHAPES if path.endswith(tuple(INNER))]
+    assert sorted(pipe.lora.list()[0].file.deltas) == sorted(turned)
+    for path in turned:
+        assert tiny.relative_error(ours[f"{path}.weight"], merged[f"{path}.weight"]) <= TOLERANCE
+    model.unmerge_adapter()
+    if name != "1 terms":  # which turns nothing
+        pipe.lora.remove(pipe.lora.list()[0].handle)
+        assert_same(pipe, tmp_path, reference)
 
 
 @pytest.mark.parametrize("name", SAVED)

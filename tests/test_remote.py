@@ -1,14 +1,15 @@
 """Text from a server: what is sent, and one clear line for everything that can go wrong."""
 
-import itertools
+import contextlib
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from chat_server import Reply, dripping, said, serving
+from chat_server import DRIPS, OK, Reply, dripping, said, serving
 
 from zimage.errors import RemoteError, RequestError
 from zimage.settings.declared import Sampling
@@ -136,29 +137,6 @@ def test_a_server_that_is_not_there():
     assert time.monotonic() - start < 2
 
 
-OK = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-EVER = itertools.repeat
-DRIPS = {  # what a server sends at once, what it goes on to send, and the pause before each piece
-    "nothing": (b"", (), 0),
-    "status line": (b"HTTP/1.1 200 ", EVER(b"O"), 0.02),
-    "header": (OK + b"X-Name: ", EVER(b"x"), 0.02),
-    "headers": (OK, (b"X-%d: x\r\n" % i for i in itertools.count()), 0.02),
-    "body": (OK + b"Content-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
-    "body without an end": (OK + b"\r\n", EVER(b"x"), 0.02),
-    "chunk": (CHUNKED + b"fffff\r\n", EVER(b"x"), 0.02),
-    "chunks": (CHUNKED, EVER(b"1\r\nx\r\n"), 0.02),
-    "chunk size": (CHUNKED, EVER(b"0"), 0.02),
-    "chunk extension": (CHUNKED + b"5;", EVER(b"x"), 0.02),
-    "trailer": (CHUNKED + b"1\r\nx\r\n0\r\nX-Name: ", EVER(b"x"), 0.02),
-    "100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.02),
-    "flood of 100 Continue": (b"", EVER(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), 0),
-    "error": (b"HTTP/1.1 500 No\r\nContent-Length: 99999\r\n\r\n", EVER(b"x"), 0.02),
-    "TLS": (b"", (), 0),
-    "TLS record": (b"\x16\x03\x03\x3f\xff", EVER(b"x"), 0.02),
-}
-
-
 @pytest.mark.parametrize("drip", DRIPS)
 def test_one_deadline_holds_for_all_that_a_server_may_drip(drip):
     scheme = "https" if drip.startswith("TLS") else "http"
@@ -167,10 +145,40 @@ def test_one_deadline_holds_for_all_that_a_server_may_drip(drip):
         with pytest.raises(RemoteError, match=r"^\S+ did not answer within 0.4 seconds$"):
             complete(f"{scheme}://{address}", timeout=0.4)
         assert 0.3 < time.monotonic() - start < 1.5
-        for thread in threading.enumerate():
-            if thread.name == "zimage-remote":
-                thread.join(1.5)
-                assert not thread.is_alive()
+        _no_thread_is_left()
+
+
+def test_a_name_that_is_looked_up_for_ever_ends_too(monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(5) or [])
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match=r"^http://host\S+ did not answer within 0.4 seconds$"):
+        complete("http://host", timeout=0.4)
+    assert time.monotonic() - start < 1.5
+    released.set()
+    _no_thread_is_left()
+
+
+def test_a_connection_that_is_never_taken_ends_too():
+    with socket.socket() as listener, contextlib.ExitStack() as others:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # what waits to be taken fills the queue
+            other = others.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(listener.getsockname())
+        start = time.monotonic()
+        with pytest.raises(RemoteError, match=r"did not answer within 0.4 seconds$"):
+            complete(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.4)
+    assert time.monotonic() - start < 1.5
+    _no_thread_is_left()
+
+
+def _no_thread_is_left():
+    for thread in threading.enumerate():
+        if thread.name == "zimage-remote":
+            thread.join(1.5)
+            assert not thread.is_alive()
 
 
 def test_the_deadline_covers_all_tries(monkeypatch):

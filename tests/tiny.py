@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from zimage.text.tokenizer import QWEN_SPLIT
+from zimage.text.tokenizer_file import QWEN_SPLIT
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 VOCAB = 256 + len(SPECIAL_TOKENS)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint
+from zimage.formats.files import read_file, require_inside
 from zimage.formats.layouts import Layout, fused_name, layout, split_names
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, Maps, Stored
@@ -46,6 +46,7 @@ EXTRAS = (
     "text_encoder/generation_config.json",
 )
 PIECE = 16 << 20  # values copied at a time
+LARGEST_EXTRA = 64 << 20  # bytes; a tokenizer.json has 11 MB
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,12 @@ def convert(
     plans = {name: list(_planned(each, *TARGETS[to][name], dtype)) for name, each in components.items()}
     tensors = [tensor for plan in plans.values() for tensor in plan]
     size = sum(tensor.nbytes for tensor in tensors)
+    extras = _extras(source if source.is_dir() else configs)
     check_space(target.absolute().parent, size)
     with placing(target, force) as temporary:
         if _is_file(target):
             write_file(temporary, tensors, progress)
         else:
-            extras = source if source.is_dir() else configs
             _write_folder(temporary, components, plans, dtype, extras, shard_size, progress)
     return Converted(target, to, tuple(plans), len(tensors), size)
 
@@ -228,7 +229,7 @@ def _write_folder(
     components: Mapping[str, Component],
     plans: Mapping[str, list[Planned]],
     dtype: str,
-    extras: Path | None,
+    extras: Mapping[str, Path],
     shard_size: int,
     progress: Progress,
 ) -> None:
@@ -240,8 +241,9 @@ def _write_folder(
         inner.mkdir(exist_ok=True)
         _write_config(inner / "config.json", component.config, dtype)
         write_shards(inner, STEMS[name], plans[name], shard_size, progress)
-    if whole and extras is not None:
-        _copy_extras(extras, folder)
+    for path, file in extras.items() if whole else ():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(read_file(file, LARGEST_EXTRA))
 
 
 def _write_config(path: Path, config: Mapping[str, Any], dtype: str) -> None:
@@ -251,10 +253,14 @@ def _write_config(path: Path, config: Mapping[str, Any], dtype: str) -> None:
     path.write_text(json.dumps({**config, **noted}, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_extras(source: Path, folder: Path) -> None:
-    """Copy what a model folder holds besides weights and their configs."""
+def _extras(source: Path | None) -> dict[str, Path]:
+    """What a model folder holds besides weights and their configs, by its path below the folder."""
+    found: dict[str, Path] = {}
+    if source is None:
+        return found
     for pattern in EXTRAS:
         for file in source.glob(pattern):
             if file.is_file() and not file.name.startswith("."):
-                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, folder / file.relative_to(source))
+                require_inside(source, file)
+                found[file.relative_to(source).as_posix()] = file
+    return found

@@ -5,25 +5,20 @@ Files arrive in `.zimage-partial` inside the folder and get their final names on
 
 import contextlib
 import os
-import re
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from zimage.errors import CheckpointError, FetchError, RequestError
-from zimage.formats.hub_cache import REPOSITORY
-from zimage.weights.hub import Hub, Listing, Remote
-from zimage.weights.manifest import Progress, Record, find_known, hash_file, read_record, silent
+from zimage.formats.files import require_inside
+from zimage.weights.hub import AGAIN, Hub, Listing, Remote, check_repository
+from zimage.weights.manifest import RECORD, Progress, Record, find_known, hash_file, read_record, silent
 
 REPOSITORIES = {"turbo": "Tongyi-MAI/Z-Image-Turbo", "base": "Tongyi-MAI/Z-Image"}
 PARTIAL = ".zimage-partial"
-# Only these files are fetched, whatever a repository lists: no pickles, and nothing outside the folder.
-NEEDED = re.compile(
-    r"model_index\.json|scheduler/[\w.-]+\.json|tokenizer/[\w.-]+\.(json|txt|jinja)"
-    r"|(text_encoder|transformer|vae)/[\w.-]+\.(json|safetensors)"
-)
 ESSENTIAL = ("text_encoder/config.json", "transformer/config.json", "vae/config.json")
 SPARE = 64 << 20  # bytes left free on the disk
 
@@ -43,6 +38,11 @@ class Fetched:
         return f"{came}, {'verified' if self.hash_known else 'only its size verified: the hub gives no hash'}"
 
 
+def repository_of(name: str) -> str:
+    """The repository that turbo, base or OWNER/NAME names. Raises RequestError."""
+    return REPOSITORIES.get(name) or check_repository(name)
+
+
 def fetch(
     repository: str,
     folder: Path,
@@ -54,35 +54,28 @@ def fetch(
 
     Files that are already there are hashed and not transferred again. After any interruption it can be called again.
     """
-    hub = Hub(repository, endpoint)
-    listing = hub.listing(revision)
-    files = _needed(repository, listing, check_known=revision is None)
-    _make(folder)
-    _check_stale(folder, files)
-    missing = []
-    for file in files:
-        if _is_there(folder, file, progress):
-            yield _recorded(folder, repository, listing, file, transferred=0, progress=progress)
-        else:
-            missing.append(file)
-    _check_space(folder, missing)
-    for file in missing:
-        transferred = _transfer(hub, listing, folder, file, progress)
-        yield _recorded(folder, repository, listing, file, transferred, progress)
+    with contextlib.closing(Hub(repository, endpoint)) as hub:
+        listing = hub.listing(revision)
+        files = _needed(repository, listing, check_known=revision is None)
+        _make(folder)
+        _check_links(folder, files)
+        _check_stale(folder, files)
+        missing = []
+        for file in files:
+            if _is_there(folder, file, progress):
+                yield _recorded(folder, repository, listing, file, transferred=0, progress=progress)
+            else:
+                missing.append(file)
+        _check_space(folder, missing)
+        for file in missing:
+            transferred = _transfer(hub, listing, folder, file, progress)
+            yield _recorded(folder, repository, listing, file, transferred, progress)
     if (folder / PARTIAL).is_dir():
         shutil.rmtree(folder / PARTIAL)
 
 
-def find_repository(model: str) -> str:
-    """The hub's OWNER/NAME of a model by its short name or by itself. Raises RequestError."""
-    repository = REPOSITORIES.get(model, model)
-    if not REPOSITORY.fullmatch(repository):
-        raise RequestError(f"model {model[:80]!r} should be {' or '.join(REPOSITORIES)}, or OWNER/NAME on the hub")
-    return repository
-
-
 def _needed(repository: str, listing: Listing, check_known: bool) -> list[Remote]:
-    files = [file for file in listing.files if NEEDED.fullmatch(file.path)]
+    files = list(listing.files)
     absent = [path for path in ESSENTIAL if path not in {file.path for file in files}]
     if absent:
         raise FetchError(f"{repository} is not a model in the published layout: it has no {absent[0]}")
@@ -111,6 +104,22 @@ def _make(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise RequestError(f"the folder {str(folder)!r} cannot be written to")
+
+
+def _check_links(folder: Path, files: list[Remote]) -> None:
+    """Raise CheckpointError where a link that lies in the folder would have something written or read elsewhere."""
+    for path in (RECORD, PARTIAL, *(file.path for file in files)):
+        require_inside(folder, folder / path)
+    for file in files:
+        partial = _partial(folder, file)
+        if os.path.lexists(partial) and not _is_plain(partial):
+            raise CheckpointError(f"{partial} is not a file that a fetch left there; remove it")
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a regular file of one name: what is appended to another's would change that."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def _check_stale(folder: Path, files: list[Remote]) -> None:
@@ -167,14 +176,18 @@ def _transfer(hub: Hub, listing: Listing, folder: Path, file: Remote, progress: 
     """Fetch the missing bytes of a file, verify it and give it its name; returns the bytes transferred."""
     partial = _partial(folder, file)
     partial.parent.mkdir(exist_ok=True)
-    with partial.open("ab") as stream, _alone(stream, file.path):
-        if partial.stat().st_size > file.size:
-            stream.truncate(0)
-        begin = partial.stat().st_size
-        if begin < file.size:
-            hub.read(file, listing.commit, cast(BinaryIO, _Watched(stream, file, progress)), begin)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with partial.open("ab") as stream, _alone(stream, file.path):
+            arriving = _Arriving(stream, file)
+            begin = arriving.size
+            hub.read(
+                file, listing.commit, arriving, lambda: progress(f"fetching {file.path}", arriving.size, file.size)
+            )
+            stream.flush()
+            os.fsync(stream.fileno())
+    except _TooMuch:
+        partial.unlink()
+        raise
     _verify(partial, file, progress)
     (folder / file.path).parent.mkdir(exist_ok=True)
     os.replace(partial, folder / file.path)
@@ -223,22 +236,28 @@ def _alone(stream: BinaryIO, path: str) -> Iterator[None]:
     yield
 
 
-class _Watched:
-    """A file that reports how much of it has been written."""
+class _TooMuch(FetchError):
+    """More came than was announced."""
 
-    def __init__(self, stream: BinaryIO, file: Remote, progress: Progress):
-        self.stream, self.file, self.progress = stream, file, progress
 
-    def write(self, data: bytes) -> int:
-        count = self.stream.write(data)
-        self.progress(f"fetching {self.file.path}", self.stream.tell(), self.file.size)
-        return count
+class _Arriving:
+    """A file while it arrives, which takes no more bytes than it should have; what is too long already starts anew."""
 
-    def tell(self) -> int:
-        return self.stream.tell()
+    def __init__(self, stream: BinaryIO, file: Remote):
+        self._stream, self._file = stream, file
+        self.size = os.fstat(stream.fileno()).st_size
+        if self.size > file.size:
+            self.restart()
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self.stream.seek(offset, whence)
+    def write(self, data: bytes) -> None:
+        if self.size + len(data) > self._file.size:
+            raise _TooMuch(
+                f"{self._file.path}: the hub sends more than the {self._file.size:,} bytes that it announced; "
+                f"what came was removed; {AGAIN}, or name another --endpoint"
+            )
+        self._stream.write(data)
+        self.size += len(data)
 
-    def truncate(self, size: int | None = None) -> int:
-        return self.stream.truncate(size)
+    def restart(self) -> None:
+        self._stream.truncate(0)
+        self.size = 0

@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,21 @@ from typing import Any
 
 from zimage.errors import CheckpointError
 from zimage.formats.atomic import beside
+from zimage.formats.files import require_inside
 from zimage.formats.json_text import read_json
 
 KNOWN = Path(__file__).parent / "manifest.json"
 RECORD = ".zimage-manifest.json"
 CHUNK = 4 << 20
+LARGEST_BLOB = 64 << 20  # bytes of a file that git itself may hold; hubs keep those over 10 MB elsewhere
+SHA256, BLOB = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+LARGEST = 50 * 10**9  # bytes of a file: the most that hubs send in one piece
+# Only these files are fetched or stand in a record, whatever lists them: no pickles, and nothing outside the folder.
+NEEDED = re.compile(
+    r"model_index\.json|(scheduler/N\.json|tokenizer/N\.(json|txt|jinja)"
+    r"|(text_encoder|transformer|vae)/N\.(json|safetensors))".replace("N", r"\w[\w.-]{0,150}"),
+    re.ASCII,
+)
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
@@ -58,7 +69,7 @@ def find_known(path: str, repository: str | None = None) -> KnownFile | None:
 
 @dataclass
 class Record:
-    """What a fetch verified: path below the folder → size and sha256."""
+    """What a fetch verified: path below the folder → size and sha256, each fit to be used (see `read_record`)."""
 
     folder: Path
     repository: str
@@ -73,19 +84,41 @@ class Record:
             os.replace(temporary, self.folder / RECORD)
 
 
+def is_needed(path: object) -> bool:
+    """Whether something is the path, below a model's folder, of a file that a render needs."""
+    return isinstance(path, str) and NEEDED.fullmatch(path) is not None
+
+
+def is_size(size: object) -> bool:
+    """Whether something can be the size of such a file."""
+    return type(size) is int and 0 <= size <= LARGEST
+
+
 def read_record(folder: Path) -> Record | None:
-    """The record in a folder, if a fetch left one. Raises CheckpointError where it is damaged."""
-    if not (folder / RECORD).is_file():
+    """The record in a folder, if a fetch left one. Raises CheckpointError where it is not as a fetch leaves it.
+
+    Whoever packed the folder may have written it: each of its words is checked, above all the paths.
+    """
+    path = folder / RECORD
+    if not path.is_file():
         return None
-    content = read_json(folder / RECORD)
-    try:
-        files = {
-            str(path): {"size": int(about["size"]), "sha256": str(about["sha256"])}
-            for path, about in content["files"].items()
-        }
-        return Record(folder, str(content["repository"]), str(content["revision"]), files)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{folder / RECORD} is damaged; remove it and fetch again") from None
+    require_inside(folder, path)
+    content = read_json(path)
+    repository, revision, files = (content.get(name) for name in ("repository", "revision", "files"))
+    if not (isinstance(repository, str) and isinstance(revision, str) and isinstance(files, dict)):
+        raise CheckpointError(f"{path} is damaged; remove it and fetch again")
+    wrong = next((name for name, about in files.items() if not _is_entry(name, about)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} lists {wrong[:80]!r} otherwise than a fetch does; remove it and fetch again")
+    files = {name: {"size": about["size"], "sha256": about["sha256"]} for name, about in files.items()}
+    return Record(folder, repository, revision, files)
+
+
+def _is_entry(path: str, about: object) -> bool:
+    if not is_needed(path) or not isinstance(about, dict):
+        return False
+    sha256 = about.get("sha256")
+    return is_size(about.get("size")) and isinstance(sha256, str) and SHA256.fullmatch(sha256) is not None
 
 
 def find_record(path: Path) -> Record | None:
@@ -112,7 +145,7 @@ def hash_file(path: Path, progress: Progress = silent) -> Hashes:
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             sha256.update(chunk)
-            if size <= CHUNK:  # git's hash is needed for small files only: large ones have a sha256
+            if size <= LARGEST_BLOB:  # large files have a sha256
                 blob.update(chunk)
             done += len(chunk)
             progress(f"hashing {path.name}", done, size)

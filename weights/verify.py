@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zimage.errors import CheckpointError
-from zimage.formats.files import read_file
+from zimage.formats.files import is_inside, read_file
 from zimage.formats.headers import Header, Slot, read_header
 from zimage.formats.json_text import json_value, read_json
 from zimage.formats.pages import forget_pages
@@ -56,7 +56,7 @@ def verify(
     record, wrong = find_record(path), False
     for file in _files(path, record):
         report = _check_file(file, path, record, values, hashes, progress)
-        wrong |= bool(report.problems) and file.suffix in (".safetensors", ".gguf")
+        wrong |= bool(report.problems) and (file.suffix in (".safetensors", ".gguf") or not is_inside(path, file))
         yield report
     if not wrong:  # else the components would only repeat it
         yield from _check_components(path, configs)
@@ -65,7 +65,10 @@ def verify(
 def _files(path: Path, record: Record | None) -> list[Path]:
     if path.is_file():
         return [path]
-    found = {file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.suffix in KINDS + PICKLES}
+    entries = list(path.glob("*"))
+    inner = [file for entry in entries if entry.is_dir() and is_inside(path, entry) for file in entry.glob("*")]
+    out = {entry for entry in entries if entry.is_dir() and not is_inside(path, entry)}
+    found = {file for file in (*entries, *inner) if file.suffix in KINDS + PICKLES} | out
     recorded = {record.folder / name for name in record.files} if record else set()
     mine = {file for file in recorded if path.absolute() in file.absolute().parents}
     visible = {file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts)}
@@ -74,6 +77,9 @@ def _files(path: Path, record: Record | None) -> list[Path]:
 
 def _check_file(file: Path, top: Path, record: Record | None, values: bool, hashes: bool, progress: Progress) -> Report:
     report = Report(str(file.relative_to(top)) if file != top else file.name)
+    if file != top and not is_inside(top, file):
+        report.problems.append("it is a link that leads out of the folder, which is not followed")
+        return report
     if not file.is_file():
         report.problems.append("it is missing; fetch it again" if not file.exists() else "it should be a file")
         return report

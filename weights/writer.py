@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
+from zimage.formats.atomic import beside, free_name, remove
 from zimage.formats.headers import BITS
 from zimage.weights.manifest import Progress, silent
 
@@ -44,7 +45,7 @@ def write_file(path: Path, tensors: Sequence[Planned], progress: Progress = sile
     """Write one file; `path` should be a temporary name, see `placing`. Raises CheckpointError."""
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])  # wide values first keeps all aligned
     head, total = _header(ordered), sum(tensor.nbytes for tensor in ordered)
-    with path.open("wb") as stream:
+    with path.open("xb") as stream:
         stream.write(head)
         for tensor in ordered:
             begin = stream.tell()
@@ -80,19 +81,17 @@ def placing(target: Path, replace: bool) -> Iterator[Path]:
 
     Raises RequestError where `target` has come into being meanwhile and `replace` is off.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        if target.exists() and not replace:
-            raise RequestError(f"{target} has appeared in the meantime and is not replaced; use --force")
-        _sync_all(temporary)
-        _take_name(temporary, target)
+        with beside(target) as temporary:
+            yield temporary
+            if target.exists() and not replace:
+                raise RequestError(f"{target} has appeared in the meantime and is not replaced; use --force")
+            _sync_all(temporary)
+            _take_name(temporary, target)
     except OSError as error:
         if error.filename is None:  # a failed write does not name its file
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
-    finally:
-        _remove(temporary)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -144,19 +143,17 @@ def _shifted(progress: Progress, before: int, total: int) -> Progress:
 
 def _take_name(temporary: Path, target: Path) -> None:
     """Rename a file or folder; a folder cannot be replaced in one step, so an old one steps aside first."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.is_dir():
+    aside, was_folder = free_name(target), target.is_dir()
+    if was_folder:
         os.replace(target, aside)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if was_folder:
+            os.replace(aside, target)
+        raise
     _sync(target.parent)
-    _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    remove(aside)
 
 
 def _sync_all(path: Path) -> None:

@@ -1,9 +1,11 @@
 """Every error a user can cause. Each message says what was wrong and what would be right, on one line."""
 
+import reprlib
 from collections.abc import Iterable
 from typing import Self
 
 LONGEST = 2000  # characters of an error
+SHOWN = 80  # characters of a value in one
 JOINERS = "\u200c\u200d"  # not printable by themselves, and part of words and emoji
 
 
@@ -21,6 +23,21 @@ def one_line(text: str, longest: int = LONGEST) -> str:
         return line
     end = longest // 3
     return f"{line[: longest - end - 3]} … {line[-end:]}"
+
+
+def quoted(value: object) -> str:
+    """A value from outside as an error shows it: of what is long or deep only the ends."""
+    return one_line(_SHORT.repr(value), SHOWN)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python shows no number of more than 4300 digits."""
+        return repr(x) if x.bit_length() < 4 * SHOWN else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, SHOWN, SHOWN
 
 
 def _escaped(character: str) -> str:

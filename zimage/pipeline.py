@@ -75,8 +75,7 @@ class ZImage:
         self.device, self.dtype = places[DIT]
         self.planner = Planner(model, places, settings)
         self.residency = Residency(model, places, settings, self.planner.sizes)
-        mergeable = settings.precision == "bf16" and not self.planner.sizes[DIT].widen_late
-        self.lora = Loras(model.components[DIT], self.residency, mergeable)
+        self.lora = Loras(model.components[DIT], self.residency, (settings.lora_skip,) if settings.lora_skip else ())
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
         templates = Path(settings.templates).expanduser() if settings.templates else user_folder()
@@ -170,6 +169,7 @@ class ZImage:
         parts = self.texts.parts(settings)
         formatted = [parts.format(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         texts = [Text(one, self.texts.tokenize(one), settings.layers) for one in formatted]
+        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), settings.long_prompt)
         return [self._caption(one, settings.long_prompt) for one in texts]
 
     def _caption(self, text: Text, long_prompt: str) -> Tensor:

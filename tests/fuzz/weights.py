@@ -1,7 +1,9 @@
 """Mutations of weight files: headers and values, quantised weights and their companions, indexes, GGUF."""
 
+import functools
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import loose
 import tiny
 import torch
-from fuzz.headers import HEADERS, gguf_damaged
+from damaged import HEADERS, gguf_damaged
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,31 +28,39 @@ State = dict[str, Tensor]
 DIT = {**loose.DIT, "dim": 128, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1}
 QWEN = {**tiny.QWEN, "num_hidden_layers": 1, "hidden_size": 64, "head_dim": 32}
 KL = {**tiny.KL, "block_out_channels": [32, 32], "norm_num_groups": 32}
-ROUNDS = 3
 VALUES: tuple[Any, ...] = (None, True, -1, 0, 1.5, 2**63, "", "int8", [], {}, [[1]], "x" * 10_000)
 
 
-def cases(chance: Chance, folder: Path, rounds: int = ROUNDS) -> Iterator[Case]:
-    """Each mutation of each kind of file, `rounds` times; the calls write below `folder` and load what they wrote."""
-    parts = _parts()
-    sources = {
-        ("dit", "plain"): parts["dit"],
-        ("dit", "native"): loose.renamed("dit", "native", parts["dit"]),
-        ("text_encoder", "plain"): parts["text_encoder"],
-        ("vae", "ldm"): loose.renamed("vae", "ldm", parts["vae"]),
-        **{("dit", name): loose.quantised(parts["dit"], writer)[0] for name, writer in QUANTISED.items()},
-    }
-    for _ in range(rounds):
-        for (part, name), state in sources.items():
-            yield from _of_file(chance, folder, part, name, state)
-        yield from _of_index(chance, folder, parts["dit"])
-        yield from _of_gguf(chance, folder, parts)
+def cases(chance: Chance, folder: Path) -> Iterator[Case]:
+    """Endless mutations, each of a file drawn anew; the calls write below `folder` and load what they wrote."""
+    while True:
+        kind = chance.random()
+        if kind < 0.15:
+            yield _of_index(chance, folder)
+        elif kind < 0.3:
+            yield _of_gguf(chance, folder)
+        else:
+            yield _of_file(chance, folder)
 
 
+@functools.cache
 def _parts() -> dict[str, State]:
     models = {"dit": ZImageDiT.from_config(DIT), "text_encoder": Qwen3.from_config(QWEN)}
     models["vae"] = AutoencoderKL.from_config(KL)
     return {name: {key: value.bfloat16() for key, value in m.state_dict().items()} for name, m in models.items()}
+
+
+@functools.cache
+def _sources() -> list[tuple[str, str, State]]:
+    """Files of a component: its name, what kind of file it is, the tensors."""
+    parts = _parts()
+    return [
+        ("dit", "plain", parts["dit"]),
+        ("dit", "native", loose.renamed("dit", "native", parts["dit"])),
+        ("text_encoder", "plain", parts["text_encoder"]),
+        ("vae", "ldm", loose.renamed("vae", "ldm", parts["vae"])),
+        *(("dit", name, loose.quantised(parts["dit"], writer)[0]) for name, writer in QUANTISED.items()),
+    ]
 
 
 def _tiles(rows: int, columns: int, kind: torch.dtype) -> Tensor:
@@ -91,13 +101,17 @@ QUANTISED: dict[str, loose.Quantiser] = {
 }
 
 
-def _of_file(chance: Chance, folder: Path, part: str, name: str, state: State) -> Iterator[Case]:
-    content = _bytes(state)
-    for damage in HEADERS:
-        yield _case(f"{name}: {damage.__name__}", folder, part, damage(content, chance))
-    for change in TENSORS:
-        changed = change(dict(state), chance)
-        yield _case(f"{name}: {change.__name__}", folder, part, _bytes(changed))
+def _of_file(chance: Chance, folder: Path) -> Case:
+    part, name, state = chance.choice(_sources())
+    change = chance.choice((*HEADERS, *TENSORS))
+    content = change(_bytes(state), chance) if change in HEADERS else _bytes(change(dict(state), chance))
+
+    def call() -> None:
+        file = folder / "mutated.safetensors"
+        file.write_bytes(content)
+        _use(zimage.load_component(file, part, dtype="fp32"))
+
+    return f"{part} {name}: {change.__name__}", call
 
 
 def _bytes(state: State) -> bytes:
@@ -109,15 +123,6 @@ def _use(module: torch.nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, PackedLinear):
             each.packed.rows(0, 2).decode()
-
-
-def _case(name: str, folder: Path, part: str, content: bytes) -> Case:
-    def call() -> None:
-        file = folder / "mutated.safetensors"
-        file.write_bytes(content)
-        _use(zimage.load_component(file, part, dtype="fp32"))
-
-    return f"weights, {part} {name}", call
 
 
 # ------------------------------------------------------------------ tensors that are sound, and wrong
@@ -199,14 +204,14 @@ TENSORS = (dropped, emptied, reshaped, resized, retyped, exchanged, added, descr
 # ------------------------------------------------------------------ shards and their index
 
 
-def _of_index(chance: Chance, folder: Path, state: State) -> Iterator[Case]:
+def _of_index(chance: Chance, folder: Path) -> Case:
     names = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    state = _parts()["dit"]
     shards = dict(zip(names, (sorted(state)[::2], sorted(state)[1::2]), strict=True))
     index = {key: name for name, keys in shards.items() for key in keys}
     files = {name: _bytes({key: state[key] for key in keys}) for name, keys in shards.items()}
-    for change in (lost, moved, elsewhere, other_map, other_text, doubled):
-        text, changed = change(dict(index), dict(files), chance)
-        yield f"weights, index: {change.__name__}", _folder_call(folder / "sharded", text, changed)
+    change = chance.choice((lost, moved, elsewhere, other_map, other_text, doubled))
+    return f"index: {change.__name__}", _folder_call(folder / "sharded", *change(index, files, chance))
 
 
 def _folder_call(place: Path, index: bytes, files: dict[str, bytes]) -> Callable[[], None]:
@@ -292,12 +297,17 @@ def gguf_of(state: State, file: Path, kind: str = "Q8_0") -> bytes:
     return file.read_bytes()
 
 
-def _of_gguf(chance: Chance, folder: Path, parts: dict[str, State]) -> Iterator[Case]:
+@functools.cache
+def _gguf_files() -> dict[str, bytes]:
     names = {"dit": "native", "text_encoder": "gguf"}
-    contents = {part: gguf_of(loose.renamed(part, name, parts[part]), folder / "x") for part, name in names.items()}
-    for part, content in contents.items():
-        for _ in range(8):
-            yield f"weights, {part} GGUF", _gguf_call(folder / "mutated.gguf", part, gguf_damaged(content, chance))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x"
+        return {part: gguf_of(loose.renamed(part, name, _parts()[part]), file) for part, name in names.items()}
+
+
+def _of_gguf(chance: Chance, folder: Path) -> Case:
+    part, content = chance.choice(list(_gguf_files().items()))
+    return f"{part} GGUF", _gguf_call(folder / "mutated.gguf", part, gguf_damaged(content, chance))
 
 
 def _gguf_call(file: Path, part: str, content: bytes) -> Callable[[], None]:

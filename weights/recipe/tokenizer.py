@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zimage.text.chat import format_chat
-from zimage.text.tokenizer import QWEN_SPLIT
+from zimage.text.tokenizer_file import QWEN_SPLIT
 from zimage.weights.recipe.captions import caption, known_words
 from zimage.weights.recipe.scenes import Scene, random_pair, single_scenes
 

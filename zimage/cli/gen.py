@@ -1,7 +1,6 @@
 """`gen`: prompts in, picture files out."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import GroupedCommand, given, options_of
-from zimage.cli.origin import Record, read_origin, warn_of_differences
+from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.progress import Progress
+from zimage.cli.prompts import file_prompts, standard_input
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.target import FIELDS, Target
-from zimage.errors import RequestError
+from zimage.errors import RequestError, one_line
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 
 if TYPE_CHECKING:
@@ -28,8 +28,14 @@ PATH = click.Path(path_type=Path)
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
+@click.option("--each", is_flag=True, help="Take every argument for a prompt of its own, also single words.")
 @click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line.")
-@click.option("--from", "picture", type=PATH, help="Take all settings from a picture; options override them.")
+@click.option(
+    "--from",
+    "picture",
+    type=PATH,
+    help="Take all settings from a picture, also from one of other programs; options override them.",
+)
 @click.option(
     "-o",
     "--output",
@@ -48,6 +54,7 @@ PATH = click.Path(path_type=Path)
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
 def gen(
     prompt: tuple[str, ...],
+    each: bool,
     prompt_file: Path | None,
     picture: Path | None,
     output: str | None,
@@ -58,12 +65,13 @@ def gen(
     quiet: bool,
     **options: object,
 ) -> None:
-    """Render one or more PROMPTs; - reads one from standard input."""
+    """Render one or more PROMPTs; - reads one from standard input. Words without quotes are one prompt."""
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
-    options |= _prompts(prompt, prompt_file)
+    options |= _prompts(prompt, prompt_file, each)
     keeping = open_state(save_state, resume, picture, given(options, Request))
     origin = read_origin(picture, options)
     resolved = resolve_options(options, keeping.settings if keeping.begun else origin.get("request"))
+    resolved = with_loras(picture, origin, options, resolved)
     wanted = resolved.of(Request)
     if "prompt" not in wanted and "embeddings" not in wanted:
         raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")
@@ -71,7 +79,10 @@ def gen(
     request = Request.from_mapping(wanted)
     output = keeping.record["output"] if keeping.begun and output is None else output
     target = Target(output, request.count)
-    for note in filter(None, (keeping.note, resolved.note)):
+    joined = isinstance(options.get("prompt"), str) and len(prompt) > 1
+    for note in filter(
+        None, (_said_of_joined(request) if joined else "", origin.get("note"), keeping.note, resolved.note)
+    ):
         progress.note(note)
     progress.show("starting")
     pipe = load_pipeline(resolved)
@@ -127,25 +138,29 @@ def _render(
     return saved
 
 
-def _prompts(arguments: tuple[str, ...], file: Path | None) -> Record:
+def _prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> Record:
     if arguments and file:
         raise RequestError("pass prompts as arguments or with --file, not both")
     if file:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{file} cannot be read: {error}") from error
-        return {"prompt": [line.strip() for line in lines if line.strip()]}
+        return {"prompt": file_prompts(file)}
     if arguments == ("-",):
-        return {"prompt": sys.stdin.read().strip()}
+        return {"prompt": standard_input()}
     if not arguments:
         return {}
-    return {"prompt": arguments[0] if len(arguments) == 1 else list(arguments)}
+    if "-" in arguments:
+        raise RequestError("- reads the prompt from standard input; pass it alone")
+    several = len(arguments) > 1 and (each or all(len(argument.split()) > 1 for argument in arguments))
+    return {"prompt": list(arguments) if several else " ".join(arguments)}
+
+
+def _said_of_joined(request: Request) -> str:
+    return f"one prompt: {one_line(str(request.prompt), 80)} (quote prompts, or pass --each, for one per argument)"
 
 
 def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     """What the user did not choose and should know."""
     from zimage.cli.hints import unknown_words
+    from zimage.render.defaults import is_base
     from zimage.text.compress import describe
 
     r = job.request
@@ -158,6 +173,8 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
         f"{r.width}×{r.height}, {r.steps} steps, guidance {r.guidance:g}, shift {r.shift:g}, "
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}"
     )
+    if r.guidance == 1 and not is_base(pipe.model):
+        yield "guidance 1 runs the model twice per step; ComfyUI's CFG 1, which is off, is --guidance 0"
     if hint := unknown_words(pipe.model.origin, r.prompts):
         yield hint
     longest = max(job.token_counts)

@@ -1,36 +1,99 @@
 """Settings that a picture carries, and what has changed since it was rendered."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import click
 
-from zimage.errors import RequestError
-from zimage.settings.declared import Request
+from zimage.errors import RequestError, one_line
+from zimage.settings.declared import LoadSettings, Request, split_lora
 from zimage.settings.fields import Plain, fields
+from zimage.settings.profiles import PICTURE, Entry, Resolved
 from zimage.text.chat import PARTS
 
 Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a render's state
 FILES = [field.name for field, _ in fields(Request) if field.metadata["attachment"]]
 FACTS = ("model", "dtype", "precision", "lora", "attention", "compile", "device", "version", "torch")
 
+SINGLE = {"prompt": None, "seed": None, "images": 1}  # of which every picture has one
+LONGEST_VALUE = 200  # characters of a value in a message
+
 
 def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     """The metadata of a picture, or nothing. Its request holds no files: they are given again, beside it."""
     if source is None:
         return {}
-    from zimage.pictures.files import read_metadata
+    from zimage.pictures.files import read_settings
 
-    origin = read_metadata(source)
+    origin, note = read_settings(source)
     if foreign := [name for name in origin["request"] if name not in Request.names()]:
         raise RequestError(f"{source} sets {foreign[0]!r}, which is not a setting of a picture; remove it there")
+    _check_values(source, origin["request"])
     for name in FILES:
         before = origin["request"].get(name)
         if before and given.get(name) is None:
             raise RequestError(f"{source} was made from the {name} {plain(before)}; pass it with --{name}")
     left_out = FILES if given.get("template") is None else [*FILES, *PARTS, "force_think_block"]
     request = {name: value for name, value in origin["request"].items() if name not in left_out and value is not None}
-    return {**origin, "request": request, "files": {name: origin["request"].get(name) for name in FILES}}
+    files = {name: origin["request"].get(name) for name in FILES}
+    return {**origin, "request": request, "files": files, "note": note}
+
+
+def _check_values(source: Path, request: Record) -> None:
+    """Raise RequestError, which names the picture, for a value that a setting does not take."""
+    from zimage.pictures.foreign import check_prompts
+
+    check_prompts(str(source), request)
+    for name, value in request.items():
+        try:
+            if name in FILES:
+                _check_file(name, value)
+            elif value is not None:
+                Request.check_one(name, value)
+            if name in SINGLE and value is not None and (isinstance(value, list) or SINGLE[name] not in (None, value)):
+                raise RequestError(f"{name}: a picture has one", fields=(name,))
+        except RequestError as error:
+            raise error.with_text(f"{source}: {error}; it is not as it was saved") from None
+
+
+def _check_file(name: str, value: Plain) -> None:
+    """What a picture says of a file that it was made from: its name and the hash of its content."""
+    if value is not None and not (isinstance(value, dict) and all(isinstance(item, str) for item in value.values())):
+        raise RequestError(f"{name} should be a name and a hash", fields=(name,))
+
+
+def with_loras(source: Path | None, origin: Record, given: Mapping[str, Plain], resolved: Resolved) -> Resolved:
+    """The settings with the LoRAs that the picture was made with, found by their content, unless options name others.
+
+    They are looked for among the files that the settings name, and in the folder `lora_folder`. Raises RequestError
+    where one is not found.
+    """
+    loras = [] if source is None else _loras_of(source, origin)
+    if not loras or given.get("lora"):
+        return resolved
+    from zimage.loading.loras import find_by_hash
+
+    loading = resolved.of(LoadSettings)
+    named = [split_lora(text)[0] for text in loading.get("lora") or []]
+    with resolved.naming_sources():
+        found = find_by_hash({lora["hash"]: lora["name"] for lora in loras}, named, loading.get("lora_folder"))
+    if missing := [lora for lora in loras if lora["hash"] not in found]:
+        told = ", ".join(f"{one_line(lora['name'], 80)} (hash {one_line(lora['hash'], 80)})" for lora in missing)
+        text = f"{source} was made with lora {told}: pass it with --lora, or name a folder of LoRAs with --lora-folder"
+        raise RequestError(text, fields=("lora", "lora_folder"))
+    texts = [f"{found[lora['hash']]}:{lora['scale']}" for lora in loras]
+    return replace(resolved, entries={**resolved.entries, "lora": Entry(texts, PICTURE)})
+
+
+def _loras_of(source: Path, origin: Record) -> list[Record]:
+    loras = origin.get("lora") or []
+    wanted = {"name": str, "hash": str, "scale": int | float}
+    for lora in loras if isinstance(loras, list) else [None]:
+        if not isinstance(lora, dict) or not all(isinstance(lora.get(name), kind) for name, kind in wanted.items()):
+            raise RequestError(f"{source}: its lora should be a list of names, scales and hashes; pass --lora")
+    return loras
 
 
 def warn_of_differences(origin: Record, now: Record) -> None:
@@ -45,11 +108,14 @@ def warn_of_differences(origin: Record, now: Record) -> None:
 
 
 def plain(value: Plain) -> str:
+    """A value of a picture in a message: on one line, printable, not longer than such values are."""
     if isinstance(value, list):
-        return ", ".join(map(plain, value)) or "none"
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+        return one_line(", ".join(map(plain, value)) or "none", LONGEST_VALUE)
+    return one_line(" ".join(map(str, value.values())) if isinstance(value, dict) else str(value), LONGEST_VALUE)
 
 
 def _identity(value: Plain) -> Plain:
     """What a file is does not depend on its name."""
-    return value["hash"] if isinstance(value, dict) and "hash" in value else value
+    if isinstance(value, list):
+        return [_identity(item) for item in value]
+    return (value["hash"], value.get("scale")) if isinstance(value, dict) and "hash" in value else value

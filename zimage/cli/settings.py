@@ -9,7 +9,7 @@ from zimage.cli.options import Command, given
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
-from zimage.settings.profiles import Resolved, find_config, read_config, resolve
+from zimage.settings.profiles import Resolved, find_config, is_own_file, read_config, resolve
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
@@ -25,8 +25,9 @@ def configured(command: Command) -> Command:
 
 def resolve_options(options: Mapping[str, Plain], origin: Mapping[str, Plain] | None = None) -> Resolved:
     """The options over the picture's request `origin`, the environment, the file and defaults. Raises RequestError."""
-    path = find_config(options.get("config"))
-    config = None if path is None else read_config(path)
+    named = options.get("config")
+    path = find_config(named)
+    config = None if path is None else read_config(path, is_own_file(path, named))
     values = {name: value for settings in ALL_SETTINGS for name, value in given(options, settings).items()}
     return resolve(values, origin, config, options.get("profile"))
 

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from zimage.cli.progress import Progress, counted
-from zimage.errors import Cancelled, RequestError
+from zimage.errors import Cancelled, RequestError, printable
 
 if TYPE_CHECKING:
     from zimage.weights.verify import Report
@@ -41,20 +42,25 @@ def weights(ctx: click.Context) -> None:
 
 @weights.command()
 @click.argument("model")
-@click.option("--to", "folder", type=PATH, help="Folder to download to. Default: ./Z-Image-Turbo or ./Z-Image.")
+@click.option(
+    "--to", "folder", type=PATH, help="Folder to download to. Default: named after the model, ./Z-Image-Turbo."
+)
 @click.option("--revision", metavar="STR", help="Branch, tag or commit. Default: the main branch.")
 @click.option("--endpoint", metavar="URL", help="Another hub, such as a mirror. Default: the library's (HF_ENDPOINT).")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str | None, quiet: bool) -> None:
-    """Download a published model from the hub (extra `hub`).
+    """Download a published MODEL from the hub (extra `hub`): turbo, base or OWNER/NAME.
 
-    MODEL is turbo (Z-Image-Turbo, about 33 GB), base (Z-Image, about 21 GB) or any OWNER/NAME in their layout; only
+    turbo is Z-Image-Turbo (about 33 GB), base is Z-Image (about 21 GB), OWNER/NAME any repository in their layout. Only
     what a render needs is fetched. Every file is checked against the hub's size and hash before it gets its name. Run
     the same command again to continue an interrupted download; on a complete folder it checks every file.
-    """
-    from zimage.weights.fetch import fetch, find_repository
 
-    repository, watch, transferred, count = find_repository(model), Watch(quiet), 0, 0
+    Your login (HF_TOKEN, `hf auth login`) is told to huggingface.co and to the hub that HF_ENDPOINT names, and to no
+    other --endpoint.
+    """
+    from zimage.weights.fetch import fetch, repository_of
+
+    repository, watch, transferred, count = repository_of(model), Watch(quiet), 0, 0
     folder = folder or Path(repository.rpartition("/")[2])
     with _interruptible(watch, "what has arrived is kept: run the same command to continue"):
         for file in fetch(repository, folder, revision, endpoint, watch):
@@ -86,7 +92,7 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
             reports.append(report)
             if not as_json:
                 watch.close()
-                click.echo("\n".join(_lines(report)))
+                click.echo("\n".join(map(printable, _lines(report))))
     wrong = sum(bool(report.problems) for report in reports)
     if as_json:
         click.echo(json.dumps({"path": str(path), "sound": not wrong, "reports": [r.as_dict() for r in reports]}))
@@ -149,20 +155,22 @@ class Watch:
     """Called by the tools as they go on: a line on a terminal, at most ten times a second, nothing in a pipe."""
 
     def __init__(self, quiet: bool):
-        self.progress, self._next = Progress(quiet), 0.0
+        self.progress, self.interrupted, self._next = Progress(quiet), False, 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
         now = time.monotonic()
         if now >= self._next:
             self._next = now + 0.1
             share = f"{done * 100 // total:3} %" if total else ""
-            self.progress.show(f"{what} {share} of {size_text(total)}")
+            self.progress.show(printable(f"{what} {share} of {size_text(total)}"))
 
     def note(self, text: str) -> None:
         """A line that stays, unless nobody wants to read."""
         self.close()
         if not self.progress.quiet:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     def close(self) -> None:
         self.progress.close()
@@ -178,14 +186,26 @@ def size_text(size: int) -> str:
 
 @contextlib.contextmanager
 def _interruptible(watch: Watch, consequence: str) -> Iterator[None]:
-    """Ctrl-C and a polite kill both leave things tidy, and say in which state."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Ctrl-C and a polite kill both leave things tidy, and say in which state.
+
+    Python drops an interrupt that falls into a destructor or a callback of another language: `watch` raises it again.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        watch.interrupted = True
+        signal.default_int_handler(number, frame)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in before if before[number] is not signal.SIG_IGN]  # a shell's background jobs heed one
+    for number in heeded:
+        signal.signal(number, interrupt)
     try:
         yield
     except KeyboardInterrupt:
         raise Cancelled(f"interrupted; {consequence}") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in heeded:
+            signal.signal(number, before[number])
         watch.close()
 
 

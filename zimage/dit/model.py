@@ -13,7 +13,7 @@ Data flow of one denoising run:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +23,42 @@ from torch.utils.checkpoint import checkpoint
 from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder
 from zimage.dit.patch import patchify, unpatchify
 from zimage.dit.rope import Rotation, caption_positions, image_positions, rotation
-from zimage.errors import ConfigError, RequestError
+from zimage.errors import RequestError
 from zimage.nn.attention import Padding
-from zimage.nn.config import read_architecture
+from zimage.nn.config import (
+    Between,
+    Channels,
+    Depth,
+    Epsilon,
+    GroupDepth,
+    Heads,
+    HeadSize,
+    Positive,
+    Width,
+    fault,
+    read_architecture,
+)
 from zimage.nn.layers import RMSNorm
 
 SEQUENCE_MULTIPLE = 32  # the learned pad tokens fill every sequence up to a multiple of this, and are attended
 PATCH = 2
+Positions = Annotated[int, Between(1, 1 << 20)]  # along one axis
 
 
 @dataclass(frozen=True)
 class ZImageDiTConfig:
-    dim: int
-    n_layers: int
-    n_refiner_layers: int
-    n_heads: int
-    n_kv_heads: int
-    in_channels: int
-    cap_feat_dim: int
-    axes_dims: tuple[int, ...]
-    axes_lens: tuple[int, ...]
-    rope_theta: float
-    norm_eps: float
-    t_scale: float
+    dim: Width
+    n_layers: Depth
+    n_refiner_layers: GroupDepth
+    n_heads: Heads
+    n_kv_heads: Heads
+    in_channels: Channels
+    cap_feat_dim: Width
+    axes_dims: tuple[HeadSize, HeadSize, HeadSize]  # of a head, for sequence, row and column
+    axes_lens: tuple[Positions, Positions, Positions]
+    rope_theta: Positive
+    norm_eps: Epsilon
+    t_scale: Positive
 
     IMPLEMENTED: ClassVar[Mapping[str, tuple]] = {
         "_class_name": ("ZImageTransformer2DModel",),
@@ -57,17 +70,13 @@ class ZImageDiTConfig:
 
     def __post_init__(self):
         if self.n_kv_heads != self.n_heads:
-            raise ConfigError(f"DiT config: n_kv_heads = {self.n_kv_heads} must equal n_heads = {self.n_heads}")
-        if not len(self.axes_dims) == len(self.axes_lens) == 3 or any(d % 2 for d in self.axes_dims):
-            raise ConfigError(
-                f"DiT config: axes_dims {list(self.axes_dims)} and axes_lens {list(self.axes_lens)} "
-                "must hold three numbers each, and the dims must be even"
-            )
-        if self.dim % self.n_heads or sum(self.axes_dims) * self.n_heads != self.dim:
-            raise ConfigError(
-                f"DiT config: axes_dims {list(self.axes_dims)} must add up to dim / n_heads = "
-                f"{self.dim} / {self.n_heads}"
-            )
+            raise fault(type(self), f"n_kv_heads = {self.n_kv_heads} must equal n_heads = {self.n_heads}")
+        if sum(self.axes_dims) * self.n_heads != self.dim:
+            text = f"must add up to dim / n_heads = {self.dim} / {self.n_heads}"
+            raise fault(type(self), f"axes_dims = {list(self.axes_dims)} {text}")
+        if self.max_caption_tokens < 1:
+            least = f"must begin with at least {SEQUENCE_MULTIPLE + 2}, the positions of the shortest caption"
+            raise fault(type(self), f"axes_lens = {list(self.axes_lens)} {least}")
 
     @classmethod
     def read(cls, config: Mapping[str, object]) -> "ZImageDiTConfig":

@@ -46,5 +46,25 @@ def read_file(path: Path, limit: int) -> bytes:
     return content
 
 
+def require_inside(folder: Path, path: Path) -> None:
+    """Raise CheckpointError where `path` leads out of `folder` by a link; see `is_inside`."""
+    if not is_inside(folder, path):
+        raise CheckpointError(
+            f"{path} leads out of {folder} by a link, which is not followed; put the file itself there"
+        )
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether `path` lies in `folder`, all links followed.
+
+    The snapshots of the hub's cache are folders of links to `blobs` beside them: these may be followed.
+    """
+    top, end = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    snapshot = next((p for p in (top, *top.parents[:2]) if p.parent.name == "snapshots"), None)
+    cache = snapshot.parent.parent if snapshot else None
+    around = [top, cache / "blobs"] if cache and cache.name.startswith("models--") else [top]
+    return any(end.is_relative_to(place) for place in around)
+
+
 def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -16,7 +16,7 @@ from zimage.formats.json_text import read_json
 from zimage.formats.unsupported import check_config
 from zimage.kernels.backend import check_triton
 from zimage.loading.devices import choose_device, choose_dtype
-from zimage.loading.finding import component_folder, find_model, find_tokenizer, read_shift
+from zimage.loading.finding import component_folder, find_model, find_tokenizer, naming, read_shift
 from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
 from zimage.loading.plan import Workload
@@ -35,8 +35,12 @@ VARIANTS = {"turbo": 3.0, "base": 6.0}  # the schedule's shift, which loose file
 class Component:
     """One component of a model, opened and checked but not loaded. Raises CheckpointError or ConfigError."""
 
-    def __init__(self, name: str, config: Mapping[str, object], checkpoint: Checkpoint):
+    def __init__(
+        self, name: str, config: Mapping[str, object], checkpoint: Checkpoint, described_by: Path | None = None
+    ):
+        """`described_by` is the file that the config was read from, else the checkpoint itself."""
         self.name, self.config, self.checkpoint = name, config, checkpoint
+        self._described_by = described_by or checkpoint.origin
         self.skeleton = self._build()
         check_fit(self.skeleton, self.checkpoint, self._other_keys())
 
@@ -45,9 +49,10 @@ class Component:
         """From a component folder with its config, or from a loose file whose shapes show the architecture."""
         whole = ROWS[name].inside or name
         if path.is_dir():
-            config = read_json(path / "config.json")
-            check_config(path / "config.json", config)
-            return cls(name, config, Checkpoint.of_folder(path, whole))
+            described_by = path / "config.json"
+            config = read_json(described_by)
+            check_config(described_by, config)
+            return cls(name, config, Checkpoint.of_folder(path, whole), described_by)
         checkpoint = Checkpoint.of_file(path, whole)
         return cls(name, architecture(whole, path, checkpoint.entries), checkpoint)
 
@@ -125,7 +130,7 @@ class Component:
         return late_matrices(self.skeleton)
 
     def _build(self, name: str = "") -> Model:
-        with on_meta():
+        with on_meta(), naming(self._described_by):
             return ROWS[name or self.name].build(self.config)
 
     def _other_keys(self) -> set[str]:
@@ -215,6 +220,7 @@ class ModelFiles:
                 f"{self.origin}: the tokenizer's {self.tokenizer.vocab_size} entries exceed "
                 f"the text encoder's {encoder.vocab_size}"
             )
+        self.tokenizer.limit(encoder.vocab_size)  # a vocabulary may have gaps
 
 
 def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> ModelFiles:

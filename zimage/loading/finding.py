@@ -1,23 +1,25 @@
 """Where the pieces of a model lie: its folder or file, a component's folder, the tokenizer, the schedule."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from zimage.errors import CheckpointError, ConfigError
 from zimage.formats.gguf import has_tokenizer
 from zimage.formats.hub_cache import REPOSITORY, snapshot
 from zimage.formats.json_text import read_json
 from zimage.loading.registry import ROWS
-from zimage.nn.config import read_architecture
+from zimage.nn.config import Between, read_architecture
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     """The only scheduler setting that a plain flow-matching Euler sampler needs."""
 
-    shift: float
+    shift: Annotated[float, Between(1e-3, 100)]
 
     IMPLEMENTED: ClassVar = {
         "_class_name": ("FlowMatchEulerDiscreteScheduler",),
@@ -74,7 +76,14 @@ def read_shift(folder: Path) -> float | None:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return None
-    shift = read_architecture(SchedulerConfig, read_json(path), SchedulerConfig.IMPLEMENTED).shift
-    if not shift > 0:
-        raise ConfigError(f"{path}: shift = {shift} must be above 0")
-    return float(shift)
+    with naming(path):
+        return float(read_architecture(SchedulerConfig, read_json(path), SchedulerConfig.IMPLEMENTED).shift)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors on a config name the file that it was read from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.with_text(f"{path}: {error}") from None

@@ -8,7 +8,7 @@ prepared; the loaded DiT belongs to `residency`, which applies those of the requ
 import dataclasses
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from zimage.errors import RequestError
-from zimage.formats.lora import LoraFile, read_lora
+from zimage.formats.lora import ENDING, LoraFile, content_hash, lora_file, read_lora
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.formats.stored import Maps
 from zimage.loading.files import Component
 from zimage.loading.registry import DIT
-from zimage.nn.adapters import adapt, is_plain, linear_shapes
+from zimage.nn.adapters import adapt, adapt_vector, is_plain, linear_shapes, vector_sizes
 from zimage.nn.deltas import Decomposed
 from zimage.settings.declared import check_lora_scale
 
@@ -68,16 +68,16 @@ class Owner(Protocol):
 class Loras:
     """`pipe.lora`. Several threads may use it; a render keeps the adapters with which it was prepared.
 
-    `mergeable`: whether the DiT's layers are plain.
+    `skip` names the parts of the model whose adapters are left out of every file.
     """
 
-    def __init__(self, dit: Component, owner: Owner, mergeable: bool):
-        self._dit, self._owner, self._mergeable = dit, owner, mergeable
+    def __init__(self, dit: Component, owner: Owner, skip: Collection[str] = ()):
+        self._dit, self._owner, self._skip = dit, owner, skip
         self._lock = threading.Lock()
         self._adapters: dict[Handle, Adapter] = {}
 
     def add(self, path: str | os.PathLike, scale: float = 1.0) -> Handle:
-        """Add the adapter of a safetensors file and return its handle for `set` and `remove`.
+        """Add the adapter of a safetensors file, or of a folder with one; returns its handle for `set` and `remove`.
 
         Raises RequestError for an unusable scale and CheckpointError for an unusable file.
         """
@@ -92,15 +92,10 @@ class Loras:
             text = f"lora {path!r} is a {type(path).__name__}; it should be the path of a file"
             raise RequestError(text, fields=("lora",))
         check_lora_scale(scale)
-        named = Path(os.path.expanduser(path))
-        file = read_lora(named, linear_shapes(self._dit.skeleton))
+        named, skeleton = lora_file(Path(os.path.expanduser(path))), self._dit.skeleton
+        file = read_lora(named, linear_shapes(skeleton), vector_sizes(skeleton), self._skip)
         if expected and file.fingerprint != expected:
             raise RequestError(f"lora {named} is not the expected file: its content has changed", fields=("lora",))
-        decomposed = [layer for layer, delta in file.deltas.items() if isinstance(delta, Decomposed)]
-        entries = self._dit.checkpoint.entries
-        if not all(self._mergeable and not entries[f"{layer}.weight"].packed for layer in decomposed):
-            text = f"lora {file.name} is a DoRA, which needs plain float weights at precision bf16"
-            raise RequestError(text, fields=("lora", "precision"))
         return Adapter(file.name, float(scale), file.fingerprint, os.path.abspath(named), file)
 
     def set(self, handle: Handle, scale: float) -> None:
@@ -144,9 +139,22 @@ class Loras:
 def bring(
     dit: nn.Module, component: Component, before: Adapters, after: Adapters, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Exchange the adapters of a DiT from `before` to `after`, in the layers where these differ."""
-    old, new = _stacks(before), _stacks(after)
-    changed = {path: new.get(path, []) for path in {**old, **new} if _marks(old, path) != _marks(new, path)}
+    """Exchange the adapters of a DiT from `before` to `after`, in the layers and vectors where these differ."""
+    maps, entries = Maps(), component.checkpoint.entries
+    _bring_matrices(dit, component, _changed(before, after, lambda file: file.deltas), dtype, device)
+    for name, adapters in _changed(before, after, lambda file: file.vectors).items():
+        differences = [(adapter.file.vectors[name], adapter.scale) for adapter in adapters]
+        adapt_vector(dit, name, differences, partial(entries[name].tensor, maps), dtype, device)
+
+
+def _bring_matrices(
+    dit: nn.Module,
+    component: Component,
+    changed: Mapping[str, list[Adapter]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Reads ahead the weights that deltas are merged into, and lets go of what was read only once."""
     if not changed:
         return
     maps, entries = Maps(), component.checkpoint.entries
@@ -155,22 +163,61 @@ def bring(
     prefetch = Prefetch(merged.values())
     try:
         for path, stack in changed.items():
-            deltas = [(adapter.file.deltas[path], adapter.scale) for adapter in stack]
-            adapt(dit, path, deltas, partial(entries[f"{path}.weight"].tensor, maps), dtype, device)
+            entry, deltas = entries[f"{path}.weight"], [(adapter.file.deltas[path], adapter.scale) for adapter in stack]
+            adapt(dit, path, deltas, partial(entry.read, maps), dtype, device)
             if path in merged:
                 forget_pages(merged[path])
+            elif not entry.packed and any(isinstance(delta, Decomposed) for delta, _ in deltas):
+                forget_pages(entry.tensor(maps))  # read for its norms
     finally:
         prefetch.stop()
 
 
-def _stacks(adapters: Adapters) -> dict[str, list[Adapter]]:
-    """Layer → the adapters that change it, at a scale other than 0."""
+def _changed(
+    before: Adapters, after: Adapters, part: Callable[[LoraFile], Mapping[str, object]]
+) -> dict[str, list[Adapter]]:
+    """What `part` of the files names → the adapters from now on, where they are others than before."""
+    old, new = _stacks(before, part), _stacks(after, part)
+    return {name: new.get(name, []) for name in {**old, **new} if _marks(old, name) != _marks(new, name)}
+
+
+def _stacks(adapters: Adapters, part: Callable[[LoraFile], Mapping[str, object]]) -> dict[str, list[Adapter]]:
+    """Name → the adapters that change it, at a scale other than 0."""
     stacks: dict[str, list[Adapter]] = {}
     for adapter in adapters:
-        for path in adapter.file.deltas if adapter.scale else ():
-            stacks.setdefault(path, []).append(adapter)
+        for name in part(adapter.file) if adapter.scale else ():
+            stacks.setdefault(name, []).append(adapter)
     return stacks
 
 
-def _marks(stacks: Mapping[str, list[Adapter]], path: str) -> list[tuple[str, float]]:
-    return [(adapter.hash, adapter.scale) for adapter in stacks.get(path, [])]
+def _marks(stacks: Mapping[str, list[Adapter]], name: str) -> list[tuple[str, float]]:
+    return [(adapter.hash, adapter.scale) for adapter in stacks.get(name, [])]
+
+
+def find_by_hash(wanted: Mapping[str, str], named: Iterable[str], folder: str | None) -> dict[str, str]:
+    """Hash → path of the wanted files (hash → name), among the paths `named` and in a folder and those below it.
+
+    Files of the wanted names are read first, then the others, the smallest first, until all are found; none is read
+    twice. Raises RequestError for a folder that is missing.
+    """
+    found: dict[str, str] = {}
+    names = set(wanted.values())
+    files = [Path(os.path.expanduser(path)) for path in named]
+    files += _loras_below(Path(os.path.expanduser(folder))) if folder else []
+    for path in sorted(dict.fromkeys(files), key=lambda path: (path.name not in names, _size(path))):
+        if len(found) == len(wanted):
+            break
+        if os.path.isfile(path) and os.access(path, os.R_OK) and (digest := content_hash(path)) in wanted:
+            found.setdefault(digest, str(path))
+    return found
+
+
+def _loras_below(folder: Path) -> list[Path]:
+    if not os.path.isdir(folder):
+        text = f"lora_folder {str(folder)!r} is not a folder; name one that holds LoRA files"
+        raise RequestError(text, fields=("lora_folder",))
+    return sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names if name.endswith(ENDING))
+
+
+def _size(path: Path) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zimage.dit import ContextRefiner, ZImageDiT
-from zimage.errors import ConfigError
+from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import dit_bytes, dit_reads, text_encoder_bytes, text_encoder_reads, vae_bytes, vae_reads
 from zimage.text import Qwen3
@@ -41,7 +41,9 @@ class Row:
         kind = "" if "" in self.classes else config.get("_class_name")
         if not isinstance(kind, str) or kind not in self.classes:
             known = " or ".join(self.classes)
-            raise ConfigError(f"{self.name} config: _class_name = {kind!r} is not implemented; it must be {known}")
+            raise ConfigError(
+                f"{self.name} config: _class_name = {quoted(kind)} is not implemented; it must be {known}"
+            )
         return self.classes[kind].from_config(config)
 
 

@@ -1,92 +1,33 @@
-"""Adds the deltas of adapters to the Linear layers of a loaded model: a transformation that follows quantising.
+"""Adds the deltas of adapters to the layers of a loaded model: a transformation that follows quantising.
 
 Deltas are merged into the weight of a plain float layer, always from the checkpoint's weight: nothing is ever added to
 or subtracted from a merged weight, so without deltas the layer holds the original bits. A layer of another kind
-(quantised, or widened when used) is wrapped, and its deltas are computed at run time.
+(quantised, or widened when used) is wrapped, and its deltas are computed at run time. Vectors (the weights of norms,
+biases) are merged in models of every kind.
 
 Shapes: x (…, I), y (…, O), weights (O, I).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage.errors import RequestError
-from zimage.nn.deltas import Decomposed, Delta, Hadamard, Kronecker, LowRank, product
+from zimage.nn.branches import Beside, Stack, beside
+from zimage.nn.deltas import Decomposed
+from zimage.nn.layers import PIECE
+from zimage.nn.packed import Packed, is_packed
 
-LEAST_RANK = 16
-
-Stack = Sequence[tuple[Delta, float]]  # deltas of one layer with their strengths
-
-
-class LowRankBranch(nn.Module):
-    """x ↦ (x · downᵀ) · upᵀ for any number of low-rank deltas, with their factors side by side."""
-
-    down: Tensor  # (R, I)
-    up: Tensor  # (O, R)
-
-    def __init__(self, stack: Sequence[tuple[LowRank, float]], like: Tensor):
-        super().__init__()
-        wide = like.float()
-        down = torch.cat([delta.w[1].to(wide) for delta, _ in stack])
-        up = torch.cat([delta.scale * strength * delta.w[0].to(wide) for delta, strength in stack], dim=1)
-        # Ranks are powers of two, since each size costs another compilation of a block.
-        room = max(LEAST_RANK, 1 << (len(down) - 1).bit_length()) - len(down)
-        self.register_buffer("down", F.pad(down, (0, 0, 0, room)).to(like))
-        self.register_buffer("up", F.pad(up, (0, room)).to(like))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.down), self.up)
-
-
-class KroneckerBranch(nn.Module):
-    """x ↦ x · (w1 ⊗ w2)ᵀ through its factors w1 (a, b) and w2 (c, d): a·c = O, b·d = I."""
-
-    w1: Tensor  # (a, b)
-    w2: Tensor  # (c, d)
-
-    def __init__(self, delta: Kronecker, strength: float, like: Tensor):
-        super().__init__()
-        wide = like.float()
-        self.register_buffer("w1", (delta.scale * strength * product(delta.w1, wide)).to(like))
-        self.register_buffer("w2", product(delta.w2, wide).to(like))
-        self.first, self.last = delta.first, delta.last
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = F.linear(x.unflatten(-1, (self.w1.shape[1], -1)), self.w2)  # (…, b, d) → (…, b, c)
-        return (self.w1 @ inner).flatten(-2)[..., self.first : self.last]  # (…, a, c) → (…, O)
-
-
-class HadamardBranch(nn.Module):
-    """x ↦ x · ((w1_a · w1_b) ∘ (w2_a · w2_b))ᵀ; computed at each use, since x cannot pass through the factors."""
-
-    a1: Tensor
-    b1: Tensor
-    a2: Tensor
-    b2: Tensor
-
-    def __init__(self, delta: Hadamard, strength: float, like: Tensor):
-        super().__init__()
-        (a1, b1), (a2, b2) = delta.w1, delta.w2
-        scaled = delta.scale * strength * a1.to(like.float())
-        for name, factor in (("a1", scaled), ("b1", b1), ("a2", a2), ("b2", b2)):
-            self.register_buffer(name, factor.to(like))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.a1 @ self.b1) * (self.a2 @ self.b2))
-
-
-BRANCHES: dict[type[Delta], Callable[..., nn.Module]] = {Kronecker: KroneckerBranch, Hadamard: HadamardBranch}
+UNADAPTED = "unadapted"  # attribute of a module: its vectors as they were loaded
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer of any kind with branches beside it: y = base(x) + Σ branch(x)."""
+    """A linear layer of any kind with adapters: y = base(x + Σ before(x)) + Σ branch(x) + Σ after(W · x)."""
 
-    def __init__(self, base: nn.Module, branches: Sequence[nn.Module]):
+    def __init__(self, base: nn.Module, parts: Beside):
         super().__init__()
-        self.base, self.branches = base, nn.ModuleList(branches)
+        self.base, self.branches = base, nn.ModuleList(parts.branches)
+        self.before, self.after = nn.ModuleList(parts.before), nn.ModuleList(parts.after)
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
@@ -95,9 +36,17 @@ class AdaptedLinear(nn.Module):
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
+        moved = x
+        for module in self.before:
+            moved = moved + module(x)
+        out = first = self.base(moved)
         for branch in self.branches:
             out = out + branch(x)
+        if self.after:
+            plain = self.base(x) if self.before else first
+            product = plain if self.bias is None else plain - self.bias
+            for module in self.after:
+                out = out + module(product)
         return out
 
 
@@ -107,6 +56,11 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
+def vector_sizes(model: nn.Module) -> dict[str, int]:
+    """Name → length of every weight of a norm and every bias; the model may be on meta."""
+    return {name: len(weight) for name, weight in model.named_parameters() if weight.ndim == 1}
+
+
 def is_plain(model: nn.Module, path: str, dtype: torch.dtype) -> bool:
     """Whether deltas are merged into the layer at `path`: a Linear whose weight stays in memory in `dtype`."""
     layer = model.get_submodule(path)
@@ -114,20 +68,58 @@ def is_plain(model: nn.Module, path: str, dtype: torch.dtype) -> bool:
 
 
 def adapt(
-    model: nn.Module, path: str, stack: Stack, original: Callable[[], Tensor], dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    path: str,
+    stack: Stack,
+    original: Callable[[], Tensor | Packed],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Make these the only deltas of the layer at `path`; an empty stack restores the layer as it was loaded.
 
-    `original` reads the layer's weight from the checkpoint; `dtype` is that of the activations. Raises RequestError.
+    `original` reads the layer's weight from the checkpoint; `dtype` is that of the activations.
     """
     layer = model.get_submodule(path)
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
     if is_plain(model, path, dtype):
-        base.weight = nn.Parameter(merged(original().to(device), stack, dtype), requires_grad=False)
+        weight = original()
+        assert isinstance(weight, Tensor)  # a packed one is held by a layer of another kind
+        base.weight = nn.Parameter(merged(weight.to(device), stack, dtype), requires_grad=False)
         return
-    if any(isinstance(delta, Decomposed) for delta, _ in stack):
-        raise RequestError(f"{path} is not a plain layer, and DoRA needs its float weight; load with precision bf16")
-    _replace(model, path, AdaptedLinear(base, _branches(stack, dtype, device)) if stack else base)
+    if not stack:
+        _replace(model, path, base)
+        return
+    like = torch.empty(0, dtype=dtype, device=device)
+    parts = beside(stack, lambda delta: moved_norms(original(), delta, device), like)
+    _replace(model, path, AdaptedLinear(base, parts))
+
+
+def adapt_vector(
+    model: nn.Module,
+    name: str,
+    stack: Sequence[tuple[Tensor, float]],
+    original: Callable[[], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Make these the only differences, each with its strength, of a norm's weight or a layer's bias.
+
+    An empty stack restores the very parameter that was loaded, or its value where that was left in its file.
+    """
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    owner = layer.base if isinstance(layer, AdaptedLinear) else layer
+    kept: dict[str, nn.Parameter] = vars(owner).setdefault(UNADAPTED, {})
+    loaded = kept.setdefault(leaf, getattr(owner, leaf))
+    if not stack:
+        del kept[leaf]
+        if not hasattr(loaded, "wanted"):  # or it is brought only while its block is streamed
+            setattr(owner, leaf, loaded)
+            return
+    value = original().to(device=device, dtype=torch.promote_types(dtype, torch.float32), copy=True)
+    for difference, strength in stack:
+        value.add_(difference.to(value), alpha=strength)
+    setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
 def merged(original: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
@@ -141,11 +133,27 @@ def merged(original: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def _branches(stack: Stack, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-    like = torch.empty(0, dtype=dtype, device=device)
-    low = [(delta, strength) for delta, strength in stack if isinstance(delta, LowRank)]
-    others = [BRANCHES[type(d)](d, strength, like) for d, strength in stack if not isinstance(d, LowRank)]
-    return [LowRankBranch(low, like), *others] if low else others
+def moved_norms(weight: Tensor | Packed, delta: Decomposed, device: torch.device) -> Tensor:
+    """‖W + ΔW‖ of each row (O, 1) or each column (1, I), fp32, for the magnitudes of a DoRA; never 0.
+
+    A few rows at a time are decoded and multiplied out.
+    """
+    pieces = _moved(weight, delta, device)
+    if delta.per_row:
+        norms = torch.cat([piece.norm(dim=1, keepdim=True) for piece in pieces])
+    else:
+        norms = sum((piece.square().sum(dim=0, keepdim=True) for piece in pieces), torch.zeros(())).sqrt()
+    return norms.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _moved(weight: Tensor | Packed, delta: Decomposed, device: torch.device) -> Iterator[Tensor]:
+    """W + ΔW in pieces of whole rows, fp32."""
+    out, columns = delta.shape
+    step = max(1, PIECE // columns)
+    for i in range(0, out, step):
+        end = min(i + step, out)
+        rows = weight.rows(i, end).to(device).decode() if is_packed(weight) else weight[i:end].to(device).float()
+        yield rows + delta.inner.rows(i, end).matrix(rows)
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:

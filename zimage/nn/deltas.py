@@ -28,7 +28,7 @@ class Delta:
         raise NotImplementedError
 
     def change(self, weight: Tensor) -> Tensor:
-        """What to add to this weight (O, I) at strength 1."""
+        """What to add to this weight (O, I) at strength 1; this need not be a matrix that is known without it."""
         return self.matrix(weight)
 
 
@@ -72,7 +72,12 @@ class Kronecker(Delta):
         return replace(self, first=self.first + first, last=self.first + last)
 
     def matrix(self, like: Tensor) -> Tensor:
-        return self.scale * torch.kron(product(self.w1, like), product(self.w2, like))[self.first : self.last]
+        """Of w1 only the rows that are needed are multiplied out."""
+        height, (out, _) = self.w2[0].shape[0], self.shape
+        above = self.first // height  # rows of w1
+        needed = product(self.w1, like)[above : -(-(self.first + out) // height)]
+        begin = self.first - above * height
+        return self.scale * torch.kron(needed, product(self.w2, like))[begin : begin + out]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,23 @@ class Hadamard(Delta):
 
     def matrix(self, like: Tensor) -> Tensor:
         return self.scale * product(self.w1, like) * product(self.w2, like)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Delta):
+    """The difference between two models' weights, as it is."""
+
+    w: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w.shape[0], self.w.shape[1]
+
+    def rows(self, first: int, last: int) -> Self:
+        return replace(self, w=self.w[first:last])
+
+    def matrix(self, like: Tensor) -> Tensor:
+        return self.w.to(like)
 
 
 @dataclass(frozen=True, eq=False)

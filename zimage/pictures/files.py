@@ -1,23 +1,39 @@
 """Pictures ↔ files that carry every setting of their render.
 
-The settings stand as JSON under `zimage` and, for other tools, as the `parameters` line that AUTOMATIC1111's web UI
-introduced. PNG keeps both in text chunks, JPEG and WebP the JSON in EXIF.
+The settings stand as JSON under `zimage` and, for other tools, as the `parameters` text that AUTOMATIC1111's web UI
+introduced. PNG keeps both in text chunks, JPEG and WebP in EXIF: the JSON as the description, the text as the comment.
 """
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from zimage.errors import RequestError
+from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import beside
+from zimage.formats.json_text import json_object
+from zimage.pictures.comfyui import parse_graph
+from zimage.pictures.foreign import taken
+from zimage.pictures.opening import EXIF_IFD
+from zimage.pictures.parameters import parameters_text, parse_parameters
+from zimage.pictures.texts import (
+    EXIF_COMMENT,
+    EXIF_DESCRIPTION,
+    LONGEST,
+    METADATA_KEY,
+    PARAMETERS_KEY,
+    Texts,
+    comment_bytes,
+    read_texts,
+)
 from zimage.settings.fields import Plain
 
-METADATA_KEY = "zimage"
-EXIF_DESCRIPTION = 0x010E
+log = logging.getLogger("zimage")
+LONGEST_JPEG_EXIF = 65_533 - 6  # bytes: one segment, after its own mark
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -43,32 +59,38 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace:
 
 def read_metadata(path: Path) -> dict[str, Plain]:
     """The settings that a saved picture carries; raises RequestError where it is none of ours."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY) or image.getexif().get(EXIF_DESCRIPTION)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} cannot be read as a picture: {error}") from error
-    try:
-        metadata = json.loads(text or "")
-        if isinstance(metadata["request"], dict):
-            return metadata
-    except (TypeError, KeyError, ValueError):
-        pass
-    raise RequestError(f"{path} carries no settings of a render; pass a picture that this program saved")
+    record = _own_record(path, read_texts(path))
+    if record is None:
+        raise RequestError(f"{path} carries no settings of a render; pass a picture that this program saved")
+    return record
 
 
-def parameters_line(metadata: Mapping[str, Plain]) -> str:
-    """The settings in the form other tools read; their CFG scale counts from 1."""
-    r = metadata["request"]
-    lines = [r["prompt"]]
-    if r.get("negative"):
-        lines.append(f"Negative prompt: {r['negative']}")
-    lines.append(
-        f"Steps: {r['steps']}, Sampler: Euler, CFG scale: {r['guidance'] + 1:g}, Seed: {r['seed']}, "
-        f"Size: {r['width']}x{r['height']}, Model: {metadata['model']['name']}, "
-        f"Model hash: {metadata['model']['fingerprint']}, Shift: {r['shift']:g}, Version: zimage {metadata['version']}"
-    )
-    return "\n".join(lines)
+def read_settings(path: Path) -> tuple[dict[str, Plain], str]:
+    """The settings of a picture of ours, or what can be taken from another program's, and then a line on that.
+
+    Raises RequestError where there are none.
+    """
+    texts = read_texts(path)
+    record = _own_record(path, texts)
+    if record is not None:
+        return record, ""
+    found = parse_parameters(texts.parameters) or parse_graph(texts.graph)
+    if found is None:
+        forms = "this program, AUTOMATIC1111's web UI or ComfyUI"
+        raise RequestError(f"{path} carries no settings of a render; pass a picture as it was saved by {forms}")
+    request, note = taken(str(path), found)
+    return {"request": request}, note
+
+
+def _own_record(path: Path, texts: Texts) -> dict[str, Plain] | None:
+    """Our own settings, or None where a picture has none; a damaged text under our own name is an error."""
+    if not texts.settings:
+        return None
+    try:
+        record = json_object(f"{path}: its text {METADATA_KEY!r}", texts.settings, LONGEST)
+    except CheckpointError as error:
+        raise RequestError(f"{error}; pass a picture as it was saved") from error
+    return record if isinstance(record.get("request"), dict) else None
 
 
 def _save_options(kind: str, metadata: Mapping[str, Plain]) -> dict[str, Plain]:
@@ -76,11 +98,22 @@ def _save_options(kind: str, metadata: Mapping[str, Plain]) -> dict[str, Plain]:
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text(METADATA_KEY, text)
-        chunks.add_text("parameters", parameters_line(metadata))
+        chunks.add_text(PARAMETERS_KEY, parameters_text(metadata))
         return {"pnginfo": chunks}
+    return {"exif": _exif(kind, metadata), "quality": 95}
+
+
+def _exif(kind: str, metadata: Mapping[str, Plain]) -> Image.Exif:
+    """Both texts as EXIF; of a JPEG, which holds little, only as much as there is room for."""
     exif = Image.Exif()
     exif[EXIF_DESCRIPTION] = json.dumps(metadata)  # EXIF text is ASCII
-    return {"exif": exif, "quality": 95}
+    exif[EXIF_IFD] = {EXIF_COMMENT: comment_bytes(parameters_text(metadata))}
+    for tag, what in ((EXIF_IFD, "settings for other programs"), (EXIF_DESCRIPTION, "settings")):
+        if kind != "JPEG" or len(exif.tobytes()) <= LONGEST_JPEG_EXIF:
+            break
+        log.warning("the %s are longer than a JPEG file can hold (64 kB) and are left out", what)
+        del exif[tag]
+    return exif
 
 
 def _publish(temporary: Path, path: Path) -> Path:

@@ -4,18 +4,17 @@ Shapes: images (B, 3, H, W) fp32 in [−1, 1]; masks (1, 1, H, W) fp32, 1 = repa
 "RGB", a mask "L". Colour profiles are not applied, and of an animation the first frame is taken.
 """
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from zimage.errors import RequestError
+from zimage.pictures.opening import decoded
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 Given = str | os.PathLike[str] | Image.Image
 THRESHOLD = 128  # the first of 256 levels that is at least one half
+STRIP = 512  # rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def mask_tensor(mask: Image.Image, width: int, height: int) -> "Tensor":
 def open_image(source: Given) -> Image.Image:
     """Any picture as "RGB": upright by its EXIF rotation, transparency on white, 16 bits rounded to 8.
 
-    Raises RequestError where there is none, where it is damaged, or where a side is past the limit.
+    Files may be PNG, JPEG, WebP, AVIF, BMP, GIF or TIFF. Raises RequestError where there is none, where it is of
+    another kind or damaged, or where it is too large.
     """
     return _on_ground(source, "white")
 
@@ -113,6 +114,16 @@ def natural_size(image: Image.Image, multiple: int = SIZE_MULTIPLE, longest: int
     return width, height
 
 
+def first_pass_size(width: int, height: int, hires: float) -> tuple[int, int]:
+    """The size of the first of two passes: each side divided by `hires`, at the nearest multiple."""
+    return nearest_side(width / hires), nearest_side(height / hires)
+
+
+def nearest_side(side: float) -> int:
+    """The nearest side in pixels that can be rendered, whatever the largest one is."""
+    return max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
+
+
 def content_hash(image: Image.Image) -> str:
     """Sixteen hex digits of SHA-256 over mode, size and pixels: the same for one picture in any lossless file.
 
@@ -124,45 +135,28 @@ def content_hash(image: Image.Image) -> str:
 
 
 def _on_ground(source: Given, ground: str) -> Image.Image:
-    """The picture, decoded and upright, on a ground of one colour, as "RGB"."""
-    name = "the picture" if isinstance(source, Image.Image) else str(_file(source))
-    try:
-        with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(name) as image:
-            return _flat(image, name, ground)
-    except RequestError:
-        raise
-    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
-        is_bomb = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        fault = "is too large" if is_bomb else "cannot be read as a picture"
-        raise RequestError(f"{name} {fault}: {reason}") from error
+    """The picture on a ground of one colour, as "RGB". It carries no metadata: it was turned upright by them."""
+    name, image = decoded(source)
+    image = _eight_bits(image, name)
+    flat = _over(image, ground) if image.has_transparency_data else image.convert("RGB")
+    flat.info = {}
+    return flat
 
 
-def _file(source: str | os.PathLike[str]) -> Path:
-    try:
-        path = Path(source)
-        if path.is_file():
-            return path
-        fault = "is not a file" if path.exists() else "is missing"
-    except TypeError:
-        raise RequestError(f"a picture should be a path or a PIL image, not {type(source).__name__}") from None
-    except OSError as error:  # a name too long, a folder that may not be entered
-        fault = f"cannot be opened: {error.strerror}"
-    raise RequestError(f"{source} {fault}; pass the path of a picture")
-
-
-def _flat(image: Image.Image, name: str, ground: str) -> Image.Image:
-    if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE:
-        raise RequestError(f"{name} is {image.width} × {image.height} px; each side must be 1 to {MAX_SIDE} px")
-    image = _eight_bits(ImageOps.exif_transpose(image), name)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert("RGB")
+def _over(image: Image.Image, ground: str) -> Image.Image:
+    """A picture with transparency on a ground, strip by strip, so that the large ones do not take five times theirs."""
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):
+        box = (0, top, image.width, min(top + STRIP, image.height))
+        layer = image.crop(box).convert("RGBA")
+        flat.paste(Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert("RGB"), box)
+    return flat
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Modes with more than 8 bits, which Pillow would clip at 255, as "L"; 16-bit values are rounded to 8 bits."""
+    if image.mode == "LAB":
+        raise RequestError(f"{name} has LAB colours, which are not read; save it with RGB colours")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

@@ -25,7 +25,7 @@ from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
-from zimage.settings.declared import TextSettings
+from zimage.settings.declared import MAX_TEXT_TOKENS, TEXT_PARTS, Request, TextSettings
 from zimage.settings.fields import Weights, either
 from zimage.text.cache import EmbeddingCache, cache_key
 from zimage.text.chat import format_chat
@@ -54,7 +54,8 @@ class ChatParts(NamedTuple):
     strip_quotes: bool = False
 
     def format(self, prompt: str) -> str:
-        """What the text encoder reads."""
+        """What the text encoder reads. Raises RequestError for a prompt that is not text, or endless."""
+        Request.check_one("prompt", prompt)
         parts = [self.system_prompt, self.thinking_content, self.assistant_content]
         if self.strip_quotes:
             prompt, parts = prompt.replace('"', ""), [part and part.replace('"', "") for part in parts]
@@ -92,7 +93,17 @@ class Texts:
         return dataclasses.replace(text, **self.parts(text)._asdict())
 
     def tokenize(self, formatted: str) -> tuple[int, ...]:
-        return tuple(self._model.tokenizer.encode(formatted))
+        """Raises RequestError for more tokens than the text encoder was trained for: encoding them takes hours."""
+        ids = tuple(self._model.tokenizer.encode(formatted))
+        if len(ids) > MAX_TEXT_TOKENS:
+            text = f"has {len(ids):,} tokens with its template and chat parts; it may have at most {MAX_TEXT_TOKENS:,}"
+            raise RequestError(f"the text {text}", fields=("prompt", *TEXT_PARTS))
+        return ids
+
+    def warn_of_length(self, tokens: int, long_prompt: str) -> None:
+        """Say that a text is longer than the model was trained for, where it stays so."""
+        if tokens > self.limit and long_prompt == "none":
+            log.warning("the prompt has %d tokens; the model was trained for at most %d", tokens, self.limit)
 
     def count(self, prompt: str, text: TextSettings) -> TokenCount:
         """Tokens of a prompt, and what `long_prompt` will do to them."""
@@ -100,9 +111,7 @@ class Texts:
         return TokenCount(tokens, self.limit, describe(tokens, self.limit, text.long_prompt))
 
     def shorten(self, caption: Tensor, long_prompt: str) -> Tensor:
-        """The caption as `long_prompt` wants it; warns where it stays longer than the model was trained for."""
-        if len(caption) > self.limit and long_prompt == "none":
-            log.warning("the prompt has %d tokens; the model was trained for at most %d", len(caption), self.limit)
+        """The caption as `long_prompt` wants it."""
         return compress(caption, self.limit, long_prompt)
 
     def _check_layers(self, layers: Weights) -> None:

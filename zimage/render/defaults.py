@@ -6,9 +6,9 @@ from typing import Any
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import TEXT_ENCODER, VAE
-from zimage.pictures.image import InputPicture, open_image, open_mask
+from zimage.pictures.image import InputPicture, nearest_side, open_image, open_mask
 from zimage.render.conditioning import ChatParts
-from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, Request
+from zimage.settings.declared import STRENGTH, Request
 from zimage.settings.fields import either
 from zimage.text.embeddings import Embeddings
 
@@ -18,8 +18,7 @@ USUAL_SIDE = 1024
 
 def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, Any]:
     """Everything that a request leaves open but `tile_mode`, its files opened. Raises RequestError, CheckpointError."""
-    is_base = model.shift is not None and model.shift >= BASE_SHIFT
-    guidance = either(request.guidance, 4.0 if is_base else 0.0)
+    guidance = either(request.guidance, 4.0 if is_base(model) else 0.0)
     attachments = _opened(request, model)
     width, height = _size(request, model, attachments["image"])
     return {
@@ -27,7 +26,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, A
         **attachments,
         "width": width,
         "height": height,
-        "steps": either(request.steps, 30 if is_base else 8),
+        "steps": either(request.steps, 30 if is_base(model) else 8),
         "guidance": guidance,
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
         "shift": find_shift(model, request.shift),
@@ -35,6 +34,11 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, A
         "strength": _strength(request),
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
+
+
+def is_base(model: ModelFiles) -> bool:
+    """Whether a model is the undistilled one, which is made for guidance and more steps."""
+    return model.shift is not None and model.shift >= BASE_SHIFT
 
 
 def find_shift(model: ModelFiles, given: float | None) -> float:
@@ -51,11 +55,6 @@ def find_shift(model: ModelFiles, given: float | None) -> float:
 def usual_side(model: ModelFiles) -> int:
     """Width and height in pixels of a picture of no given size."""
     return min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
-
-
-def first_pass_size(width: int, height: int, hires: float) -> tuple[int, int]:
-    """The size of the first of two passes: each side divided by `hires`, at the nearest multiple."""
-    return _multiple(width / hires), _multiple(height / hires)
 
 
 def _opened(request: Request, model: ModelFiles) -> dict[str, Any]:
@@ -77,9 +76,9 @@ def _size(request: Request, model: ModelFiles, image: InputPicture | None) -> tu
     if request.width and request.height:
         return request.width, request.height
     if request.width:
-        return request.width, _multiple(request.width * high / wide)
+        return request.width, nearest_side(request.width * high / wide)
     if request.height:
-        return _multiple(request.height * wide / high), request.height
+        return nearest_side(request.height * wide / high), request.height
     return image.natural_size()
 
 
@@ -88,7 +87,3 @@ def _strength(request: Request) -> float | None:
     if request.image is None and request.hires is None:
         return None
     return either(request.strength, STRENGTH if request.mask is None else 1.0)
-
-
-def _multiple(side: float) -> int:
-    return max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE

@@ -16,9 +16,9 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.loras import LoraUse
 from zimage.loading.plan import MemoryPlan, Workload
 from zimage.loading.planner import Planner
-from zimage.pictures.image import InputPicture, open_image, open_mask
+from zimage.pictures.image import InputPicture, first_pass_size, open_image, open_mask
 from zimage.render.conditioning import ChatParts, Text, Texts
-from zimage.render.defaults import filled, first_pass_size
+from zimage.render.defaults import filled
 from zimage.settings.declared import Request
 from zimage.text.embeddings import Embeddings
 
@@ -147,6 +147,7 @@ def decide(
     ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
+    texts.warn_of_length(longest, request.long_prompt)
     together = min(request.batch_size, request.count)
     work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0)
     plan = planner.plan(work, loaded)

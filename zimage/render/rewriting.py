@@ -16,7 +16,7 @@ from zimage.loading.planner import Planner
 from zimage.loading.registry import ROWS, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.render.conditioning import Texts
-from zimage.settings.declared import RewriteSettings
+from zimage.settings.declared import Request, RewriteSettings
 from zimage.settings.environment import rewriter_key
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
@@ -51,6 +51,7 @@ class Rewriter:
 
         Raises RequestError, RemoteError, or RewriteError where no prompt came of it.
         """
+        Request.check_one("prompt", prompt)
         template = self.template(settings)
         seed = secrets.randbelow(2**32) if settings.rewrite_seed is None else settings.rewrite_seed
         write = self._ask if settings.rewriter_url else self._write
@@ -91,7 +92,7 @@ class Rewriter:
         thinking = template.thinking_content
         block = bool(thinking) or not settings.rewrite_thinking
         chat = format_chat(prompt, template.system_prompt, thinking, think_block=block)
-        tokens, text = len(self._tokenizer.encode(chat)) + settings.max_tokens, ""
+        tokens, text = len(self._texts.tokenize(chat)) + settings.max_tokens, ""
         plan, residency = self._planner.plan_writing(tokens, self._residency.loaded), self._residency
         with out_of_memory_in(ROWS[TEXT_ENCODER].title):
             residency.begin(TEXT_ENCODER, plan)

@@ -4,6 +4,7 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 `ZImage.generate`, the check of the value and the entry in the PNG's metadata. What a field is: `settings.fields`.
 """
 
+import os
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -35,9 +36,12 @@ BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE_OVERLAP = 64  # px
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
 TEXT_PARTS = ("template", "system_prompt", "thinking_content", "assistant_content")
+LONGEST_TEXT = 100_000  # characters of a prompt or a chat part; some sixty pages
+MAX_TEXT_TOKENS = 32_768  # of a whole text: what Qwen3 was trained for, twenty times what the DiT was
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
 STRENGTH = 0.6
 MAX_LORA_SCALE = 100.0
+LORA_PARTS = ("text_encoder",)
 MAX_TOKENS = 512
 REWRITER_TIMEOUT = 120.0  # seconds
 MAX_TIMEOUT = 86_400  # seconds
@@ -51,12 +55,15 @@ class TextSettings(Settings):
     """
 
     template: str | None = setting(None, "Template that supplies the chat parts that no option sets.", group="Text")
-    system_prompt: str | None = setting(None, "System message before the prompt.", group="Text")
+    system_prompt: str | None = setting(None, "System message before the prompt.", group="Text", longest=LONGEST_TEXT)
     thinking_content: str | None = setting(
-        None, "Content of the think block, as if the model had thought it.", group="Text"
+        None, "Content of the think block, as if the model had thought it.", group="Text", longest=LONGEST_TEXT
     )
     assistant_content: str | None = setting(
-        None, "Assistant message after the prompt, as if the model had written it.", group="Text"
+        None,
+        "Assistant message after the prompt, as if the model had written it.",
+        group="Text",
+        longest=LONGEST_TEXT,
     )
     force_think_block: bool | None = setting(
         None, "Always or never write a think block. Default: only if it has content.", group="Text"
@@ -103,9 +110,12 @@ class Request(TextSettings):
     are paths or objects: PIL pictures, and a tensor (L, caption width). Raises RequestError with the fields at fault.
     """
 
-    prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True)
+    prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True, longest=LONGEST_TEXT)
     negative: str | None = setting(
-        None, "What to steer away from; needs --guidance above 0. Default: an empty prompt.", group="Text"
+        None,
+        "What to steer away from; needs --guidance above 0. Default: an empty prompt.",
+        group="Text",
+        longest=LONGEST_TEXT,
     )
     embeddings: Attachment = setting(
         None,
@@ -323,8 +333,22 @@ class LoadSettings(Settings):
     )
     lora: list[str] | None = setting(
         None,
-        "LoRA file (.safetensors) and its scale, else 1; repeat it to add several. Default: none.",
+        "LoRA file (.safetensors), or a folder with one, and its scale, else 1; repeat it to add several. "
+        "Default: none.",
         metavar="PATH[:SCALE]",
+        group="Model",
+        path=True,
+    )
+    lora_skip: str | None = setting(
+        None,
+        "Leave out this part of LoRA files, which is not implemented, and use the rest. Default: refuse such files.",
+        choices=LORA_PARTS,
+        group="Model",
+    )
+    lora_folder: str | None = setting(
+        None,
+        "Folder in which --from finds the LoRAs of a picture by their content. Default: none.",
+        metavar="FOLDER",
         group="Model",
         path=True,
     )
@@ -439,7 +463,12 @@ ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettin
 
 
 def split_lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError."""
+    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError.
+
+    What is the name of an existing file or folder as a whole has no scale.
+    """
+    if os.path.exists(os.path.expanduser(text)):
+        return text, 1.0
     path, _, last = text.rpartition(":")
     try:
         scale = float(last)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 from zimage.settings.fields import Plain, Settings, fields, list_fields
 
 CONFIG = "ZIMAGE_CONFIG"  # the settings file
@@ -47,8 +47,8 @@ def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:
 def _from_text(name: str, text: str, kind: type) -> Plain:
     """The value that a text stands for."""
     if kind is bool and text.lower() not in TRUE + FALSE:
-        raise RequestError(f"{name} {text!r} should be one of {', '.join(TRUE + FALSE)}", fields=(name,))
+        raise RequestError(f"{name} {quoted(text)} should be one of {', '.join(TRUE + FALSE)}", fields=(name,))
     try:
         return text.lower() in TRUE if kind is bool else kind(text)
     except ValueError:
-        raise RequestError(f"{name} {text!r} should be of type {kind.__name__}", fields=(name,)) from None
+        raise RequestError(f"{name} {quoted(text)} should be of type {kind.__name__}", fields=(name,)) from None

@@ -10,13 +10,12 @@ import dataclasses
 import difflib
 import functools
 import os
-import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TypeAlias, TypeVar
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 
 T = TypeVar("T")
 Weights = dict[int, float]
@@ -25,13 +24,17 @@ Plain: TypeAlias = Any  # a plain value, as JSON and TOML hold it
 Attachment: TypeAlias = Any  # a picture, a mask or embeddings: a path or an object
 Field: TypeAlias = "dataclasses.Field[Plain | Attachment]"
 MAX_WEIGHT = 1e6
+LONGEST_WORD = 80  # characters of a name that may have been mistyped
 NO_ATTACHMENT = (bool, int, float, list, tuple, dict, set, bytes)
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
-JSON_BOUNDS = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum", "multiple": "multipleOf"}
-_repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 3, 80, 80, 80
-_shown = _repr.repr  # a value in a message; long and deeply nested ones are cut
+JSON_BOUNDS = {
+    "minimum": "minimum",
+    "maximum": "maximum",
+    "above": "exclusiveMinimum",
+    "multiple": "multipleOf",
+    "longest": "maxLength",
+}
 _hints: Callable[[type], dict[str, Hint]] = functools.cache(typing.get_type_hints)
 
 
@@ -48,6 +51,7 @@ def setting(
     above: float | None = None,
     multiple: int | None = None,
     choices: tuple[str, ...] | None = None,
+    longest: int | None = None,
     attachment: bool = False,
     path: bool = False,
     per_call: bool = False,
@@ -55,10 +59,11 @@ def setting(
     """A run setting. `env` is the environment variable that sets it where no option does.
 
     `path`: it names files or folders, which are relative to the settings file that they stand in. `per_call`: it
-    belongs to a single call, as attachments do, and may not stand in a settings file.
+    belongs to a single call, as attachments do, and may not stand in a settings file. `longest` counts the characters
+    of a text.
     """
-    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "choices": choices}
-    shown = {"help": help, "group": group, "flag": flag, "metavar": metavar}
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "longest": longest}
+    shown = {"help": help, "group": group, "flag": flag, "metavar": metavar, "choices": choices}
     kind = {"env": env, "attachment": attachment, "path": path, "per_call": per_call or attachment}
     return dataclasses.field(default=default, metadata={**shown, **kind, **bounds})
 
@@ -76,7 +81,7 @@ class Settings:
         """From plain values, as JSON and TOML hold them; an unknown name is an error that suggests the nearest."""
         for key in values:
             if key not in cls.names():
-                raise RequestError(f"there is no setting {key!r}; {nearest(key, cls.names())}", fields=(key,))
+                raise RequestError(f"there is no setting {quoted(key)}; {nearest(key, cls.names())}", fields=(key,))
         hints = _hints(cls)
         return cls(**{name: _coerced(name, value, hints[name]) for name, value in values.items()})
 
@@ -105,8 +110,15 @@ def either(value: T | None, default: T) -> T:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown word: the nearest known one, or all of them."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = close_matches(word, known, 1)
     return f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(known) or "none")
+
+
+def close_matches(word: str, known: Iterable[str], count: int, cutoff: float = 0.6) -> list[str]:
+    """Known words that look like this one, the nearest first; long ones are nobody's slip, and take long to compare."""
+    if len(word) > LONGEST_WORD:
+        return []
+    return difflib.get_close_matches(word, [k for k in known if len(k) <= LONGEST_WORD], count, cutoff)
 
 
 def parse_weights(text: str) -> Weights:
@@ -149,6 +161,16 @@ def check_fields(settings: Settings) -> None:
         _check(field, hints[field.name], getattr(settings, field.name))
 
 
+def check_text(name: str, text: str, longest: int | None = None) -> None:
+    """Raise RequestError for what is no text that UTF-8 can hold, and for more than `longest` characters of it."""
+    if longest is not None and len(text) > longest:
+        raise _fault(name, f" has {len(text):,} characters; it may have at most {longest:,}")
+    if not text.isascii() and text != text.encode(errors="ignore").decode():
+        raise _fault(name, " is not valid text; it must be valid UTF-8")
+    if "\0" in text:
+        raise _fault(name, f" holds a zero character at {text.index(chr(0)):,}; is it text in UTF-16?")
+
+
 def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
     m, forms = field.metadata, _forms(field.metadata, accepted)
     if types.NoneType in _members(accepted) or m["attachment"]:
@@ -187,7 +209,7 @@ def _coerced(name: str, value: Plain, accepted: Hint) -> Plain:
                 return weights
             raise ValueError("a layer is named twice")
     except ValueError:
-        text = f"{name} {_shown(value)} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
+        text = f"{name} {quoted(value)} cannot be read; write LAYER:WEIGHT,…, such as -2:0.7,-8:0.3"
         raise RequestError(text, fields=(name,)) from None
     return value
 
@@ -226,13 +248,13 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
 
 def _check_weights(name: str, value: object) -> None:
     if not isinstance(value, dict) or not value:
-        raise _fault(name, f" {_shown(value)} should be a table of layers and weights, such as {{-2: 0.7, -8: 0.3}}")
+        raise _fault(name, f" {quoted(value)} should be a table of layers and weights, such as {{-2: 0.7, -8: 0.3}}")
     for layer, weight in value.items():
         if not isinstance(layer, int) or isinstance(layer, bool) or layer > -1:
-            raise _fault(name, f": layer {_shown(layer)} should be a negative integer, counted from the end")
+            raise _fault(name, f": layer {quoted(layer)} should be a negative integer, counted from the end")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_WEIGHT:
             raise _fault(
-                name, f": the weight {_shown(weight)} of layer {layer} should be a number up to {MAX_WEIGHT:g}"
+                name, f": the weight {quoted(weight)} of layer {layer} should be a number up to {MAX_WEIGHT:g}"
             )
     if not abs(sum(value.values())) > 1e-6:
         raise _fault(name, ": the weights add up to 0, so they cannot be normalised")
@@ -268,10 +290,9 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in accepted):
         raise _mistyped(name, value, "of type " + " or ".join(t.__name__ for t in accepted))
     if m["choices"] and value not in m["choices"]:
-        raise _fault(name, f" {_shown(value)} is not known; use {', '.join(m['choices'])}")
+        raise _fault(name, f" {quoted(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
-        if not value.isascii() and value != value.encode(errors="ignore").decode():
-            raise _fault(name, " is not valid text; it must be valid UTF-8")
+        check_text(name, value, m["longest"])
     elif isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(name, m, value)
 
@@ -291,7 +312,7 @@ def _check_number(name: str, m: Mapping[str, Plain], value: float) -> None:
 
 
 def _mistyped(name: str, value: object, right: str) -> RequestError:
-    return _fault(name, f" {_shown(value)} is of type {type(value).__name__}; it should be {right}")
+    return _fault(name, f" {quoted(value)} is of type {type(value).__name__}; it should be {right}")
 
 
 def _fault(name: str, rest: str) -> RequestError:

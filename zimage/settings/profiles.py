@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zimage.errors import ConfigFileError, RequestError, ZImageError
+from zimage.errors import ConfigFileError, RequestError, ZImageError, quoted
 from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
@@ -27,17 +27,22 @@ from zimage.settings.toml_file import TomlFile, read_text
 EXAMPLE = Path(__file__).with_name("config.toml.example")
 FILE_NAME = "zimage.toml"
 PICTURE = "picture"
+MAX_INHERITED = 32  # profiles, one above the other
 OWNERS: dict[str, type[Settings]] = {name: settings for settings in ALL_SETTINGS for name in settings.names()}
 FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(settings)}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A setting's value and its source, as people write it; sources of a higher rank come first."""
+    """A setting's value and its source, as people write it; sources of a higher rank come first.
+
+    It is the user's `own` unless a picture, a state or a file that merely lies in the current folder brought it.
+    """
 
     value: Plain
     source: str
     rank: int = 0
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Resolved:
 
     def source(self, name: str) -> str:
         return self.entries[name].source if name in self.entries else "default"
+
+    def is_own(self, name: str) -> bool:
+        """Whether the user set a value, or left it at its default: secrets go nowhere else."""
+        return name not in self.entries or self.entries[name].own
 
     @property
     def note(self) -> str | None:
@@ -81,10 +90,10 @@ class Resolved:
 
 
 class Config:
-    """A settings file in which every profile was checked. Raises ConfigFileError."""
+    """A settings file in which every profile was checked; see `Entry` for `own`. Raises ConfigFileError."""
 
-    def __init__(self, file: TomlFile):
-        self.path, self._file, document = file.path, file, file.document
+    def __init__(self, file: TomlFile, own: bool = True):
+        self.path, self._file, self._own, document = file.path, file, own, file.document
         for name, table in document.items():
             if not isinstance(table, dict):
                 message = f"{name} is outside of any profile; put it under [default] or another [NAME]"
@@ -111,6 +120,11 @@ class Config:
                 raise self._file.fault(
                     f'inherit: {circle} is a cycle; break it with inherit = ""', chain[-1], "inherit"
                 )
+            if len(chain) > MAX_INHERITED:
+                text = (
+                    f"inherit: {quoted(profile)} has more than {MAX_INHERITED} profiles above it; let it inherit less"
+                )
+                raise self._file.fault(text, profile, "inherit")
             chain.append(parent)
         return chain
 
@@ -124,7 +138,7 @@ class Config:
             )
         if named and named not in self._parents:
             hint = nearest(named, self._parents)
-            raise self._file.fault(f"inherit: there is no profile {named!r}; {hint}", profile, "inherit")
+            raise self._file.fault(f"inherit: there is no profile {quoted(named)}; {hint}", profile, "inherit")
         return named or None
 
     def _entries(self, profile: str, table: Mapping[str, Plain]) -> dict[str, Entry]:
@@ -134,7 +148,7 @@ class Config:
                 continue
             source = f"{self.path.name} [{profile}] line {self._file.line(profile, name)}"
             try:
-                entries[name] = Entry(_from_file(name, value, self.path.parent), source)
+                entries[name] = Entry(_from_file(name, value, self.path.parent), source, own=self._own)
             except RequestError as error:
                 raise self._file.fault(str(error), profile, name, fields=error.fields) from None
             except ValueError:  # Python shows no number of more than 4300 digits
@@ -171,9 +185,17 @@ def usual_places(environ: Mapping[str, str] = os.environ) -> list[Path]:
     return [Path(FILE_NAME), config_folder(environ) / FILE_NAME]
 
 
-def read_config(path: str | os.PathLike[str]) -> Config:
-    """Read a settings file and check all of it. Raises ConfigFileError."""
-    return Config(TomlFile(Path(path), read_text(Path(path))))
+def is_own_file(
+    path: Path, named: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ
+) -> bool:
+    """Whether a file that `find_config` found is the user's own or was named, and does not merely lie in the folder."""
+    own = os.path.realpath(config_folder(environ) / FILE_NAME)
+    return bool(named or environ.get(CONFIG)) or os.path.realpath(path) == own
+
+
+def read_config(path: str | os.PathLike[str], own: bool = True) -> Config:
+    """Read a settings file and check all of it; see `Entry` for `own`. Raises ConfigFileError."""
+    return Config(TomlFile(Path(path), read_text(Path(path))), own)
 
 
 def resolve(
@@ -193,7 +215,8 @@ def resolve(
     if origin:
         brought = {_owner(name) for name in origin}
         layers = [{n: e for n, e in layer.items() if OWNERS[n] not in brought} for layer in layers]
-        layers.append(_checked({n: v for n, v in origin.items() if n not in given}, lambda name: PICTURE))
+        layer = _checked({n: v for n, v in origin.items() if n not in given}, lambda name: PICTURE)
+        layers.append({name: replace(entry, own=False) for name, entry in layer.items()})
     layers.append(_checked(given, _flag))
     entries = {n: replace(e, rank=rank) for rank, layer in enumerate(layers) for n, e in layer.items()}
     left_out = _settle(entries, len(layers) - 1)
@@ -207,9 +230,11 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
         return "default" if config is not None and "default" in config.profiles else None
     if config is None:
         looked = " or ".join(map(str, usual_places(environ)))
-        raise ConfigFileError(f"profile {wanted!r}: there is no settings file {looked}")
+        raise ConfigFileError(f"profile {quoted(wanted)}: there is no settings file {looked}")
     if wanted not in config.profiles:
-        raise ConfigFileError(f"{config.path}: there is no profile {wanted!r}; {nearest(wanted, config.profiles)}")
+        raise ConfigFileError(
+            f"{config.path}: there is no profile {quoted(wanted)}; {nearest(wanted, config.profiles)}"
+        )
     return wanted
 
 
@@ -218,7 +243,7 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
 
 def _owner(name: str) -> type[Settings]:
     if name not in OWNERS:
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, OWNERS)}", fields=(name,))
+        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, OWNERS)}", fields=(name,))
     return OWNERS[name]
 
 
@@ -239,7 +264,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
 def _from_file(name: str, value: Plain, folder: Path) -> Plain:
     if name not in OWNERS:
         known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
-        raise RequestError(f"there is no setting {name!r}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
+        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
     if FIELDS[name].metadata["per_call"]:
         text = f"{name} belongs to a single call; pass it there and remove it from the file"
         raise RequestError(text, fields=(name,))
@@ -282,7 +307,9 @@ def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
     """What the settings' own checks say about values together."""
     try:
         for settings in ALL_SETTINGS:
-            settings.from_mapping({name: e.value for name, e in entries.items() if OWNERS[name] is settings})
+            values = {name: entry.value for name, entry in entries.items() if OWNERS[name] is settings}
+            if values:
+                settings.from_mapping(values)
     except RequestError as error:
         return error
     return None

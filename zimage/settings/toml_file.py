@@ -4,19 +4,16 @@ No package helps: tomlkit keeps all text but tells no key's line either, names n
 names the file's last line for a string or list that never ends.
 """
 
-import contextlib
-import itertools
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from zimage.errors import ConfigFileError
 from zimage.settings.fields import Plain
 
 MAX_BYTES = 100_000
-MAX_DOTS = 20  # of a key; tomllib's memory grows with the square of their number
-MAX_TRIES = 500  # lines that might end a statement and do not; each costs a parse of what stands before it
+MAX_DOTS = 20  # of a key; tomllib's time and memory grow with the square of their number
 MAX_MESSAGE = 1500  # characters; values in messages may be long
 BACKSLASH = "; write paths in 'single quotes', where a backslash stands for itself"
 HINTS = {
@@ -25,7 +22,13 @@ HINTS = {
     "Cannot overwrite": "; the key appears twice",
     "Invalid value": "; text needs quotation marks",
 }
-ENDS = re.compile(r"""("{3}|'{3}|[\]}])\s*(#.*)?$""")  # how the last of a statement's several lines ends
+TOKENS = re.compile(  # all of a text, each character once: a string without an end takes the rest of line or file
+    r"""(?P<comment>\#[^\n]*)
+    |(?P<text>"{3}(?:[^"\\]|\\.|"(?!""))*+"{0,5}|'{3}(?:[^']|'(?!''))*+'{0,5}|"(?:[^"\\\n]|\\[^\n])*+"?|'[^'\n]*+'?)
+    |(?P<opening>[\[{])|(?P<closing>[\]}])|(?P<separator>[=,])|(?P<end>\n)|(?P<dot>\.)
+    |[^\#"'\[{\]}=,\n.]++""",
+    re.VERBOSE | re.DOTALL,
+)
 
 
 class TomlFile:
@@ -34,13 +37,11 @@ class TomlFile:
     def __init__(self, path: Path, text: str):
         self.path = path
         self._lines: dict[tuple[str, ...], int] = {}
-        last, is_read = self._read_lines(text.split("\n"))
+        last = self._read_lines(text)
         try:
             self.document = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
             raise _syntax_fault(path, last, error) from None
-        if not is_read:
-            raise fault(path, last, "the value has too many lines that end in brackets")
 
     def line(self, *keys: str) -> int:
         """The line on which the statement of these keys begins, or of the table they are in."""
@@ -51,25 +52,23 @@ class TomlFile:
         """The error on what stands at these keys."""
         return fault(self.path, self.line(*keys), message, fields)
 
-    def _read_lines(self, lines: list[str]) -> tuple[int, bool]:
-        """Note where keys stand, statement by statement; returns the line of the last one, and whether it can be read.
+    def _read_lines(self, text: str) -> int:
+        """Note where keys stand; returns the line of the first statement that cannot be read by itself, or of the last.
 
-        The first that cannot be read by itself is the last.
+        Nothing after that is noted: the file as a whole cannot be read either.
         """
-        first, end = 0, 0
         header: tuple[str, ...] = ()
-        while end < len(lines):
-            first = end
-            if lines[first].partition("=")[0].count(".") > MAX_DOTS:
-                raise fault(self.path, first + 1, "nested too deeply")
-            end, table = _statement(lines, first)
-            if table is None:
-                return first + 1, False
-            paths, is_header = _key_paths(table), lines[first].lstrip().startswith("[")
+        line = 1
+        for line, statement in _statements(self.path, text):
+            try:
+                table = tomllib.loads(statement)
+            except (ValueError, RecursionError):
+                return line
+            paths, is_header = _key_paths(table), statement.lstrip().startswith("[")
             for path in paths:
-                self._lines.setdefault(path if is_header else header + path, first + 1)
+                self._lines.setdefault(path if is_header else header + path, line)
             header = paths[-1] if is_header else header
-        return first + 1, True
+        return line
 
 
 def read_text(path: Path) -> str:
@@ -100,13 +99,25 @@ def fault(path: Path, line: int, message: str, fields: Iterable[str] = ()) -> Co
     return ConfigFileError(f"{path} line {line}: {message}", fields=fields)
 
 
-def _statement(lines: list[str], first: int) -> tuple[int, dict[str, Plain] | None]:
-    """The statement that begins on a line, and where the next one does; None where it does not end, or is broken."""
-    ends = (n for n in range(first, len(lines)) if n == first or ENDS.search(lines[n]))
-    for last in itertools.islice(ends, MAX_TRIES):
-        with contextlib.suppress(ValueError, RecursionError):
-            return last + 1, tomllib.loads("\n".join(lines[first : last + 1]))
-    return len(lines), None
+def _statements(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """The first line and the text of each statement, which ends with the line on which its brackets are closed.
+
+    Raises ConfigFileError for keys that tomllib takes too long over.
+    """
+    begin, line, depth, dots = 0, 1, 0, 0
+    for token in TOKENS.finditer(text):
+        kind = token.lastgroup
+        depth = max(0, depth + (kind == "opening") - (kind == "closing"))
+        dots = dots + 1 if kind == "dot" else dots if kind in (None, "text") else 0
+        if dots > MAX_DOTS:
+            raise fault(path, line, "nested too deeply")
+        if kind == "end" and depth == 0:
+            statement = text[begin : token.start()]
+            if statement.strip() and not statement.lstrip().startswith("#"):
+                yield line, statement
+            line, begin = line + statement.count("\n") + 1, token.end()
+    if text[begin:].strip():
+        yield line, text[begin:]
 
 
 def _key_paths(table: dict[str, Plain]) -> list[tuple[str, ...]]:

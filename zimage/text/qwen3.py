@@ -8,15 +8,28 @@ Source: Qwen3 Technical Report (2025) and the published configuration.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zimage.errors import ConfigError, RequestError
+from zimage.errors import RequestError, quoted
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
-from zimage.nn.config import read_architecture
+from zimage.nn.config import (
+    Between,
+    Depth,
+    Epsilon,
+    Heads,
+    HeadSize,
+    Positive,
+    Width,
+    check_divides,
+    check_implemented,
+    fault,
+    read_architecture,
+    section,
+)
 from zimage.nn.layers import NarrowLinear, RMSNorm, TokenEmbedding
 
 PREFIX = "model."
@@ -24,15 +37,15 @@ PREFIX = "model."
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
+    vocab_size: Annotated[int, Between(1, 1 << 24)]
+    hidden_size: Width
+    intermediate_size: Annotated[int, Between(1, 1 << 22)]
+    num_hidden_layers: Depth
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
+    head_dim: HeadSize
+    rms_norm_eps: Epsilon
+    rope_theta: Positive
 
     IMPLEMENTED: ClassVar = {
         "model_type": ("qwen3",),
@@ -43,19 +56,17 @@ class Qwen3Config:
         "rope_scaling": (None,),
     }
 
+    def __post_init__(self):
+        check_divides(type(self), "num_key_value_heads", "num_attention_heads", self)
+
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Qwen3Config":
         """From `text_encoder/config.json`, with θ at the top level (transformers 4) or in `rope_parameters` (5)."""
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ConfigError(
-                f"Qwen3 config: rope_type = {rope['rope_type']!r} is not implemented; it must be 'default'"
-            )
-        other = set(config.get("layer_types") or ()) - {"full_attention"}
-        if other:
-            raise ConfigError(
-                f"Qwen3 config: layer_types contains {sorted(other)}; only 'full_attention' is implemented"
-            )
+        rope = section(cls, config, "rope_parameters")
+        check_implemented(cls, rope, {"rope_type": ("default",)})
+        kinds = config.get("layer_types") or []
+        if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
+            raise fault(cls, f"layer_types = {quoted(kinds)} should be a list; only 'full_attention' is implemented")
         if "rope_theta" in rope:
             config = {**config, "rope_theta": rope["rope_theta"]}
         return read_architecture(cls, config, cls.IMPLEMENTED)

@@ -4,21 +4,19 @@ Whatever goes wrong is one line that names the server, never holds the key and n
 not followed: they would carry the key and the prompt to another host.
 """
 
-import contextlib
 import json
 import logging
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from zimage.errors import RemoteError, RequestError
+from zimage.errors import CheckpointError, RemoteError, RequestError
+from zimage.formats.json_text import json_value
 from zimage.settings.declared import Sampling
+from zimage.text.connections import Connections
 
 if TYPE_CHECKING:
     import httpx
@@ -87,8 +85,8 @@ def _content(call: "Call", answer: "Answer") -> str:
     if answer.status != 200:
         raise call.refused(answer)
     try:
-        found = json.loads(answer.body)
-    except (ValueError, RecursionError):
+        found = json_value("the answer", answer.body)
+    except CheckpointError:
         raise call.error("answered with something other than JSON; is this the url of a chat server?") from None
     try:
         choice = found["choices"][0]
@@ -196,36 +194,19 @@ class _Unusable(Exception):
 
 
 class _Exchange:
-    """One request and its answer, in a thread of its own, whose connections are shut down when the time is over.
-
-    httpx bounds each read, not all of them: a server that sends a byte now and then would hold it for ever.
-    """
+    """One request and its answer."""
 
     def __init__(self, request: "httpx.Request", limit: int):
-        self._request, self._limit = request, limit
-        self._sockets: list[socket.socket] = []
-        self._over = False
+        self._request, self._limit, self._connections = request, limit, Connections()
 
     def within(self, seconds: float) -> Answer:
         """Raises TimeoutError, _Unusable, and what httpx raises."""
-        answer: Future[Answer] = Future()
-
-        def work() -> None:
-            try:
-                answer.set_result(self._answer(seconds))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=work, name="zimage-remote", daemon=True).start()
-        try:
-            return answer.result(seconds)
-        finally:  # also when interrupted
-            self._hang_up()
+        return self._connections.within(seconds, lambda: self._answer(seconds))
 
     def _answer(self, seconds: float) -> Answer:
         import httpx
 
-        self._request.extensions = {"timeout": httpx.Timeout(seconds).as_dict(), "trace": self._trace}
+        self._request.extensions = {"timeout": httpx.Timeout(seconds).as_dict(), "trace": self._connections.trace}
         hooks = {"response": [_stop_at_redirect]}
         with httpx.Client(verify=ssl.create_default_context(), event_hooks=hooks) as client:
             response = client.send(self._request, stream=True)
@@ -244,19 +225,6 @@ class _Exchange:
             if len(body) > self._limit:
                 raise _Unusable(f"sent an answer of more than {self._limit / 1e6:g} MB")
         return bytes(body)
-
-    def _trace(self, event: str, info: Mapping[str, object]) -> None:
-        """httpx calls this at each step: what a step returns may be a new connection."""
-        if get := getattr(info.get("return_value"), "get_extra_info", None):
-            self._sockets.append(get("socket"))
-        if self._over:
-            raise TimeoutError
-
-    def _hang_up(self) -> None:
-        self._over = True
-        for line in self._sockets:
-            with contextlib.suppress(OSError):  # closed already
-                line.shutdown(socket.SHUT_RDWR)
 
 
 def _stop_at_redirect(response: "httpx.Response") -> None:
@@ -289,10 +257,10 @@ def _quoted(body: bytes) -> str:
 def _said(body: bytes) -> str:
     """The message of an error's body on one line: {"error": {"message": …}}, {"error": …} or plain text."""
     try:
-        found = json.loads(body)
+        found = json_value("the answer", body)
         for name in ("error", "detail", "message"):
             found = found.get(name, found) if isinstance(found, dict) else found
-    except (ValueError, RecursionError):
+    except CheckpointError:
         found = body[:QUOTED].decode(errors="replace")
         found = "" if found.lstrip().startswith("<") else found  # a page for browsers
     return _one_line(found if isinstance(found, str) else json.dumps(found))

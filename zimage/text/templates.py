@@ -12,7 +12,6 @@ are optional. The file's name is the template's name plus `.md`. Reading is stri
 not understood is an error that names file and line. A template in the user's folder replaces a shipped one of its name.
 """
 
-import difflib
 import functools
 import json
 import re
@@ -21,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage.errors import RequestError, TemplateError
+from zimage.errors import RequestError, TemplateError, quoted
 from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import config_folder, from_environment
-from zimage.settings.fields import Plain
+from zimage.settings.fields import Plain, close_matches
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat
 
@@ -103,7 +102,9 @@ class Templates:
     def get(self, name: str) -> Template:
         """The template with this name; only its file is read. Raises RequestError suggesting the nearest names."""
         if name not in self._paths:
-            raise RequestError(f"there is no template {name!r}; {_nearest(name, self._paths, 'zimage templates list')}")
+            raise RequestError(
+                f"there is no template {quoted(name)}; {_nearest(name, self._paths, 'zimage templates list')}"
+            )
         if name not in self._read:
             self._read[name] = read_template(self._paths[name])
         return self._read[name]
@@ -113,7 +114,7 @@ class Templates:
         if category is None:
             return [t for t in self._all() if hidden or t.category != REWRITER]
         if category not in (known := self.categories()):
-            raise RequestError(f"there is no category {category!r}; {_nearest(category, known, None)}")
+            raise RequestError(f"there is no category {quoted(category)}; {_nearest(category, known, None)}")
         return [t for t in self._all() if t.category == category]
 
     def search(self, words: Iterable[str]) -> Sequence[Template]:
@@ -168,7 +169,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _nearest(name: str, known: Iterable[str], command: str | None) -> str:
-    if near := difflib.get_close_matches(name, list(known), n=3):
+    if near := close_matches(name, known, 3):
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"see: {command}" if command else f"known: {', '.join(known)}"
 
@@ -237,9 +238,11 @@ def _closing_line(lines: list[str]) -> int:
 def _check_names(path: Path, values: Mapping[str, Plain], where: Mapping[str, int]) -> None:
     for key in ("name", "category"):
         if not _NAME.fullmatch(values[key]):
-            raise _Flaw(where[key], f"{key} {values[key]!r} may contain only a-z, 0-9 and single hyphens between them")
+            raise _Flaw(
+                where[key], f"{key} {quoted(values[key])} may contain only a-z, 0-9 and single hyphens between them"
+            )
     if values["name"] != path.stem:
-        raise _Flaw(where["name"], f"name {values['name']!r} should be {path.stem!r}, as the file's name is")
+        raise _Flaw(where["name"], f"name {quoted(values['name'])} should be {path.stem!r}, as the file's name is")
     for key in ("description", "model"):
         if "\n" in values.get(key, ""):
             raise _Flaw(where[key], f"{key} should be a single line")
@@ -252,7 +255,7 @@ def _front_matter(text: str) -> tuple[dict[str, Plain], dict[str, int]]:
     for key_node, node in _pairs(text):
         key, line = str(key_node.value), _line(key_node)
         if key not in REQUIRED + OPTIONAL:
-            raise _Flaw(line, f"there is no key {key!r}; {_nearest(key, REQUIRED + OPTIONAL, None)}")
+            raise _Flaw(line, f"there is no key {quoted(key)}; {_nearest(key, REQUIRED + OPTIONAL, None)}")
         if key in where:
             raise _Flaw(line, f"{key} was already set on line {where[key]}")
         values[key], where[key] = _value(key, node), line
@@ -266,7 +269,7 @@ def _value(key: str, node: "yaml.ScalarNode") -> str | bool:
     if key == "add_think_block":
         truth = {"true": True, "false": False}.get(node.value.lower())
         if kind != "bool" or truth is None:
-            raise _Flaw(_line(node), f"add_think_block {node.value!r} should be true or false")
+            raise _Flaw(_line(node), f"add_think_block {quoted(node.value)} should be true or false")
         return truth
     if kind != "str":
         hint = "" if kind == "null" else "; if it is meant as text, put it in quotes"

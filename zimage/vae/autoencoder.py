@@ -3,12 +3,18 @@
 Shapes: B batch, H × W pixels, h × w = H/8 × W/8 latents.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from zimage.settings.declared import TILE_OVERLAP
+from zimage.nn.config import Between
+from zimage.settings.declared import SIZE_MULTIPLE, TILE_OVERLAP
 from zimage.vae.layers import DecoderStack, EncoderStack
 from zimage.vae.tiling import OFF, Tiling
+
+Levels = Between(1, 4)  # how many an autoencoder has: each but the last halves a picture's sides, multiples of 16
+Side = Annotated[int, Between(SIZE_MULTIPLE, 1 << 16, multiple=SIZE_MULTIPLE)]  # pixels of a picture
 
 
 class Autoencoder(nn.Module):

@@ -7,14 +7,14 @@ Module names are the checkpoint's (diffusers naming), so weights load without a 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage.nn.attention import attention
-from zimage.nn.config import read_architecture
-from zimage.vae.autoencoder import Autoencoder
+from zimage.nn.config import Channels, Colours, GroupDepth, Offset, Positive, check_divides, read_architecture
+from zimage.vae.autoencoder import Autoencoder, Levels, Side
 from zimage.vae.layers import DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
 from zimage.vae.tiling import OFF, Tiling
 
@@ -23,15 +23,15 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class AutoencoderKLConfig:
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    latent_channels: int
-    norm_num_groups: int
-    scaling_factor: float
-    shift_factor: float
-    in_channels: int = 3
-    out_channels: int = 3
-    sample_size: int = 1024
+    block_out_channels: Annotated[tuple[Channels, ...], Levels]
+    layers_per_block: GroupDepth
+    latent_channels: Channels
+    norm_num_groups: Channels
+    scaling_factor: Positive
+    shift_factor: Offset
+    in_channels: Colours = 3
+    out_channels: Colours = 3
+    sample_size: Side = 1024
 
     IMPLEMENTED: ClassVar[Mapping[str, tuple]] = {
         "_class_name": ("AutoencoderKL",),
@@ -40,6 +40,9 @@ class AutoencoderKLConfig:
         "use_post_quant_conv": (False,),
         "mid_block_add_attention": (True,),
     }
+
+    def __post_init__(self):
+        check_divides(type(self), "norm_num_groups", "block_out_channels", self)
 
 
 class AutoencoderKL(Autoencoder):

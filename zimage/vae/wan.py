@@ -9,16 +9,16 @@ Module names are the checkpoint's (diffusers naming).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zimage.errors import CheckpointError, ConfigError
+from zimage.errors import CheckpointError
 from zimage.kernels.norm import rms_norm
 from zimage.nn.attention import attention
-from zimage.nn.config import read_architecture
-from zimage.vae.autoencoder import Autoencoder
+from zimage.nn.config import Between, Channels, Colours, GroupDepth, Offset, Positive, fault, read_architecture
+from zimage.vae.autoencoder import Autoencoder, Levels, Side
 from zimage.vae.layers import DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
 from zimage.vae.tiling import OFF, Tiling
 
@@ -27,16 +27,17 @@ NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.n
 
 @dataclass(frozen=True)
 class AutoencoderKLWanConfig:
-    base_dim: int
-    z_dim: int
-    dim_mult: tuple[int, ...]
-    num_res_blocks: int
-    temperal_downsample: tuple[bool, ...]  # the checkpoint's spelling; decides only which time_conv keys a file holds
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
-    in_channels: int = 3
-    out_channels: int = 3
-    sample_size: int = 1024
+    base_dim: Annotated[int, Between(2, 1 << 16, multiple=2)]  # the decoder halves it
+    z_dim: Channels
+    dim_mult: Annotated[tuple[Annotated[int, Between(1, 64)], ...], Levels]
+    num_res_blocks: GroupDepth
+    # The checkpoint's spelling; decides only which time_conv keys a file holds.
+    temperal_downsample: Annotated[tuple[bool, ...], Between(0, Levels.high)]
+    latents_mean: Annotated[tuple[Offset, ...], Between(1, 1 << 16)]
+    latents_std: Annotated[tuple[Positive, ...], Between(1, 1 << 16)]
+    in_channels: Colours = 3
+    out_channels: Colours = 3
+    sample_size: Side = 1024
 
     IMPLEMENTED: ClassVar[Mapping[str, tuple]] = {
         "_class_name": ("AutoencoderKLWan",),
@@ -51,7 +52,7 @@ class AutoencoderKLWanConfig:
         lengths = {"latents_mean": self.z_dim, "latents_std": self.z_dim, "temperal_downsample": len(self.dim_mult) - 1}
         for key, length in lengths.items():
             if len(getattr(self, key)) != length:
-                raise ConfigError(f"AutoencoderKLWan config: {key} should hold {length} values")
+                raise fault(type(self), f"{key} should hold {length} values")
 
     @property
     def latent_channels(self) -> int:

@@ -1,0 +1,44 @@
+"""Prompts from files and standard input: UTF-8 within limits, also from pipes, which are read as they come."""
+
+import io
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from zimage.errors import RequestError
+
+LONGEST = 16 << 20  # bytes of a file of prompts
+
+
+def file_prompts(path: Path) -> list[str]:
+    """The prompts in a file, one per line. Raises RequestError."""
+    try:
+        with path.open("rb") as stream:
+            text = _text(str(path), stream)
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def standard_input() -> str:
+    """All of standard input as one prompt, whatever encoding the terminal is set to. Raises RequestError."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise RequestError("standard input is closed; pass the prompt as an argument")
+    try:
+        stream = sys.stdin.buffer if hasattr(sys.stdin, "buffer") else io.BytesIO(sys.stdin.read().encode())
+        return _text("standard input", stream).strip()
+    except OSError as error:
+        raise RequestError(f"standard input cannot be read: {error.strerror or error}") from None
+
+
+def _text(name: str, stream: BinaryIO) -> str:
+    content = stream.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise RequestError(f"{name} has more than {LONGEST:,} bytes of prompts")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise RequestError(f"{name} is not UTF-8: byte 0x{byte:02x} at {error.start:,}; save it as UTF-8") from None
