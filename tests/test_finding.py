@@ -300,6 +300,15 @@ def test_info_says_what_a_file_is(tmp_path, capsys, keys, says):
     assert says in capsys.readouterr().out
 
 
+def test_a_file_that_may_not_be_read_is_one_line(dit, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(CheckpointError, match=f"{dit} cannot be read: Permission denied"):
+        zimage.load_component(dit, "dit")
+
+
 def test_info_of_what_cannot_be_read(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x02}q\x00.")
     assert main(["info", str(tmp_path / "x.safetensors")]) == 1

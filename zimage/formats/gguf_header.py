@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zimage.errors import CheckpointError
-from zimage.formats.files import require_file
+from zimage.formats.files import read_start, require_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -78,8 +78,7 @@ class Header:
 
 def is_gguf(file: Path) -> bool:
     """Whether a file is GGUF by its first bytes, never by its name."""
-    with file.open("rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC
+    return read_start(file, len(MAGIC)) == MAGIC
 
 
 def read_header(file: Path) -> Header:

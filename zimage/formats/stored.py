@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.formats.files import require_file
+from zimage.formats.files import read_start, require_file
 from zimage.formats.headers import read_header
 from zimage.formats.pages import forget_pages
 from zimage.nn.packed import Packed
@@ -90,8 +90,7 @@ class Stored:
 
 def is_pickle(file: Path) -> bool:
     """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
-    with file.open("rb") as stream:
-        begins = stream.read(9)
+    begins = read_start(file, 9)
     return begins[8:] != b"{" and re.match(rb"PK|\x80[\x02-\x05]", begins) is not None
 
 
