@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -102,3 +105,41 @@ def test_an_error_is_bounded_and_keeps_both_ends():
     assert len(said) <= 2000
     assert said.startswith("prompt xxx")
     assert said.endswith("is too long; cut it")
+
+
+def test_a_tensor_file_that_changes_while_it_is_opened_is_one_of_its_versions(tmp_path):
+    """Replaced, removed, emptied and cut by others, eight readers: a version as it was, or a CheckpointError."""
+    path, values, end = tmp_path / "x.safetensors", {}, time.monotonic() + 0.7
+    for i in range(4):
+        save_file({"x": torch.full((3 + 700 * i,), float(i))}, tmp_path / f"{i}")
+        values[3 + 700 * i] = float(i)
+
+    def change(seed):
+        pick = random.Random(seed)
+        while time.monotonic() < end:
+            mine, kind = tmp_path / f"mine-{seed}", pick.randrange(8)
+            content = (tmp_path / f"{pick.randrange(4)}").read_bytes()
+            mine.write_bytes(content[: pick.randrange(len(content))] if kind == 1 else b"" if kind == 2 else content)
+            os.replace(mine, path)
+            if kind == 0:
+                path.unlink(missing_ok=True)
+
+    def read(_):
+        found = {"read": 0, "missed": 0}
+        while time.monotonic() < end:
+            try:
+                with TensorFile(path) as file:
+                    tensor = file.read("x")
+            except CheckpointError:
+                found["missed"] += 1
+                continue
+            assert tensor.unique().tolist() == [values[len(tensor)]]
+            found["read"] += 1
+        return found
+
+    with ThreadPoolExecutor(10) as pool:
+        changes = [pool.submit(change, seed) for seed in range(2)]
+        counts = list(pool.map(read, range(8)))
+        assert all(change.result() is None for change in changes)
+    assert sum(count["read"] for count in counts) > 0
+    assert sum(count["missed"] for count in counts) > 0

@@ -22,7 +22,13 @@ from zimage.cli import cli
 ROOT = Path(__file__).parent.parent
 ROOMS = ("zimage", "zimage/cli", "kernels", "weights", "templates", "bench", "tests")
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
-DOCUMENTS = [*MAPS, ROOT / "CHANGELOG.md", ROOT / "bench" / "NOTES.md", ROOT / "weights" / "demo" / "README.md"]
+DOCUMENTS = [
+    *MAPS,
+    ROOT / "CHANGELOG.md",
+    ROOT / ".github" / "SECURITY.md",
+    ROOT / "bench" / "NOTES.md",
+    ROOT / "weights" / "demo" / "README.md",
+]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 INSTALL = 'pip install -c constraints.txt -e . && python cli.py gen "a cat face on a blue background"'
 TEST = 'pip install -c constraints.txt -e ".[test]" && pytest'

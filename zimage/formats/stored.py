@@ -1,5 +1,6 @@
 """Tensors as files store them: name, shape and size are known, values are not read."""
 
+import contextlib
 import math
 import os
 import re
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.formats.files import read_start, require_file
-from zimage.formats.headers import read_header
+from zimage.formats.headers import Header, read_header
 from zimage.formats.pages import forget_pages
 from zimage.nn.packed import Packed
 
@@ -90,7 +91,10 @@ class Stored:
 
 def is_pickle(file: Path) -> bool:
     """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
-    begins = read_start(file, 9)
+    return _begins_a_pickle(read_start(file, 9))
+
+
+def _begins_a_pickle(begins: bytes) -> bool:
     return begins[8:] != b"{" and re.match(rb"PK|\x80[\x02-\x05]", begins) is not None
 
 
@@ -109,21 +113,28 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, longest: int | None = None):
-        self.path, size = path, require_file(path)
-        if longest is not None and size > longest:
-            raise CheckpointError(f"{path} has {size:,} bytes; such a file has at most {longest:,}")
-        if is_pickle(path):
-            raise CheckpointError(f"{path} {A_PICKLE}")
+        self.path = path
+        require_file(path)
         try:
-            self._stream = path.open("rb")
-            size = os.fstat(self._stream.fileno()).st_size
-            header = read_header(self._stream, size)
-        except OSError as error:
+            with contextlib.ExitStack() as opened:
+                self._stream = opened.enter_context(path.open("rb"))
+                header = self._header(longest)
+                opened.pop_all()
+        except OSError as error:  # it may have gone since
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        if header.problems:
-            self._stream.close()
-            raise CheckpointError(f"{path} is not a whole safetensors file ({header.problems[0]}); fetch it again")
         self.slots, self.metadata = header.slots, header.metadata
+
+    def _header(self, longest: int | None) -> Header:
+        """The header of the file that is open, whatever lies under its name by now."""
+        size = os.fstat(self._stream.fileno()).st_size
+        if longest is not None and size > longest:
+            raise CheckpointError(f"{self.path} has {size:,} bytes; such a file has at most {longest:,}")
+        if _begins_a_pickle(self._stream.read(9)):
+            raise CheckpointError(f"{self.path} {A_PICKLE}")
+        header = read_header(self._stream, size)
+        if header.problems:
+            raise CheckpointError(f"{self.path} is not a whole safetensors file ({header.problems[0]}); fetch it again")
+        return header
 
     def __enter__(self) -> "TensorFile":
         return self
