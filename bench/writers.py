@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -106,6 +107,63 @@ def nvfp4(weight: Tensor):
     codes, params = tool.quantize(weight.float())
     stored = {"weight": codes, "weight_scale": params.block_scale, "weight_scale_2": params.scale}
     return stored | {"comfy_quant": described({"format": "nvfp4"})}, tool.dequantize(codes, params)
+
+
+def mxfp8(weight: Tensor):
+    from comfy_kitchen.tensor import TensorCoreMXFP8Layout as tool
+
+    codes, params = tool.quantize(weight.float())
+    about = described({"format": "mxfp8"})
+    return {"weight": codes, "weight_scale": params.scale, "comfy_quant": about}, tool.dequantize(codes, params)
+
+
+def int4_convrot(weight: Tensor):
+    from comfy_kitchen.tensor import TensorCoreConvRotW4A4Layout as tool
+
+    group = max(size for size in (4, 16, 64, 256) if weight.shape[1] % size == 0)
+    codes, params = tool.quantize(weight.float(), convrot_groupsize=group)
+    about = described({"format": "convrot_w4a4", "convrot_groupsize": group})
+    return {"weight": codes, "weight_scale": params.scale, "comfy_quant": about}, tool.dequantize(codes, params)
+
+
+def undescribed(quantise: Quantiser, about: dict[str, Any] | None = None) -> Quantiser:
+    """Without a description, or with another one."""
+
+    def write(weight: Tensor):
+        stored, numbers = quantise(weight)
+        stored = {name: tensor for name, tensor in stored.items() if name != "comfy_quant"}
+        return stored | ({} if about is None else {"comfy_quant": described(about)}), numbers
+
+    return write
+
+
+def int8_rows(weight: Tensor):
+    """One scale for each row, as in TensorWiseINT8Layout with `per_channel`."""
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    codes = (weight.float() / scale).round().to(torch.int8)
+    return {"weight": codes, "weight_scale": scale.squeeze(1)}, codes.float() * scale
+
+
+def int8_whole(weight: Tensor):
+    scale = weight.float().abs().max() / 127
+    codes = (weight.float() / scale).round().to(torch.int8)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+
+def in_blocks(dtype: torch.dtype, height: int, width: int, name: str = "weight_scale") -> Quantiser:
+    """A scale for each block of `height` × `width`; those at the lower and right edges may be smaller."""
+
+    def write(weight: Tensor):
+        rows, columns = weight.shape
+        largest = {torch.int8: 127, torch.float8_e4m3fn: 448}[dtype]
+        padded = F.pad(weight.float(), (0, -columns % width, 0, -rows % height))
+        blocks = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # (down, height, across, width)
+        scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / largest
+        codes = (blocks / scale).round().to(dtype) if dtype == torch.int8 else (blocks / scale).to(dtype)
+        numbers = (codes.float() * scale).flatten(2).flatten(0, 1)[:rows, :columns]
+        return {"weight": codes.flatten(2).flatten(0, 1)[:rows, :columns], name: scale[:, 0, :, 0]}, numbers
+
+    return write
 
 
 def write_gguf(file: Path, architecture: str, state: State, kind: str, quantise: Callable[[str], bool]) -> State:

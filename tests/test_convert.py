@@ -95,8 +95,13 @@ def test_dtypes(run, folder, states, dtype, kind):
     assert same(load_file(file), {key: value.to(getattr(torch, kind)) for key, value in states["dit"].items()})
 
 
-def test_quantised_weights_are_widened_and_not_kept(run, states):
-    file, numbers = loose.quantised(states["dit"], loose.lightx2v_fp8)
+@pytest.mark.parametrize(
+    "writer",
+    [loose.lightx2v_fp8, loose.int8_rows, loose.in_blocks(torch.int8, 64, 128)],
+    ids=["fp8 per row", "int8", "blocks"],
+)
+def test_quantised_weights_are_widened_and_not_kept(run, states, writer):
+    file, numbers = loose.quantised(states["dit"], writer)
     loose.save(file, Path("fp8.safetensors"))
     status, err = run("fp8.safetensors", "out.safetensors", "--layout", "native")
     assert (status, "cannot be kept; pass a --dtype" in err) == (2, True)

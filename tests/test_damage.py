@@ -1,6 +1,5 @@
 """Damaged and hostile files: one clear line each, no crash, no hang, no memory for what a file only claims to hold."""
 
-import json
 import random
 import resource
 import signal
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import loose
 import pytest
+from damaged import HEADERS, flipped, gguf_damaged, other_dtype
 from safetensors.torch import load_file
 
 import zimage
@@ -16,60 +16,6 @@ from zimage.errors import ZImageError
 
 CASES = 100  # of each kind and file
 SECONDS = 10
-HUGE = (2**31, 2**40, 2**62, 2**63, 2**64 - 1)
-
-
-def header_of(content: bytes) -> tuple[dict, bytes]:
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def with_header(header: dict | bytes, data: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def truncated(content: bytes, chance: random.Random) -> bytes:
-    return content[: chance.choice([chance.randrange(200), chance.randrange(len(content))])]
-
-
-def flipped(content: bytes, chance: random.Random) -> bytes:
-    """One to four bits of the header, its length included."""
-    out, end = bytearray(content), 8 + int.from_bytes(content[:8], "little")
-    for _ in range(chance.randint(1, 4)):
-        out[chance.randrange(min(end, len(out)))] ^= 1 << chance.randrange(8)
-    return bytes(out)
-
-
-def other_dtype(content: bytes, chance: random.Random) -> bytes:
-    header, data = header_of(content)
-    chance.choice(list(header.values()))["dtype"] = chance.choice(["I64", "BOOL", "F8_E5M2", "F16", "Q4", 7, None])
-    return with_header(header, data)
-
-
-def huge(content: bytes, chance: random.Random) -> bytes:
-    header, data = header_of(content)
-    about = chance.choice(list(header.values()))
-    kind = chance.randrange(4)
-    if kind == 0:
-        return chance.choice(HUGE).to_bytes(8, "little") + content[8:]
-    if kind == 1:
-        about["shape"] = [chance.choice(HUGE)] * chance.randint(1, 4)
-    if kind == 2:
-        about["data_offsets"][1] = chance.choice(HUGE)
-    if kind == 3:
-        about["shape"], about["data_offsets"] = [chance.choice(HUGE), 0], [0, 0]
-    return with_header(header, data)
-
-
-def renamed(content: bytes, chance: random.Random) -> bytes:
-    header, data = header_of(content)
-    key = chance.choice(list(header))
-    new = chance.choice(["", key[1:], key + ".weight", "layers.999999999.w", "\n" * 3, "a" * 10_000, key.upper()])
-    return with_header({(new if k == key else k): v for k, v in header.items()}, data)
-
-
-KINDS = [truncated, flipped, other_dtype, huge, renamed]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +58,7 @@ def complaint(file: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEADERS)
 def test_safetensors(files, tmp_path, bounded, kind):
     chance = random.Random(kind.__name__)
     for source in files:
@@ -124,20 +70,6 @@ def test_safetensors(files, tmp_path, bounded, kind):
             assert said[-1] is None or 20 < len(said[-1].splitlines()[0]) == len(said[-1]) < 2000, said[-1][:300]
         loaded = said.count(None)
         assert loaded <= (CASES // 10 if kind is flipped else CASES // 4 if kind is other_dtype else 0), kind.__name__
-
-
-def gguf_damaged(content: bytes, chance: random.Random) -> bytes:
-    """Cut, bits of the header flipped, or a count made enormous."""
-    kind, out = chance.randrange(3), bytearray(content)
-    if kind == 0:
-        return content[: chance.randrange(len(content))]
-    if kind == 1:
-        for _ in range(chance.randint(1, 4)):
-            out[chance.randrange(4, 1500)] ^= 1 << chance.randrange(8)
-        return bytes(out)
-    at = chance.choice([8, 16, chance.randrange(24, 1000)])
-    out[at : at + 8] = chance.choice(HUGE).to_bytes(8, "little")
-    return bytes(out)
 
 
 def test_gguf(files, tmp_path, bounded):

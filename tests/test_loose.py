@@ -285,37 +285,5 @@ def test_nothing_is_widened_at_loading(states, tmp_path):
     assert not packed.codes.is_contiguous() or packed.codes.untyped_storage().nbytes() > packed.codes.nbytes  # a view
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda f, m: f.update({f"{m}.weight_zero_point": torch.zeros(1)}), "unexpected: .*weight_zero_point"),
-        (lambda f, m: f.update({f"{m}.weight_scale": torch.ones(7)}), "has 7 scales"),
-        (lambda f, m: f.update({f"{m}.comfy_quant": loose.described({"format": "mxfp8"})}), "the format 'mxfp8'"),
-        (lambda f, m: f.update({f"{m}.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}), "is not JSON"),
-        (lambda f, m: f.update({f"{m}.weight": f[f"{m}.weight"].to(torch.int8)}), "I8 with an unknown meaning"),
-        (lambda f, m: f.update({f"{m}.weight": f[f"{m}.weight"].to(torch.int32)}), r"not implemented: .*\(I32\)"),
-    ],
-)
-def test_what_is_not_understood_is_named(states, tmp_path, change, says):
-    file, _ = loose.quantised(states["dit"], loose.lightx2v_fp8)
-    change(file, "layers.1.feed_forward.w3")
-    with pytest.raises(CheckpointError, match=says) as error:
-        zimage.load_component(loose.save(file, tmp_path / "dit.safetensors"), "dit")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("group", ["256", None, [4], 8, -4, 4096, 1.5])
-def test_a_rotation_that_does_not_fit_is_named(tmp_path, group):
-    about = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}
-    tensors = {
-        "weight": torch.ones(96, 64).char(),
-        "weight_scale": torch.ones(96, 1),
-        "comfy_quant": loose.described(about),
-    }
-    file = {f"layers.0.attention.qkv.{name}": tensor for name, tensor in tensors.items()}
-    with pytest.raises(CheckpointError, match=r"convrot_groupsize .* does not fit its 64 columns"):
-        Checkpoint.of_file(loose.save(file, tmp_path / "dit.safetensors"), "dit")
-
-
 def test_layouts_of_a_part_have_names_of_their_own():
     assert len({(known.component, known.name) for known in LAYOUTS}) == len(LAYOUTS)

@@ -9,6 +9,7 @@ from torch import Tensor
 from zimage.errors import CheckpointError, RequestError, quoted
 from zimage.formats.checkpoint import Checkpoint, components_in
 from zimage.formats.files import require_file, require_inside
+from zimage.formats.hub_cache import snapshot
 from zimage.formats.json_text import read_json
 from zimage.loading.files import Component
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
@@ -20,7 +21,7 @@ def find_components(path: Path) -> dict[str, Path]:
     Raises CheckpointError where there is none, or where a link leads out of the folder: whoever packed it may have set
     the link, and what it leads to may be anybody's.
     """
-    found: dict[str, Path] = {}
+    path, found = snapshot(path), dict[str, Path]()
     if path.is_file():
         found = dict.fromkeys(components_in(path), path)
     elif path.is_dir():

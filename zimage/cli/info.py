@@ -1,7 +1,9 @@
-"""`info`: what a model folder holds and what it will take to run."""
+"""`info`: what a model holds and what it will take to run, or what a loose file's header says."""
 
+import os
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,14 +11,18 @@ from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
+from zimage.errors import RequestError, printable
 from zimage.settings.declared import LoadSettings, Request
 from zimage.settings.fields import Plain
+from zimage.settings.paths import user_path
 
 if TYPE_CHECKING:
     from zimage.loading.files import Component
     from zimage.pipeline import ZImage
     from zimage.render.job import Job
 
+COMPONENTS = ("text_encoder", "dit", "vae")  # as their options are called
+LISTED = 5  # tensors of a loose file
 PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
 
 
@@ -28,8 +34,17 @@ PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_over
 @options_of(LoadSettings, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -> None:
-    """Show the components, sizes and memory of MODEL. Default: the settings' model, else the bundled demo."""
+    """Show the components, sizes and memory of MODEL. Default: the settings' model, else the bundled demo.
+
+    Of a loose file (weights of one component, a LoRA) it shows what the header says.
+    """
     resolved = resolve_options({**options, "model": model})
+    loose = _loose_file(resolved.of(LoadSettings))
+    if loose is not None:
+        if with_plan:
+            raise RequestError("--plan needs a whole model; pass its folder, or --model with the other components")
+        terminal.out_json(loose) if as_json else terminal.out("\n".join(_file_lines(loose)))
+        return
     pipe, size = load_pipeline(resolved), _planned(resolved.of(Request))
     facts = describe(pipe, size)
     if as_json:
@@ -39,6 +54,31 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -
     if with_plan:
         job = _job(pipe, size)
         terminal.out("\n".join(plan_lines(job.plan, pipe.refusal(job))))
+
+
+def _loose_file(load: dict[str, Plain]) -> dict[str, Any] | None:
+    """What the header of a file says that is not a whole model; None for whole models."""
+    model = user_path(load.get("model") or "", "model")
+    if not os.path.isfile(model) or any(load.get(name) for name in COMPONENTS):
+        return None
+    from zimage.loading.describe import describe_file
+
+    facts = describe_file(model)
+    return None if len(facts["components"]) == len(COMPONENTS) else facts
+
+
+def _file_lines(facts: dict[str, Any]) -> Iterator[str]:
+    yield f"{printable(facts['file'])}  {facts['format']}, {_size(facts['bytes'])}"
+    yield f"holds         {'; '.join(facts['holds']) or 'nothing that is known here'}"
+    yield f"tensors       {len(facts['tensors']):,}"
+    for dtype, count in facts["dtypes"].items():
+        yield f"  {dtype:12}{count['tensors']:>8,}{_size(count['bytes']):>12}"
+    for tensor in facts["tensors"][:LISTED]:
+        yield f"  {printable(tensor['name'])[:80]}  {tensor['dtype']} {tensor['shape']}"
+    if len(facts["tensors"]) > LISTED:
+        yield f"  and {len(facts['tensors']) - LISTED:,} more"
+    for key, value in facts["metadata"].items():
+        yield f"metadata      {key}: {value}"
 
 
 def _planned(request: dict[str, Plain]) -> dict[str, Plain]:

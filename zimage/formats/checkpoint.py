@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,11 +12,15 @@ from zimage.formats import gguf as gguf_file
 from zimage.formats.files import require_file
 from zimage.formats.json_text import read_json
 from zimage.formats.layouts import Layout, recognise, split_names
-from zimage.formats.quantised import gathered
+from zimage.formats.quantised import COMPANIONS, gathered
 from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, stored_in
+from zimage.formats.unsupported import check_tensors
 from zimage.nn.packed import Packed
 
-SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+STEMS = ("diffusion_pytorch_model", "model")
+VARIANTS = ("", ".bf16", ".fp16", ".fp32")  # of several in one folder, the first is read
+SHARD = re.compile(r".*-\d{5}-of-(?P<count>\d{5})\.\w+")
+SHARD_NAME = re.compile(r"[\w.\- ]{1,200}\.safetensors", re.ASCII)
 SHOWN = 120  # characters of a name in an error
 LISTED = 5  # names in an error; the others are only counted
 
@@ -30,18 +34,18 @@ class Checkpoint:
     @classmethod
     def of_folder(cls, folder: Path, component: str) -> "Checkpoint":
         """From a component folder: one file, or shards with their index. Raises CheckpointError."""
-        files = _weight_files(folder)
-        raw: dict[str, Stored] = {}
-        for file in files:
-            raw |= _opened(file)
-        _check_index(folder, raw)
+        index = _index_file(folder)
+        files = [_single_file(folder)] if index is None else _shards(folder, index)
+        raw = _opened(folder, files)
+        if index is not None:
+            _check_index(index, raw)
         layout = recognise(raw).get(component, ("", None))
         return cls(folder, files, _canonical(raw, *layout) if layout[1] else raw, layout[1])
 
     @classmethod
     def of_file(cls, file: Path, component: str) -> "Checkpoint":
         """From a loose file in any layout, or an all-in-one file that holds the component. Raises CheckpointError."""
-        raw = _opened(file)
+        raw = _opened_alone(file)
         found = recognise(raw)
         if component not in found:
             holds = " and ".join(found) or f"unknown keys: {listing(list(raw))}"
@@ -88,17 +92,39 @@ class Checkpoint:
 
 def components_in(file: Path) -> list[str]:
     """The components that a file holds, recognised by its keys."""
-    return list(recognise(_opened(file)))
+    return list(recognise(_opened_alone(file)))
 
 
-def _opened(file: Path) -> dict[str, Stored]:
-    """The tensors of a file, each quantised weight joined with its companions."""
+def _opened_alone(file: Path) -> dict[str, Stored]:
+    """The tensors of a file that is not one of several."""
+    shard = SHARD.fullmatch(file.name)
+    if shard and int(shard["count"]) > 1:
+        require_file(file)
+        raise CheckpointError(f"{file} is one of {int(shard['count'])} shards: pass the folder {file.parent}")
+    return _opened(file, [file])
+
+
+def _opened(origin: Path, files: Sequence[Path]) -> dict[str, Stored]:
+    """The tensors of files that belong together, each quantised weight joined with its companions."""
+    raw, metadata, held = dict[str, Stored](), dict[str, str](), dict[str, Path]()
+    for file in files:
+        tensors, texts = read_tensors(file)
+        twice = [key for key in tensors if key in held]
+        if twice:
+            where = f"{held[twice[0]].name} and {file.name}"
+            raise CheckpointError(f"{origin}: {len(twice)} tensors lie in two shards, {where}: {listing(twice)}")
+        raw, metadata, held = raw | tensors, metadata | texts, held | dict.fromkeys(tensors, file)
+    check_tensors(origin, raw)
+    maps = Maps()
+    return gathered(origin, raw, metadata, lambda key: raw[key].tensor(maps))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a file by its own keys, and the texts in its header. Raises CheckpointError."""
     require_file(file)
     if is_pickle(file):
         raise CheckpointError(f"{file} {A_PICKLE}")
-    raw, metadata = gguf_file.stored_in(file) if gguf_file.is_gguf(file) else stored_in(file)
-    maps = Maps()
-    return gathered(file, raw, metadata, lambda key: raw[key].tensor(maps))
+    return gguf_file.stored_in(file) if gguf_file.is_gguf(file) else stored_in(file)
 
 
 def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str, Stored]:
@@ -122,39 +148,50 @@ def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str,
     return entries
 
 
-def _check_index(folder: Path, raw: Mapping[str, Stored]) -> None:
-    """Raise CheckpointError if a tensor that the index lists is in none of the shards."""
-    index = _index_file(folder)
-    missing = [key for key in read_json(index)["weight_map"] if key not in raw] if index else []
-    if missing:
-        raise CheckpointError(f"{index} lists tensors that are in none of the shards: {listing(missing)}")
+def _index_file(folder: Path) -> Path | None:
+    """The index of a component folder's shards, or None where a single file holds the weights."""
+    for variant in VARIANTS:
+        for stem in STEMS:
+            if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
+                return index
+            if (folder / f"{stem}{variant}.safetensors").is_file():
+                return None
+    return None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = _index_file(folder)
-    if index is None:
-        for name in SINGLE_NAMES:
-            if (folder / name).is_file():
-                return [folder / name]
-        raise CheckpointError(f"{folder}: no weights were found; expected {' or '.join(SINGLE_NAMES)} or an index")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: the key 'weight_map' should map tensor names to file names")
-    outside = [name for name in weight_map.values() if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{index}: the shard {outside[0]!r} should be a file name in the same folder")
+def _single_file(folder: Path) -> Path:
+    names = [f"{stem}{variant}.safetensors" for variant in VARIANTS for stem in STEMS]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder}: no weights were found; expected {' or '.join(names[:2])} or an index")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    weight_map = _weight_map(index)
+    wrong = [name for name in weight_map.values() if not SHARD_NAME.fullmatch(name)]
+    if wrong:
+        raise CheckpointError(f"{index}: the shard {wrong[0][:80]!r} should be a safetensors file in the same folder")
     files = [folder / name for name in sorted(set(weight_map.values()))]
-    absent = [file.name for file in files if not file.is_file()]
+    absent = [file.name for file in files if not file.exists()]
     if absent:
         raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} shards are missing: {listing(absent)}")
     return files
 
 
-def _index_file(folder: Path) -> Path | None:
-    for name in SINGLE_NAMES:
-        if (folder / f"{name}.index.json").is_file():
-            return folder / f"{name}.index.json"
-    return None
+def _check_index(index: Path, raw: Mapping[str, Stored]) -> None:
+    """Raise CheckpointError if a tensor that the index lists is in none of the shards."""
+    missing = [key for key in _weight_map(index) if key not in raw and key.rpartition(".")[2] not in COMPANIONS]
+    if missing:
+        raise CheckpointError(f"{index} lists tensors that are in none of the shards: {listing(missing)}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → name of the file that holds it. Raises CheckpointError."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{index}: the key 'weight_map' should map tensor names to file names")
+    return found
 
 
 def listing(names: list[str]) -> str:

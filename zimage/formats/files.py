@@ -46,6 +46,16 @@ def read_file(path: Path, limit: int) -> bytes:
     return content
 
 
+def read_start(path: Path, count: int) -> bytes:
+    """The first `count` bytes of a regular file, fewer where it has no more. Raises CheckpointError."""
+    require_file(path)
+    try:
+        with path.open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
+
+
 def require_inside(folder: Path, path: Path) -> None:
     """Raise CheckpointError where `path` leads out of `folder` by a link; see `is_inside`."""
     if not is_inside(folder, path):

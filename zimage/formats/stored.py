@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError
-from zimage.formats.files import require_file
+from zimage.formats.files import read_start, require_file
 from zimage.formats.headers import Header, read_header
 from zimage.formats.pages import forget_pages
 from zimage.nn.packed import Packed
@@ -24,6 +24,7 @@ NUMBERS = {**FLOATS, **FP8}
 DTYPES = {**NUMBERS, "I8": torch.int8, "U8": torch.uint8}
 # Every kind that a tensor of an adapter, a state or a caption may have, meant to be computed with or not.
 TORCH_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}
+_MAPPED_AS = {**TORCH_DTYPES, "F8_E8M0": torch.uint8}  # exponents, which mxfp8's scales are
 A_PICKLE = "is a pickle, which can run code when it is opened; use a safetensors file"
 COPIED_AT_ONCE = 32 << 20  # bytes
 
@@ -90,8 +91,7 @@ class Stored:
 
 def is_pickle(file: Path) -> bool:
     """By the first bytes. A safetensors file has eight that count its header, which may be any, and then a brace."""
-    with file.open("rb") as stream:
-        return _begins_a_pickle(stream.read(9))
+    return _begins_a_pickle(read_start(file, 9))
 
 
 def _begins_a_pickle(begins: bytes) -> bool:
@@ -164,13 +164,16 @@ def plain(file: Path, name: str, shape: tuple[int, ...], begin: int, end: int) -
 
     A file may hold kinds that no weight has, in tensors that no model uses; as weights they are refused later.
     """
-    dtype = DTYPES.get(name, torch.uint8)
-    read = _reader(file, dtype, shape, begin, end)
-    return Stored(shape, name, end - begin, read, aligned=begin % dtype.itemsize == 0)
+    dtype = _MAPPED_AS.get(name)
+    read = _reader(file, name, shape, begin, end)
+    return Stored(shape, name, end - begin, read, aligned=dtype is not None and begin % dtype.itemsize == 0)
 
 
-def _reader(file: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Callable[[Maps], Tensor]:
+def _reader(file: Path, name: str, shape: tuple[int, ...], begin: int, end: int) -> Callable[[Maps], Tensor]:
     def read(maps: Maps) -> Tensor:
+        if name not in _MAPPED_AS:
+            raise CheckpointError(f"{file}: a tensor of the kind {name} cannot be read")
+        dtype = _MAPPED_AS[name]
         data = maps(file)[begin:end]
         if begin % dtype.itemsize:
             data = _copied(data)  # a careless writer left it unaligned

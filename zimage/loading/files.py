@@ -1,21 +1,22 @@
 """The components of a model in their files: found, checked alone and against one another, loaded on request."""
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from zimage.errors import CheckpointError, ConfigError, RequestError, quoted
+from zimage.errors import CheckpointError, RequestError, quoted
 from zimage.formats.checkpoint import Checkpoint, components_in
+from zimage.formats.hub_cache import repository
 from zimage.formats.json_text import read_json
+from zimage.formats.unsupported import check_config
 from zimage.kernels.backend import check_triton
 from zimage.loading.devices import choose_device, choose_dtype
+from zimage.loading.finding import component_folder, find_model, find_tokenizer, naming, read_shift
 from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
 from zimage.loading.plan import Workload
@@ -23,7 +24,6 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Mode
 from zimage.loading.sizes import BlockBytes
 from zimage.loading.streaming import Blocks
 from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
-from zimage.nn.config import Between, read_architecture
 from zimage.settings.declared import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.text import Tokenizer
@@ -31,24 +31,6 @@ from zimage.text import Tokenizer
 log = logging.getLogger("zimage")
 
 VARIANTS = {"turbo": 3.0, "base": 6.0}  # the schedule's shift, which loose files do not carry
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """The only scheduler setting that a plain flow-matching Euler sampler needs."""
-
-    shift: Annotated[float, Between(1e-3, 100)]
-
-    IMPLEMENTED: ClassVar = {
-        "_class_name": ("FlowMatchEulerDiscreteScheduler",),
-        "use_dynamic_shifting": (False,),
-        "use_karras_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_beta_sigmas": (False,),
-        "invert_sigmas": (False,),
-        "stochastic_sampling": (False,),
-        "shift_terminal": (None,),
-    }
 
 
 class Component:
@@ -68,8 +50,10 @@ class Component:
         """From a component folder with its config, or from a loose file whose shapes show the architecture."""
         whole = ROWS[name].inside or name
         if path.is_dir():
-            config = path / "config.json"
-            return cls(name, read_json(config), Checkpoint.of_folder(path, whole), config)
+            described_by = path / "config.json"
+            config = read_json(described_by)
+            check_config(described_by, config)
+            return cls(name, config, Checkpoint.of_folder(path, whole), described_by)
         checkpoint = Checkpoint.of_file(path, whole)
         return cls(name, architecture(whole, path, checkpoint.entries), checkpoint)
 
@@ -177,8 +161,8 @@ class ModelFiles:
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelFiles":
         """A folder in the published layout. Raises CheckpointError or ConfigError."""
-        if not folder.is_dir():
-            text = f"model {quoted(str(folder))} is neither a folder in the published layout nor a file"
+        if (folder / "config.json").is_file() and not (folder / ROWS[DIT].folder).is_dir():
+            text = f"{folder} is the folder of one component; pass it as dit, text_encoder or vae"
             raise CheckpointError(text, fields=("model",))
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
         components = {name: Component.open(name, folder / ROWS[name].folder) for name in REQUIRED}
@@ -190,27 +174,24 @@ class ModelFiles:
     ) -> "ModelFiles":
         """Loose files or component folders, one for each that is required.
 
-        The schedule's shift follows from the variant, else from the folder of the DiT, else from the model `folder`
-        whose component a loose DiT replaces.
+        What a model `folder` holds counts for all that they do not replace: tokenizer and schedule, too.
         """
         for name in REQUIRED:
             if name not in paths:
                 text = f"{name} is missing: pass {', '.join(REQUIRED)} together, or a whole model"
                 raise RequestError(text, fields=(name,))
         components = {name: Component.open(name, paths[name]) for name in REQUIRED}
-        found = Tokenizer.load(tokenizer or find_tokenizer(paths[TEXT_ENCODER]))
-        if variant:
-            return cls(paths[DIT], components, found, VARIANTS[variant])
-        if paths[DIT].is_dir() or folder is None:
-            return cls(paths[DIT], components, found, read_shift(paths[DIT].parent) if paths[DIT].is_dir() else None)
-        shift = read_shift(folder)
-        line = f"DiT from a loose file: the schedule of {folder} (shift {shift:g}) is assumed" if shift else ""
-        return cls(paths[DIT], components, found, shift, [line] if line else [])
+        found = Tokenizer.load(tokenizer or find_tokenizer(paths[TEXT_ENCODER], folder))
+        shift, lines = _schedule(paths[DIT], variant, folder)
+        return cls(paths[DIT], components, found, shift, lines)
 
     @property
     def name(self) -> str:
+        """What pictures call the model: OWNER/NAME of one in the hub's cache, whose folders and files are hashes."""
         resolved = self.origin.resolve()
-        return resolved.stem if resolved.is_file() else resolved.name
+        if resolved.is_file():
+            return (self.origin if resolved.parent.name == "blobs" else resolved).stem
+        return repository(self.origin) or repository(resolved) or resolved.name
 
     @cached_property
     def fingerprint(self) -> str:
@@ -252,13 +233,31 @@ def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -
     tokenizer = user_path(settings.tokenizer, "tokenizer") if settings.tokenizer else None
     if path is None and named:
         return ModelFiles.of_components(named, tokenizer, settings.variant)
-    path = user_path(default if path is None else path, "model")
+    path = find_model(user_path(default if path is None else path, "model"))
     if path.is_file():
         return ModelFiles.of_components(dict.fromkeys(components_in(path), path) | named, tokenizer, settings.variant)
     if not (named or tokenizer or settings.variant):
         return ModelFiles.of_folder(path)
     own = {name: path / ROWS[name].folder for name in REQUIRED}
-    return ModelFiles.of_components(own | named, tokenizer or path / "tokenizer", settings.variant, path)
+    return ModelFiles.of_components(own | named, tokenizer, settings.variant, path)
+
+
+def _schedule(dit: Path, variant: str | None, folder: Path | None) -> tuple[float | None, list[str]]:
+    """The shift of the variant, else of the model in which the DiT's folder lies, else of the model `folder`.
+
+    Where another model's counts than the DiT's own, or than the one that was asked for, a line says so.
+    """
+    if variant:
+        return VARIANTS[variant], []
+    own = read_shift(dit.parent) if dit.is_dir() else None
+    if own is not None or folder is None:
+        replaced = folder is not None and dit.parent.absolute() != folder.absolute()
+        return own, [
+            f"DiT of another model: the schedule of {dit.parent} (shift {own:g}) is assumed"
+        ] if replaced else []
+    shift, kind = read_shift(folder), "another folder" if dit.is_dir() else "a loose file"
+    line = f"DiT from {kind}: the schedule of {folder} (shift {shift:g}) is assumed" if shift else ""
+    return shift, [line] if line else []
 
 
 def load_component(
@@ -272,45 +271,3 @@ def load_component(
         raise RequestError(f"component {quoted(name)} does not exist; use one of {', '.join(ROWS)}")
     place = choose_device(device)
     return Component.open(name, component_folder(Path(path), name)).load(place, choose_dtype(dtype, place))
-
-
-def component_folder(path: Path, name: str) -> Path:
-    """The component's subfolder of `path`, or `path` itself if it is that subfolder or a file."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is neither a folder in the published layout nor a file")
-    inner = path / ROWS[name].folder
-    if not inner.is_dir() and (path / "config.json").is_file():
-        return path
-    return inner
-
-
-def find_tokenizer(text_encoder: Path) -> Path:
-    """The tokenizer's folder beside a text encoder. Raises CheckpointError that says where to get one."""
-    near = text_encoder if text_encoder.is_dir() else text_encoder.parent
-    for folder in (near, near / "tokenizer", near.parent / "tokenizer"):
-        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
-            return folder
-    raise CheckpointError(
-        f"{text_encoder} has no tokenizer beside it; use --tokenizer DIR with the folder "
-        "`tokenizer` of Tongyi-MAI/Z-Image-Turbo or of Qwen/Qwen3-4B (tokenizer.json)"
-    )
-
-
-def read_shift(folder: Path) -> float | None:
-    """The schedule's shift, or None where the folder carries no scheduler config."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return None
-    with naming(path):
-        return float(read_architecture(SchedulerConfig, read_json(path), SchedulerConfig.IMPLEMENTED).shift)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors on a config name the file that it was read from."""
-    try:
-        yield
-    except ConfigError as error:
-        raise error.with_text(f"{path}: {error}") from None

@@ -3,14 +3,14 @@
 What shapes cannot show is assumed to be as published; `ASSUMED` tells the user so.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from zimage.errors import CheckpointError
 from zimage.formats.stored import Stored
 from zimage.loading.registry import DIT, TEXT_ENCODER, VAE
 
+NORM_GROUPS = 32
 HEAD_DIM = 128  # of the published DiT: the only one whose split over the axes is known
 ASSUMED = {
     DIT: "DiT from a loose file: RoPE θ 256 over axes of 32, 48 and 48, ε 1e-5, time scale 1000 are assumed",
@@ -18,39 +18,52 @@ ASSUMED = {
     VAE: "VAE from a loose file: 32 groups, scaling 0.3611 and shift 0.1159 are assumed",
 }
 
-Shape = Callable[[str], tuple[int, ...]]
+LATENT_PATCH = 4  # values of a latent channel in a patch
+
+
+class Shapes:
+    """The shapes of a file's tensors, each checked before a number is taken from it. Raises CheckpointError."""
+
+    def __init__(self, file: Path, entries: Mapping[str, Stored]):
+        self.file, self.entries = file, entries
+
+    def side(self, key: str, axis: int, axes: int, multiple: int = 1) -> int:
+        """A side of the tensor `key`, which has this many axes, none of them 0: a multiple of some number."""
+        if key not in self.entries:
+            raise CheckpointError(f"{self.file}: {key}, which shows the architecture, is missing")
+        shape = self.entries[key].shape
+        if len(shape) != axes or 0 in shape:
+            raise CheckpointError(
+                f"{self.file}: {key} has the shape {list(shape)}; it should have {axes} sides, none 0"
+            )
+        if shape[axis] % multiple:
+            told = f"{key} has the shape {list(shape)}; {shape[axis]} should be a multiple of {multiple}"
+            raise CheckpointError(f"{self.file}: {told}")
+        return shape[axis]
 
 
 def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> dict[str, object]:
     """The config of "dit", "text_encoder" or "vae" with these canonical keys. Raises CheckpointError."""
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in entries or len(entries[key].shape) not in (1, 2, 4):
-            raise CheckpointError(f"{file}: {key}, which shows the architecture, is missing or has the wrong shape")
-        return entries[key].shape
-
-    try:
-        return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae}[component](file, shape, entries)
-    except (IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: the shapes of its tensors fit no known architecture ({error})") from error
+    return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae}[component](Shapes(file, entries))
 
 
-def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:
-    dim, head_dim = shape("x_pad_token")[1], shape("layers.0.attention.norm_q.weight")[0]
+def _dit(shapes: Shapes) -> dict[str, object]:
+    head_dim = shapes.side("layers.0.attention.norm_q.weight", 0, axes=1)
     if head_dim != HEAD_DIM:
         raise CheckpointError(
-            f"{file}: heads of size {head_dim}; a loose file does not say how such a head is split over "
+            f"{shapes.file}: heads of size {head_dim}; a loose file does not say how such a head is split over "
             f"rows and columns ({HEAD_DIM} is known): use a folder with its config.json"
         )
+    dim = shapes.side("x_pad_token", 1, axes=2, multiple=head_dim)
     return {
         "_class_name": "ZImageTransformer2DModel",
         "dim": dim,
-        "n_layers": _count(keys, r"layers\.(\d+)\."),
-        "n_refiner_layers": _count(keys, r"noise_refiner\.(\d+)\."),
+        "n_layers": _count(shapes, "layers."),
+        "n_refiner_layers": _count(shapes, "noise_refiner."),
         "n_heads": dim // head_dim,
         "n_kv_heads": dim // head_dim,
-        "in_channels": shape("all_x_embedder.2-1.weight")[1] // 4,
-        "cap_feat_dim": shape("cap_embedder.0.weight")[0],
+        "in_channels": shapes.side("all_x_embedder.2-1.weight", 1, axes=2, multiple=LATENT_PATCH) // LATENT_PATCH,
+        "cap_feat_dim": shapes.side("cap_embedder.0.weight", 0, axes=1),
         "axes_dims": [32, 48, 48],
         "axes_lens": [1536, 512, 512],
         "rope_theta": 256.0,
@@ -59,39 +72,46 @@ def _dit(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, obje
     }
 
 
-def _text_encoder(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:
-    vocab, hidden = shape("model.embed_tokens.weight")
-    head_dim = shape("model.layers.0.self_attn.q_norm.weight")[0]
+def _text_encoder(shapes: Shapes) -> dict[str, object]:
+    layer = "model.layers.0"
+    head_dim = shapes.side(f"{layer}.self_attn.q_norm.weight", 0, axes=1, multiple=2)
+    key_heads = shapes.side(f"{layer}.self_attn.k_proj.weight", 0, axes=2, multiple=head_dim) // head_dim
+    heads = shapes.side(f"{layer}.self_attn.q_proj.weight", 0, axes=2, multiple=key_heads * head_dim) // head_dim
     return {
         "model_type": "qwen3",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": shape("model.layers.0.mlp.gate_proj.weight")[0],
-        "num_hidden_layers": _count(keys, r"model\.layers\.(\d+)\."),
-        "num_attention_heads": shape("model.layers.0.self_attn.q_proj.weight")[0] // head_dim,
-        "num_key_value_heads": shape("model.layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        "vocab_size": shapes.side("model.embed_tokens.weight", 0, axes=2),
+        "hidden_size": shapes.side("model.embed_tokens.weight", 1, axes=2),
+        "intermediate_size": shapes.side(f"{layer}.mlp.gate_proj.weight", 0, axes=2),
+        "num_hidden_layers": _count(shapes, "model.layers."),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
     }
 
 
-def _vae(file: Path, shape: Shape, keys: Mapping[str, Stored]) -> dict[str, object]:
-    if "decoder.mid_block.resnets.0.norm1.gamma" in keys:
-        raise CheckpointError(f"{file}: a Wan VAE without its latents' mean and deviation; use a folder")
-    levels = _count(keys, r"decoder\.up_blocks\.(\d+)\.")
+def _vae(shapes: Shapes) -> dict[str, object]:
+    if "decoder.mid_block.resnets.0.norm1.gamma" in shapes.entries:
+        raise CheckpointError(f"{shapes.file}: a Wan VAE without its latents' mean and deviation; use a folder")
+    levels = range(_count(shapes, "decoder.up_blocks."))
+    first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in levels]
     return {
         "_class_name": "AutoencoderKL",
-        "block_out_channels": [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)],
-        "layers_per_block": _count(keys, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": shape("decoder.conv_in.weight")[1],
-        "norm_num_groups": 32,
+        "block_out_channels": [shapes.side(key, 0, axes=4, multiple=NORM_GROUPS) for key in first],
+        "layers_per_block": _count(shapes, "encoder.down_blocks.0.resnets."),
+        "latent_channels": shapes.side("decoder.conv_in.weight", 1, axes=4),
+        "norm_num_groups": NORM_GROUPS,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     }
 
 
-def _count(keys: Mapping[str, Stored], pattern: str) -> int:
-    """Blocks of a kind: one more than the highest index, which a damaged key must not make enormous."""
-    found = {int(match[1]) for match in (re.match(pattern, key) for key in keys) if match and len(match[1]) < 4}
-    return max(found, default=-1) + 1
+def _count(shapes: Shapes, prefix: str) -> int:
+    """Blocks of a kind, whose numbers follow one another from 0: a damaged key must not make them enormously many."""
+    found = {key.removeprefix(prefix).partition(".")[0] for key in shapes.entries if key.startswith(prefix)}
+    numbers = [str(i) for i in range(len(found))]
+    absent = next((number for number in numbers if number not in found), "0" if not found else "")
+    if absent:
+        raise CheckpointError(f"{shapes.file}: the tensors of {prefix}{absent} are missing")
+    return len(found)

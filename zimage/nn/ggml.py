@@ -53,6 +53,8 @@ DECODERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q6_K": (210, q6_k),
 }  # bytes of a block, and the function that decodes it
 
+NUMBERS = {kind: 256 if kind.endswith("_K") else 32 for kind in DECODERS}  # in a block
+
 
 def decode(kind: str, codes: Tensor) -> Tensor:
     """uint8 (rows, bytes) → numbers (rows, columns) fp32."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-NVFP4_BLOCK = 16
+NVFP4_BLOCK, MXFP8_BLOCK = 16, 32  # columns that share a scale
 
 
 class Packed(Protocol):
@@ -78,6 +78,62 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """codes × scale: int8 or fp8 codes (out, in), with a scale for every `group` columns of a row.
+
+    scale (out, groups) fp32, or uint8 for the exponents of mxfp8 (e8m0), whose number is 2^(byte − 127). The last
+    group may be shorter.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def rows(self, begin: int, end: int) -> "Grouped":
+        return replace(self, codes=self.codes[begin:end], scale=self.scale[begin:end])
+
+    def to(self, device: torch.device) -> "Grouped":
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale]
+
+    def decode(self) -> Tensor:
+        scale = powers_of_two(self.scale) if self.scale.dtype == torch.uint8 else self.scale
+        return self.codes.float() * scale.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Two signed 4-bit integers per byte, the first in the low half, a scale for each row; rotated as in Scaled."""
+
+    codes: Tensor  # (out, in / 2) int8
+    scale: Tensor  # (out, 1) fp32
+    rotated: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], 2 * self.codes.shape[1]
+
+    def rows(self, begin: int, end: int) -> "Int4":
+        return replace(self, codes=self.codes[begin:end], scale=self.scale[begin:end])
+
+    def to(self, device: torch.device) -> "Int4":
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale]
+
+    def decode(self) -> Tensor:
+        halves = torch.stack((self.codes << 4, self.codes), dim=-1) >> 4  # int8: the shifts carry the sign
+        return rotate(halves.flatten(1).float() * self.scale, self.rotated)
+
+
+@dataclass(frozen=True)
 class NVFP4:
     """Two 4-bit floats (e2m1) per byte, the first in the high half; an e4m3 scale per 16 columns and one for all."""
 
@@ -131,7 +187,7 @@ class Blocks:
 
 
 def is_packed(value: Tensor | Packed) -> "TypeIs[Packed]":
-    return isinstance(value, Scaled | NVFP4 | Blocks)
+    return isinstance(value, Scaled | Grouped | Int4 | NVFP4 | Blocks)
 
 
 class PackedLinear(nn.Module):
@@ -190,6 +246,11 @@ def rotate(x: Tensor, group: int) -> Tensor:
     for axis in range(1, levels + 1):
         x = (x.transpose(axis, -1) @ factor).transpose(axis, -1)
     return x.reshape(shape)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """The fp32 numbers of e8m0 bytes: the exponent of a float without its sign and mantissa, and 0 for 0."""
+    return (exponents.int() << 23).view(torch.float32)
 
 
 def unswizzled(scales: Tensor, rows: int, columns: int) -> Tensor:

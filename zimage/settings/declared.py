@@ -289,7 +289,10 @@ class LoadSettings(Settings):
     )
     vae: str | None = setting(None, "VAE as a loose file or a component folder.", group="Model", path=True)
     tokenizer: str | None = setting(
-        None, "Folder with tokenizer.json. Default: the model's, or beside the text encoder.", group="Model", path=True
+        None,
+        "Folder of a tokenizer, or tokenizer.json. Default: the model's, beside the text encoder, or in its GGUF file.",
+        group="Model",
+        path=True,
     )
     variant: str | None = setting(
         None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"

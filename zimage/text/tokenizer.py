@@ -1,12 +1,13 @@
-"""Text ↔ token ids with Qwen's byte-level BPE, read from `tokenizer.json` or from `vocab.json` and `merges.txt`."""
+"""Text ↔ token ids with Qwen's byte-level BPE: from `tokenizer.json`, `vocab.json` and `merges.txt`, or a GGUF file."""
 
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from zimage.errors import CheckpointError, quoted
+from zimage.formats.gguf import is_gguf
 from zimage.settings.fields import check_text
-from zimage.text.tokenizer_file import naming_faults, read_tokenizer_json, read_vocabulary
+from zimage.text.tokenizer_file import naming_faults, read_gguf, read_tokenizer_json, read_vocabulary
 
 ANY_ID = 1 << 32
 
@@ -18,13 +19,18 @@ class Tokenizer:
         fast.no_padding()
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """From a `tokenizer/` folder. Raises CheckpointError naming what is missing or damaged."""
-        if (folder / "tokenizer.json").is_file():
-            return cls(read_tokenizer_json(folder / "tokenizer.json"))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(read_vocabulary(folder))
-        raise CheckpointError(f"{folder} should hold tokenizer.json, or vocab.json and merges.txt")
+    def load(cls, path: Path) -> "Tokenizer":
+        """From a `tokenizer/` folder, a `tokenizer.json` or a GGUF file with a vocabulary in its metadata.
+
+        Raises CheckpointError naming what is missing or damaged.
+        """
+        if path.is_file():
+            return cls(read_gguf(path) if is_gguf(path) else read_tokenizer_json(path))
+        if (path / "tokenizer.json").is_file():
+            return cls(read_tokenizer_json(path / "tokenizer.json"))
+        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            return cls(read_vocabulary(path))
+        raise CheckpointError(f"{path} should hold tokenizer.json, or vocab.json and merges.txt")
 
     @property
     def vocab_size(self) -> int:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from zimage.errors import CheckpointError, quoted
 from zimage.formats.files import read_file
+from zimage.formats.gguf import CONTROL, UNUSED, USER, Vocabulary
 from zimage.formats.json_text import json_object, read_json
 
 LONGEST = 32 << 20  # bytes; the published file has 11.4 MB
@@ -65,7 +66,30 @@ def read_vocabulary(folder: Path) -> FastTokenizer:
     for name in names:
         read_file(folder / name, LONGEST)  # a regular file within limits
     with naming_faults(f"{folder}: the tokenizer cannot be read"):
-        fast = FastTokenizer(models.BPE.from_file(*(str(folder / name) for name in names)))
+        bpe = models.BPE.from_file(*(str(folder / name) for name in names))
+    return _qwen(bpe, _special_tokens(folder))
+
+
+def read_gguf(file: Path) -> FastTokenizer:
+    """Qwen's tokenizer from a GGUF file, without tokens that only fill its vocabulary up. Raises CheckpointError."""
+    found = Vocabulary.read(file)
+    kinds = dict(zip(found.tokens, found.kinds, strict=True))
+    words = {token: i for i, token in enumerate(found.tokens) if kinds[token] != UNUSED}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in found.merges)]
+    wrong = next((merge for merge in merges if not {*merge, "".join(merge)} <= words.keys()), None)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: the merge {quoted(' '.join(wrong))} does not join two of its tokens to a third")
+    special = {token: kind == CONTROL for token, kind in kinds.items() if kind in (CONTROL, USER)}
+    if len(special) > MAX_ADDED or not all(0 < len(token) <= MAX_LETTERS for token in special):
+        raise CheckpointError(f"{file}: its special tokens should be at most {MAX_ADDED:,} short texts")
+    with naming_faults(f"{file}: the tokenizer cannot be read"):
+        added = [AddedToken(token, special=is_special, normalized=False) for token, is_special in special.items()]
+        return _qwen(models.BPE(words, merges), added)
+
+
+def _qwen(bpe: models.BPE, added: list[AddedToken]) -> FastTokenizer:
+    """A tokenizer that cuts text as Qwen's does before it merges."""
+    fast = FastTokenizer(bpe)
     fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -74,7 +98,7 @@ def read_vocabulary(folder: Path) -> FastTokenizer:
         ]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_tokens(_special_tokens(folder))
+    fast.add_tokens(added)
     return fast
 
 
