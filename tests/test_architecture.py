@@ -10,7 +10,7 @@ import tiny
 import zimage
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import CheckpointError, ConfigError
-from zimage.loading.files import SchedulerConfig, read_shift
+from zimage.loading.finding import SchedulerConfig, read_shift
 from zimage.loading.weights import on_meta
 from zimage.nn.config import read_architecture
 from zimage.text import Qwen3

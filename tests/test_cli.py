@@ -114,7 +114,6 @@ def test_from_warns_when_something_differs(run, tmp_path, tiny_folder):
         ("attention", "flash2"),
         ("compile", True),
         ("device", "cuda"),
-        ("lora", [{"name": "style.safetensors", "scale": 1.0, "hash": "0123456789abcdef"}]),
         ("torch", "1.0"),
         ("version", "0.0"),
     ],

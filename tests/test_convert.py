@@ -259,7 +259,7 @@ def test_a_disk_that_fills_up_is_one_line(run, folder, monkeypatch):
 
     monkeypatch.setattr("zimage.weights.writer._write_piece", full)
     status, err = run(folder, "out")
-    assert (status, "No space left on device: 'out'" in err, len(err.splitlines())) == (1, True, 1)
+    assert (status, "error: out: No space left on device" in err, len(err.splitlines())) == (1, True, 1)
     assert os.listdir() == []
 
 

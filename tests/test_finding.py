@@ -258,7 +258,7 @@ def test_a_name_on_the_hub_says_what_downloads_it(name):
         zimage.load_component(name, "dit")
 
 
-@pytest.mark.parametrize("path", ["no/such/folder", "nothing", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("path", ["no/such/folder", "nothing", "x" * 5000])
 def test_what_is_nowhere_is_said(path):
     with pytest.raises(CheckpointError, match="is neither a folder in the published layout nor a file") as error:
         zimage.ZImage.load(path)

@@ -12,9 +12,9 @@ import pytest
 from chat_server import DRIPS, dripping
 from hub_server import FakeHub, repository_of, serving
 
+from zimage import interrupts
 from zimage.cli import main
-from zimage.cli.weights import Watch, _interruptible
-from zimage.errors import Cancelled, CheckpointError, FetchError, RequestError
+from zimage.errors import CheckpointError, FetchError, RequestError
 from zimage.weights import hub as hubs
 from zimage.weights.fetch import fetch
 
@@ -339,21 +339,17 @@ def _interrupted_fetch(hub, folder, moment):
     list(fetch(hub.repository, folder, endpoint=hub.url))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_python_drops_is_raised_again():
     class Dropping:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    watch = Watch(quiet=True)
-
-    def work():
+    with interrupts.handled(), pytest.raises(interrupts.Interrupt) as raised, interrupts.telling("nothing was done"):
         Dropping()
-        watch("hashing", 1, 2)
-
-    with pytest.raises(Cancelled, match="interrupted; nothing"), _interruptible(watch, "nothing was done"):
-        work()
+        for _ in range(200):
+            time.sleep(0.01)
+    assert raised.value.args == ("nothing was done",)
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def _arrived(number: int, frame: FrameType | None) -> None:
             leave(number)
     elif _Now.held:
         _Now.waiting = number
-    elif not _importing(frame):
+    elif not _must_wait(frame):
         _raise(number)
     elif _Now.waiting is not None:
         leave(number)  # nothing has been begun in an import
@@ -130,18 +130,19 @@ def _raise(number: int) -> NoReturn:
 
 
 def _again() -> None:
-    """Send the waiting signal once more when the main thread has ended its import."""
+    """Send the waiting signal once more when the main thread no longer must be waited for."""
     main = threading.main_thread().ident or 0
-    while _importing(sys._current_frames().get(main)):
+    while _must_wait(sys._current_frames().get(main)):
         time.sleep(POLL)
     number, _Now.waiting = _Now.waiting, None
     if number is not None and _Now.installed:
         signal.pthread_kill(main, number) if hasattr(signal, "pthread_kill") else signal.raise_signal(number)
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _must_wait(frame: FrameType | None) -> bool:
+    """Whether what runs is an import, or the hook below, out of which nothing that is raised would come."""
     while frame is not None:
-        if frame.f_code.co_filename == IMPORTING:
+        if frame.f_code.co_filename == IMPORTING or frame.f_code is _unraisable.__code__:
             return True
         frame = frame.f_back
     return False

@@ -11,7 +11,7 @@ import click
 from zimage.cli import cli, main
 from zimage.settings.profiles import FIELDS
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 WORDS = ("", " ", "x", "-", "--", "{", "%s", "猫", "\x1b]0;x\x07", "a\nb", "\u202e", "\ud800", "\udcff", "x" * 2000)
 NUMBERS = ("-1", "0", "1e3", "0x10", "½", "nan", "inf", "-inf", "1e400", "1_0", "٣", str(2**31), str(2**63), "9" * 5000)
 PATHS = ("fifo", "fifo.png", "fifo.safetensors", "folder", "folder.png", "empty", "empty.png", "empty.safetensors")
@@ -87,11 +87,12 @@ def _with(parameter: click.Parameter, value: str, rest: list[str]) -> list[str]:
 
 
 def _running(here: Path, arguments: list[str]) -> Call:
-    def call() -> None:
+    def call() -> int:
         with contextlib.chdir(here):
             status = main(arguments)
         assert status in (0, 1, 2)
         assert not list(here.glob(".*-*")), "a temporary file is left"
+        return status
 
     return call
 

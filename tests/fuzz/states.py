@@ -16,7 +16,7 @@ from zimage.cli import main
 from zimage.cli.resume import _record
 from zimage.render.state import FORMAT, VERSION
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 Tensors = dict[str, torch.Tensor]
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
@@ -67,7 +67,7 @@ def _tensors(record: dict[str, Any], shape: tuple[int, ...], chance: random.Rand
 
 
 def _resuming(here: Path, record: dict[str, Any], tensors: Tensors, cut: float | None) -> Call:
-    def call() -> None:
+    def call() -> int:
         state = here / "state"
         metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(record)}
         save_file(tensors, state, metadata)
@@ -88,6 +88,7 @@ def _resuming(here: Path, record: dict[str, Any], tensors: Tensors, cut: float |
         for path in (*pictures, state):
             if not path.is_symlink():
                 path.unlink(missing_ok=True)
+        return status
 
     return call
 
