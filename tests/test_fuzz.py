@@ -5,8 +5,8 @@ A few cases of each kind run always; `pytest -m fuzz --cases 20000 --seed 7` run
 
 import pytest
 from fuzz import ring
+from fuzz.ring import KINDS
 
-KINDS = [kind for kind in ring.KINDS if kind != "corpus"]
 ALWAYS = 12  # cases of a kind
 
 
