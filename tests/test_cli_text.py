@@ -1,5 +1,6 @@
 """`tokens`, `encode` and `rewrite`, and renders from what they made."""
 
+import io
 import json
 
 import chat_server
@@ -54,11 +55,24 @@ def test_tokens_are_counted_with_the_limit_and_what_will_happen(run, pipe):
     assert (facts["tokens"], facts["limit"], facts["ids"]) == (count, pipe.texts.limit, pipe.tokenize("a cat"))
 
 
+def test_words_without_quotes_are_one_prompt(run, monkeypatch):
+    assert run("tokens", "a", "cat", "--show") == run("tokens", "a cat", "--show")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\n"))
+    assert run("tokens", "-", "--show") == run("tokens", "a cat", "--show"), "as gen does"
+    written = [run("encode", *words, "-o", "caption.safetensors")[2] for words in (["a", "cat"], ["a cat"])]
+    assert written[0].endswith(" tokens × 64, float32\n")
+    assert written[1].endswith(written[0])
+    assert "pass it alone" in run("rewrite", "a", "-")[2]
+
+
 def test_the_text_is_shown_as_the_encoder_reads_it(run):
     bare = "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
     assert bare + "\n'<|im_start|>':" in run("tokens", "a cat", "--show")[1], "no think block unless asked for"
     assert bare + "<think>\n\n</think>\n\n\n" in run("tokens", "a cat", "--show", "--force-think-block")[1]
     assert "hard light" in run("tokens", "a cat", "--show", "--system-prompt", "hard light")[1]
+    assert "user\n猫 👩‍👩‍👧 שלום<|im_end|>" in run("tokens", "猫 👩‍👩‍👧 שלום", "--show")[1], (
+        "several tokens per character"
+    )
 
 
 # ------------------------------------------------------------------ encode

@@ -142,6 +142,7 @@ def test_plain_values_go_through_json_and_back(settings):
         (Request, "steps", 0, "steps 0 is too small; the minimum is 1"),
         (Request, "steps", True, "steps True is of type bool"),
         (Request, "guidance", float("nan"), "guidance is not a number"),
+        pytest.param(Request, "steps", 10**5000, "steps a number of 16610 bits is too large", id="5000 digits"),
         (Request, "hidden_layer", 0, "hidden_layer 0 is too large; the maximum is -1"),
         (Request, "long_prompt", "cut", "use none, truncate, interpolate"),
         (Request, "long_prompt", None, "long_prompt: a value is needed"),

@@ -14,7 +14,7 @@ from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.patterns import FIELDS
 from zimage.cli.progress import Progress
-from zimage.cli.prompts import file_prompts, standard_input
+from zimage.cli.prompts import file_prompts, one_prompt
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
 from zimage.cli.settings import configured, load_pipeline, resolve_options
@@ -149,14 +149,11 @@ def _prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> Recor
         raise RequestError("pass prompts as arguments or with --file, not both")
     if file:
         return {"prompt": file_prompts(file)}
-    if arguments == ("-",):
-        return {"prompt": standard_input()}
     if not arguments:
         return {}
-    if "-" in arguments:
-        raise RequestError("- reads the prompt from standard input; pass it alone")
-    several = len(arguments) > 1 and (each or all(len(argument.split()) > 1 for argument in arguments))
-    return {"prompt": list(arguments) if several else " ".join(arguments)}
+    apart = each or all(len(argument.split()) > 1 for argument in arguments)
+    several = apart and len(arguments) > 1 and "-" not in arguments
+    return {"prompt": list(arguments) if several else one_prompt(arguments)}
 
 
 def _said_of_joined(request: Request) -> str:

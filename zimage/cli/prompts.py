@@ -5,9 +5,24 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+import click
+
 from zimage.errors import RequestError
 
 LONGEST = 16 << 20  # bytes of a file of prompts
+
+
+def one_prompt(arguments: tuple[str, ...]) -> str:
+    """The prompt that words make, quoted or not, or standard input for a lone -. Raises RequestError."""
+    if arguments == ("-",):
+        return standard_input()
+    if "-" in arguments:
+        raise RequestError("- reads the prompt from standard input; pass it alone")
+    return " ".join(arguments)
+
+
+# The argument of commands that take one prompt.
+prompt_argument = click.argument("prompt", nargs=-1, required=True, callback=lambda _, __, words: one_prompt(words))
 
 
 def file_prompts(path: Path) -> list[str]:

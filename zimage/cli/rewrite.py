@@ -10,6 +10,7 @@ from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
+from zimage.cli.prompts import prompt_argument
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError, printable
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
@@ -26,7 +27,7 @@ log = logging.getLogger("zimage")
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("prompt")
+@prompt_argument
 @click.option("--show-thinking", is_flag=True, help="Also print the thoughts, on standard error.")
 @configured
 @options_of(RewriteSettings)

@@ -9,6 +9,7 @@ import click
 
 from zimage.cli import terminal
 from zimage.cli.options import PATH, Command, GroupedCommand, options_of
+from zimage.cli.prompts import prompt_argument
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.target import check_output
 from zimage.errors import RequestError
@@ -25,7 +26,7 @@ def text_command(command: Command) -> Command:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("prompt")
+@prompt_argument
 @text_command
 @click.option("--show", is_flag=True, help="Also print the formatted text and its tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -41,12 +42,12 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
         return
     terminal.out(count.outcome)
     if show:
-        terminal.out("".join(pieces))
+        terminal.out(pipe.model.tokenizer.decode(ids))  # a character may take several tokens
         terminal.out(" ".join(f"{piece!r}:{i}" for piece, i in zip(pieces, ids, strict=True)))
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("prompt")
+@prompt_argument
 @click.option("-o", "--output", required=True, type=PATH, help="File to write (.safetensors).")
 @text_command
 def encode(prompt: str, output: Path, **options: object) -> None:

@@ -300,15 +300,16 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
 def _check_number(name: str, m: Mapping[str, Plain], value: float) -> None:
     if value != value:
         raise _fault(name, " is not a number")
+    shown = quoted(value)
     if m["minimum"] is not None and value < m["minimum"]:
-        raise _fault(name, f" {value} is too small; the minimum is {m['minimum']}")
+        raise _fault(name, f" {shown} is too small; the minimum is {m['minimum']}")
     if m["above"] is not None and value <= m["above"]:
-        raise _fault(name, f" {value} is too small; it must be above {m['above']}")
+        raise _fault(name, f" {shown} is too small; it must be above {m['above']}")
     if m["maximum"] is not None and value > m["maximum"]:
-        raise _fault(name, f" {value} is too large; the maximum is {m['maximum']}")
+        raise _fault(name, f" {shown} is too large; the maximum is {m['maximum']}")
     if m["multiple"] and value % m["multiple"]:
         down = value // m["multiple"] * m["multiple"]
-        raise _fault(name, f" {value} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}")
+        raise _fault(name, f" {shown} is not a multiple of {m['multiple']}; nearest {down} or {down + m['multiple']}")
 
 
 def _mistyped(name: str, value: object, right: str) -> RequestError:
