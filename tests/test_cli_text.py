@@ -70,9 +70,7 @@ def test_the_text_is_shown_as_the_encoder_reads_it(run):
     assert bare + "\n'<|im_start|>':" in run("tokens", "a cat", "--show")[1], "no think block unless asked for"
     assert bare + "<think>\n\n</think>\n\n\n" in run("tokens", "a cat", "--show", "--force-think-block")[1]
     assert "hard light" in run("tokens", "a cat", "--show", "--system-prompt", "hard light")[1]
-    assert "user\n猫 👩‍👩‍👧 שלום<|im_end|>" in run("tokens", "猫 👩‍👩‍👧 שלום", "--show")[1], (
-        "several tokens per character"
-    )
+    assert "user\n猫 👩‍👩‍👧 שלום<|im_end|>" in run("tokens", "猫 👩‍👩‍👧 שלום", "--show")[1], "several tokens each"
 
 
 # ------------------------------------------------------------------ encode

@@ -169,8 +169,8 @@ def test_an_encoder_with_its_tokenizer_needs_no_other(states, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda w: (w[0], w[1][:-1], w[2]), "should be different, and have a kind each"),
-        (lambda w: ([*w[0][:-1], w[0][0]], *w[1:]), "should be different, and have a kind each"),
+        (lambda w: (w[0], w[1][:-1], w[2]), "should be distinct, each with a kind"),
+        (lambda w: ([*w[0][:-1], w[0][0]], *w[1:]), "should be distinct, each with a kind"),
         (lambda w: (*w[:2], [*w[2], "nowhere else"]), "the merge 'nowhere else' does not join"),
         (lambda w: (*w[:2], [*w[2], "one"]), "the merge 'one ' does not join"),
     ],
@@ -209,7 +209,7 @@ def tensor(name=b"a", axes=(2,), kind=0, offset=0, count=None):
         (header(version=1), "its version is 1"),
         (header(version=3 << 24), "it is big-endian"),
         (header(tensors=2**60), f"at most {MOST_TENSORS:,} are read"),
-        (header(tensors=1), r"it ends at byte 24, 8 too early"),
+        (header(tensors=1), r"it ends at byte 24, 8 bytes too early"),
         (header(count=2**63), f"at most {MOST_TENSORS:,} are read"),
         (header(count=1, values=text(b"k", 2**62)), "a text in its header has"),
         (header(count=1, values=text(b"k") + struct.pack("<I", 99)), "the unknown type 99"),

@@ -156,7 +156,7 @@ def test_a_record_tells_nothing_of_other_files(folder, run):
     record = {"repository": "a/b", "revision": "main", "files": {"../secret.json": entry}}
     (folder / ".zimage-manifest.json").write_text(json.dumps(record))
     status, said = run("verify", folder)
-    assert (status, "otherwise than a fetch does" in said) == (1, True)
+    assert (status, "in a form that a fetch never writes" in said) == (1, True)
     assert "sha256 is" not in said
 
 

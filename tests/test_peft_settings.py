@@ -131,7 +131,7 @@ def test_every_value_is_checked(values, words):
 def test_settings_of_an_oft_have_no_scale():
     config = PeftConfig.read("x", {"peft_type": "OFT", "r": 0, "oft_block_size": 32, "num_cayley_neumann_terms": 7})
     assert (config.scaling, config.rotating.terms, config.rotating.neumann) == (None, 7, True)
-    with pytest.raises(CheckpointError, match="to_q is no OFT, but x says that it is"):
+    with pytest.raises(CheckpointError, match="to_q is not an OFT, but x says that it is"):
         config.scale("to_q", 4)
 
 

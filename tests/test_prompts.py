@@ -19,7 +19,7 @@ GEN = ["--width", "64", "--height", "64", "--steps", "1", "--seed", "1"]
 BAD = {
     "\ud800 a cat": "prompt is not valid text; it must be valid UTF-8",
     "a cat \udc80": "prompt is not valid text",
-    "a\0c\0a\0t": "prompt holds a zero character at 1; is it text in UTF-16?",
+    "a\0c\0a\0t": "prompt contains a null character at 1; is it text in UTF-16?",
     "x" * (LONGEST_TEXT + 1): f"prompt has 100,001 characters; it may have at most {LONGEST_TEXT:,}",
     "猫" * 10**6: "prompt has 1,000,000 characters",
 }
@@ -117,7 +117,7 @@ def test_a_long_prompt_is_warned_of_before_it_is_encoded(pipe, caplog):
     [
         (b"a cat\nna\xefve", "is not UTF-8: byte 0xef at 8"),
         ("a cat".encode("utf-16"), "is not UTF-8: byte 0xff at 0"),
-        ("a cat".encode("utf-16-le"), "prompt holds a zero character at 1"),
+        ("a cat".encode("utf-16-le"), "prompt contains a null character at 1"),
         (b"\xed\xb2\x80", "is not UTF-8: byte 0xed at 0"),
         (b"x" * (16 << 20) + b"y", "has more than 16,777,216 bytes"),
         (b"x" * 200_000, "prompt has 200,000 characters"),
@@ -164,5 +164,5 @@ def test_a_pipe_that_the_user_names_is_read_as_it_comes(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["model", "attention", "cache_folder", "device", "text_encoder"])
 def test_zero_characters_in_any_setting(name):
-    with pytest.raises(RequestError, match=f"{name} .*zero character|{name} 'a.*is not known"):
+    with pytest.raises(RequestError, match=f"{name} .*null character|{name} 'a.*is not known"):
         LoadSettings.from_mapping({name: "a\0b"})

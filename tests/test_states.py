@@ -308,7 +308,7 @@ def test_two_that_are_started_together_do_not_keep_one_state(run, monkeypatch):
     assert other.stdout.readline() == "held\n"
     before = Path("state").read_bytes()
     status, said = run("--resume", "state")
-    assert (status, said.err) == (2, "error: state: another render is keeping state now; wait for its end\n")
+    assert (status, said.err) == (2, "error: state: another render is using state; wait until it ends\n")
     assert Path("state").read_bytes() == before
     other.kill()
     other.wait()
@@ -318,9 +318,9 @@ def test_two_that_are_started_together_do_not_keep_one_state(run, monkeypatch):
 def test_two_new_ones_do_not_keep_one_state(tmp_path):
     path = tmp_path / "state"
     first = StateFile(path, {})
-    with pytest.raises(RequestError, match="exists by now: another render keeps it"):
+    with pytest.raises(RequestError, match="exists already: another render is using it"):
         StateFile(path, {})
-    with pytest.raises(RequestError, match="another render is keeping"):
+    with pytest.raises(RequestError, match="another render is using"):
         StateFile(path, {}, RenderState())
     first.update(Event("denoise", 1, 1, latents=torch.zeros(1, 16, 2, 2)))
     with pytest.raises(BlockingIOError):

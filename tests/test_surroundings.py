@@ -297,7 +297,7 @@ def test_a_folder_that_may_not_be_written_to(commands, folder):
 
 
 def _catches(process):
-    """Whether the process handles a polite kill by now."""
+    """Whether the process already handles SIGTERM."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
         if line.startswith("SigCgt:"):
             return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)

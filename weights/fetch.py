@@ -253,7 +253,7 @@ class _Arriving:
         if self.size + len(data) > self._file.size:
             raise _TooMuch(
                 f"{self._file.path}: the hub sends more than the {self._file.size:,} bytes that it announced; "
-                f"what came was removed; {AGAIN}, or name another --endpoint"
+                f"what had arrived was removed; {AGAIN}, or name another --endpoint"
             )
         self._stream.write(data)
         self.size += len(data)

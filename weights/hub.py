@@ -153,8 +153,8 @@ class Hub:
                     return
                 request = response.next_request
             if self.endpoint.startswith("https:") and request.url.scheme != "https":
-                raise ValueError("it sends on to an address without encryption, which is not followed")
-        raise ValueError(f"it sends on more than {MOST_REDIRECTS} times")
+                raise ValueError("it redirects to an address without encryption, which is not followed")
+        raise ValueError(f"it redirects more than {MOST_REDIRECTS} times")
 
     @property
     def place(self) -> str:
@@ -183,7 +183,7 @@ class Hub:
     def _meaning(self, answer: "_Refused", what: str) -> str:
         login = "log in with `hf auth login`"
         if not self.knows_login:
-            login += f" and set HF_ENDPOINT={self.endpoint} (by https), since a login is told to no other endpoint"
+            login += f" and set HF_ENDPOINT={self.endpoint} (by https), since a login is sent to no other endpoint"
         if answer.code == "GatedRepo":
             return f"is gated: accept its terms there, then {login}"
         if answer.code == "RevisionNotFound":
@@ -276,18 +276,18 @@ def _checked_listing(about: Mapping[str, Any]) -> Listing:
 def _described(sibling: Mapping[str, Any]) -> Remote:
     path, lfs = sibling["rfilename"], sibling.get("lfs")
     if lfs is not None and not isinstance(lfs, dict):
-        raise ValueError(f"what it says of {path} is not as a hub lists files")
+        raise ValueError(f"its entry for {path} is not one that a hub lists for a file")
     # Of a large file, git's hash is that of its pointer.
     size, sha256, blob = (
         (lfs.get("size"), lfs.get("sha256"), None) if lfs else (sibling.get("size"), None, sibling.get("blobId"))
     )
     if size is None:
-        raise ValueError(f"it states no size of {path}, so that it cannot be checked")
+        raise ValueError(f"it states no size for {path}, so it cannot be checked")
     if not is_size(size):
         raise ValueError(f"it states the size of {path} as {str(size)[:40]!r}")
     for kind, pattern, value in (("sha256", SHA256, sha256), ("blobId", BLOB, blob)):
         if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
-            raise ValueError(f"the {kind} that it states of {path} is {str(value)[:40]!r}, which is none")
+            raise ValueError(f"it states the {kind} of {path} as {str(value)[:40]!r}, which is not one")
     return Remote(path, size, sha256, blob)
 
 

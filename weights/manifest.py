@@ -109,7 +109,9 @@ def read_record(folder: Path) -> Record | None:
         raise CheckpointError(f"{path} is damaged; remove it and fetch again")
     wrong = next((name for name, about in files.items() if not _is_entry(name, about)), None)
     if wrong is not None:
-        raise CheckpointError(f"{path} lists {wrong[:80]!r} otherwise than a fetch does; remove it and fetch again")
+        raise CheckpointError(
+            f"{path} lists {wrong[:80]!r} in a form that a fetch never writes; remove it and fetch again"
+        )
     files = {name: {"size": about["size"], "sha256": about["sha256"]} for name, about in files.items()}
     return Record(folder, repository, revision, files)
 

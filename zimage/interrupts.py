@@ -1,4 +1,4 @@
-"""Interrupts: Ctrl-C and a polite kill end a command between two pieces of work, never in one that must be whole.
+"""Interrupts: Ctrl-C and SIGTERM end a command between two pieces of work, never in one that must be whole.
 
 Python raises what a signal asks for wherever it happens to be. In an import that leaves half a module, which others
 take for a whole one; in the writing of a file it leaves the file. There a signal waits until that is over.

@@ -68,7 +68,7 @@ for command in (gen, rewrite, encode, tokens, templates, config, info, weights):
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0, 1 (failed), 2 (wrong usage), 130 or 143 (interrupted by Ctrl-C or a polite kill).
+    0, 1 (failed), 2 (wrong usage), 130 or 143 (interrupted by Ctrl-C or SIGTERM).
     """
     arguments = list(sys.argv[1:] if args is None else args)
     terminal.open_streams()

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
-@click.option("--each", is_flag=True, help="Take every argument for a prompt of its own, also single words.")
+@click.option("--each", is_flag=True, help="Make every argument a prompt of its own, even single words.")
 @click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line.")
 @click.option(
     "--from",
     "picture",
     type=PATH,
-    help="Take all settings from a picture, also from one of other programs; options override them.",
+    help="Take all settings from a picture, also from one that another program saved; options override them.",
 )
 @click.option(
     "-o",
@@ -67,7 +67,7 @@ def gen(
     quiet: bool,
     **options: object,
 ) -> None:
-    """Render one or more PROMPTs; - reads one from standard input. Words without quotes are one prompt."""
+    """Render one or more PROMPTs; - reads one from standard input. Words without quotes form one prompt."""
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
     options |= _prompts(prompt, prompt_file, each)
     keeping = open_state(save_state, resume, picture, given(options, Request))

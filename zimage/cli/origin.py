@@ -49,7 +49,7 @@ def _check_values(source: Path, request: Record) -> None:
             elif value is not None:
                 Request.check_one(name, value)
             if name in SINGLE and value is not None and (isinstance(value, list) or SINGLE[name] not in (None, value)):
-                raise RequestError(f"{name}: a picture has one", fields=(name,))
+                raise RequestError(f"{name}: a picture has only one", fields=(name,))
         except RequestError as error:
             raise error.with_text(f"{source}: {error}; it is not as it was saved") from None
 

@@ -52,7 +52,7 @@ def fetch(model: str, folder: Path | None, revision: str | None, endpoint: str |
     what a render needs is fetched. Every file is checked against the hub's size and hash before it gets its name. Run
     the same command again to continue an interrupted download; on a complete folder it checks every file.
 
-    Your login (HF_TOKEN, `hf auth login`) is told to huggingface.co and to the hub that HF_ENDPOINT names, and to no
+    Your login (HF_TOKEN, `hf auth login`) is sent to huggingface.co and to the hub that HF_ENDPOINT names, and to no
     other --endpoint.
     """
     from zimage.weights.fetch import fetch, repository_of

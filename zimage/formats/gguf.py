@@ -52,7 +52,7 @@ class Vocabulary:
             raise CheckpointError(f"{text}; use --tokenizer with the folder or tokenizer.json of Qwen/Qwen3-4B")
         tokens, kinds, merges = header.strings(TOKENS), header.integers(KINDS), header.strings(MERGES)
         if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-            raise CheckpointError(f"{file}: its {len(tokens)} tokens should be different, and have a kind each")
+            raise CheckpointError(f"{file}: its {len(tokens)} tokens should be distinct, each with a kind")
         return cls(tokens, kinds, merges)
 
 

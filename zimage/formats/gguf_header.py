@@ -167,7 +167,7 @@ class _Bytes:
         """Step over bytes; returns where they began."""
         begin, end = self.at, self.at + size
         if end > self.size:
-            raise self.broken(f"it ends at byte {self.size:,}, {end - self.size:,} too early")
+            raise self.broken(f"it ends at byte {self.size:,}, {end - self.size:,} bytes too early")
         self.at = end
         return begin
 

@@ -90,7 +90,7 @@ class PeftConfig:
     def scale(self, module: str, rank: int | None) -> float:
         """The scale of a module's product. Raises CheckpointError where the settings are those of an OFT."""
         if self.scaling is None:
-            raise CheckpointError(f"{module} is no OFT, but {self.place} says that it is")
+            raise CheckpointError(f"{module} is not an OFT, but {self.place} says that it is")
         return self.scaling.of(module, rank)
 
 

@@ -115,7 +115,7 @@ class StateFile:
         try:
             save_state(self.path, self.state, self.record, self._lock)
         except FileExistsError:
-            raise RequestError(f"state: {self.path} exists by now: another render keeps it") from None
+            raise RequestError(f"state: {self.path} exists already: another render is using it") from None
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"state: {self.path} cannot be written: {reason}", fields=("save_state",)) from error
@@ -128,7 +128,7 @@ def hold(path: Path) -> Lock:
     try:
         return Lock.of(path)
     except BlockingIOError:
-        text = f"state: another render is keeping {path} now; wait for its end"
+        text = f"state: another render is using {path}; wait until it ends"
         raise RequestError(text, fields=("save_state",)) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -160,7 +160,9 @@ def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:
             for name, slot in file.slots.items():
                 if not TENSORS.fullmatch(name) or slot.dtype != "F32" or len(slot.shape) != 4 or 0 in slot.shape:
                     shape = "×".join(map(str, slot.shape))
-                    raise CheckpointError(f"its tensor {name[:80]!r} ({slot.dtype}, {shape}) is none of a state's")
+                    raise CheckpointError(
+                        f"its tensor {name[:80]!r} ({slot.dtype}, {shape}) is not one that a state holds"
+                    )
             tensors = {name: file.read(name) for name in file.slots}
         step, decoded = record.pop("step"), record.pop("decoded")
         small, finished = _numbered(tensors, "small"), _numbered(tensors, "finished")

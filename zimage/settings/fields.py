@@ -168,7 +168,7 @@ def check_text(name: str, text: str, longest: int | None = None) -> None:
     if not text.isascii() and text != text.encode(errors="ignore").decode():
         raise _fault(name, " is not valid text; it must be valid UTF-8")
     if "\0" in text:
-        raise _fault(name, f" holds a zero character at {text.index(chr(0)):,}; is it text in UTF-16?")
+        raise _fault(name, f" contains a null character at {text.index(chr(0)):,}; is it text in UTF-16?")
 
 
 def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
