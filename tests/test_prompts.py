@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from zimage.cli import main
+from zimage.cli.prompts import file_prompts
 from zimage.errors import RequestError
 from zimage.settings.declared import LONGEST_TEXT, MAX_TEXT_TOKENS, LoadSettings, Request
 
@@ -166,3 +167,9 @@ def test_a_pipe_that_the_user_names_is_read_as_it_comes(run, tmp_path):
 def test_zero_characters_in_any_setting(name):
     with pytest.raises(RequestError, match=f"{name} .*null character|{name} 'a.*is not known"):
         LoadSettings.from_mapping({name: "a\0b"})
+
+
+def test_a_line_of_a_file_ends_where_editors_end_it(tmp_path):
+    """Pages and PDFs bring other separators along; they are blanks of one prompt."""
+    (tmp_path / "prompts.txt").write_bytes("a\u2028cat\x0cin\x85rain\r\na dog\ra fox\n".encode())
+    assert file_prompts(tmp_path / "prompts.txt") == ["a\u2028cat\x0cin\x85rain", "a dog", "a fox"]

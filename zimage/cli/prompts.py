@@ -34,7 +34,7 @@ def file_prompts(path: Path) -> list[str]:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
 
 
 def standard_input() -> str:
