@@ -329,6 +329,12 @@ def test_info_of_what_cannot_be_read(tmp_path, capsys):
     assert Path(tmp_path / "x.safetensors").is_file()
 
 
+def test_a_folder_that_is_no_model_is_called_so(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not a model folder: it holds none of text_encoder, transformer, vae"):
+        zimage.ZImage.load(tmp_path)
+
+
 @pytest.mark.parametrize("option", ["model", "dit", "tokenizer", "vae", "cache-folder", "lora-folder"])
 def test_an_empty_path_is_refused(folder, capsys, option):
     """As of a shell's variable that was not set: the folder's own file would be used without a word."""
