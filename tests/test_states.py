@@ -153,6 +153,28 @@ def test_every_field_has_its_kind(run, monkeypatch, change, words):
     assert Path("state").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda job: job["request"].update(prompt="a dog"), "the texts of the render in state"),
+        (lambda job: job["request"].update(system_prompt="x" * 10_000), "the texts of"),
+        (lambda job: job["request"].update(guidance=2.0), "the negative texts of"),
+        (lambda job: job["request"].update(shift=1.5), "the sigmas of"),
+        (lambda job: job["seeds"].reverse(), "the seeds of"),
+        (lambda job: job["token_ids"].update({job["texts"][0]: [1, 2, 3]}), "the token ids of"),
+    ],
+)
+def test_what_was_decided_is_what_is_decided_now(run, monkeypatch, change, words):
+    """An edited request would go on from the latents of another one."""
+    stopped(monkeypatch, run, after=0)
+    with safe_open("state", "pt") as file:
+        job = json.loads(file.metadata()["state"])["job"]
+    change(job)
+    edited(job=job)
+    status, said = run("--resume", "state")
+    assert (status, words in said.err, Path("state").exists()) == (2, True, True), said.err
+
+
 def test_a_state_of_any_size_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "state"
     path.write_bytes(b"x")

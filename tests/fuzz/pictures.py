@@ -7,6 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from zimage.pictures.image import open_image, open_mask
 from zimage.pictures.parameters import parse_parameters
 from zimage.pictures.texts import UNICODE, comment_bytes
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 ROUNDS = 8  # of each mutation of each file
 READERS: dict[str, Callable[[Path], object]] = {
@@ -101,18 +102,21 @@ ODD = [
 
 
 def cases(chance: random.Random, folder: Path) -> Iterator[tuple[str, Call]]:
-    """Each mutation's name, and a call that reads what it made: it ends, or raises a ZImageError."""
-    for number, (name, content) in enumerate(_mutants(chance), 1):
+    """Each mutation's name, and a call that reads what it made, in random order: it ends, or raises a ZImageError."""
+    made = [*_mutants(chance), *_texts(chance)]
+    chance.shuffle(made)
+    for number, (name, content) in enumerate(made, 1):
+        if isinstance(content, str):
+            yield f"{name}: parameters", partial(parse_parameters, content)
+            yield f"{name}: graph", partial(parse_graph, content)
+            continue
         path = folder / f"{number}.png"
         path.write_bytes(content)
-        for reader, read in READERS.items():
-            yield f"{name}: {reader}", lambda read=read, path=path: _ignored(read(path))
+        reader = chance.choice(list(READERS))
+        yield f"{name}: {reader}", lambda read=READERS[reader], path=path: _ignored(read(path))
         if number % 50 == 0:
             yield f"{name}: gen", lambda path=path: _render(path, folder)
         path.unlink()
-    for name, text in _texts(chance):
-        yield f"{name}: parameters", lambda text=text: _ignored(parse_parameters(text))
-        yield f"{name}: graph", lambda text=text: _ignored(parse_graph(text))
 
 
 def _ignored(result: object) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from zimage.render.job import Job
     from zimage.render.state import RenderState, StateFile
 
+# What a job has decided, from which its bits come. LoRAs are compared by SAME; plan and strips may follow the memory.
+DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
 SAME = ("model", "dtype", "precision", "lora")  # without these the bits would be others; the rest is only noted
 NOT_KEPT = ("cache_folder",)  # of how the model was loaded: it moves no bit, and is a place to write to
 # What a state's record is, for `mistake`, beside the job.
@@ -214,3 +216,9 @@ def _check_same(path: Path, record: Record, job: "Job", metadata: Record) -> Non
         then = record["job"]["request"].get(name)
         if then and getattr(job.request, name).hash != then["hash"]:
             raise RequestError(f"resume: {then['path']} is not the file that the render in {path} began with")
+    now = job.to_dict()
+    if changed := next((name for name in DECIDED if record["job"][name] != now[name]), ""):
+        told = (
+            f"resume: the {changed.replace('_', ' ')} of the render in {path} are not those that its settings give now"
+        )
+        raise RequestError(f"{told}: it was edited, or a template or the tokenizer was; start anew")
