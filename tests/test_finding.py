@@ -258,7 +258,7 @@ def test_a_name_on_the_hub_says_what_downloads_it(name):
         zimage.load_component(name, "dit")
 
 
-@pytest.mark.parametrize("path", ["no/such/folder", "nothing", "x" * 5000])
+@pytest.mark.parametrize("path", ["no/such/folder", "nothing", "x" * 5000, "a/b..c", "ä/b", "a/" + "b" * 97])
 def test_what_is_nowhere_is_said(path):
     with pytest.raises(CheckpointError, match="is neither a folder in the published layout nor a file") as error:
         zimage.ZImage.load(path)
@@ -309,8 +309,35 @@ def test_a_file_that_may_not_be_read_is_one_line(dit, monkeypatch):
         zimage.load_component(dit, "dit")
 
 
+def test_info_shows_the_header_of_a_whole_model_without_a_tokenizer(states, folder, tmp_path, capsys):
+    prefixes = {"dit": "diffusion_model.", "text_encoder": "text_encoders.llm.", "vae": "vae."}
+    tensors = {prefix + key: value for name, prefix in prefixes.items() for key, value in states[name].items()}
+    file = loose.save(tensors, tmp_path / "whole.safetensors")
+    assert main(["info", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "tokenizer     none was found; a render needs --tokenizer\n" in out
+    assert main(["info", str(file), "--plan"]) == 1
+    assert "has no tokenizer beside it; use --tokenizer" in capsys.readouterr().err
+    assert main(["info", str(file), "--tokenizer", str(folder / "tokenizer")]) == 0
+    assert "vocabulary    261 tokens" in capsys.readouterr().out
+
+
 def test_info_of_what_cannot_be_read(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x02}q\x00.")
     assert main(["info", str(tmp_path / "x.safetensors")]) == 1
     assert "is a pickle" in capsys.readouterr().err
     assert Path(tmp_path / "x.safetensors").is_file()
+
+
+def test_a_folder_that_is_no_model_is_called_so(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not a model folder: it holds none of text_encoder, transformer, vae"):
+        zimage.ZImage.load(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["model", "dit", "tokenizer", "vae", "cache-folder", "lora-folder"])
+def test_an_empty_path_is_refused(folder, capsys, option):
+    """As of a shell's variable that was not set: the folder's own file would be used without a word."""
+    model = [] if option == "model" else ["--model", str(folder)]
+    assert main(["gen", "a cat", *model, f"--{option}", ""]) == 2
+    assert f"{option.replace('-', '_')}: the path is empty" in capsys.readouterr().err

@@ -103,6 +103,15 @@ def test_the_dit_of_stable_diffusion_cpp(states, tmp_path, prefix, quantised_pad
     assert (0 < worst < 0.02) if quantised_pads else worst == 0
 
 
+def test_all_in_one_of_stable_diffusion_cpp(states, tmp_path):
+    prefixes = {"dit": "model.diffusion_model.", "text_encoder": "text_encoders.llm.", "vae": "first_stage_model."}
+    names = {"dit": "native", "text_encoder": "transformers", "vae": "ldm"}
+    renamed = [loose.renamed(part, names[part], states[part], prefix) for part, prefix in prefixes.items()]
+    file = write(tmp_path / "whole.gguf", {key: value for part in renamed for key, value in part.items()})
+    for part in prefixes:
+        assert Checkpoint.of_file(file, part).entries.keys() == states[part].keys()
+
+
 def test_a_quantised_norm_is_widened(states, tmp_path):
     native = loose.renamed("dit", "native", states["dit"])
     file = write(tmp_path / "dit.gguf", native, quantised=["layers.0.ffn_norm1.weight"])

@@ -259,6 +259,7 @@ def test_rotations_that_cannot_be_are_named(tmp_path, tensors, words):
         ("bm.weight", "it is GLoRA"),
         ("oft_diag", "it is an older OFT (oft_diag)"),
         ("lora_E", "it is AdaLoRA"),
+        ("lora_B.bias", "it is a LoRA with biases of its own"),
         ("lora_mid.weight", "it is a LoRA of convolutions"),
         ("hada_t1", "it is a LoHa of convolutions"),
         ("lokr_t2", "it is a LoKr of convolutions"),

@@ -133,7 +133,7 @@ def test_a_pictures_loras_are_demanded_and_found_by_their_content(run, folder, t
     (loras / "loop.safetensors").symlink_to("loop.safetensors")
     status, _, err = run("--from", "one.png", "-o", "two.png", "--lora-folder", loras)
     assert status == 2
-    assert re.match(r"error: one.png was made with lora all.safetensors \(hash", err)
+    assert re.match(r"error: one.png was made with lora all.safetensors \(hash .*; it is not in the folder '", err)
 
     shutil.copy(folder / "all.safetensors", loras / "below" / "third.safetensors")
     status, _, err = run("--from", "one.png", "-o", "two.png", "--lora-folder", loras)
@@ -146,7 +146,11 @@ def test_a_settings_file_names_the_folder_or_the_files(run, folder, tmp_path):
     (tmp_path / "folder.toml").write_text(f"[default]\nlora_folder = '{folder}'\n", encoding="utf-8")
     names = f"['{folder}/all.safetensors:2', '{folder}/dora.safetensors', '{folder}/style.safetensors']"
     (tmp_path / "files.toml").write_text(f"[default]\nlora = {names}\n", encoding="utf-8")
-    for name in ("folder", "files"):
+    (tmp_path / "peft").mkdir()
+    shutil.copy(folder / "style.safetensors", tmp_path / "peft" / "adapter_model.safetensors")
+    names = f"['{folder}/all.safetensors', '{tmp_path}/peft']"
+    (tmp_path / "peft.toml").write_text(f"[default]\nlora = {names}\n", encoding="utf-8")
+    for name in ("folder", "files", "peft"):
         status, _, err = run("--from", "one.png", "-o", f"{name}.png", "--config", f"{name}.toml")
         assert (status, "warning" in err) == (0, False), err
         assert same(tmp_path, f"{name}.png", pixels)
@@ -206,7 +210,7 @@ def test_the_name_of_an_existing_file_has_no_scale(tmp_path, monkeypatch):
         ("absent.safetensors", 1, "LoRA absent.safetensors is missing"),
         ("absent.ckpt:0.5", 1, "is missing"),
         ("absent.safetensors:nan", 2, "lora scale nan should lie between -100 and 100"),
-        ("", 1, "LoRA"),
+        ("", 2, "lora: the path is empty"),
         ("x" * 5000, 1, "cannot be read: File name too long"),
         ("x" * 5000 + ":2", 1, "cannot be read: File name too long"),
     ],

@@ -79,6 +79,8 @@ def test_no_pattern_takes_long(text):
         ("[z-a]", "bad character range"),
         ("a{2,1}", "{2,1} is not a repetition"),
         ("a{999}", "is not a repetition of at most 100 times"),
+        ("a{9999}", "{9999} is not a repetition of at most 100 times"),
+        ("a{," + "9" * 290 + "}", "is not a repetition of at most 100 times"),
         ("\\", "is not supported"),
         ("(" * 7 + "a" + ")" * 7, "its groups lie more than 6 deep"),
         ("x" * 301, "it has 301 characters; at most 300"),

@@ -133,6 +133,7 @@ FOREIGN = {
     "GPTQ or AWQ": {"qweight": torch.ones(4, 2).int(), "qzeros": torch.ones(1, 2).int()},
     "quanto": {"weight._data": torch.ones(4, 4).char(), "weight._scale": torch.ones(4, 1)},
     "compressed-tensors": {"weight_packed": torch.ones(4, 1).int(), "weight_scale": torch.ones(4, 1)},
+    "ModelOpt": {"weight_quantizer._amax": torch.ones(1)},
     "HQQ": {"W_q": torch.ones(4, 4).byte()},
 }
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from zimage.errors import CheckpointError, FetchError, RequestError, install_hint
+from zimage.formats.hub_cache import is_repository
 from zimage.formats.json_text import json_object
 from zimage.text.connections import Connections
 from zimage.text.remote import checked_url
 from zimage.weights.manifest import BLOB, SHA256, is_needed, is_size
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 HOME = "https://huggingface.co"
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 LISTING_TIME = 60.0  # seconds for the whole of it
@@ -234,7 +234,7 @@ def _check_status(response: Any) -> None:
 
 def check_repository(name: str) -> str:
     """The name of a repository, if it can be one. Raises RequestError."""
-    if not REPOSITORY.fullmatch(name) or ".." in name:
+    if not is_repository(name):
         raise RequestError(f"{name[:80]!r} is not a repository; write turbo, base or OWNER/NAME")
     return name
 

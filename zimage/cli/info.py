@@ -40,7 +40,7 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -
     """
     resolved = resolve_options({**options, "model": model})
     loose = _loose_file(resolved.of(LoadSettings))
-    if loose is not None:
+    if loose is not None and not (with_plan and _is_whole(loose)):
         if with_plan:
             raise RequestError("--plan needs a whole model; pass its folder, or --model with the other components")
         terminal.out_json(loose) if as_json else terminal.out("\n".join(_file_lines(loose)))
@@ -57,19 +57,25 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -
 
 
 def _loose_file(load: dict[str, Plain]) -> dict[str, Any] | None:
-    """What the header of a file says that is not a whole model; None for whole models."""
+    """What the header of a file says that cannot be loaded alone; None for whole models."""
     model = user_path(load.get("model") or "", "model")
     if not os.path.isfile(model) or any(load.get(name) for name in COMPONENTS):
         return None
     from zimage.loading.describe import describe_file
 
     facts = describe_file(model)
-    return None if len(facts["components"]) == len(COMPONENTS) else facts
+    return None if _is_whole(facts) and (load.get("tokenizer") or facts["has_tokenizer"]) else facts
+
+
+def _is_whole(facts: dict[str, Any]) -> bool:
+    return len(facts["components"]) == len(COMPONENTS)
 
 
 def _file_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"{printable(facts['file'])}  {facts['format']}, {_size(facts['bytes'])}"
     yield f"holds         {'; '.join(facts['holds']) or 'nothing that is known here'}"
+    if _is_whole(facts):
+        yield "tokenizer     none was found; a render needs --tokenizer"
     yield f"tensors       {len(facts['tensors']):,}"
     for dtype, count in facts["dtypes"].items():
         yield f"  {dtype:12}{count['tensors']:>8,}{_size(count['bytes']):>12}"

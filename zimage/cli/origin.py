@@ -77,7 +77,10 @@ def with_loras(source: Path | None, origin: Record, given: Mapping[str, Plain], 
         found = find_by_hash({lora["hash"]: lora["name"] for lora in loras}, named, loading.get("lora_folder"))
     if missing := [lora for lora in loras if lora["hash"] not in found]:
         told = ", ".join(f"{one_line(lora['name'], 80)} (hash {one_line(lora['hash'], 80)})" for lora in missing)
-        text = f"{source} was made with lora {told}: pass it with --lora, or name a folder of LoRAs with --lora-folder"
+        folder = loading.get("lora_folder")
+        absent = f"; it is not in the folder {str(folder)[:80]!r}"
+        place = absent if folder else ", or name a folder of LoRAs with --lora-folder"
+        text = f"{source} was made with lora {told}: pass it with --lora{place}"
         raise RequestError(text, fields=("lora", "lora_folder"))
     texts = [f"{found[lora['hash']]}:{lora['scale']}" for lora in loras]
     return replace(resolved, entries={**resolved.entries, "lora": Entry(texts, PICTURE)})

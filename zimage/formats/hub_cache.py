@@ -9,8 +9,13 @@ from zimage.errors import CheckpointError
 from zimage.formats.files import read_file
 
 FOLDER = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # OWNER/NAME on the hub
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 LONGEST = 200  # bytes of a file that names a revision
+
+
+def is_repository(name: str) -> bool:
+    """Whether a text can be OWNER/NAME of a repository on the hub."""
+    return REPOSITORY.fullmatch(name) is not None and ".." not in name
 
 
 def snapshot(path: Path) -> Path:

@@ -106,7 +106,7 @@ LAYOUTS = (
 )
 PREFIXES = {
     "dit": ("", "model.diffusion_model.", "diffusion_model."),
-    "text_encoder": ("", "text_encoders.qwen3_4b.transformer."),
+    "text_encoder": ("", "text_encoders.qwen3_4b.transformer.", "text_encoders.llm."),  # ComfyUI's, sd.cpp's
     "vae": ("", "vae.", "first_stage_model."),
 }
 

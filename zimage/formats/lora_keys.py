@@ -91,6 +91,7 @@ OTHER_KINDS = {
     **{f".{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2", "bm", "bm1", "bm2")},
     "glora_": "GLoRA",
     "lora_E": "AdaLoRA",
+    "lora_B.bias": "a LoRA with biases of its own (lora_bias)",
     "lora_mid": "a LoRA of convolutions",
     "hada_t1": "a LoHa of convolutions",
     "lokr_t2": "a LoKr of convolutions",

@@ -17,7 +17,7 @@ MOST_TIMES = 100  # a repetition that is counted
 SIMPLE = re.compile(r"\^?(?:[\w.\-]|\\\.)+", re.ASCII)  # a name, of one length
 CHARACTER = re.compile(r"\\\.|[\w.\-]", re.ASCII)
 CLASS = re.compile(r"\[\^?(?:\\[dwsDWS.\-]|[\w.,\- ])+\]", re.ASCII)
-COUNTED = re.compile(r"\{(?P<least>\d{0,3})(?:(?P<comma>,)(?P<most>\d{0,3}))?\}", re.ASCII)
+COUNTED = re.compile(r"\{(?P<least>\d*)(?:(?P<comma>,)(?P<most>\d*))?\}", re.ASCII)
 REPEATS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 
 Places = set[int]
@@ -142,7 +142,7 @@ class Pattern:
         least, most = int(counted["least"] or 0), counted["most"]
         last = least if counted["comma"] is None else int(most) if most else None
         if (not counted["least"] and not most) or max(least, last or 0) > MOST_TIMES or least > (last or least):
-            raise self._fault(f"{counted[0]} is not a repetition of at most {MOST_TIMES} times")
+            raise self._fault(f"{counted[0][:20]} is not a repetition of at most {MOST_TIMES} times")
         return least, last
 
     def _take(self, character: str) -> bool:

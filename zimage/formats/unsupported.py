@@ -46,6 +46,8 @@ TOOLS = (
     _tool("compressed-tensors", "weight_packed", methods="compressed-tensors"),
     _tool("HQQ", "W_q", methods="hqq"),
     _tool("torchao", methods="torchao"),
+    # Its nvfp4 has ComfyUI's names and shapes, but the other order of halves and of scales.
+    _tool("ModelOpt", "_amax", methods="modelopt modelopt_fp4"),
 )
 
 

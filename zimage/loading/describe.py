@@ -11,6 +11,7 @@ from zimage.formats.gguf import is_gguf
 from zimage.formats.layouts import recognise
 from zimage.formats.stored import Stored
 from zimage.formats.unsupported import foreign_tool
+from zimage.loading.finding import tokenizer_near
 
 SHOWN = 80  # characters of a text in the metadata
 ADAPTER = re.compile(r"[._](lora|lokr|hada|dora|oft|boft|glora|ia3|vera)_?\w*([._]|$)|\.diff(_b)?$")
@@ -29,6 +30,7 @@ def describe_file(file: Path) -> dict[str, Any]:
         "bytes": file.stat().st_size,
         "components": list(recognise(tensors)),
         "holds": _recognised(tensors),
+        "has_tokenizer": tokenizer_near(file) is not None,
         "tensors": [{"name": key, "dtype": s.dtype, "shape": list(s.shape)} for key, s in tensors.items()],
         "dtypes": dict(sorted(kinds.items(), key=lambda item: -item[1]["bytes"])),
         "metadata": {printable(key[:SHOWN]): _cut(value) for key, value in metadata.items()},

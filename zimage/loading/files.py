@@ -164,6 +164,9 @@ class ModelFiles:
         if (folder / "config.json").is_file() and not (folder / ROWS[DIT].folder).is_dir():
             text = f"{folder} is the folder of one component; pass it as dit, text_encoder or vae"
             raise CheckpointError(text, fields=("model",))
+        if not any((folder / ROWS[name].folder).is_dir() for name in REQUIRED):
+            names = ", ".join(ROWS[name].folder for name in REQUIRED)
+            raise CheckpointError(f"{folder} is not a model folder: it holds none of {names}", fields=("model",))
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
         components = {name: Component.open(name, folder / ROWS[name].folder) for name in REQUIRED}
         return cls(folder, components, tokenizer, shift)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from zimage.errors import CheckpointError, ConfigError
 from zimage.formats.gguf import has_tokenizer
-from zimage.formats.hub_cache import REPOSITORY, snapshot
+from zimage.formats.hub_cache import is_repository, snapshot
 from zimage.formats.json_text import read_json
 from zimage.loading.registry import ROWS
 from zimage.nn.config import Between, read_architecture
@@ -39,7 +39,7 @@ def find_model(path: Path) -> Path:
     if os.path.isdir(path) or os.path.isfile(path):  # unlike Path's, these do not raise for names that are too long
         return path
     text = f"model {str(path)!r} is neither a folder in the published layout nor a file"
-    if REPOSITORY.fullmatch(str(path)):
+    if is_repository(str(path)):
         text += f"; `zimage weights fetch {path}` downloads it"
     raise CheckpointError(text, fields=("model",))
 
@@ -54,21 +54,24 @@ def component_folder(path: Path, name: str) -> Path:
 
 
 def find_tokenizer(text_encoder: Path, folder: Path | None = None) -> Path:
-    """The tokenizer of the model `folder`, else beside a text encoder, else the one in its GGUF file.
+    """As `tokenizer_near`. Raises CheckpointError that says where to get one."""
+    found = tokenizer_near(text_encoder, folder)
+    if found is None:
+        raise CheckpointError(
+            f"{text_encoder} has no tokenizer beside it; use --tokenizer DIR or FILE with the folder `tokenizer` of "
+            "Tongyi-MAI/Z-Image-Turbo or the tokenizer.json of Qwen/Qwen3-4B, or --model with a whole model"
+        )
+    return found
 
-    Raises CheckpointError that says where to get one.
-    """
+
+def tokenizer_near(text_encoder: Path, folder: Path | None = None) -> Path | None:
+    """The tokenizer of the model `folder`, else beside a text encoder, else the one in its GGUF file, else None."""
     near = text_encoder if text_encoder.is_dir() else text_encoder.parent
     places = (near, near / "tokenizer", near.parent / "tokenizer")
     for place in places if folder is None else (folder / "tokenizer", *places):
         if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
             return place
-    if text_encoder.is_file() and has_tokenizer(text_encoder):
-        return text_encoder
-    raise CheckpointError(
-        f"{text_encoder} has no tokenizer beside it; use --tokenizer DIR or FILE with the folder `tokenizer` of "
-        "Tongyi-MAI/Z-Image-Turbo or the tokenizer.json of Qwen/Qwen3-4B, or --model with a whole model"
-    )
+    return text_encoder if text_encoder.is_file() and has_tokenizer(text_encoder) else None
 
 
 def read_shift(folder: Path) -> float | None:

@@ -203,7 +203,7 @@ def find_by_hash(wanted: Mapping[str, str], named: Iterable[str], folder: str | 
     """
     found: dict[str, str] = {}
     names = set(wanted.values())
-    files = [user_path(path, "lora") for path in named]
+    files = [lora_file(user_path(path, "lora")) for path in named]
     files += _loras_below(user_path(folder, "lora_folder")) if folder else []
     for path in sorted(dict.fromkeys(files), key=lambda path: (path.name not in names, _size(path))):
         if len(found) == len(wanted):

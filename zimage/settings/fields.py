@@ -293,6 +293,8 @@ def _check_scalar(field: Field, accepted: tuple[type, ...], value: object) -> No
         raise _fault(name, f" {quoted(value)} is not known; use {', '.join(m['choices'])}")
     if isinstance(value, str):
         check_text(name, value, m["longest"])
+        if m["path"] and not value:  # a shell's variable that was not set
+            raise _fault(name, ": the path is empty; write a path or leave it out")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(name, m, value)
 

@@ -283,8 +283,6 @@ def _from_file(name: str, value: Plain, folder: Path) -> Plain:
 
 
 def _path(name: str, text: str, folder: Path) -> str:
-    if not text:
-        raise RequestError(f"{name}: the path is empty; write a path or remove the line", fields=(name,))
     return str(folder / user_path(text, name))
 
 
