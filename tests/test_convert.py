@@ -180,6 +180,7 @@ def test_nothing_is_replaced_unasked(run, folder):
         ("file", ["--force"], "does not replace with a folder"),
         ("out", ["--shard-size", "much"], "is not a size"),
         ("out", ["--shard-size", "0"], "is not a size"),
+        ("out", ["--shard-size", "9" * 400], "is not a size"),
         ("out", ["--configs", "model"], "--configs is for loose files"),
     ],
 )
