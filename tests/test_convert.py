@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections import namedtuple
@@ -179,6 +180,7 @@ def test_nothing_is_replaced_unasked(run, folder):
         ("file", ["--force"], "does not replace with a folder"),
         ("out", ["--shard-size", "much"], "is not a size"),
         ("out", ["--shard-size", "0"], "is not a size"),
+        ("out", ["--shard-size", "9" * 400], "is not a size"),
         ("out", ["--configs", "model"], "--configs is for loose files"),
     ],
 )
@@ -193,6 +195,23 @@ def test_what_cannot_work_is_one_line(run, folder, tmp_path, target, arguments, 
     assert words in err
     assert len(err.splitlines()) == 1
     assert (sorted(os.listdir()), sorted(os.listdir(folder))) == before
+
+
+@pytest.mark.parametrize(("name", "layout"), [("dit.safetensors", "native"), ("small", "diffusers")])
+def test_what_a_link_leads_to_is_written_and_the_link_stays(run, folder, tmp_path, name, layout):
+    (tmp_path / "disk").mkdir()
+    os.symlink(f"disk/{name}", name)
+    for more in ([], ["--force"]):  # the first makes what is behind the link, the second replaces it
+        assert run(folder, name, "--layout", layout, *more)[0] == 0
+        assert os.readlink(name) == f"disk/{name}"
+        assert os.listdir("disk") == [name]
+
+
+def test_a_pipe_is_not_replaced(run, folder):
+    os.mkfifo("pipe.safetensors")
+    status, err = run(folder, "pipe.safetensors", "--layout", "native", "--force")
+    assert (status, "pipe.safetensors is a named pipe; name a regular file" in err) == (2, True)
+    assert stat.S_ISFIFO(os.stat("pipe.safetensors").st_mode)
 
 
 def test_a_folder_is_not_replaced_by_its_own_component(run, folder, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import time
 
@@ -148,6 +149,17 @@ def test_no_more_is_written_than_was_announced(hub, capsys, place):
     assert list((place / "model" / ".zimage-partial").iterdir()) == []
 
 
+@pytest.mark.parametrize(("room", "file"), [(0, r"\.zimage-partial/\S+"), (100, r"\.zimage-manifest\.json")])
+def test_a_full_disk_is_named(hub, capsys, place, room, file):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        err = failure(capsys, hub.url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert re.fullmatch(rf"error: model/{file}: File too large\n", err), err
+
+
 def test_a_hub_that_starts_anew_for_ever_is_left(hub, capsys):
     """Each answer has half of the file, and the hub heeds no range."""
     hub.ranges, content = False, hub.files[DIT]
@@ -253,7 +265,8 @@ def test_another_endpoint_is_not_told_the_login(hub, monkeypatch, capsys, place)
     assert f"set HF_ENDPOINT={hub.url}" in failure(capsys, hub.url)
 
 
-def test_nothing_is_fetched_without_encryption_from_a_hub_that_has_it(monkeypatch):
+@pytest.mark.parametrize("endpoint", ["https://hub.example", "HTTPS://hub.example"])
+def test_nothing_is_fetched_without_encryption_from_a_hub_that_has_it(endpoint):
     httpx = pytest.importorskip("httpx2")
     asked = []
 
@@ -261,7 +274,7 @@ def test_nothing_is_fetched_without_encryption_from_a_hub_that_has_it(monkeypatc
         asked.append(str(request.url))
         return httpx.Response(302, headers={"Location": "http://hub.example/x"})
 
-    hub = hubs.Hub("a/b", "https://hub.example")
+    hub = hubs.Hub("a/b", endpoint)
     hub._client = httpx.Client(transport=httpx.MockTransport(answer))
     with pytest.raises(FetchError, match="without encryption"):
         hub.listing(None)

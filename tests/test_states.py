@@ -117,6 +117,16 @@ def test_a_state_does_not_say_where_to_write_on_this_machine(run, monkeypatch, o
     assert sorted(os.listdir("..")) == ["1.png", "2.png", "here"]
 
 
+def test_a_state_behind_a_link_is_kept_there(run, monkeypatch):
+    Path("disk").mkdir()
+    os.symlink("disk/kept", "state")
+    stopped(monkeypatch, run)
+    assert os.readlink("state") == "disk/kept"
+    assert os.listdir("disk") == ["kept"]
+    assert run("--resume", "state")[0] == 0
+    assert (os.readlink("state"), os.listdir("disk")) == ("disk/kept", []), "it is removed, and the link stays"
+
+
 def test_a_state_names_no_folder_for_captions(run, monkeypatch):
     stopped(monkeypatch, run, after=0)
     _, record = load_state(Path("state"))
@@ -129,6 +139,7 @@ def test_a_state_names_no_folder_for_captions(run, monkeypatch):
     ("change", "words"),
     [
         ({"output": 3}, "state.output should be text, not 3"),
+        ({"output": "a\0b.png"}, "its output is not a path"),
         ({"rewritten": 3}, "state.rewritten should be a list, not 3"),
         ({"rewritten": [{"original": "x"}] * 3}, "its lists do not have the lengths"),
         ({"saved": ["x"] * 3}, "its lists do not have the lengths"),

@@ -306,6 +306,16 @@ def _catches(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_host_programs_handlers_are_put_back_or_left(monkeypatch):
+    """`getsignal` knows nothing (None) of a handler that is not Python's, and `signal` could not put it back."""
+    before, getsignal, taken = signal.getsignal(signal.SIGINT), signal.getsignal, []
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGTERM else getsignal(n))
+    monkeypatch.setattr(signal, "signal", lambda n, handler: taken.append((n, handler)))
+    assert main(["--version"]) == 0
+    assert [n for n, _ in taken] == [signal.SIGINT] * 2
+    assert taken[-1][1] is before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_at_any_moment_is_one_line_and_leaves_nothing_half_done(tmp_path, number):
     draw, statuses = random.Random(int(number)), []

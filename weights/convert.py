@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
+from zimage.formats.atomic import destination
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.files import read_file, require_inside
 from zimage.formats.layouts import Layout, fused_name, layout, split_names
@@ -80,6 +82,7 @@ def convert(
     found = find_components(source)
     check_configs(source, configs)
     to = _kept(source, found) if to == "keep" else to
+    given, target = target, _place(target)
     _check_target(source, target, to, force)
     chosen = _chosen(source, list(found), to, component, target)
     components = {name: open_component(name, found[name], configs) for name in chosen}
@@ -93,7 +96,7 @@ def convert(
             write_file(temporary, tensors, progress)
         else:
             _write_folder(temporary, components, plans, dtype, extras, shard_size, progress)
-    return Converted(target, to, tuple(plans), len(tensors), size)
+    return Converted(given, to, tuple(plans), len(tensors), size)
 
 
 def _kept(source: Path, found: Mapping[str, Path]) -> str:
@@ -116,6 +119,13 @@ def _layout_name(component: str, file: Path) -> str:
     """The name of the layout in which a file holds a component."""
     found = Checkpoint.of_file(file, component).layout
     return found.name if found else "diffusers"
+
+
+def _place(target: Path) -> Path:
+    """Where a target is written: a link stays, and what it points to is written. Raises RequestError for a pipe."""
+    if target.is_dir():
+        return Path(os.path.realpath(target)) if target.is_symlink() else target
+    return destination(target)
 
 
 def _check_target(source: Path, target: Path, to: str, force: bool) -> None:

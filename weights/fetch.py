@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zimage.errors import CheckpointError, FetchError, RequestError
+from zimage.formats.atomic import naming
 from zimage.formats.files import require_inside
 from zimage.weights.hub import AGAIN, Hub, Listing, Remote, check_repository
 from zimage.weights.manifest import RECORD, Progress, Record, find_known, hash_file, read_record, silent
@@ -177,7 +178,7 @@ def _transfer(hub: Hub, listing: Listing, folder: Path, file: Remote, progress: 
     partial = _partial(folder, file)
     partial.parent.mkdir(exist_ok=True)
     try:
-        with partial.open("ab") as stream, _alone(stream, file.path):
+        with naming(partial), partial.open("ab") as stream, _alone(stream, file.path):
             arriving = _Arriving(stream, file)
             begin = arriving.size
             hub.read(

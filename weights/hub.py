@@ -152,7 +152,7 @@ class Hub:
                     yield response
                     return
                 request = response.next_request
-            if self.endpoint.startswith("https:") and request.url.scheme != "https":
+            if urlsplit(self.endpoint).scheme == "https" != request.url.scheme:
                 raise ValueError("it redirects to an address without encryption, which is not followed")
         raise ValueError(f"it redirects more than {MOST_REDIRECTS} times")
 

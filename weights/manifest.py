@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import CheckpointError
-from zimage.formats.atomic import beside
+from zimage.formats.atomic import beside, naming
 from zimage.formats.files import require_inside
 from zimage.formats.json_text import read_json
 
@@ -79,7 +79,7 @@ class Record:
     def write(self) -> None:
         """Replace the record in one step, so that an interruption leaves the old one or the new one."""
         content = {"repository": self.repository, "revision": self.revision, "files": self.files}
-        with beside(self.folder / RECORD) as temporary:
+        with naming(self.folder / RECORD), beside(self.folder / RECORD) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, self.folder / RECORD)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.atomic import beside, free_name, remove
+from zimage.formats.atomic import beside, free_name, naming, remove
 from zimage.formats.headers import BITS
 from zimage.weights.manifest import Progress, silent
 
@@ -81,17 +81,12 @@ def placing(target: Path, replace: bool) -> Iterator[Path]:
 
     Raises RequestError where `target` has come into being meanwhile and `replace` is off.
     """
-    try:
-        with beside(target, quick=False) as temporary:
-            yield temporary
-            if target.exists() and not replace:
-                raise RequestError(f"{target} has appeared in the meantime and is not replaced; use --force")
-            _sync_all(temporary)
-            _take_name(temporary, target)
-    except OSError as error:
-        if error.filename is None:  # a failed write does not name its file
-            raise OSError(error.errno, error.strerror, str(target)) from error
-        raise
+    with naming(target), beside(target, quick=False) as temporary:
+        yield temporary
+        if target.exists() and not replace:
+            raise RequestError(f"{target} has appeared in the meantime and is not replaced; use --force")
+        _sync_all(temporary)
+        _take_name(temporary, target)
 
 
 def check_space(folder: Path, needed: int) -> None:

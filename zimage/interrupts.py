@@ -39,12 +39,15 @@ class _Now:
 
 
 def install() -> None:
-    """Let signals raise an Interrupt at a good moment. What ignores them (`nohup`) goes on to ignore them."""
+    """Let signals raise an Interrupt at a good moment. What ignores them (`nohup`) goes on to ignore them.
+
+    A host program's handler that is not Python's (None here) could not be put back, and stays.
+    """
     if _Now.installed or threading.current_thread() is not threading.main_thread():
         return
     _Now.installed, _Now.held, _Now.waiting, _Now.raised = True, 0, None, None
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, _arrived)
     sys.unraisablehook = _unraisable
 
@@ -61,7 +64,8 @@ def handled() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
         sys.unraisablehook, _Now.installed = hook, False
 
 

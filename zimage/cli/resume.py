@@ -16,6 +16,7 @@ from zimage.cli.origin import FILES, Record
 from zimage.cli.progress import counted
 from zimage.cli.target import check_output, holds
 from zimage.errors import CheckpointError, RequestError
+from zimage.formats.atomic import destination
 from zimage.formats.lock import Lock
 from zimage.settings.declared import LoadSettings, Request
 from zimage.settings.fields import Hint, Plain, as_plain
@@ -71,6 +72,8 @@ class Keeping:
         if given is not None or not self.begun:
             return given
         before, here = self.record["output"], os.path.realpath(".")
+        if before is not None and "\0" in before:
+            raise CheckpointError(f"{self.path} does not hold a complete state (its output is not a path); start anew")
         if before is not None and os.path.commonpath([os.path.realpath(before), here]) != here:
             told = f"resume: {self.path} writes to {before[:200]!r}, outside of the current folder"
             raise RequestError(f"{told}; pass that with -o if it should")
@@ -115,6 +118,7 @@ def open_state(save_state: Path | None, resume: Path | None, picture: Path | Non
     if save_state and resume and save_state != resume:
         raise RequestError(f"save-state: --resume already keeps the state in {resume}; leave out --save-state")
     check_output(path, "save-state")
+    path = destination(path)
     if not path.exists():
         note = f"{path} does not exist yet: starting from the beginning" if resume else ""
         return Keeping(path, note=note, lock=_until_the_end(Lock(path)))

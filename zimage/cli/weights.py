@@ -175,10 +175,10 @@ def size_text(size: int) -> str:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([KMG]?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise RequestError(f"shard-size {text!r} is not a size; write 5G or 500M")
+        raise RequestError(f"shard-size {text[:80]!r} is not a size; write 5G or 500M")
     return size
 
 

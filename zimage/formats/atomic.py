@@ -29,6 +29,17 @@ def beside(path: Path, quick: bool = True) -> Iterator[Path]:
                 remove(temporary)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system inside name a file: a failed write, as on a full disk, does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def free_name(path: Path) -> Path:
     """A name in the folder of `path` that nobody can foresee, and so put a link under."""
     return path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")

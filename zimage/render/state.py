@@ -24,7 +24,7 @@ from torch import Tensor
 from zimage import flow
 from zimage.errors import CheckpointError, OutputError, RequestError
 from zimage.events import Event
-from zimage.formats.atomic import beside
+from zimage.formats.atomic import beside, destination
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
 from zimage.formats.stored import TensorFile
@@ -86,8 +86,8 @@ class StateFile:
     """
 
     def __init__(self, path: Path, record: dict[str, Any], state: RenderState | None = None, lock: Lock | None = None):
-        self.path, self.record, self.state = path, record, state or RenderState()
-        self._lock = lock or (hold(path) if state is not None and path.exists() else Lock(path))
+        self.path, self.record, self.state = destination(path), record, state or RenderState()
+        self._lock = lock or (hold(self.path) if state is not None and self.path.exists() else Lock(self.path))
         self._warned = False
         self._write()
 
@@ -126,7 +126,7 @@ class StateFile:
 def hold(path: Path) -> Lock:
     """The lock of a state that exists. Raises RequestError where another render holds it, or CheckpointError."""
     try:
-        return Lock.of(path)
+        return Lock.of(destination(path))
     except BlockingIOError:
         text = f"state: another render is using {path}; wait until it ends"
         raise RequestError(text, fields=("save_state",)) from None
