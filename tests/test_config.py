@@ -292,7 +292,7 @@ def test_every_setting_that_names_a_file_is_a_path():
         ('[default]\nmodel = "C:\\models"\n', 2, "; write paths in 'single quotes', where a backslash stands for"),
         ('[default]\nmodel = "C:\\Users"\n', 2, "; write paths in 'single quotes', where a backslash stands for"),
         ("[default]\n\nsteps = 1" + "0" * 5000, 3, "a number has too many digits"),
-        ("[default]\nsteps = 0x1" + "0" * 5000, 2, "steps has too many digits"),
+        ("[default]\nsteps = 0x1" + "0" * 5000, 2, "is too large; the maximum is 1000"),
         ("[default]\nsteps = 1" + "0" * 4000, 2, "is too large; the maximum is 1000"),
         ("[default]\nseed = " + "[" * 5000, 2, "nested too deeply"),
         ("[default]\nsteps" + ".a" * 40_000 + " = 1", 2, "nested too deeply"),

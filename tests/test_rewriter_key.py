@@ -101,3 +101,18 @@ def test_the_environment_outranks_a_folders_file(run, tmp_path):
     config = read_config(path, own=False)
     resolved = resolve({}, None, config, environ={"ZIMAGE_REWRITER_URL": "http://mine"})
     assert (resolved.of(RewriteSettings)["rewriter_url"], resolved.is_own("rewriter_url")) == ("http://mine", True)
+
+
+@pytest.mark.parametrize(("folder", "allowed"), [("captions", True), ("../elsewhere", False), ("/tmp/x", False)])
+def test_a_folders_file_has_captions_written_below_it_only(tmp_path, monkeypatch, capsys, folder, allowed):
+    """As a `zimage.toml` may come with an archive: it should not have folders made all over a disk."""
+    monkeypatch.delenv("ZIMAGE_CONFIG")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "zimage.toml").write_text(f'[default]\ncache_folder = "{folder}"\n')
+    run = ["gen", "a cat", "--width", "32", "--height", "32", "--steps", "1", "-q"]
+    assert main(run) == (0 if allowed else 2)
+    assert allowed or "pass --cache-folder" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere").exists() is False
+    assert main([*run, "--config", "zimage.toml", "--cache-folder", str(tmp_path / "mine")]) == 0
+    assert (tmp_path / "mine").is_dir()

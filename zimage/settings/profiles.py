@@ -152,8 +152,6 @@ class Config:
                 entries[name] = Entry(_from_file(name, value, self.path.parent), source, own=self._own)
             except RequestError as error:
                 raise self._file.fault(str(error), profile, name, fields=error.fields) from None
-            except ValueError:  # Python shows no number of more than 4300 digits
-                raise self._file.fault(f"{name} has too many digits", profile, name, fields=(name,)) from None
         return entries
 
     def _check_together(self, profile: str) -> None:
