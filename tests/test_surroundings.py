@@ -163,6 +163,12 @@ def test_what_a_format_cannot_hold_is_refused_before_rendering(folder):
 # ---------------------------------------------------------------------- what stands where a picture should go
 
 
+@pytest.mark.parametrize("output", ["x.png/", "new/", "new//"])
+def test_a_folder_is_not_taken_for_a_file(folder, output):
+    with pytest.raises(RequestError, match="does not exist; create it first"):
+        Target(output, 1)
+
+
 def test_pipes_devices_and_folders_are_no_outputs(folder, capsys):
     os.mkfifo("fifo.png")
     os.mkfifo("fifo.safetensors")

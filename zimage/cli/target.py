@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from zimage.cli import terminal
 from zimage.cli.origin import Record
 from zimage.cli.patterns import NAME_FIELDS, check_pattern, invalid
-from zimage.errors import OutputError, RequestError
+from zimage.errors import OutputError, RequestError, quoted
 from zimage.settings.fields import Plain
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Target:
 
         output = output if output is None else _path_text(output)
         folder_only = output is not None and os.path.isdir(output)
+        if output is not None and not folder_only and output.endswith(("/", os.sep)):
+            raise RequestError(f"output: the folder {quoted(output)} does not exist; create it first")
         self.pattern = "{prompt}-{seed}.png" if output is None or folder_only else Path(output).name
         self.folder = Path(output or ".") if output is None or folder_only else Path(output).parent
         # Only a name that the user wrote out in full, for a single picture, may replace a file.

@@ -154,7 +154,7 @@ def _write(file: Path, key: str, caption: Tensor) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_caption(file, caption, _described(key, caption))
     except OSError as error:
-        log.warning("a caption is not cached in %s: %s", file.parent, error)
+        log.warning("a caption is not cached in %s: %s", file.parent, error.strerror or error)
 
 
 def _described(key: str, caption: Tensor) -> dict[str, str]:
