@@ -451,7 +451,7 @@ def test_gen_and_info_take_their_settings_from_the_file(run, write, tiny_folder)
     status, out, err = run("gen", "a", "--profile", "small", "--steps", 1, "--device", "cpu", "--dtype", "fp32")
     assert status == 0
     assert err.splitlines()[0] == "settings: zimage.toml [small]; strength from zimage.toml [small] line 8 is left out"
-    assert "32×48, 1 steps" in err
+    assert "32×48, 1 step," in err
     assert "settings" not in run("gen", "a", "-q", "--steps", 1, "--device", "cpu")[2]
     assert "plan          64×48" in run("info", "--plan")[1]
     assert json.loads(run("info", "--json")[1])["name"] == Path(tiny_folder).name
