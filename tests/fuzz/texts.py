@@ -103,7 +103,8 @@ def _profiles(chance: random.Random) -> bytes:
 
 def _prompt(chance: random.Random) -> str:
     if chance.random() < 0.3:
-        return chance.choice(PIECES) * chance.choice([1, LONGEST_TEXT, 10**6])
+        piece = chance.choice(PIECES)
+        return piece * max(1, chance.choice([1, LONGEST_TEXT, 10**6]) // len(piece))
     ranges = [(0, 0x7F), (0, 0xFFFF), (0, 0x10FFFF), (0x300, 0x36F), (0xD700, 0xE100), (0x1F300, 0x1FAFF)]
     low, high = chance.choice(ranges)
     return "".join(chr(chance.randint(low, high)) for _ in range(chance.choice([1, 10, 1000])))
