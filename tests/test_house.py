@@ -219,3 +219,9 @@ def test_attributes_of_the_package_load_on_demand():
     assert zimage.vae.AutoencoderKLWan.__name__ == "AutoencoderKLWan"
     with pytest.raises(AttributeError, match="nothing"):
         _ = zimage.nothing
+
+
+def test_a_command_ends_with_the_garbage_collector_as_it_found_it():
+    code = "import gc; from zimage.cli import main; main(['tokens', 'a']); print(gc.isenabled())"
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.splitlines()[-1] == "True"
