@@ -13,7 +13,7 @@ from zimage.cli import terminal
 from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, warn_of_differences, with_loras
 from zimage.cli.patterns import FIELDS
-from zimage.cli.progress import Progress, counted
+from zimage.cli.progress import Progress
 from zimage.cli.prompts import file_prompts, one_prompt
 from zimage.cli.resume import Keeping, open_state
 from zimage.cli.rewrite import check_rewriting, prepared
@@ -173,7 +173,7 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     if pipe.is_demo and (r.system_prompt or r.thinking_content or r.assistant_content):
         yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
     yield (
-        f"{r.width}×{r.height}, {counted(r.steps, 'step')}, guidance {r.guidance:g}, shift {r.shift:g}, "
+        f"{r.width}×{r.height}, {r.steps} step{'' if r.steps == 1 else 's'}, guidance {r.guidance:g}, shift {r.shift:g}, "
         f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}"
     )
     if r.guidance == 1 and not is_base(pipe.model):
