@@ -173,8 +173,8 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     if pipe.is_demo and (r.system_prompt or r.thinking_content or r.assistant_content):
         yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
     yield (
-        f"{r.width}×{r.height}, {r.steps} step{'' if r.steps == 1 else 's'}, guidance {r.guidance:g}, shift {r.shift:g}, "
-        f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}"
+        f"{r.width}×{r.height}, {r.steps} step{'' if r.steps == 1 else 's'}, guidance {r.guidance:g}, "
+        f"shift {r.shift:g}, {str(pipe.dtype).removeprefix('torch.')} on {pipe.device}"
     )
     if r.guidance == 1 and not is_base(pipe.model):
         yield "guidance 1 runs the model twice per step; ComfyUI's CFG 1, which is off, is --guidance 0"
