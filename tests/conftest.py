@@ -5,6 +5,7 @@ Settings of whoever runs the tests are kept away from them.
 
 import dataclasses
 import os
+import signal
 
 import emulate  # noqa: F401 - before anything that imports zimage
 import pytest
@@ -34,6 +35,8 @@ def pytest_configure(config):
     for name in (*filter(None, variables), "ZIMAGE_PROFILE"):
         os.environ.pop(name, None)
     os.environ["ZIMAGE_CONFIG"] = os.devnull
+    # A shell's background job ignores Ctrl-C, and so would every command that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, most of all on busy cores
 
 

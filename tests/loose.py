@@ -1,9 +1,11 @@
 """A small model whose shapes a loose file can tell, and its files as other tools write them."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ DIT = {**tiny.DIT, "dim": 768, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [32, 
 QWEN = {**tiny.QWEN, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
 KL = {**tiny.KL, "block_out_channels": [32, 32, 64, 64], "norm_num_groups": 32}
 DIT["cap_feat_dim"] = QWEN["hidden_size"]
+needs_comfy = pytest.mark.skipif(
+    importlib.util.find_spec("comfy_kitchen") is None, reason="comfy-kitchen is not installed"
+)
+COMFY = (pytest.mark.parity, needs_comfy)  # the tool that users' files come from
 
 
 def states() -> dict[str, dict[str, Tensor]]:

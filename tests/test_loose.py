@@ -1,6 +1,5 @@
 """Loose files give the same picture as the published folder: every naming, every way to quantise, any combination."""
 
-import importlib.util
 import json
 
 import loose
@@ -24,10 +23,6 @@ from zimage.nn.quant import QuantisedLinear
 SETTINGS = {"seed": 1, "steps": 2, "width": 64, "height": 48}
 FP32 = {"device": "cpu", "dtype": "fp32"}
 gguf = pytest.importorskip("gguf")
-needs_comfy = pytest.mark.skipif(
-    importlib.util.find_spec("comfy_kitchen") is None, reason="comfy-kitchen is not installed"
-)
-COMFY = (pytest.mark.parity, needs_comfy)  # the tool that users' files come from
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +177,9 @@ WRITERS = [
     loose.cast_fp8,
     loose.old_comfy_fp8,
     loose.lightx2v_fp8,
-    pytest.param(loose.new_comfy_fp8, marks=COMFY),
-    pytest.param(loose.int8_convrot, marks=COMFY),
-    pytest.param(loose.nvfp4, marks=COMFY),
+    pytest.param(loose.new_comfy_fp8, marks=loose.COMFY),
+    pytest.param(loose.int8_convrot, marks=loose.COMFY),
+    pytest.param(loose.nvfp4, marks=loose.COMFY),
 ]
 
 
@@ -248,7 +243,7 @@ def test_rotations_are_their_own_inverse_and_as_described(group):
 
 
 @pytest.mark.parity
-@needs_comfy
+@loose.needs_comfy
 @pytest.mark.parametrize(("quantise", "precision"), [(loose.int8_convrot, "int8"), (loose.new_comfy_fp8, "fp8")])
 def test_codes_are_multiplied_as_they_are_where_precision_asks(states, folder, inputs, tmp_path, quantise, precision):
     file, numbers = loose.quantised(states["dit"], quantise)

@@ -141,11 +141,14 @@ def read(component: Component, path: str, tensors: dict[str, Tensor], folder: Pa
     return read_lora(file, linear_shapes(component.skeleton), vector_sizes(component.skeleton))
 
 
-KINDS = ["bf16", "lightx2v_fp8", "new_comfy_fp8", "int8_convrot", "nvfp4", "Q8_0", "Q4_0"]
+KINDS = ["bf16", "lightx2v_fp8", "Q8_0", "Q4_0"]
+OF_THE_TOOL = ["new_comfy_fp8", "int8_convrot", "nvfp4"]
+CASES = [*((kind, Q) for kind in KINDS), ("bf16", ADA)]
+CASES += [pytest.param(kind, Q, marks=loose.COMFY) for kind in OF_THE_TOOL]
 
 
 @pytest.mark.parametrize("form", FORMULAS)
-@pytest.mark.parametrize(("kind", "path"), [*((kind, Q) for kind in KINDS), ("bf16", ADA)])
+@pytest.mark.parametrize(("kind", "path"), CASES)
 def test_beside_a_layer_as_the_formula_has_it(component_of, tmp_path, kind, form, path):
     """y = W′ · x + b with W′ in float64 from the decoded weights: W + s · (form(W) − W)."""
     component, numbers = component_of(kind)

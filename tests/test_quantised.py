@@ -1,6 +1,5 @@
 """Quantised weights: what a tensor is follows from its companions, and what is not understood is named."""
 
-import importlib.util
 import json
 
 import loose
@@ -12,11 +11,6 @@ from zimage.errors import CheckpointError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.unsupported import TOOLS
 from zimage.nn.packed import is_packed
-
-needs_comfy = pytest.mark.skipif(
-    importlib.util.find_spec("comfy_kitchen") is None, reason="comfy-kitchen is not installed"
-)
-COMFY = (pytest.mark.parity, needs_comfy)  # the tool that users' files come from
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +46,9 @@ MORE = {  # what else people have, most of it without a word on what it is
 OF_THE_TOOL = [name for name in MORE if name.startswith(("mxfp8", "nvfp4", "convrot"))]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=COMFY) if name in OF_THE_TOOL else name for name in MORE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=loose.COMFY) if name in OF_THE_TOOL else name for name in MORE]
+)
 def test_what_companions_show(states, inputs, tmp_path, name):
     """Kept as they are, counted as they are, and the numbers are those that the codes stand for."""
     file, numbers = loose.quantised(loose.renamed("dit", "native", states["dit"]), MORE[name])
