@@ -167,7 +167,7 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["gen"], 2, "there is no prompt; pass it as an argument"),
+        (["gen"], 2, "a prompt is needed; pass it as an argument"),
         (["gen", "a", "--template", "photo-overcats"], 2, "did you mean 'photo-overcast'"),
         (["gen", "a", "--steps", "0"], 2, "steps 0 is too small; the minimum is 1"),
         (["gen", "a", "--width", "1000"], 2, "nearest 992 or 1008"),

@@ -102,7 +102,7 @@ def test_a_profile_has_what_default_has_unless_it_says_otherwise():
     assert config(text).inherited("b") == ["a", "default"]
     with pytest.raises(ConfigFileError, match=r"zimage.toml: there is no profile 'defolt'; did you mean 'default'\?"):
         values(text, "defolt")
-    with pytest.raises(ConfigFileError, match="profile 'a': there is no settings file"):
+    with pytest.raises(ConfigFileError, match="profile 'a' needs a settings file; none exists at"):
         resolve({}, None, None, "a", {})
 
 
@@ -544,7 +544,7 @@ def test_show_says_what_is_left_out_and_where_there_is_no_file(run, write):
     assert "create one with: zimage config example > zimage.toml" in out
     status, out, err = run("config", "path")
     assert (status, out) == (2, "")
-    assert "there is no settings file zimage.toml or " in err
+    assert "no settings file exists at zimage.toml or " in err
     write('[default]\nstrength = 0.4\nsystem_prompt = "a\\nb"\n')
     out = run("config", "show", "--layer-weights", "-2:1,-3:0.5")[1]
     assert "left out: strength 0.4 from zimage.toml [default] line 2, because\n  strength: it has no effect" in out

@@ -176,7 +176,7 @@ def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypat
         (["--resume", "state", "--dtype", "bf16"], "the render in state has dtype float32, not bfloat16"),
         (["a cat", "--checkpoint", "state"], "continue with --resume state"),
         (["a cat", "--save-state", "nowhere/state"], "does not exist"),
-        (["--resume", "nothing"], "there is no prompt"),
+        (["--resume", "nothing"], "a prompt is needed"),
         (["--resume", "text"], "cannot be read as the state"),
         (["--resume", "hollow"], "does not hold a complete state"),
         (["--resume", "earlier"], "is a state of format 1, not 2; finish the render with the version that wrote it"),

@@ -92,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def unexpected(error: Exception, verbose: bool) -> int:
-    """The last net, for what is not one of our errors: still one line, and how to get the traceback."""
+    """The last net: any other exception becomes one line that says how to get the traceback."""
     if verbose or os.environ.get(DEBUG):
         terminal.note("".join(traceback.format_exception(error)).rstrip())
         return _fail(f"internal fault ({type(error).__name__}); please report it with these lines", 1)

@@ -71,7 +71,7 @@ def example() -> None:
 def _file(named: str | None) -> Path:
     found = find_config(named)
     if found is None:
-        raise ConfigFileError(f"there is no settings file {' or '.join(map(str, usual_places()))}; {CREATE_ONE}")
+        raise ConfigFileError(f"no settings file exists at {' or '.join(map(str, usual_places()))}; {CREATE_ONE}")
     return found
 
 

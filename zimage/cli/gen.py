@@ -76,7 +76,7 @@ def gen(
     resolved = with_loras(picture, origin, options, resolved)
     wanted = resolved.of(Request)
     if "prompt" not in wanted and "embeddings" not in wanted:
-        raise RequestError("there is no prompt; pass it as an argument, with --file, or - to read standard input")
+        raise RequestError("a prompt is needed; pass it as an argument, with --file, or - to read standard input")
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
     output = keeping.output(output)

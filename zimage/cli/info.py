@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zimage.cli import terminal
-from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.options import COMPONENTS, GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError, printable
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from zimage.pipeline import ZImage
     from zimage.render.job import Job
 
-COMPONENTS = ("text_encoder", "dit", "vae")  # as their options are called
 LISTED = 5  # tensors of a loose file
 PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
 

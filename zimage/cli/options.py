@@ -13,6 +13,7 @@ from zimage.settings.paths import user_path
 from zimage.settings.profiles import FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., object])
+COMPONENTS = ("text_encoder", "dit", "vae")  # the registry's required ones, which cannot be imported quickly
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from zimage.render.job import Job
     from zimage.render.state import RenderState, StateFile
 
-# What a job has decided, from which its bits come. LoRAs are compared by SAME; plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
 SAME = ("model", "dtype", "precision", "lora")  # without these the bits would be others; the rest is only noted
 NOT_KEPT = ("cache_folder",)  # of how the model was loaded: it moves no bit, and is a place to write to
 # What a state's record is, for `mistake`, beside the job.
@@ -104,9 +102,10 @@ class Keeping:
     def _look_for_saved(self, records: list[Record]) -> None:
         """Count as decoded only what is there; the rest is drawn again from its latents, which takes little."""
         assert self.state is not None
-        there = (holds(Path(path), record) for path, record in zip(self.record["saved"], records, strict=False))
+        saved = self.record["saved"]
+        there = (holds(Path(path), record) for path, record in zip(saved, records[: len(saved)], strict=True))
         found = sum(itertools.takewhile(bool, there))
-        self.record["saved"] = self.record["saved"][:found]
+        self.record["saved"] = saved[:found]
         self.state.decoded = min(found, self.state.decoded)
 
 
@@ -220,6 +219,8 @@ def _check_same(path: Path, record: Record, job: "Job", metadata: Record) -> Non
         then = record["job"]["request"].get(name)
         if then and getattr(job.request, name).hash != then["hash"]:
             raise RequestError(f"resume: {then['path']} is not the file that the render in {path} began with")
+    from zimage.render.job import DECIDED
+
     now = job.to_dict()
     if changed := next((name for name in DECIDED if record["job"][name] != now[name]), ""):
         told = (

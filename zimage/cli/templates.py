@@ -161,7 +161,7 @@ def _facts_lines(facts: dict[str, Plain]) -> Iterator[str]:
 
 
 def _wrapped(text: str) -> str:
-    """`text` in lines that a terminal need not break inside a word; as it is where there is no terminal."""
+    """`text` wrapped between words to the width of the terminal; unchanged when output is not a terminal."""
     width = _width()
     return text if width is None else "\n".join(textwrap.fill(line, min(width, 100)) for line in text.split("\n"))
 

@@ -10,7 +10,7 @@ import click
 
 from zimage import interrupts
 from zimage.cli import terminal
-from zimage.cli.options import PATH, Group
+from zimage.cli.options import COMPONENTS, PATH, Group
 from zimage.cli.progress import Progress, counted
 from zimage.errors import RequestError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
 DTYPES = ("keep", "bf16", "fp32", "fp16")
-COMPONENT = click.Choice(("text_encoder", "dit", "vae"))
+COMPONENT = click.Choice(COMPONENTS)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 

@@ -68,7 +68,7 @@ def take(temporary: Path, path: Path) -> None:
 def destination(path: Path) -> Path:
     """Where a file of this name is written: itself, or what a symbolic link points to, so that the link stays.
 
-    Raises RequestError where something stands that is no regular file, which a file should not replace.
+    Raises RequestError where a folder, pipe or device stands, which a file should not replace.
     """
     try:
         real = Path(os.path.realpath(path)) if path.is_symlink() else path

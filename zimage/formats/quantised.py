@@ -110,7 +110,7 @@ class _Weight:
         return "nvfp4" if self.codes.dtype == "U8" and scale in FP8 and self.second else ""
 
     def _companions(self) -> list[tuple[str, Stored]]:
-        found = zip(self.used, (self.scale, self.second), strict=False)
+        found = zip(self.used, (self.scale, self.second)[: len(self.used)], strict=True)
         return [(name, stored) for name, stored in found if stored is not None]
 
     def _rotated(self) -> int:

@@ -25,6 +25,8 @@ from zimage.settings.plain import mistake
 from zimage.text.embeddings import Embeddings
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
+# What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
+DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 OPENERS = {"image": open_image, "mask": open_mask}
 ATTACHED = (*OPENERS, "embeddings")
@@ -131,7 +133,7 @@ class Job:
 
     def differs(self, other: "Job") -> str:
         """The first thing that was decided otherwise, in words; empty where the two draw the same."""
-        for name in ("texts", "negative_texts", "token_ids", "sigmas", "seeds"):
+        for name in DECIDED:
             if getattr(self, name) != getattr(other, name):
                 return name.replace("_", " ")
         same_sizes = [one[:2] for one in self.passes] == [one[:2] for one in other.passes]

@@ -234,7 +234,7 @@ def choose_profile(config: Config | None, named: str | None, environ: Mapping[st
         return "default" if config is not None and "default" in config.profiles else None
     if config is None:
         looked = " or ".join(map(str, usual_places(environ)))
-        raise ConfigFileError(f"profile {quoted(wanted)}: there is no settings file {looked}")
+        raise ConfigFileError(f"profile {quoted(wanted)} needs a settings file; none exists at {looked}")
     if wanted not in config.profiles:
         raise ConfigFileError(
             f"{config.path}: there is no profile {quoted(wanted)}; {nearest(wanted, config.profiles)}"
