@@ -3,6 +3,10 @@
 A few cases of each kind run always; `pytest -m fuzz --cases 20000 --seed 7` runs more.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from fuzz import ring
 from fuzz.ring import KINDS
@@ -31,6 +35,13 @@ def test_a_few_of_each_kind(worker, kind):
 def test_many_of_each_kind(worker, kind, request):
     cases = request.config.getoption("--cases") // len(KINDS)
     check(worker, kind, request.config.getoption("--seed"), cases)
+
+
+def test_the_long_run_as_our_readme_asks_for_it():
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "fuzz", "--cases", "70", "--seed", "7", __file__]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.count(".") >= len(KINDS)
 
 
 def check(worker, kind, seed, cases, chunk=ring.CHUNK):
