@@ -9,6 +9,8 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +49,8 @@ def check_triton(device: torch.device) -> None:
     if not ACTIVE or device.type != "cuda":
         return
     try:
-        with torch.cuda.device(device):
-            _one_kernel[(1,)](torch.zeros(1, device=device))
-            torch.cuda.synchronize(device)
+        enqueue(_one_kernel, (1,), torch.zeros(1, device=device))
+        torch.cuda.synchronize(device)
     except Exception as error:  # Triton raises what its tools raise: RuntimeError, CalledProcessError, OSError …
         ACTIVE = False
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -78,16 +79,39 @@ class Spec:
     model: Mapping[str, int]
     least_bytes: Callable[..., int]
     in_place: tuple[int, ...] = ()
-    least_capability: int = 80  # of the GPU
+    least_capability: int = 75  # of the GPU
     stores_little: bool = False  # a few results per program: the width of the stores does not matter
     rounds_once: bool = True  # results have the inputs' dtype; False: they are fp32 whatever the inputs
 
 
-def fuses(*tensors: Tensor) -> bool:
-    """Whether a kernel may run on these tensors: on a GPU, and nothing to differentiate (kernels have no backward)."""
-    if not (ACTIVE and tensors[0].is_cuda):
+def fuses(*tensors: Tensor, least_capability: int = 75) -> bool:
+    """Whether a kernel may run on these tensors: on a GPU that can, and with nothing to differentiate.
+
+    Kernels have no backward. The oldest GPUs that PyTorch still supports are of compute capability 7.5.
+    """
+    if not (ACTIVE and tensors[0].is_cuda) or capability(tensors[0].device) < least_capability:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """A GPU's compute capability as one number: 89 for 8.9."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def enqueue(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: object, **options: object) -> None:
+    """Launch a kernel on the GPU of its first argument: Triton launches on the current one, wherever the tensors are.
+
+    Compiled code sets the GPU by itself.
+    """
+    device = first.device
+    if device.type != "cuda" or torch.compiler.is_compiling() or device.index == torch.cuda.current_device():
+        kernel[grid](first, *arguments, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](first, *arguments, **options)
 
 
 def bytes_of(*tensors: Tensor) -> int:

@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, C channels.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 ROWS = 16  # tokens per program, which share one read of weight and gate
@@ -59,7 +59,7 @@ def launch(x, branch, weight, gate, eps):
     B, L, C = x.shape
     stride = gate.stride(0) if len(gate) > 1 else 0
     grid = (-(-L // ROWS), B)
-    _kernel[grid](x, branch, weight, gate, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    enqueue(_kernel, grid, x, branch, weight, gate, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
 
 POSITIONS = 512  # positions per program, which share one read or write of the values per channel
 SUMS = 2048  # sums side by side on a CPU: short ones are accurate, and few enough stay in the nearest cache
@@ -125,7 +125,7 @@ def launch_statistics(x):
     grid, blocks = _grid(x)
     positions, channels = x.numel() // x.shape[1], x.shape[1]
     means, deviations = torch.empty((2, grid[0], channels), device=x.device, dtype=torch.float32).unbind()
-    _statistics_kernel[grid](x, means, deviations, positions, channels, *blocks, num_warps=8)
+    enqueue(_statistics_kernel, grid, x, means, deviations, positions, channels, *blocks, num_warps=8)
     counts = torch.full((grid[0], 1), float(POSITIONS), device=x.device)
     counts[-1] = positions - POSITIONS * (grid[0] - 1)
     mean = (means * counts).sum(dim=0) / positions
@@ -137,7 +137,9 @@ def launch_normalise(x, mean, variance, weight, bias, eps):
     grid, blocks = _grid(x)
     out = torch.empty_like(x)
     factor = weight.float() * torch.rsqrt(variance + eps)
-    _normalise_kernel[grid](x, mean, factor, bias, out, x.numel() // x.shape[1], x.shape[1], *blocks, num_warps=8)
+    enqueue(
+        _normalise_kernel, grid, x, mean, factor, bias, out, x.numel() // x.shape[1], x.shape[1], *blocks, num_warps=8
+    )
     return out
 
 

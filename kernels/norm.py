@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = 16  # tokens per program, which share one read of weight and scale
@@ -70,7 +70,7 @@ def launch(x, weight, scale, eps):
     out = torch.empty_like(x)
     B, L, C = x.shape
     stride = scale.stride(0) if len(scale) > 1 else 0
-    _kernel[(-(-L // ROWS), B)](x, weight, scale, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    enqueue(_kernel, (-(-L // ROWS), B), x, weight, scale, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
     return out
 
 

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 
@@ -18,7 +18,8 @@ def qk_norm_rope(
     Weights (D,); `cos`, `sin` (B or 1, L, D/2) fp32. The norm (Zhang & Sennrich 2019) is weight · x / √(mean(x²) + eps)
     per head; each pair (x₂ₖ, x₂ₖ₊₁) then turns by its angle (Su et al. 2021). fp32 inside.
     """
-    run = launch if fuses(q, k, q_weight, k_weight) else reference
+    even_blocks = q.shape[-1] == power_of_two(q.shape[-1])  # the kernel splits a head in pairs, without a mask
+    run = launch if even_blocks and fuses(q, k, q_weight, k_weight) else reference
     return run(q, k, q_weight, k_weight, cos, sin, eps)
 
 
@@ -96,7 +97,7 @@ def launch(q, k, q_weight, k_weight, cos, sin, eps):
     strides = *q.stride()[:3], *k.stride()[:3], cos.stride(0) if len(cos) > 1 else 0
     heads = q.shape[2], k.shape[2]
     blocks = map(power_of_two, heads)
-    _kernel[(L, B)](q, k, q_weight, k_weight, cos, sin, *strides, *heads, eps, D, *blocks, num_warps=4)
+    enqueue(_kernel, (L, B), q, k, q_weight, k_weight, cos, sin, *strides, *heads, eps, D, *blocks, num_warps=4)
     return q, k
 
 

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LEAST_CAPABILITY = {torch.int8: 75, torch.float8_e4m3fn: 89}
 TINY = 1e-12  # the scale of a row of zeros
 
 
@@ -14,7 +15,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     A row's largest magnitude becomes the largest value of `dtype`; the others are rounded to nearest, ties to even.
     """
-    return (launch if fuses(x) else reference)(x, dtype)
+    return (launch if fuses(x, least_capability=LEAST_CAPABILITY[dtype]) else reference)(x, dtype)
 
 
 def reference(x, dtype):
@@ -54,7 +55,9 @@ def launch(x, dtype):
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = power_of_two(channels)
     warps = min(max(block // 512, 4), 16)
-    _kernel[(rows,)](x, out, scale, channels, LARGEST[dtype], TINY, dtype is torch.int8, block, num_warps=warps)
+    enqueue(
+        _kernel, (rows,), x, out, scale, channels, LARGEST[dtype], TINY, dtype is torch.int8, block, num_warps=warps
+    )
     return out, scale
 
 
@@ -67,7 +70,7 @@ def _spec(name: str, dtype: torch.dtype) -> Spec:
         cases=({"rows": 3, "C": 40}, {"rows": 2, "C": 1000}, {"rows": 1, "C": 4096}),
         model={"rows": 4128, "C": 10240},
         least_bytes=lambda x, dtype: bytes_of(x) + x.numel() + 4 * len(x),
-        least_capability=89 if dtype is torch.float8_e4m3fn else 80,
+        least_capability=LEAST_CAPABILITY[dtype],
     )
 
 

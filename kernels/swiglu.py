@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
 
 BLOCK = 2048
 
@@ -34,7 +34,9 @@ def launch(gate, up):
     C = gate.shape[-1]
     gates, ups = gate.flatten(0, -2), up.flatten(0, -2)  # views for halves of a packed product
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _kernel[(len(gates), -(-C // BLOCK))](gates, ups, out, C, gates.stride(0), ups.stride(0), BLOCK, num_warps=8)
+    enqueue(
+        _kernel, (len(gates), -(-C // BLOCK)), gates, ups, out, C, gates.stride(0), ups.stride(0), BLOCK, num_warps=8
+    )
     return out
 
 

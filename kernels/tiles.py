@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
 
 BLOCK = (16, 128)  # rows × columns of a tile per program
 LEVELS = 4096  # values per program
@@ -78,14 +78,14 @@ def launch_add(canvas, tile, rows, columns, top, left):
     window = canvas[..., top : top + h, left : left + w]
     grid = (B * C, -(-h // BLOCK[0]), -(-w // BLOCK[1]))
     strides = canvas.stride(1), canvas.stride(2), tile.stride(1), tile.stride(2)
-    _add_kernel[grid](window, tile, rows, columns, h, w, *strides, *BLOCK, num_warps=8)
+    enqueue(_add_kernel, grid, window, tile, rows, columns, h, w, *strides, *BLOCK, num_warps=8)
     return canvas
 
 
 def launch_levels(images):
     images = images.contiguous()
     out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
-    _levels_kernel[(-(-images.numel() // LEVELS),)](images, out, images.numel(), LEVELS, num_warps=4)
+    enqueue(_levels_kernel, (-(-images.numel() // LEVELS),), images, out, images.numel(), LEVELS, num_warps=4)
     return out
 
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from kernel_checks import load
 from zimage.kernels import specs
 
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes a block may use
+SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes a block may use
 WARPS, BLOCKS, REGISTERS = 48, 24, 65_536  # of one multiprocessor of an RTX 4090
 
 
