@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = 16  # tokens per program, which share one read of weight and scale
@@ -28,7 +28,7 @@ def scaled_by_rms(x: Tensor, factor: Tensor, eps: float) -> Tensor:
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     """rms_norm(x) · scale, for x (B, L, C), weight (C,) and scale (B or 1, 1, C)."""
-    run = launch if fuses(x, weight, scale) else reference
+    run = choose(launch, reference, x, weight, scale)
     return run(x, weight, scale, eps)
 
 
