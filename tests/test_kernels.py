@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs the extra `triton`")
 from kernel_checks import interpreter, load
 
 from zimage import kernels
-from zimage.kernels import specs
+from zimage.kernels import backend, specs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -109,6 +109,32 @@ def test_numbers_and_memory(name, case, dtype, nan_filled):
     for i, (before, after) in enumerate(zip(args, given, strict=True)):
         if isinstance(before, Tensor) and i not in spec.in_place:
             assert torch.equal(before, after), f"argument {i} was changed"
+
+
+BY_TOKENS = [name for name, spec in SPECS.items() if hasattr(inspect.getmodule(spec.launch), "tokens_per_program")]
+
+
+@off_gpu
+@pytest.mark.parametrize("name", BY_TOKENS)
+def test_the_tokens_of_a_program_change_no_bit(name, monkeypatch, nan_filled):
+    """Whichever number a kernel takes of a text's length, so that a short text keeps all of a GPU busy."""
+    spec, grids, found = SPECS[name], [], []
+    args = arguments(spec, spec.cases[0], torch.bfloat16)
+    for rows in (1, 4, 16):
+        monkeypatch.setattr(inspect.getmodule(spec.launch), "tokens_per_program", lambda tokens, rows=rows: rows)
+        with interpreter.watch() as seen:
+            found.append(spec.launch(*clones(args)))
+        grids += seen.grids
+    agree(found[0], spec, args, torch.bfloat16)
+    assert all(torch.equal(x, found[0]) for x in found)
+    assert [grid[0] for grid in grids] == [17, 5, 2]
+
+
+def test_a_program_for_every_multiprocessor_from_128_tokens_on():
+    rows = {tokens: backend.tokens_per_program(tokens) for tokens in range(1, 5000)}
+    assert set(rows.values()) == {1, 4, 16}
+    assert all(-(-tokens // r) >= min(tokens, 128) for tokens, r in rows.items())
+    assert rows[4128] == 16
 
 
 @off_gpu
@@ -246,7 +272,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, tmp_path, nan_filled):
     name, old, new, kind, says = FAULTS[fault]
-    spec = load(broken(tmp_path, name, old, new)).SPEC
+    module = load(broken(tmp_path, name, old, new))
+    module.tokens_per_program = lambda tokens: 16  # more than one, so that a program can reach into another's
+    spec = module.SPEC
     args = arguments(spec, spec.cases[0], torch.bfloat16)
     with pytest.raises(kind, match=says), interpreter.watch():
         agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
