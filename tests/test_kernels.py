@@ -61,6 +61,11 @@ def results(value) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def bits(values: Tensor) -> Tensor:
+    """As bytes: fp8 cannot be compared."""
+    return values.contiguous().view(torch.uint8)
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
@@ -76,7 +81,9 @@ def agree(launched, spec, args, dtype) -> None:
     for ours, theirs, truth in zip(results(launched), expected, truths, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         if ours.dtype in COARSE:
-            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            apart = (ours.view(torch.int8).short() - theirs.view(torch.int8).short()).abs()
+            assert apart.max() <= spec.levels_of_a_sum
+            assert apart.float().mean() <= 1e-3
             continue
         error, own = ((value.double() - truth).abs() for value in (ours, theirs))
         assert not error.isnan().any()
@@ -123,10 +130,10 @@ def test_the_tokens_of_a_program_change_no_bit(name, monkeypatch, nan_filled):
     for rows in (1, 4, 16):
         monkeypatch.setattr(inspect.getmodule(spec.launch), "tokens_per_program", lambda tokens, rows=rows: rows)
         with interpreter.watch() as seen:
-            found.append(spec.launch(*clones(args)))
+            found.append(results(spec.launch(*clones(args))))
         grids += seen.grids
     agree(found[0], spec, args, torch.bfloat16)
-    assert all(torch.equal(x, found[0]) for x in found)
+    assert all(torch.equal(bits(x), bits(y)) for each in found for x, y in zip(each, found[0], strict=True))
     assert [grid[0] for grid in grids] == [17, 5, 2]
 
 
