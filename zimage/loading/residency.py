@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.loading.devices import Place
-from zimage.loading.files import ModelFiles
+from zimage.loading.files import Component, ModelFiles
 from zimage.loading.loras import Adapters, bring
 from zimage.loading.memory import out_of_memory_in, release_cached
 from zimage.loading.plan import MemoryPlan, StagePlan
@@ -62,6 +63,8 @@ class Residency:
         }
         self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
         check_precision(settings.precision, places[DIT].device)
+        for name, place in places.items():
+            _check_numbers(model.components[name], place.device)
         self._held: dict[str, _Loaded] = {}
         self._busy: Counter[str] = Counter()  # stages under way, by component
         self._devices = {place.device: threading.RLock() for place in places.values()}
@@ -188,3 +191,14 @@ class Residency:
             stop_streaming(held.module)
             del held  # or its memory would not be free yet
             release_cached(self.places[name].device)
+
+
+def _check_numbers(component: Component, device: torch.device) -> None:
+    """Raise RequestError for a component whose packed weights the device has no numbers for."""
+    kinds = {entry.dtype for entry in component.checkpoint.entries.values() if entry.packed}
+    if device.type == "mps" and any("fp8" in kind or "nvfp4" in kind for kind in kinds):
+        held = ", ".join(sorted(kinds))
+        text = (
+            f"{component.checkpoint.origin} holds {held}, and a Mac's GPU has no fp8; use other weights or --device cpu"
+        )
+        raise RequestError(text, fields=("device",))
