@@ -57,11 +57,12 @@ class Residency:
         self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
         # A named backend is meant for the DiT; components on another device use what runs there.
         attention = settings.attention or "auto"
-        chosen = {
-            n: choose_attention(attention if p == places[DIT] else "auto", *p, ROWS[n].transformed and settings.compile)
+        wanted = {
+            n: (attention if p == places[DIT] else "auto", *p, ROWS[n].transformed and settings.compile)
             for n, p in places.items()
         }
-        self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
+        chosen = {how: choose_attention(*how) for how in dict.fromkeys((wanted[DIT], *wanted.values()))}  # each once
+        self.attention, self._attend = chosen[wanted[DIT]][0], {name: chosen[how][1] for name, how in wanted.items()}
         check_precision(settings.precision, places[DIT].device)
         for name, place in places.items():
             _check_numbers(model.components[name], place.device)
