@@ -17,8 +17,9 @@ def gpu(monkeypatch, tmp_path):
     """Attention is chosen as for a Hopper GPU, from packages in a folder; all is computed on the CPU."""
     choose, samples = residency.choose_attention, attention._samples
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(attention, "_samples", lambda device, dtype: samples(torch.device("cpu"), dtype))
+    monkeypatch.setattr(attention, "_samples", lambda device, *rest: samples(torch.device("cpu"), *rest))
     monkeypatch.setattr(residency, "choose_attention", lambda name, device, *rest: choose(name, GPU, *rest))
+    monkeypatch.setattr(attention, "FAILED", set())
     packages = tmp_path / "packages"
     packages.mkdir()
     monkeypatch.syspath_prepend(packages)

@@ -27,7 +27,7 @@ from zimage.loading.plan import MemoryPlan, StagePlan
 from zimage.loading.registry import DIT, ROWS
 from zimage.loading.sizes import ComponentSizes
 from zimage.loading.streaming import resident_weights, stop_streaming, stream, streamed_blocks
-from zimage.nn.attention import choose_attention, use_attention
+from zimage.nn.attention import choose_attention, head_size, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
 from zimage.settings.declared import LoadSettings
@@ -58,8 +58,14 @@ class Residency:
         # A named backend is meant for the DiT; components on another device use what runs there.
         attention = settings.attention or "auto"
         wanted = {
-            n: (attention if p == places[DIT] else "auto", *p, ROWS[n].transformed and settings.compile)
-            for n, p in places.items()
+            name: (
+                attention if place == places[DIT] else "auto",
+                *place,
+                head,
+                ROWS[name].transformed and settings.compile,
+            )
+            for name, place in places.items()
+            if (head := head_size(model.skeleton(name)))
         }
         chosen = {how: choose_attention(*how) for how in dict.fromkeys((wanted[DIT], *wanted.values()))}  # each once
         self.attention, self._attend = chosen[wanted[DIT]][0], {name: chosen[how][1] for name, how in wanted.items()}
@@ -165,7 +171,8 @@ class Residency:
             quantise(module, self.settings.precision, forget_pages)
         if row.transformed:
             bring(module, component, (), adapters, dtype, device)
-        use_attention(module, self._attend[name])
+        if name in self._attend:
+            use_attention(module, self._attend[name])
         if row.transformed and self.settings.compile:
             compile_blocks(module)
         if stage.streamed:
