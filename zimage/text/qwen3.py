@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zimage.errors import RequestError, quoted
+from zimage.kernels.qk_norm_rope_halves import qk_norm_rope_halves
+from zimage.kernels.rms_norm import add_rms_norm
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
 from zimage.nn.config import (
@@ -159,8 +161,9 @@ class Qwen3Layer(nn.Module):
         self.mlp = Qwen3MLP(config)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | None" = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended, norm = self.self_attn(self.input_layernorm(x), turn, past), self.post_attention_layernorm
+        x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class Qwen3Attention(nn.Module):
@@ -179,9 +182,8 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | None" = None) -> Tensor:
         heads = (-1, self.head_dim)
-        q = rotate_halves(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *turn)  # (B, L, H, D)
-        k = rotate_halves(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *turn)  # (B, L, G, D)
-        v = self.v_proj(x).unflatten(-1, heads)
+        q, k, v = (project(x).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = qk_norm_rope_halves(q, k, self.q_norm.weight, self.k_norm.weight, *turn, self.q_norm.eps)
         if past is not None:
             k, v = past.extend(k, v)
         together = self.attend(q, k, v, causal=True) if q.shape[1] == k.shape[1] else self._attend_from_last(q, k, v)
@@ -253,18 +255,12 @@ class LayerCache:
 
 
 def half_rotation(length: int, config: Qwen3Config, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, D/2) from position `first`, fp32 like the reference: pair k turns by position · θ^(−2k/D)."""
+    """cos and sin (L, D/2) from position `first`, fp32 like the reference: pair k turns by position · θ^(−2k/D)."""
     D = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     position = torch.arange(first, first + length, dtype=torch.float32, device=device)
-    angle = position[:, None, None] * frequencies
+    angle = position[:, None] * frequencies
     return angle.cos(), angle.sin()
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on pairs (xₖ, xₖ₊D/₂) of x (B, L, H, D), in fp32, cast back."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
