@@ -6,13 +6,13 @@ Shapes: B batch, L tokens, C channels.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl, tokens_per_program
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 from zimage.kernels.rms_norm import HALF, plain, scaled_by_rms
 
 
 def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     """x + gate · rms_norm(branch), for x and branch (B, L, C), weight (C,) and gate (B or 1, 1, C)."""
-    run = launch if fuses(x, branch, weight, gate) else reference
+    run = choose(launch, reference, x, branch, weight, gate)
     return run(x, branch, weight, gate, eps)
 
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl, tokens_per_program
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 
 
 def layer_norm_scale(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """(x − mean) / √(variance + eps) · scale over the last dimension of x (B, L, C), scale (B or 1, 1, C)."""
-    run = launch if fuses(x, scale) else reference
+    run = choose(launch, reference, x, scale)
     return run(x, scale, eps)
 
 

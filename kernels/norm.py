@@ -6,13 +6,13 @@ Shapes: B batch, L tokens, C channels.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl, tokens_per_program
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 from zimage.kernels.rms_norm import HALF, plain, scaled_by_rms
 
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     """rms_norm(x) · scale, for x (B, L, C), weight (C,) and scale (B or 1, 1, C)."""
-    run = launch if fuses(x, weight, scale) else reference
+    run = choose(launch, reference, x, weight, scale)
     return run(x, weight, scale, eps)
 
 

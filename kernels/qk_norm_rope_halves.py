@@ -7,7 +7,7 @@ Shapes: B batch, L tokens, H query heads, G key heads, D head size.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 from zimage.kernels.rms_norm import plain
 
 
@@ -20,7 +20,7 @@ def qk_norm_rope_halves(
     head; each pair (xₖ, xₖ₊D/₂) then turns by its angle (Su et al. 2021, in the order of GPT-NeoX). fp32 inside.
     """
     even_blocks = q.shape[-1] == power_of_two(q.shape[-1])  # the kernel loads the halves of a head without a mask
-    run = launch if even_blocks and fuses(q, k, q_weight, k_weight) else reference
+    run = choose(launch, reference, q, k, q_weight, k_weight) if even_blocks else reference
     return run(q, k, q_weight, k_weight, cos, sin, eps)
 
 

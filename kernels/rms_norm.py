@@ -7,21 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl, tokens_per_program
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019), in fp32 inside."""
-    run = launch_plain if fuses(x, weight) else plain
-    return run(x, weight, eps)
+    return choose(launch_plain, plain, x, weight)(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + branch in their dtype, and its RMS norm: what stands between two branches of a residual stream."""
-    run = launch if fuses(x, branch, weight) else reference
-    return run(x, branch, weight, eps)
+    return choose(launch, reference, x, branch, weight)(x, branch, weight, eps)
 
 
 def plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
