@@ -61,6 +61,11 @@ def results(value) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def bits(values: Tensor) -> Tensor:
+    """As bytes: fp8 cannot be compared."""
+    return values.contiguous().view(torch.uint8)
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
@@ -76,7 +81,9 @@ def agree(launched, spec, args, dtype) -> None:
     for ours, theirs, truth in zip(results(launched), expected, truths, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         if ours.dtype in COARSE:
-            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            apart = (ours.view(torch.int8).short() - theirs.view(torch.int8).short()).abs()
+            assert apart.max() <= spec.levels_of_a_sum
+            assert apart.float().mean() <= 1e-3
             continue
         error, own = ((value.double() - truth).abs() for value in (ours, theirs))
         assert not error.isnan().any()
@@ -126,7 +133,7 @@ def test_the_tokens_of_a_program_change_no_bit(name, monkeypatch, nan_filled):
             found.append(results(spec.launch(*clones(args))))
         grids += seen.grids
     agree(found[0], spec, args, torch.bfloat16)
-    assert all(torch.equal(x, first) for xs in found for x, first in zip(xs, found[0], strict=True))
+    assert all(torch.equal(bits(x), bits(y)) for each in found for x, y in zip(each, found[0], strict=True))
     assert [grid[0] for grid in grids] == [17, 5, 2]
 
 
@@ -310,7 +317,13 @@ def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
     assert unfit(report, stores_little=False) is not None
 
 
-@pytest.mark.parametrize("name", [*BY_TOKENS, "swiglu", "qk_norm_rope", "qk_norm_rope_halves"])
+DIFFERENTIABLE = [
+    *("rms_norm_scale", "rms_norm", "add_rms_norm", "gated_residual"),
+    *("swiglu", "qk_norm_rope", "qk_norm_rope_halves"),
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_references_differentiate_in_half_precision_and_agree_when_compiled(name):
     """They take other passes in bf16 than in fp32, write over their intermediate maps, and turn pairs differently."""
     spec = SPECS[name]
