@@ -4,14 +4,18 @@ Shapes: L prompt tokens, V vocabulary.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from zimage.errors import RequestError
+from zimage.nn.graphs import graphs_of
 from zimage.settings.declared import Sampling
 from zimage.text.chat import END_THINK, IM_END, THINK
 from zimage.text.qwen3 import KVCache, Qwen3
+from zimage.text.replay import ReplayedLogits
 from zimage.text.sampling import choose, draw_noise, pack, unpack
 from zimage.text.tokenizer import Tokenizer
 
@@ -48,21 +52,29 @@ def _tokens(
     stop_ids: frozenset[int],
     generator: torch.Generator,
 ) -> Iterator[int]:
-    like = model.model.norm.weight  # has the dtype of the computation, however the matrices are stored
-    cache = KVCache(model.config, len(ids) + max_tokens - 1, like)  # the last token's keys are never used
-    following, generated = torch.tensor([ids], device=like.device), list[int]()
+    device = model.model.norm.weight.device
+    next_logits = _continuation(model, len(ids) + max_tokens - 1)  # the last token's keys are never used
+    following, generated = torch.tensor([ids], device=device), list[int]()
     while len(generated) < max_tokens:
-        packed = pack(model.next_logits(following, cache)[0], sampling)
+        packed = pack(next_logits(following)[0], sampling)
         noise = draw_noise(model.config.vocab_size, sampling, generator)  # while a GPU works
         token = choose(unpack(packed, model.config.vocab_size), generated, sampling, noise)
         if token in stop_ids:
             return
         generated.append(token)
-        following = torch.full((1, 1), token, device=like.device)  # a launch, where a copy would wait for the GPU
+        following = torch.full((1, 1), token, device=device)  # a launch, where a copy would wait for the GPU
         yield token
 
 
 # ------------------------------------------------------------------ from tokens to text
+
+
+def _continuation(model: Qwen3, tokens: int) -> Callable[[Tensor], Tensor]:
+    """Token ids (1, L) → logits (1, V) of the token after them, for a text of at most `tokens` that they continue."""
+    like = model.model.norm.weight  # has the dtype of the computation, however the matrices are stored
+    if graphs := graphs_of(model):
+        return ReplayedLogits(model, tokens, like, graphs)
+    return partial(model.next_logits, cache=KVCache(model.config, tokens, like))
 
 
 def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
