@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.loading.devices import Place
 from zimage.loading.files import Component, ModelFiles
+from zimage.loading.graphs import give_graphs
 from zimage.loading.loras import Adapters, bring
 from zimage.loading.memory import out_of_memory_in, release_cached
 from zimage.loading.plan import MemoryPlan, StagePlan
@@ -177,11 +179,15 @@ class Residency:
             compile_blocks(module)
         if stage.streamed:
             stream(module, stage.streamed, device)
+        if self.settings.cuda_graphs:
+            give_graphs(name, module, device, self.attention, bool(stage.streamed))
         return _Loaded(module, adapters if row.transformed else ())
 
     def _adapted(self, held: _Loaded, adapters: Adapters) -> None:
         """Exchange the DiT's adapters; if that fails halfway, the DiT is released and loads again."""
         device, dtype = self.places[DIT]
+        if adapters != held.adapters:
+            forget_graphs(held.module)
         try:
             bring(held.module, self.model.components[DIT], held.adapters, adapters, dtype, device)
         except BaseException:

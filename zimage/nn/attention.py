@@ -63,13 +63,23 @@ class Padding(NamedTuple):
 Attend = Callable[..., Tensor]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, causal: bool = False) -> Tensor:
-    """softmax(q·kᵀ/√D)·v with q (B, L, H, D) and k, v (B, L, G, D), G dividing H; returns (B, L, H, D)."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Padding | None = None,
+    causal: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q·kᵀ/√D + bias)·v with q (B, L, H, D) and k, v (B, L, G, D), G dividing H; returns (B, L, H, D).
+
+    A `bias` (1, 1, 1, L) takes the place of the padding.
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if padding is None else padding.mask,
+        attn_mask=bias if padding is None else padding.mask,
         is_causal=causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -325,6 +325,12 @@ class LoadSettings(Settings):
     compile: bool = setting(
         False, "Compile the DiT's blocks: takes some seconds once, then steps are faster.", group="Machine"
     )
+    cuda_graphs: bool = setting(
+        False,
+        "Replay small pictures and written tokens from CUDA graphs, where launching takes longer than computing: the "
+        "demo, 256 × 256, rewriting.",
+        group="Machine",
+    )
     residency: str = setting(
         "auto",
         "Keep all weights in memory between stages, load them stage by stage, or decide by the free memory.",
