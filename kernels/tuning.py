@@ -34,7 +34,7 @@ class Configuration(NamedTuple):
     stages: int  # depths that are on their way
 
 
-def choose(
+def quickest(
     name: str, x: Tensor, outputs: int, configurations: Sequence[Configuration], run: Callable[[Configuration], object]
 ) -> Configuration:
     """The quickest configuration for x (M, K) and a number of outputs; the first where that cannot be told.
@@ -81,7 +81,8 @@ def _timed(
     run: Callable[[Configuration], object],
 ) -> Configuration:
     with _lock, torch.cuda.device(device):
-        if (found := _table().get(key)) not in configurations:  # unless another thread was here
+        found = _table().get(key)
+        if found is None or found not in configurations:  # unless another thread was here
             found = fastest(configurations, run)
             log.debug("%s: %s is the quickest configuration", key, tuple(found))
             _keep(key, found)
