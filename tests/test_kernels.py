@@ -17,6 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs the extra `triton`")
 from kernel_checks import interpreter, load
+from triton.runtime.errors import InterpreterError
 
 from zimage import kernels
 from zimage.kernels import backend, specs
@@ -221,6 +222,29 @@ def test_fractions_are_constants_of_a_kernel(name, monkeypatch):
         assert not [n for n, value in given.items() if isinstance(value, float) and not constants[n]], name
 
 
+def run_alone(module: str, *arguments: object, **variables: str) -> list[dict]:
+    """The lines of JSON of a module of kernel_checks, from a process of its own that does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"kernel_checks.{module}", *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_compiler_takes_a_block_with_its_kernels_in_one_graph():
+    """Each input is quantised once there, too: by the norms and SwiGLU, and on its own before to_out."""
+    plain = {"norm": 2, "qk_norm_rope": 1, "gated_residual": 2, "swiglu": 1}
+    for report in run_alone("traced", "bf16", "int8", "fp8"):
+        quantised = {} if report["precision"] == "bf16" else {"quantise": 1, "scaled_product": 7}
+        assert (report["graphs"], report["breaks"]) == (1, 0)
+        assert report["kernels"] == plain | quantised
+
+
 # ------------------------------------------------------------------ machine code
 
 
@@ -231,17 +255,8 @@ def machine_code(tmp_path_factory):
 
 
 def compiled(cache: Path, capability: int, *files: Path) -> list[dict]:
-    """What kernel_checks.compiled says, from a process of its own that does not interpret."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kernel_checks.compiled", str(capability), *map(str, files)],
-        cwd=Path(__file__).parent,
-        env=environment | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    """What kernel_checks.compiled says."""
+    return run_alone("compiled", capability, *files, TRITON_CACHE_DIR=str(cache))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -312,7 +327,49 @@ def test_a_planted_fault_is_found(fault, tmp_path, nan_filled):
         agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
 
 
+FAULTS_IN_INT8 = {
+    "past the end of K": ("scaled_product", "mask=depth[None, :] < K - k", "mask=depth[None, :] < K", "outside"),
+    "past the last row": ("scaled_product", "(row % M)", "row", "outside"),
+    "another column's scale": (
+        "scaled_product",
+        "scale_ptr + column,",
+        "scale_ptr + column % ROWS,",
+        "the reference's",
+    ),
+    "a bias left out": ("scaled_product", "if BIAS:", "if BIAS and WHOLE:", "the reference's"),
+    "two tiles, one place": ("scaled_product", "* COLUMNS + tl.arange", "* 9 + tl.arange", "write one"),
+    "tiles never written": ("scaled_product", "-(-M // c.rows)", "(M // c.rows)", None),
+    "cut off, not rounded": ("quantise", "(x + 12582912.0) - 12582912.0", "x + 0.0", "levels_of_a_sum"),
+    "the largest, of any sign": ("quantise", "tl.max(tl.abs(x), axis=0)", "tl.max(x, axis=0)", None),
+    "the next sample's scale": ("norm", "row_scale, mask=first + i < length", "row_scale", "write|outside|read"),
+    "the gate's sigmoid": ("swiglu", "tl.sigmoid(gate)", "tl.sigmoid(up)", None),
+}
+
+
+@off_gpu
+@pytest.mark.parametrize("fault", FAULTS_IN_INT8)
+def test_a_fault_planted_in_int8_is_found(fault, tmp_path, nan_filled):
+    name, old, new, says = FAULTS_IN_INT8[fault]
+    module = load(broken(tmp_path, name, old, new))
+    module.tokens_per_program = lambda tokens: 16
+    spec = module.INT8_SPEC
+
+    def check():
+        for sizes in spec.cases:
+            args = arguments(spec, sizes, torch.bfloat16)
+            with interpreter.watch():
+                launched = spec.launch(*clones(args))
+            agree(launched, SPECS[spec.name], args, torch.bfloat16)
+
+    with pytest.raises((AssertionError, InterpreterError), match=says):
+        check()
+
+
+LOADED = "x, weight = tl.load(x_ptr), tl.load(weight_ptr)"
+WIDENED = f"{LOADED}\n            if not INTEGER:\n                x, weight = x.to(tl.float16), weight.to(tl.float16)"
 MACHINE_FAULTS = {
+    "tiles that do not fit in registers": ("scaled_product", "(128, 128, 128, warps=8", "(128, 256, 128, warps=4"),
+    "fp8 multiplied as fp16": ("scaled_product", LOADED, WIDENED),
     "slow sine": ("qk_norm_rope", "tl.load(cos_ptr + row)[None, :]", "tl.cos(tl.load(cos_ptr + row))[None, :]"),
     "strided pairs": ("swiglu", "tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "2 * tl.arange(0, BLOCK)"),
 }
