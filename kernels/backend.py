@@ -82,6 +82,8 @@ class Spec:
     least_capability: int = 75  # of the GPU
     stores_little: bool = False  # a few results per program: the width of the stores does not matter
     rounds_once: bool = True  # results have the inputs' dtype; False: they are fp32 whatever the inputs
+    exact: bool = False  # the same bits as the reference
+    narrow_loads: bool = False  # what is read lies at addresses that allow no 128 bits at a time
 
 
 def fuses(*tensors: Tensor, least_capability: int = 75) -> bool:
