@@ -16,8 +16,9 @@ from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.layouts import LAYOUTS, layout
 from zimage.loading.weights import on_meta
+from zimage.kernels.rotate import rotate
 from zimage.nn import ggml
-from zimage.nn.packed import PackedLinear, is_packed, rotate
+from zimage.nn.packed import PackedLinear, is_packed
 from zimage.nn.quant import QuantisedLinear
 
 SETTINGS = {"seed": 1, "steps": 2, "width": 64, "height": 48}

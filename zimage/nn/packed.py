@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from zimage.kernels.decode_nvfp4 import BLOCK, decode_nvfp4
 from zimage.kernels.decode_scaled import decode_scaled
 from zimage.kernels.rotate import decode_rotated
-from zimage.kernels.rotate import rotate as rotate
 from zimage.nn.layers import rows_at_a_time
 
 if TYPE_CHECKING:
