@@ -202,6 +202,11 @@ def bytes_of(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def any_bytes(make: Callable[..., Tensor], *shape: int) -> Tensor:
+    """Bytes of any value, for the inputs of a Spec whose codes have no numbers that would be wrong."""
+    return (99 * make(*shape)).to(torch.int32).bitwise_and(255).to(torch.uint8)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n: Triton's blocks have such sizes."""
     return 1 << (n - 1).bit_length()

@@ -4,10 +4,12 @@ A row is a sequence of blocks: a scale d (f16), perhaps a minimum m (f16), perha
 Source: ggml's quants (Gerganov et al.); tests compare every kind with PyPI's `gguf`. Shapes: codes uint8 (rows, bytes).
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels.backend import Spec, any_bytes, bytes_of, choose, enqueue, jit, tl
 
 BLOCK = 32
 BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}  # of a block
@@ -16,7 +18,7 @@ BLOCKS = 64  # per program: 16 numbers for each of 128 threads
 
 def decode_blocks(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """Codes → numbers (rows, columns), computed in fp32 and rounded once to `dtype`."""
-    return (launch if fuses(codes) else reference)(codes, kind, dtype)
+    return choose(launch, reference, codes)(codes, kind, dtype)
 
 
 def reference(codes, kind, dtype):
@@ -136,11 +138,16 @@ def launch(codes, kind, dtype):
     return out
 
 
-def block_spec(kind: str, numbers: int, size: int, halves_at: tuple[int, ...], reference, launch) -> Spec:
-    """The specification of one kind: blocks of `size` bytes, whose bytes are any but for f16 numbers at some places."""
+def block_spec(
+    kind: str, sizes: Mapping[str, int], numbers: int, halves_at: tuple[int, ...], reference: Callable, launch: Callable
+) -> Spec:
+    """The specification of one of the kinds whose blocks have these sizes in bytes.
+
+    The bytes of its blocks are any, but for f16 numbers at some places.
+    """
 
     def inputs(make, rows: int, columns: int) -> tuple:
-        codes = (99 * make(rows, columns // numbers, size)).to(torch.int32).bitwise_and(255).to(torch.uint8)
+        codes = any_bytes(make, rows, columns // numbers, sizes[kind])
         for at in halves_at:
             codes[..., at : at + 2] = make(rows, columns // numbers, 1).to(torch.float16).view(torch.uint8)
         return codes.flatten(1), kind, make(1).dtype
@@ -152,12 +159,12 @@ def block_spec(kind: str, numbers: int, size: int, halves_at: tuple[int, ...], r
         inputs=inputs,
         cases=({"rows": 3, "columns": numbers}, {"rows": 5, "columns": 3 * numbers}),
         model={"rows": 10240, "columns": 3840},
-        least_bytes=lambda codes, kind, dtype: bytes_of(codes) + codes.numel() // size * numbers * dtype.itemsize,
+        least_bytes=lambda codes, kind, dtype: (
+            bytes_of(codes) + codes.numel() // sizes[kind] * numbers * dtype.itemsize
+        ),
         exact=True,
         narrow_loads=True,
     )
 
 
-SPECS = tuple(
-    block_spec(kind, BLOCK, size, (0, 2) if kind[3] == "1" else (0,), reference, launch) for kind, size in BYTES.items()
-)
+SPECS = tuple(block_spec(kind, BYTES, BLOCK, (0, 2) if kind[3] == "1" else (0,), reference, launch) for kind in BYTES)

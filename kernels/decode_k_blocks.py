@@ -8,7 +8,7 @@ instruction round as two do. Source: ggml's quants (Gerganov et al.). Shapes: co
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import enqueue, fuses, jit, tl
+from zimage.kernels.backend import choose, enqueue, jit, tl
 from zimage.kernels.decode_blocks import block_spec, half, halves, interleaved, word_half
 
 BLOCK = 256
@@ -18,7 +18,7 @@ BLOCKS = {"Q4_K": 16, "Q5_K": 8, "Q6_K": 8}  # per program
 
 def decode_k_blocks(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """Codes → numbers (rows, columns), computed in fp32 and rounded once to `dtype`."""
-    return (launch if fuses(codes) else reference)(codes, kind, dtype)
+    return choose(launch, reference, codes)(codes, kind, dtype)
 
 
 def reference(codes, kind, dtype):
@@ -132,7 +132,4 @@ def launch(codes, kind, dtype):
     return out
 
 
-SPECS = tuple(
-    block_spec(kind, BLOCK, size, (208,) if kind == "Q6_K" else (0, 2), reference, launch)
-    for kind, size in BYTES.items()
-)
+SPECS = tuple(block_spec(kind, BYTES, BLOCK, (208,) if kind == "Q6_K" else (0, 2), reference, launch) for kind in BYTES)

@@ -6,7 +6,7 @@ Shapes: codes (O, I / 2), block scales (O, I / 16), scale ().
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels.backend import Spec, any_bytes, bytes_of, choose, enqueue, jit, tl
 from zimage.kernels.decode_scaled import number
 
 BLOCK = 16  # columns that share a scale
@@ -18,8 +18,7 @@ def decode_nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor, dtype: torch
 
     A byte of `codes` (uint8) holds two numbers of the kind e2m1, the first in its high half.
     """
-    run = launch if fuses(codes) else reference
-    return run(codes, block_scale, scale, dtype)
+    return choose(launch, reference, codes)(codes, block_scale, scale, dtype)
 
 
 def reference(codes, block_scale, scale, dtype):
@@ -65,8 +64,8 @@ def launch(codes, block_scale, scale, dtype):
 
 
 def _inputs(make, rows: int, columns: int) -> tuple:
-    codes = (99 * make(rows, columns // 2)).to(torch.int32).bitwise_and(255).to(torch.uint8)
-    return codes, make(rows, columns // BLOCK).float().to(torch.float8_e4m3fn), make(1).float()[0], make(1).dtype
+    scales = any_bytes(make, rows, columns // BLOCK).view(torch.float8_e4m3fn)
+    return any_bytes(make, rows, columns // 2), scales, make(1).float()[0], make(1).dtype
 
 
 SPEC = Spec(

@@ -6,7 +6,7 @@ Shapes: codes (O, I), scale (), (O, 1) or (O, groups).
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, any_bytes, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 VALUES = 2048  # per program: 16 for each of 128 threads, one read of 128 bits
 FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -18,8 +18,7 @@ def decode_scaled(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) 
     scale is fp32, or uint8 for e8m0 exponents, whose number is 2^(byte − 127). Where it has a column for every `group`
     columns of the codes, the last group may be shorter.
     """
-    run = launch if fuses(codes) else reference
-    return run(codes, scale, group, dtype)
+    return choose(launch, reference, codes)(codes, scale, group, dtype)
 
 
 def reference(codes, scale, group, dtype):
@@ -96,7 +95,7 @@ def launch(codes, scale, group, dtype):
 def _spec(name: str, codes_dtype: torch.dtype, cases: tuple, model: dict, exponents: bool = False) -> Spec:
     def inputs(make, rows: int, columns: int, group: int = 0, scales: int = 1):
         """`scales`: 0 for one in all, 1 for one per row; with `group`, one per group of columns."""
-        codes = (50 * make(rows, columns)).float().to(codes_dtype)
+        codes = any_bytes(make, rows, columns).view(codes_dtype)
         shape = (rows, -(-columns // group)) if group else (rows, 1) if scales else ()
         scale = make(*shape).float()
         scale = (scale.abs() * 8 + 118).to(torch.uint8) if exponents else scale

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels.backend import Spec, any_bytes, bytes_of, choose, enqueue, jit, tl
 
 
 class Tile(NamedTuple):
@@ -30,7 +30,7 @@ CAPABILITY = 80  # Triton multiplies int8 and bf16 from there on
 
 def rotate(x: Tensor, group: int) -> Tensor:
     """x · H in groups of `group` columns; group is a power of 4."""
-    return (launch if fuses(x, least_capability=CAPABILITY) else reference)(x, group)
+    return choose(launch, reference, x, least_capability=CAPABILITY)(x, group)
 
 
 def decode_rotated(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -38,7 +38,7 @@ def decode_rotated(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype)
 
     With uint8 codes (O, I / 2), a byte holds two signed 4-bit integers, the first in its low half.
     """
-    run = launch_decode if fuses(codes, least_capability=CAPABILITY) else reference_decode
+    run = choose(launch_decode, reference_decode, codes, least_capability=CAPABILITY)
     return run(codes, scale, group, dtype)
 
 
@@ -146,12 +146,16 @@ def launch(x, group):
 
 def launch_decode(codes, scale, group, dtype):
     codes, scale = codes.contiguous(), scale.contiguous()
-    rows, columns = len(codes), codes.shape[1] * (2 if codes.dtype is torch.uint8 else 1)
+    rows, columns = len(codes), _columns(codes)
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     tile, grid = _tiles(rows, columns, group, DECODE)
     arguments = codes, scale, out, rows, columns, min(scale.ndim, 1), 1 / math.isqrt(group), group
     enqueue(_decode_kernel, grid, *arguments, *tile, num_warps=DECODE.warps)
     return out
+
+
+def _columns(codes: Tensor) -> int:
+    return codes.shape[1] * (2 if codes.dtype is torch.uint8 else 1)
 
 
 def _tiles(rows: int, columns: int, group: int, most: Tile) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -175,9 +179,8 @@ ROTATE_SPEC = Spec(
 
 def _decode_spec(name: str, bits: int) -> Spec:
     def inputs(make, rows: int, columns: int, group: int, scales: int = 1) -> tuple:
-        codes = (50 * make(rows, columns * bits // 8)).to(torch.int8)
-        scale = make(*((rows, 1) if scales else ())).float()
-        return codes.view(torch.uint8) if bits == 4 else codes, scale, group, make(1).dtype
+        codes = any_bytes(make, rows, columns * bits // 8).view(torch.uint8 if bits == 4 else torch.int8)
+        return codes, make(*((rows, 1) if scales else ())).float(), group, make(1).dtype
 
     return Spec(
         name=name,
@@ -192,7 +195,7 @@ def _decode_spec(name: str, bits: int) -> Spec:
         ),
         model={"rows": 10240, "columns": 3840, "group": 256},
         least_bytes=lambda codes, scale, group, dtype: (
-            bytes_of(codes, scale) + codes.numel() * 8 // bits * dtype.itemsize
+            bytes_of(codes, scale) + len(codes) * _columns(codes) * dtype.itemsize
         ),
         least_capability=CAPABILITY,
         narrow_loads=bits == 4,  # a tile has 8 bytes for each thread

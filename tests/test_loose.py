@@ -15,8 +15,8 @@ from zimage.cli import cli
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.layouts import LAYOUTS, layout
-from zimage.loading.weights import on_meta
 from zimage.kernels.rotate import rotate
+from zimage.loading.weights import on_meta
 from zimage.nn import ggml
 from zimage.nn.packed import PackedLinear, is_packed
 from zimage.nn.quant import QuantisedLinear
