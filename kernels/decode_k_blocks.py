@@ -1,4 +1,4 @@
-"""Decodes llama.cpp's K blocks of 256 numbers: Q4_K, Q5_K, Q6_K.
+"""Decodes llama.cpp's K blocks of 256 numbers: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
 
 The numbers of a block come in groups of 32 or 16, each group with a small integer scale (and minimum) times the block's
 d (and dmin). Products of scales and codes are exact in fp32, so a multiplication and a subtraction fused into one
@@ -12,8 +12,9 @@ from zimage.kernels.backend import choose, enqueue, jit, tl
 from zimage.kernels.decode_blocks import block_spec, half, halves, interleaved, word_half
 
 BLOCK = 256
-BYTES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}  # of a block
-BLOCKS = {"Q4_K": 16, "Q5_K": 8, "Q6_K": 8}  # per program
+BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}  # of a block
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where d and dmin are
+BLOCKS = {"Q2_K": 8, "Q3_K": 8, "Q4_K": 16, "Q5_K": 8, "Q6_K": 8}  # per program
 
 
 def decode_k_blocks(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -24,6 +25,33 @@ def decode_k_blocks(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 def reference(codes, kind, dtype):
     blocks = codes.reshape(-1, BYTES[kind])
     return _DECODERS[kind](blocks).reshape(len(codes), -1).to(dtype)
+
+
+def _q2_k(b: Tensor) -> Tensor:
+    """16 bytes: scales in low halves, minima in high ones; 64 bytes of two bits, d, dmin (f16)."""
+    codes, s = _quarters(b[:, 16:80]), b[:, :16]
+    scale, minimum = half(b, 80) * (s & 15), half(b, 82) * (s >> 4)
+    return (scale[..., None] * codes - minimum[..., None]).flatten(1)
+
+
+def _q3_k(b: Tensor) -> Tensor:
+    """Third bits as the fifth ones of Q5_K, 64 bytes of two bits, 12 bytes of scales, d (f16); numbers minus 4.
+
+    Scales have four bits in the halves of eight bytes and two in the quarters of four more, minus 32.
+    """
+    places = torch.arange(8, dtype=torch.uint8, device=b.device)[:, None]
+    third = ((b[:, None, :32] >> places) & 1).reshape(-1, 16, 16).to(torch.int8)
+    s = b[:, 96:108]
+    upper = ((s[:, None, 8:] >> places[::2]) & 3).flatten(1)
+    scale = (torch.cat((s[:, :8] & 15, s[:, :8] >> 4), dim=1) | (upper << 4)).to(torch.int8) - 32
+    codes = _quarters(b[:, 32:96]).to(torch.int8) + 4 * third - 4
+    return ((half(b, 108) * scale)[..., None] * codes).flatten(1)
+
+
+def _quarters(packed: Tensor) -> Tensor:
+    """64 bytes → two bits each (blocks, 16 groups, 16): the lowest of 32 bytes, the next of the same …"""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)[:, None]
+    return ((packed.unflatten(1, (2, 1, 32)) >> shifts) & 3).reshape(-1, 16, 16)
 
 
 def _q4_k(b: Tensor) -> Tensor:
@@ -60,7 +88,39 @@ def _scaled(b: Tensor, codes: Tensor) -> Tensor:
     return (scale[..., None] * codes - minimum[..., None]).flatten(1)
 
 
-_DECODERS = {"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+_DECODERS = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+
+
+@jit
+def _quarters_kernel(codes_ptr, out_ptr, count, THIRD: tl.constexpr, BLOCKS: tl.constexpr):
+    """BLOCKS blocks of Q2_K, or Q3_K if THIRD, as twice as many halves of 128 numbers; in words of 16 bits."""
+    part = tl.program_id(0).to(tl.int64) * (2 * BLOCKS) + tl.arange(0, 2 * BLOCKS)
+    present, block, side = part // 2 < count, part // 2, (part % 2).to(tl.int32)
+    words = codes_ptr.to(tl.pointer_type(tl.uint16)) + block * (55 if THIRD else 42)
+    w, there = tl.arange(0, 16)[None, :], present[:, None]
+    d = word_half(tl.load(words + (54 if THIRD else 40), mask=present, other=0))[:, None]
+    low = tl.load((words + (16 if THIRD else 8) + 16 * side)[:, None] + w, mask=there, other=0).to(tl.int32)
+    if THIRD:
+        third = tl.load(words[:, None] + w, mask=there, other=0).to(tl.int32) >> (4 * side)[:, None]
+    else:
+        dmin = word_half(tl.load(words + 41, mask=present, other=0))[:, None]
+    for run in tl.static_range(4):  # of 32 numbers: two groups, whose scales are the bytes of a word
+        scales = tl.load(words + (48 if THIRD else 4 * side) + run, mask=present, other=0).to(tl.int32)[:, None]
+        scales = scales >> (8 * (w // 8))
+        first, second = (low >> (2 * run)) & 3, (low >> (2 * run + 8)) & 3
+        if THIRD:
+            upper = tl.load(words + 52 + run % 2, mask=present, other=0).to(tl.int32)[:, None] >> (8 * (w // 8))
+            upper = (upper >> (4 * side + 2 * (run // 2))[:, None]) & 3
+            scale = d * (((scales >> (4 * side)[:, None]) & 15 | upper << 4) - 32).to(tl.float32)
+            first += 4 * ((third >> run) & 1) - 4
+            second += 4 * ((third >> (run + 8)) & 1) - 4
+            pairs = scale * first.to(tl.float32), scale * second.to(tl.float32)
+        else:
+            scale, minimum = d * (scales & 15).to(tl.float32), dmin * ((scales >> 4) & 15).to(tl.float32)
+            pairs = scale * first.to(tl.float32) - minimum, scale * second.to(tl.float32) - minimum
+        decoded = interleaved(pairs[0], pairs[1], (2 * BLOCKS, 32))
+        place = part[:, None] * 128 + 32 * run + tl.arange(0, 32)[None, :]
+        tl.store(out_ptr + place, decoded.to(out_ptr.dtype.element_ty), mask=there)
 
 
 @jit
@@ -127,9 +187,11 @@ def launch(codes, kind, dtype):
     grid = (-(-count // blocks),)
     if kind == "Q6_K":
         enqueue(_q6_kernel, grid, codes, out, count, blocks, num_warps=4)
+    elif kind in ("Q2_K", "Q3_K"):
+        enqueue(_quarters_kernel, grid, codes, out, count, kind == "Q3_K", blocks, num_warps=4)
     else:
         enqueue(_minima_kernel, grid, codes, out, count, kind == "Q5_K", blocks, num_warps=4)
     return out
 
 
-SPECS = tuple(block_spec(kind, BYTES, BLOCK, (208,) if kind == "Q6_K" else (0, 2), reference, launch) for kind in BYTES)
+SPECS = tuple(block_spec(kind, BYTES, BLOCK, HALVES[kind], reference, launch) for kind in BYTES)

@@ -15,6 +15,7 @@ from zimage.cli import cli
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.layouts import LAYOUTS, layout
+from zimage.kernels.decode_k_blocks import HALVES
 from zimage.kernels.rotate import rotate
 from zimage.loading.weights import on_meta
 from zimage.nn import ggml
@@ -219,7 +220,7 @@ def test_gguf(states, folder, inputs, tmp_path, kind):
 def test_our_unpacking_is_the_packages(kind):
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 256, (64 * 3, ggml.BYTES[kind]), dtype=np.uint8)
-    for at in {"Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}.get(kind, (0, 2)):
+    for at in {**HALVES, "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}.get(kind, (0, 2)):
         codes[:, at : at + 2] = generator.normal(size=(len(codes), 1)).astype(np.float16).view(np.uint8)
     codes = codes.reshape(64, -1)
     want = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[kind])

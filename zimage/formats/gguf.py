@@ -28,7 +28,18 @@ __all__ = ["Vocabulary", "has_tokenizer", "is_gguf", "stored_in"]
 # ggml's numbers of its types; plain ones are called as safetensors calls them.
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 BYTES = {"I8": 1, "I16": 2, "I32": 4, "I64": 8, **{name: dtype.itemsize for name, dtype in FLOATS.items()}}
-BLOCKS = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+BLOCKS = {
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+}
 PADS = ("x_pad_token", "cap_pad_token")  # [1, dim]: ggml drops leading sides of 1
 TOKENS, KINDS, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 CONTROL, USER, UNUSED = 3, 4, 5  # llama.cpp's kinds of tokens that are no pieces of words
