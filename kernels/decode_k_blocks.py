@@ -14,7 +14,7 @@ from zimage.kernels.decode_blocks import block_spec, half, halves, interleaved, 
 BLOCK = 256
 BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}  # of a block
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where d and dmin are
-BLOCKS = {"Q2_K": 8, "Q3_K": 8, "Q4_K": 16, "Q5_K": 8, "Q6_K": 8}  # per program
+BLOCKS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 16, "Q5_K": 16, "Q6_K": 8}  # per program
 
 
 def decode_k_blocks(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:

@@ -322,6 +322,24 @@ FAULTS = {
         "bits",
     ),
     "groups that meet": ("rotate", "differ < GROUP, 1", "differ < 2 * GROUP, 1", AssertionError, "the reference's"),
+    "a sum never stored": ("rms_norm", "tl.store(sum_ptr + place, rounded, mask=there)", "", AssertionError, None),
+    "the sum's last token": ("rms_norm", "(first + i < tokens)", "(first + i < tokens - 1)", AssertionError, None),
+    "turned backwards": (
+        "qk_norm_rope_halves",
+        "+ first * sin).to",
+        "- first * sin).to",
+        AssertionError,
+        "reference's",
+    ),
+    "one angle for all tokens": (
+        "qk_norm_rope_halves",
+        "row = token *",
+        "row = batch *",
+        AssertionError,
+        "reference's",
+    ),
+    "a head too many": ("qk_norm_rope_halves", "[:, None] < heads", "[:, None] < BLOCK_H", Exception, "outside|reads"),
+    "half a mean": ("qk_norm_rope_halves", "axis=1) / D", "axis=1) / (D // 2)", AssertionError, "the reference's"),
     "bf16 as integers": ("swiglu", "other=0.0).to(tl.float32)", "other=0.0)", Exception, "bit patterns"),
 }
 
@@ -357,7 +375,13 @@ def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
     assert unfit(report, SPECS[report["op"]]) is not None
 
 
-@pytest.mark.parametrize("name", ["rms_norm_scale", "gated_residual", "swiglu", "qk_norm_rope"])
+DIFFERENTIABLE = [
+    *("rms_norm_scale", "rms_norm", "add_rms_norm", "gated_residual"),
+    *("swiglu", "qk_norm_rope", "qk_norm_rope_halves"),
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_references_differentiate_in_half_precision_and_agree_when_compiled(name):
     """They take other passes in bf16 than in fp32, write over their intermediate maps, and turn pairs differently."""
     spec = SPECS[name]
