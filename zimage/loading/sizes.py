@@ -18,10 +18,10 @@ from zimage.nn.quant import quantised_bytes
 from zimage.settings.declared import BLEND_TILE, SIZE_MULTIPLE
 from zimage.text.qwen3 import Qwen3, Qwen3Config
 from zimage.vae.kl import AutoencoderKLConfig
-from zimage.vae.tiling import STRIP_VALUES
+from zimage.vae.tiling import strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
 
-STRIP_BYTES = 12 * 4 * STRIP_VALUES  # a few strips in fp32 live at a time
+STRIP_BYTES = 12 * 4 * strip_values(torch.device("cpu"))  # a few strips in fp32 live at a time
 
 
 # ------------------------------------------------------------------ the work of a stage
