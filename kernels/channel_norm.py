@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 from zimage.kernels.norm import rms_norm
 
 TILE = 8192  # values that a program of eight warps holds in registers
@@ -15,7 +15,7 @@ TILE = 8192  # values that a program of eight warps holds in registers
 
 def channel_norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """out = silu(weight · x / √(mean(x²) + eps)) with the mean over C, in fp32 inside; returns `out`."""
-    return (launch if fuses(x, weight) else reference)(x, weight, eps, out)
+    return choose(launch, reference, x, weight)(x, weight, eps, out)
 
 
 def reference(x, weight, eps, out):

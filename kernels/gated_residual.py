@@ -6,15 +6,13 @@ Shapes: B batch, L tokens, C channels.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
-
-ROWS = 16  # tokens per program, which share one read of weight and gate
 
 
 def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     """x + gate · rms_norm(branch), for x and branch (B, L, C), weight (C,) and gate (B or 1, 1, C)."""
-    run = launch if fuses(x, branch, weight, gate) else reference
+    run = choose(launch, reference, x, branch, weight, gate)
     return run(x, branch, weight, gate, eps)
 
 
@@ -57,9 +55,9 @@ def launch(x, branch, weight, gate, eps):
     x, branch = x.contiguous(), branch.contiguous()
     out = torch.empty_like(x)
     B, L, C = x.shape
-    stride = gate.stride(0) if len(gate) > 1 else 0
-    grid = (-(-L // ROWS), B)
-    enqueue(_kernel, grid, x, branch, weight, gate, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    stride, rows = gate.stride(0) if len(gate) > 1 else 0, tokens_per_program(B * L)
+    grid = (-(-L // rows), B)
+    enqueue(_kernel, grid, x, branch, weight, gate, out, L, C, stride, eps, rows, power_of_two(C), num_warps=8)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 CHANNELS = 128  # per program, at most
 TILE = 8192  # values that a program of eight warps holds in registers: 32 per thread
@@ -31,7 +31,8 @@ def put_rows(
     sum of squared differences from it and the count of the values of each group in each block of positions.
     """
     fits = groups == 0 or power_of_two(out.shape[1] // groups) == out.shape[1] // groups
-    return (launch_put if fits and fuses(rows, out) else reference_put)(rows, bias, residual, out, groups)
+    run = choose(launch_put, reference_put, rows, out) if fits else reference_put
+    return run(rows, bias, residual, out, groups)
 
 
 def merge_moments(moments: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def merge_moments(moments: Tensor) -> Tensor:
 
     Chan, Golub & LeVeque 1979: no difference of large squares, so groups far from zero keep their variance.
     """
-    return (launch_merge if fuses(moments) else reference_merge)(moments)
+    return choose(launch_merge, reference_merge, moments)(moments)
 
 
 def normalise(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def normalise(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, eps: 
 
     `statistics` (2, G) fp32 holds mean and variance of the groups: GroupNorm (Wu & He 2018), then SiLU.
     """
-    run = launch_normalise if fuses(x, weight, bias) else reference_normalise
+    run = choose(launch_normalise, reference_normalise, x, weight, bias)
     return run(x, statistics, weight, bias, eps, out)
 
 
@@ -294,7 +295,9 @@ PUT_SPEC = Spec(
     inputs=_put_inputs,
     cases=(*CASES, {"C": 3, "H": 30, "W": 91, "G": 0}, {"C": 64, "H": 4, "W": 50, "G": 2, "plain": 1}),
     model=MODEL,
-    least_bytes=lambda rows, bias, residual, out, groups: bytes_of(rows, bias, residual, out),
+    least_bytes=lambda rows, bias, residual, out, groups: bytes_of(
+        *(t for t in (rows, bias, residual, out) if t is not None)
+    ),
     in_place=(3,),
 )
 MERGE_SPEC = Spec(

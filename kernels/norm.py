@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 
 HALF = (torch.bfloat16, torch.float16)
-ROWS = 16  # tokens per program, which share one read of weight and scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,7 +27,7 @@ def scaled_by_rms(x: Tensor, factor: Tensor, eps: float) -> Tensor:
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     """rms_norm(x) · scale, for x (B, L, C), weight (C,) and scale (B or 1, 1, C)."""
-    run = launch if fuses(x, weight, scale) else reference
+    run = choose(launch, reference, x, weight, scale)
     return run(x, weight, scale, eps)
 
 
@@ -69,8 +68,8 @@ def launch(x, weight, scale, eps):
     x = x.contiguous()
     out = torch.empty_like(x)
     B, L, C = x.shape
-    stride = scale.stride(0) if len(scale) > 1 else 0
-    enqueue(_kernel, (-(-L // ROWS), B), x, weight, scale, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    stride, rows = scale.stride(0) if len(scale) > 1 else 0, tokens_per_program(B * L)
+    enqueue(_kernel, (-(-L // rows), B), x, weight, scale, out, L, C, stride, eps, rows, power_of_two(C), num_warps=8)
     return out
 
 

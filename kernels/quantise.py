@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_CAPABILITY = {torch.int8: 75, torch.float8_e4m3fn: 89}
@@ -15,7 +15,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     A row's largest magnitude becomes the largest value of `dtype`; the others are rounded to nearest, ties to even.
     """
-    return (launch if fuses(x, least_capability=LEAST_CAPABILITY[dtype]) else reference)(x, dtype)
+    return choose(launch, reference, x, least_capability=LEAST_CAPABILITY[dtype])(x, dtype)
 
 
 def reference(x, dtype):

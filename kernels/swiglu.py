@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, tl
 
 BLOCK = 2048
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, elementwise (Shazeer 2020), of equal shapes (…, C); rows may be strided (half a product)."""
-    run = launch if fuses(gate, up) else reference
+    run = choose(launch, reference, gate, up)
     return run(gate, up)
 
 

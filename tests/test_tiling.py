@@ -8,7 +8,7 @@ from tiny import KL, WAN, randomised, relative_error
 from torch import nn
 
 from zimage.errors import RequestError
-from zimage.kernels import channel_norm, group_norm
+from zimage.kernels import backend, channel_norm, group_norm
 from zimage.vae import AutoencoderKL, AutoencoderKLWan, blend, tiling
 from zimage.vae.statistics import BlockMoments, ChannelStatistics
 from zimage.vae.tiling import StripWalk, phase_weights, two_maps, windows
@@ -59,10 +59,10 @@ def kernels_interpreted(as_on_a_gpu):
     from kernel_checks import interpreter
 
     interpreter.install()
-    for module in (tiling, group_norm, channel_norm):
-        as_on_a_gpu.setattr(module, "fuses", lambda *tensors: True)
-        if module is not tiling:
-            as_on_a_gpu.setattr(module, "TILE", 1024)  # what lies beyond a small map is interpreted too
+    for module in (tiling, backend):
+        as_on_a_gpu.setattr(module, "fuses", lambda *tensors, least_capability=0: True)
+    for module in (group_norm, channel_norm):
+        as_on_a_gpu.setattr(module, "TILE", 1024)  # what lies beyond a small map is interpreted too
     return as_on_a_gpu
 
 

@@ -7,6 +7,7 @@ Weights get one scale per output channel once, activations one per token at ever
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -113,8 +114,14 @@ def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise RequestError if the device cannot compute in `precision`; warn if it only emulates it."""
+    if precision != "bf16" and device.type == "mps":
+        text = f"precision {precision} does not run on a Mac's GPU: PyTorch has no such products there; use bf16"
+        raise RequestError(text, fields=("precision",))
     if precision != "fp8":
         return
+    if device.type == "cuda" and sys.platform == "win32":
+        text = "precision fp8 does not run on Windows: PyTorch leaves its row-wise products out there; use int8 or bf16"
+        raise RequestError(text, fields=("precision",))
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         text = "precision fp8 needs a GPU of compute capability 8.9 (RTX 4090) or newer; use int8 or bf16"
         raise RequestError(text, fields=("precision",))
