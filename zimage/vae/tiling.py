@@ -39,16 +39,21 @@ def on_gpu(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def plain(rows: Tensor, out: Tensor) -> None:
-    out.copy_(rows)
+def runs_kernels(device: torch.device) -> bool:
+    """Whether maps on this device are written, measured and normalised by kernels."""
+    return device.type == "cuda" and backend.ACTIVE
 
 
 def strip_values(device: torch.device) -> int:
     """Values of a strip without a given height."""
     if not on_gpu(device):
         return 4 << 20  # small enough for the processor's cache
-    # Enough work for every multiprocessor of a card, in few launches; without kernels, less for the wide copies.
-    return 64 << 20 if device.type == "cuda" and backend.ACTIVE else 8 << 20
+    # Work for every multiprocessor of a card, in few launches; references have copies in fp32 beside a strip.
+    return 64 << 20 if runs_kernels(device) else 8 << 20
+
+
+def plain(rows: Tensor, out: Tensor) -> None:
+    out.copy_(rows)
 
 
 @dataclass(frozen=True)

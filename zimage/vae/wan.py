@@ -113,8 +113,8 @@ class AutoencoderKLWan(Autoencoder):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, (16, 1, 1) fp32."""
-        stats = torch.tensor((self.config.latents_mean, self.config.latents_std), device=like.device)
-        center, spread = stats.float()[:, :, None, None]
+        stats = torch.tensor((self.config.latents_mean, self.config.latents_std), dtype=torch.float32)
+        center, spread = stats.to(like.device, non_blocking=True)[:, :, None, None]  # nothing waits for the device
         return center, spread
 
 
