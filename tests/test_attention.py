@@ -265,7 +265,7 @@ def test_a_package_that_is_here_and_fails(hopper, caplog, name, kind):
 
 def test_the_whole_reason_is_told_on_request(hopper, caplog):
     broken.write(hopper, "flash_attn_interface", "raise RuntimeError('first\\nsecond')")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "zimage")
     choose_attention("auto", CUDA, torch.bfloat16)
     assert any("Traceback" in line and "second" in line for line in caplog.messages)
 

@@ -97,7 +97,7 @@ def test_the_whole_reason_is_told_on_request(gpu, caplog):
     def launch():
         enqueue(Kernel(RuntimeError("first\nsecond")), (1,), FIRST)
 
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "zimage")
     choose(launch, lambda: None)()
     assert any("Traceback" in line and "second" in line for line in caplog.messages)
 

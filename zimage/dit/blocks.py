@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from zimage.dit.rope import Rotation
 from zimage.kernels.gated_residual import gated_residual
 from zimage.kernels.layer_norm import layer_norm_scale
-from zimage.kernels.norm import rms_norm_scale
 from zimage.kernels.qk_norm_rope import qk_norm_rope
-from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import Padding, attention
 from zimage.nn.layers import RMSNorm
+from zimage.nn.operand import Form, Input, common_form, gated_activation, operand, scaled_norm
 
 MODULATION_WIDTH = 256
 
@@ -39,8 +38,13 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(self.head_dim, eps)
         self.attend = attention
 
-    def forward(self, x: Tensor, rotation: Rotation, padding: Padding | None) -> Tensor:
-        heads = (-1, self.head_dim)
+    @property
+    def form(self) -> Form | None:
+        """How x is best passed."""
+        return common_form(self.to_q, self.to_k, self.to_v)
+
+    def forward(self, x: Input, rotation: Rotation, padding: Padding | None) -> Tensor:
+        x, heads = operand(x, self.form), (-1, self.head_dim)
         q, k, v = (project(x).unflatten(-1, heads) for project in (self.to_q, self.to_k, self.to_v))  # (B, L, H, D)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotation, self.norm_q.eps)
         return self.to_out[0](self.attend(q, k, v, padding).flatten(2))
@@ -53,8 +57,14 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+    @property
+    def form(self) -> Form | None:
+        """How x is best passed."""
+        return common_form(self.w1, self.w3)
+
+    def forward(self, x: Input) -> Tensor:
+        x = operand(x, self.form)
+        return self.w2(gated_activation(self.w1(x), self.w3(x), common_form(self.w2)))
 
 
 class Block(nn.Module):
@@ -86,14 +96,12 @@ class Block(nn.Module):
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, padding))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         m = modulation
-        attended = self.attention(scaled(self.attention_norm1, x, m.scale_msa), rotation, padding)
+        attended = self.attention(
+            scaled_norm(self.attention_norm1, x, m.scale_msa, self.attention.form), rotation, padding
+        )
         x = gated(self.attention_norm2, x, attended, m.gate_msa)
-        return gated(self.ffn_norm2, x, self.feed_forward(scaled(self.ffn_norm1, x, m.scale_mlp)), m.gate_mlp)
-
-
-def scaled(norm: RMSNorm, x: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) · scale in one pass."""
-    return rms_norm_scale(x, norm.weight, scale, norm.eps)
+        changed = self.feed_forward(scaled_norm(self.ffn_norm1, x, m.scale_mlp, self.feed_forward.form))
+        return gated(self.ffn_norm2, x, changed, m.gate_mlp)
 
 
 def gated(norm: RMSNorm, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
