@@ -53,9 +53,10 @@ def normalise(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, eps: 
 
 
 def reference_put(rows, bias, residual, out, groups):
+    total = rows.to(torch.promote_types(rows.dtype, torch.float32))
     for part in (None if bias is None else bias[:, None, None], residual):
-        rows = rows if part is None else rows + part
-    out.copy_(rows)
+        total = total if part is None else total + part
+    out.copy_(total)
     values = out.permute(0, 2, 3, 1).flatten(0, 2)  # (P, C)
     step = _tile(out.shape[1], groups, TILE)[0]
     whole = values.shape[0] // step * step

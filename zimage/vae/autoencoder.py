@@ -1,5 +1,8 @@
 """What an autoencoder does for a render, whichever of the two it is.
 
+It computes in bf16 or fp32. fp16 has the digits but not the range: the published config.json says `force_upcast`, so
+its maps may pass 65,504. A GPU without convolutions in bf16 (compute capability below 8.0) therefore takes fp32.
+
 Shapes: B batch, H × W pixels, h × w = H/8 × W/8 latents.
 """
 

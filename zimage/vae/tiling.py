@@ -6,10 +6,11 @@ A strip is a band of rows over the full width. Every layer is walked strip by st
                                                                         └→ its statistics, for the norm after it
 
 Only stored maps have full size, two at a time; everything between them is as small as a strip. GroupNorm needs the
-statistics of a whole map, which are gathered while the map is written. The mid block, whose attention sees every
-position, runs whole, at the resolution of the latents. A convolution may overwrite its own input, since the rows that
-the next strip still needs are carried along. A residual block that halves the channels puts its map and its shortcut
-into the memory of the map that it read; the blocks after it use the same two.
+statistics of a whole map, which are gathered while the map is written. Attention in the mid block, which sees every
+position, runs whole, at the resolution of the latents. On a GPU the whole pass is a walk too, of one strip a map. A
+convolution may overwrite its own input, since the rows that the next strip still needs are carried along. A residual
+block that halves the channels puts its map and its shortcut into the memory of the map that it read; the blocks after
+it use the same two.
 
 Shapes: C channels, H × W positions. Maps are (1, C, H, W) with the channels innermost.
 """
@@ -201,9 +202,9 @@ class StripWalk:
         out = new_map(x, conv.out_channels, x.shape[2], x.shape[3]) if out is None else out
         statistics, unread = self.gathers(self.groups if groups is None else groups), self.gathers(0)
         for top, end, window in windows(x, self._rows(x, conv), before):
-            rows, bias = self._product(window, conv, padding=(0, 1))
             if shortcut is not None and kept is not None:
                 unread.write(kept[:, :, top:end], *self._product(x[:, :, top:end], shortcut))
+            rows, bias = self._product(window, conv, padding=(0, 1))
             statistics.write(out[:, :, top:end], rows, bias, None if residual is None else residual[:, :, top:end])
             statistics.measure(rows)
         return Map(out, statistics)
@@ -239,10 +240,11 @@ class StripWalk:
         for top, end, window in windows(x, max(1, self._rows(x, conv) // 4)):
             for row, kernels in enumerate(by_row):
                 band = window[:, :, row : row + end - top + 1]
-                phases = convolve(band, kernels, early, padding=(0, 1)).chunk(2, dim=1)  # each (1, C, rows, W + 1)
-                for column, phase in enumerate(phases):
-                    place = out[:, :, 2 * top + row : 2 * end : 2, column::2]
-                    statistics.write(place, phase[:, :, :, column : column + width], late)
+                columns = convolve(band, kernels, early, padding=(0, 1)).chunk(2, dim=1)  # each (1, C, rows, W + 1)
+                place = out[:, :, 2 * top + row : 2 * end : 2]
+                statistics.write(place[..., ::2], columns[0][..., :width], late)
+                statistics.write(place[..., 1::2], columns[1][..., 1:], late)
+                del columns  # before the next are made
             statistics.measure(out[:, :, 2 * top : 2 * end])
         return Map(out, statistics)
 
