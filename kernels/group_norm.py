@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
-CHANNELS = 128  # per program, at most
+CHANNELS, POSITIONS = 128, 512  # of a tile, at most
 TILE = 8192  # values that a program of eight warps holds in registers: 32 per thread
 TILES = 4  # that a program normalises, which share one read of the values per channel
 BLOCKS = 1024  # whose moments are merged side by side
@@ -221,7 +221,7 @@ def _normalise_kernel(
 def _tile(channels: int, groups: int, values: int) -> tuple[int, int]:
     """Positions and channels of a tile; its channels are whole groups."""
     block = max(min(power_of_two(channels), CHANNELS), channels // groups if groups else 1)
-    return max(values // block, 1), block
+    return max(min(values // block, POSITIONS), 1), block
 
 
 def launch_put(rows, bias, residual, out, groups):

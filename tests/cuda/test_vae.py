@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.weights import COMPONENTS
 from zimage.kernels import backend
+from zimage.kernels.tiles import to_levels
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import vae_bytes
+from zimage.pictures.image import to_pil
 from zimage.vae import Autoencoder, AutoencoderKL, AutoencoderKLWan
 
 pytestmark = [pytest.mark.cuda, needs_pretended]
@@ -84,6 +86,17 @@ def test_the_peak_is_planned(name, dtype, size, mode):
     if size == 1024 and dtype is BF16:
         peak = max(peak, cost(name, dtype, size, mode, encodes=True).peak)
     assert 0.6 * planned <= peak <= planned, f"{peak / 1e6:.0f} MB of {planned / 1e6:.0f}"
+
+
+def test_a_picture_leaves_the_card_as_bytes():
+    """Rounded in one launch, in the order of the decoder's map."""
+    with pretend() as card, card.count() as count:
+        images = torch.zeros(1, 3, 64, 48, device=CARD).contiguous(memory_format=torch.channels_last)
+        before = len(count.launches)
+        (picture,) = to_pil(to_levels(images))
+    assert [launch.name for launch in count.launches[before:]] == ["tiles.levels_kernel"]
+    assert [copy.bytes for copy in count.copies] == [3 * 64 * 48]
+    assert picture.size == (48, 64)
 
 
 # ------------------------------------------------------------------ how it is computed
