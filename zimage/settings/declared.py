@@ -311,7 +311,7 @@ class LoadSettings(Settings):
     )
     attention: str | None = setting(
         None,
-        "Attention backend; sage is lossy. Default: auto.",
+        "Attention backend; sage is lossy. Default: auto, PyTorch's own or FlashAttention 3.",
         choices=ATTENTIONS,
         group="Machine",
         env="ZIMAGE_ATTENTION",
