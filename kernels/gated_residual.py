@@ -3,6 +3,8 @@
 Shapes: B batch, L tokens, C channels.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,25 @@ from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 ROWS = 16  # tokens per program, which share one read of weight and gate
 
 
-def gated_residual(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """x + gate · rms_norm(branch), for x and branch (B, L, C), weight (C,) and gate (B or 1, 1, C)."""
+def gated_residual(
+    x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor, eps: float, scale: Tensor | None = None
+) -> Tensor:
+    """x + gate · rms_norm(branch), for x and branch (B, L, C), weight (C,) and gate (B or 1, 1, C).
+
+    With a scale (B, L, 1) fp32 the branch is branch · scale, which only eps can tell: rms_norm(y / s, eps / s²) is
+    rms_norm(y, eps).
+    """
     run = launch if fuses(x, branch, weight, gate) else reference
-    return run(x, branch, weight, gate, eps)
+    return run(x, branch, weight, gate, eps, scale)
 
 
-def reference(x, branch, weight, gate, eps):
+def reference(x, branch, weight, gate, eps, scale=None):
+    if scale is not None:
+        eps = eps / scale.square()
     if x.dtype in HALF:
         return scaled_by_rms(branch, weight.float() * gate, eps).add_(x).to(x.dtype)
+    if scale is not None:
+        return x + scaled_by_rms(branch, gate * weight, eps)
     return x + gate * rms_norm(branch, weight, eps)
 
 
@@ -30,11 +42,13 @@ def _kernel(
     branch_ptr,
     weight_ptr,
     gate_ptr,
+    scale_ptr,
     out_ptr,
     length,
     channels,
     gate_stride,
     EPS: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,18 +63,29 @@ def _kernel(
         place = (batch * length + first + i) * channels + column
         branch = tl.load(branch_ptr + place, mask=there, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(branch * branch, axis=0) / channels + EPS)
+        eps = EPS
+        if SCALED:
+            scale = tl.load(scale_ptr + batch * length + first + i, mask=first + i < length, other=1.0)
+            eps = EPS / (scale * scale)
+        inverse = tl.rsqrt(tl.sum(branch * branch, axis=0) / channels + eps)
         tl.store(out_ptr + place, (x + branch * inverse * weight).to(out_ptr.dtype.element_ty), mask=there)
 
 
-def launch(x, branch, weight, gate, eps):
+def launch(x, branch, weight, gate, eps, scale=None):
     x, branch = x.contiguous(), branch.contiguous()
+    scaled, scale = scale is not None, gate if scale is None else scale.contiguous()
     out = torch.empty_like(x)
     B, L, C = x.shape
     stride = gate.stride(0) if len(gate) > 1 else 0
     grid = (-(-L // ROWS), B)
-    enqueue(_kernel, grid, x, branch, weight, gate, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    sizes, constants = (L, C, stride), (eps, scaled, ROWS, power_of_two(C))
+    enqueue(_kernel, grid, x, branch, weight, gate, scale, out, *sizes, *constants, num_warps=8)
     return out
+
+
+def _scaled_inputs(make, **sizes) -> tuple:
+    x, branch, *rest = SPEC.inputs(make, **sizes)
+    return x, branch, *rest, 0.01 + make(*x.shape[:-1], 1).float().abs()
 
 
 SPEC = Spec(
@@ -71,4 +96,10 @@ SPEC = Spec(
     cases=({"B": 2, "L": 17, "C": 24, "gates": 2}, {"B": 1, "L": 3, "C": 192}, {"B": 2, "L": 16, "C": 40}),
     model={"B": 1, "L": 4128, "C": 3840},
     least_bytes=lambda x, branch, weight, gate, eps: 3 * bytes_of(x) + bytes_of(weight, gate),
+)
+SCALED_SPEC = replace(
+    SPEC,
+    name="gated_residual_scaled",
+    inputs=_scaled_inputs,
+    least_bytes=lambda x, branch, weight, gate, eps, scale: 3 * bytes_of(x) + bytes_of(weight, gate, scale),
 )

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from zimage.dit.rope import Rotation
+from zimage.dit.units import PLAIN, Units
 from zimage.kernels.gated_residual import gated_residual
 from zimage.kernels.layer_norm import layer_norm_scale
 from zimage.kernels.norm import rms_norm_scale
 from zimage.kernels.qk_norm_rope import qk_norm_rope
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import Padding, attention
-from zimage.nn.layers import RMSNorm
+from zimage.nn.layers import BlockLinear, RMSNorm
 
 MODULATION_WIDTH = 256
 
@@ -33,8 +34,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
         self.head_dim = dim // heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.to_q, self.to_k, self.to_v = (BlockLinear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([BlockLinear(dim, dim)])
         self.norm_q = RMSNorm(self.head_dim, eps)
         self.norm_k = RMSNorm(self.head_dim, eps)
         self.attend = attention
@@ -49,9 +50,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w1 = BlockLinear(dim, hidden)
+        self.w2 = BlockLinear(hidden, dim)
+        self.w3 = BlockLinear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(swiglu(self.w1(x), self.w3(x)))

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zimage.kernels.half_product import half_product
 from zimage.kernels.norm import HALF, rms_norm
 
 PIECE = 2 << 20  # values widened at a time: small enough to stay in the cache until they are multiplied
@@ -35,7 +36,20 @@ class NarrowLinear(nn.Linear):
         return narrow_product(x, self.weight)
 
 
-class StreamedLinear(nn.Linear):
+class BlockLinear(nn.Linear):
+    """A Linear of a transformer block, without bias: the layers that hold and multiply fp16 where the DiT does.
+
+    Their input is held in a unit in which no sum overflows: see `zimage.dit.units`.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return half_product(x, self.weight) if x.dtype is torch.float16 else super().forward(x)
+
+
+class StreamedLinear(BlockLinear):
     """A Linear whose weight is in memory only while its block runs: changes would be lost, so LoRAs add a branch."""
 
 

@@ -1,0 +1,80 @@
+"""How much a linear layer can enlarge its input: bounds for a dtype that overflows early.
+
+By the inequality of Cauchy and Schwarz, an output y_j = Σ w_jk · x_k and every partial sum of it stay within
+‖w_j‖₂ · ‖x‖₂, and the whole output within ‖W‖_F · ‖x‖₂. Biases are not part of either.
+
+Shapes: weights (O, I).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zimage.nn.adapters import AdaptedLinear
+from zimage.nn.layers import PIECE
+from zimage.nn.packed import PackedLinear
+
+MEASURED = "gain"  # attribute of a weight: what was measured, since it is never changed in place
+
+
+class Gain(NamedTuple):
+    """Bounds of a linear map: of one output, and of the norm of all outputs, for an input of norm 1."""
+
+    row: float
+    whole: float
+
+    def __add__(self, other: "Gain") -> "Gain":  # type: ignore[override]
+        return Gain(self.row + other.row, self.whole + other.whole)
+
+
+def gain(layer: nn.Module, device: torch.device) -> Gain:
+    """The gain of a linear layer of any kind, measured on `device` when first asked for."""
+    if isinstance(layer, AdaptedLinear):
+        return _adapted(layer, device)
+    holder = layer if isinstance(layer, PackedLinear) else layer.get_parameter("weight")
+    if MEASURED not in vars(holder):
+        vars(holder)[MEASURED] = _of_rows(_rows(layer, device))
+    return vars(holder)[MEASURED]
+
+
+def _adapted(layer: AdaptedLinear, device: torch.device) -> Gain:
+    """y = W · (x + before(x)) + branch(x) + after(W · x): the sums of the bounds of all terms."""
+    inputs, outputs = layer.in_features, layer.out_features
+    base, moved = gain(layer.base, device), 1 + sum(_of_map(m, inputs, device).whole for m in layer.before)
+    total = Gain(base.row * moved, base.whole * moved)
+    for branch in layer.branches:
+        total += _of_map(branch, inputs, device)
+    for module in layer.after:
+        row, whole = _of_map(module, outputs, device)
+        total += Gain(row * base.whole, whole * base.whole)
+    return total
+
+
+def _rows(layer: nn.Module, device: torch.device) -> Iterator[Tensor]:
+    """The rows of a layer's weight in fp32, a few at a time."""
+    step = max(1, PIECE // int(layer.in_features))
+    if isinstance(layer, PackedLinear):
+        for i in range(0, layer.out_features, step):
+            yield layer.packed.rows(i, min(i + step, layer.out_features)).decode()
+    else:
+        for piece in layer.get_parameter("weight").split(step):
+            yield piece.to(device).float()
+
+
+def _of_rows(pieces: Iterable[Tensor]) -> Gain:
+    return _of_squares(torch.cat([piece.square().sum(dim=1) for piece in pieces]))
+
+
+@torch.no_grad()
+def _of_map(module: nn.Module, inputs: int, device: torch.device) -> Gain:
+    """The gain of a linear map without a weight of its own, from what it makes of each unit vector."""
+    squares = torch.zeros((), device=device)
+    for unit_vectors in torch.eye(inputs, device=device).split(256):
+        squares = squares + module(unit_vectors).square().sum(dim=0)
+    return _of_squares(squares)
+
+
+def _of_squares(squares: Tensor) -> Gain:
+    return Gain(*torch.stack((squares.amax(), squares.sum())).sqrt().tolist())
