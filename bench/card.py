@@ -178,7 +178,7 @@ def random_model(name: str, device: torch.device, precision: str = "bf16") -> An
     cls, config, _ = COMPONENTS[name]
     with torch.device("meta"):
         model: nn.Module = cls.from_config(config)
-    model = model.to_empty(device=device).bfloat16().requires_grad_(False).eval()
+    model = model.bfloat16().to_empty(device=device).requires_grad_(False).eval()
     for key, weight in model.named_parameters():
         fan_in = 1 if "embed_tokens" in key else weight[0].numel()
         weight.fill_(key.endswith("weight")) if weight.ndim == 1 else weight.normal_(std=0.5 * fan_in**-0.5)

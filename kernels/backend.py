@@ -81,6 +81,7 @@ class Spec:
     in_place: tuple[int, ...] = ()
     least_capability: int = 75  # of the GPU
     stores_little: bool = False  # a few results per program: the width of the stores does not matter
+    levels_of_a_sum: bool = False  # results are quantised after a sum, whose order moves a few by one level
     rounds_once: bool = True  # results have the inputs' dtype; False: they are fp32 whatever the inputs
 
 

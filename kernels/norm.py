@@ -1,13 +1,17 @@
-"""RMS norm over the last dimension, plain and times a modulation's scale.
+"""RMS norm over the last dimension, plain and times a modulation's scale, the latter also quantised.
 
 Shapes: B batch, L tokens, C channels.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zimage.kernels import quantise
 from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.quantise import Operand, quantised
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = 16  # tokens per program, which share one read of weight and scale
@@ -32,9 +36,26 @@ def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tens
     return run(x, weight, scale, eps)
 
 
+def rms_norm_scale_quantised(x: Tensor, weight: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Operand:
+    """rms_norm_scale of the same arguments in int8 or fp8, quantised from fp32: rounded once."""
+    least = quantise.LEAST_CAPABILITY[dtype]
+    run = launch_quantised if fuses(x, weight, scale, least_capability=least) else reference_quantised
+    values, row_scale = run(x, weight, scale, eps, dtype)
+    return Operand(values, row_scale, x.dtype)
+
+
 def reference(x, weight, scale, eps):
+    return _reference(x, weight, scale, eps).to(x.dtype)
+
+
+def reference_quantised(x, weight, scale, eps, dtype):
+    return quantise.reference(_reference(x, weight, scale, eps), dtype)
+
+
+def _reference(x, weight, scale, eps):
+    """fp32 for `x` in half precision."""
     if x.dtype in HALF:
-        return scaled_by_rms(x, weight.float() * scale, eps).to(x.dtype)
+        return scaled_by_rms(x, weight.float() * scale, eps)
     return rms_norm(x, weight, eps) * scale
 
 
@@ -44,14 +65,18 @@ def _kernel(
     weight_ptr,
     scale_ptr,
     out_ptr,
+    row_scale_ptr,
     length,
     channels,
     scale_stride,
     EPS: tl.constexpr,
+    PEAK: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    INTEGER: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS tokens of one sample."""
+    """ROWS tokens of one sample; quantised if there is a PEAK."""
     first, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     present = column < channels
@@ -59,18 +84,32 @@ def _kernel(
     weight *= tl.load(scale_ptr + batch * scale_stride + column, mask=present, other=0.0).to(tl.float32)
     for i in range(ROWS):
         there = present & (first + i < length)
-        place = (batch * length + first + i) * channels + column
-        x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / channels + EPS)
-        tl.store(out_ptr + place, (x * inverse * weight).to(out_ptr.dtype.element_ty), mask=there)
+        row = batch * length + first + i
+        x = tl.load(x_ptr + row * channels + column, mask=there, other=0.0).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / channels + EPS) * weight
+        if PEAK > 0:
+            x, row_scale = quantised(x, PEAK, SMALLEST, INTEGER)
+            tl.store(row_scale_ptr + row, row_scale, mask=first + i < length)
+        tl.store(out_ptr + row * channels + column, x.to(out_ptr.dtype.element_ty), mask=there)
 
 
 def launch(x, weight, scale, eps):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _launched(x, weight, scale, eps, out)
+
+
+def launch_quantised(x, weight, scale, eps, dtype):
+    out, row_scale = quantise.empty_operand(x, dtype)
+    return _launched(x, weight, scale, eps, out, row_scale), row_scale
+
+
+def _launched(x, weight, scale, eps, out, row_scale=None):
     x = x.contiguous()
-    out = torch.empty_like(x)
     B, L, C = x.shape
     stride = scale.stride(0) if len(scale) > 1 else 0
-    enqueue(_kernel, (-(-L // ROWS), B), x, weight, scale, out, L, C, stride, eps, ROWS, power_of_two(C), num_warps=8)
+    form, row_scale = quantise.constants(out.dtype), scale if row_scale is None else row_scale
+    pointers, block = (x, weight, scale, out, row_scale), power_of_two(C)
+    enqueue(_kernel, (-(-L // ROWS), B), *pointers, L, C, stride, eps, *form, ROWS, block, num_warps=8)
     return out
 
 
@@ -83,3 +122,22 @@ SPEC = Spec(
     model={"B": 1, "L": 4128, "C": 3840},
     least_bytes=lambda x, weight, scale, eps: 2 * bytes_of(x) + bytes_of(weight, scale),
 )
+
+
+def _quantised_spec(name: str, dtype: torch.dtype) -> Spec:
+    return replace(
+        SPEC,
+        name=name,
+        reference=reference_quantised,
+        launch=launch_quantised,
+        inputs=lambda make, **sizes: (*SPEC.inputs(make, **sizes), dtype),
+        least_bytes=lambda x, weight, scale, eps, dtype: (
+            bytes_of(x, weight, scale) + x.numel() + 4 * x.shape[:-1].numel()
+        ),
+        least_capability=quantise.LEAST_CAPABILITY[dtype],
+        levels_of_a_sum=True,
+    )
+
+
+INT8_SPEC = _quantised_spec("rms_norm_scale_int8", torch.int8)
+FP8_SPEC = _quantised_spec("rms_norm_scale_fp8", torch.float8_e4m3fn)

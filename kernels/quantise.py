@@ -1,4 +1,9 @@
-"""Dynamic quantisation with one scale per row: the input of an int8 or fp8 matrix product."""
+"""Dynamic quantisation with one scale per row: the input of an int8 or fp8 matrix product.
+
+Ops whose result is only ever multiplied write it in this form at once: see `norm.py` and `swiglu.py`.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +15,22 @@ LEAST_CAPABILITY = {torch.int8: 75, torch.float8_e4m3fn: 89}
 TINY = 1e-12  # the scale of a row of zeros
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (rows, C) ≈ q · scale with q (rows, C) in int8 or fp8 e4m3 and scale (rows, 1) fp32, symmetric.
+class Operand(NamedTuple):
+    """The input of matrix products: values · scale, made once and shared by the products of one input."""
+
+    values: Tensor  # (…, C) in the dtype that is multiplied
+    scale: Tensor  # (…, 1) fp32
+    dtype: torch.dtype  # of the products' results
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> Operand:
+    """x (…, C) ≈ values · scale with values (…, C) in int8 or fp8 e4m3 and scale (…, 1) fp32, symmetric.
 
     A row's largest magnitude becomes the largest value of `dtype`; the others are rounded to nearest, ties to even.
     """
-    return (launch if fuses(x, least_capability=LEAST_CAPABILITY[dtype]) else reference)(x, dtype)
+    run = launch if fuses(x, least_capability=LEAST_CAPABILITY[dtype]) else reference
+    values, scale = run(x, dtype)
+    return Operand(values, scale, x.dtype)
 
 
 def reference(x, dtype):
@@ -26,13 +41,23 @@ def reference(x, dtype):
 
 
 @jit
+def quantised(x, PEAK: tl.constexpr, SMALLEST: tl.constexpr, INTEGER: tl.constexpr):
+    """What other kernels call: (values, scale) of one row x, all three fp32. PEAK is LARGEST, SMALLEST is TINY."""
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST) / PEAK
+    x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if INTEGER:
+        x = (x + 12582912.0) - 12582912.0  # to the nearest even integer: 1.5 · 2²³ leaves no fractional bits
+    return x, scale
+
+
+@jit
 def _kernel(
     x_ptr,
     out_ptr,
     scale_ptr,
     channels,
     PEAK: tl.constexpr,
-    TINY: tl.constexpr,
+    SMALLEST: tl.constexpr,
     INTEGER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,25 +65,36 @@ def _kernel(
     column = tl.arange(0, BLOCK)
     present = column < channels
     x = tl.load(x_ptr + row * channels + column, mask=present, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), TINY) / PEAK
-    x = tl.div_rn(x, tl.full((BLOCK,), 0.0, tl.float32) + scale)
-    if INTEGER:
-        x = (x + 12582912.0) - 12582912.0  # to the nearest even integer: 1.5 · 2²³ leaves no fractional bits
+    x, scale = quantised(x, PEAK, SMALLEST, INTEGER)
     tl.store(out_ptr + row * channels + column, x.to(out_ptr.dtype.element_ty), mask=present)
     tl.store(scale_ptr + row, scale)
 
 
 def launch(x, dtype):
     x = x.contiguous()
-    rows, channels = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    out, scale = empty_operand(x, dtype)
+    channels = x.shape[-1]
     block = power_of_two(channels)
-    warps = min(max(block // 512, 4), 16)
     enqueue(
-        _kernel, (rows,), x, out, scale, channels, LARGEST[dtype], TINY, dtype is torch.int8, block, num_warps=warps
+        _kernel, (scale.numel(),), x, out, scale, channels, *constants(dtype), block, num_warps=warps_of_a_row(block)
     )
     return out, scale
+
+
+def empty_operand(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for the values and the scale of x (…, C)."""
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device), scale
+
+
+def constants(dtype: torch.dtype) -> tuple[float, float, bool]:
+    """PEAK, SMALLEST and INTEGER of `quantised`; a PEAK of 0 for dtypes that are not quantised."""
+    return LARGEST.get(dtype, 0.0), TINY, dtype is torch.int8
+
+
+def warps_of_a_row(block: int) -> int:
+    """For programs that hold one row of `block` values in registers."""
+    return min(max(block // 512, 4), 16)
 
 
 def _spec(name: str, dtype: torch.dtype) -> Spec:

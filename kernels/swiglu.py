@@ -1,10 +1,14 @@
-"""SwiGLU, the gated activation in the feed-forward layers of both transformers."""
+"""SwiGLU, the gated activation in the feed-forward layers of both transformers, plain and quantised."""
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels import quantise
+from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.quantise import Operand, quantised
 
 BLOCK = 2048
 
@@ -15,8 +19,27 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return run(gate, up)
 
 
+def swiglu_quantised(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Operand:
+    """swiglu of the same arguments in int8 or fp8, quantised from fp32: rounded once."""
+    least = quantise.LEAST_CAPABILITY[dtype]
+    run = launch_quantised if fuses(gate, up, least_capability=least) else reference_quantised
+    values, scale = run(gate, up, dtype)
+    return Operand(values, scale, gate.dtype)
+
+
 def reference(gate, up):
     return F.silu(gate).mul_(up)
+
+
+def reference_quantised(gate, up, dtype):
+    return quantise.reference(reference(gate.float(), up), dtype)
+
+
+@jit
+def activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride):
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=present, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=present, other=0.0).to(tl.float32)
+    return gate * tl.sigmoid(gate) * up
 
 
 @jit
@@ -24,10 +47,32 @@ def _kernel(gate_ptr, up_ptr, out_ptr, channels, gate_stride, up_stride, BLOCK: 
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = column < channels
-    gate = tl.load(gate_ptr + row * gate_stride + column, mask=present, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + column, mask=present, other=0.0).to(tl.float32)
-    activated = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * channels + column, activated, mask=present)
+    x = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride)
+    tl.store(out_ptr + row * channels + column, x.to(out_ptr.dtype.element_ty), mask=present)
+
+
+@jit
+def _quantising_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    scale_ptr,
+    channels,
+    gate_stride,
+    up_stride,
+    PEAK: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A whole row, whose largest value the scale needs."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    present = column < channels
+    x = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride)
+    x, scale = quantised(x, PEAK, SMALLEST, INTEGER)
+    tl.store(out_ptr + row * channels + column, x.to(out_ptr.dtype.element_ty), mask=present)
+    tl.store(scale_ptr + row, scale)
 
 
 def launch(gate, up):
@@ -38,6 +83,26 @@ def launch(gate, up):
         _kernel, (len(gates), -(-C // BLOCK)), gates, ups, out, C, gates.stride(0), ups.stride(0), BLOCK, num_warps=8
     )
     return out
+
+
+def launch_quantised(gate, up, dtype):
+    gates, ups = gate.flatten(0, -2), up.flatten(0, -2)
+    out, scale = quantise.empty_operand(gate, dtype)
+    sizes, block = (gate.shape[-1], gates.stride(0), ups.stride(0)), power_of_two(gate.shape[-1])
+    warps = quantise.warps_of_a_row(block)
+    enqueue(
+        _quantising_kernel,
+        (len(gates),),
+        gates,
+        ups,
+        out,
+        scale,
+        *sizes,
+        *quantise.constants(dtype),
+        block,
+        num_warps=warps,
+    )
+    return out, scale
 
 
 def _inputs(make, L: int, C: int, packed: int = 0) -> tuple:
@@ -53,3 +118,20 @@ SPEC = Spec(
     model={"L": 4128, "C": 10240},
     least_bytes=lambda gate, up: 3 * bytes_of(gate),
 )
+
+
+def _quantised_spec(name: str, dtype: torch.dtype) -> Spec:
+    return replace(
+        SPEC,
+        name=name,
+        reference=reference_quantised,
+        launch=launch_quantised,
+        inputs=lambda make, **sizes: (*_inputs(make, **sizes), dtype),
+        least_bytes=lambda gate, up, dtype: bytes_of(gate, up) + gate.numel() + 4 * gate.shape[:-1].numel(),
+        least_capability=quantise.LEAST_CAPABILITY[dtype],
+        levels_of_a_sum=True,
+    )
+
+
+INT8_SPEC = _quantised_spec("swiglu_int8", torch.int8)
+FP8_SPEC = _quantised_spec("swiglu_fp8", torch.float8_e4m3fn)

@@ -1,13 +1,23 @@
 """Transformations of the plain DiT: int8 and fp8 products, regional compilation."""
 
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from torch import nn
 
 import zimage
-from zimage.dit import ZImageDiT
+from zimage.dit import ZImageDiT, blocks
+from zimage.dit.blocks import Block
+from zimage.dit.rope import Rotation
 from zimage.errors import RequestError
+from zimage.kernels import quantise as quantise_kernel
+from zimage.nn import operand as operands
+from zimage.nn.adapters import AdaptedLinear
+from zimage.nn.branches import Beside
 from zimage.nn.compile import compile_blocks
 from zimage.nn.packed import PackedLinear, Scaled
 from zimage.nn.quant import QuantisedLinear, quantisable, quantise, quantised_bytes
@@ -76,6 +86,82 @@ def test_a_whole_model(precision, blocks, limit):
     assert sum(t.numel() * t.element_size() for t in held) == expected
     assert 0 < relative(model(*inputs()), exact) < limit
     assert not list(quantisable(model, precision))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often inputs were quantised and rotated."""
+    counts = Counter()
+
+    def counting(owner, name):
+        inner = getattr(owner, name)
+
+        def call(*arguments):
+            counts[name] += 1
+            return inner(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counting(quantise_kernel, "reference")
+    counting(operands, "rotate")
+    return counts
+
+
+def block(kind: Callable[[nn.Linear], nn.Module] = lambda linear: QuantisedLinear(linear, torch.int8)) -> Block:
+    """A modulated block of 32 channels whose products are of a kind."""
+    made = tiny.randomised(Block(32, 2, 1e-5, modulated=True), seed=84).eval().requires_grad_(False)
+    linears = [path for path, m in made.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in path]
+    for path in linears:
+        made.set_submodule(path, kind(made.get_submodule(path)))
+    return made
+
+
+def run(made: Block, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(85)
+    x, time = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 32, generator=generator)
+    angles = torch.randn(1, 5, 8, generator=generator)
+    turn = Rotation(angles.cos(), angles.sin())
+    return made.to(dtype)(x.to(dtype), turn, None, made.modulate(time.to(dtype)))
+
+
+def test_an_input_is_quantised_once_for_all_its_products(counted):
+    """q, k and v; to_out; w1 and w3; w2."""
+    made = block()
+    counted.clear()
+    run(made)
+    assert counted == {"reference": 4}
+
+
+def rotated(linear: nn.Linear) -> QuantisedLinear:
+    codes, scale, _ = quantise_kernel.quantise_rows(linear.weight, torch.int8)
+    return QuantisedLinear(PackedLinear(Scaled(codes, scale, rotated=4)), torch.int8)
+
+
+def test_an_input_is_rotated_once_for_all_its_products(counted):
+    made = block(lambda linear: rotated(linear) if linear.in_features % 4 == 0 else linear)
+    counted.clear()
+    run(made)
+    assert counted == {"reference": 3, "rotate": 3}  # w2 has 85 columns
+
+
+def test_layers_with_adapters_beside_them_take_plain_inputs(counted):
+    """Of q, k and v, one that differs makes all three round for themselves."""
+    made = block()
+    made.attention.to_k = AdaptedLinear(made.attention.to_k, Beside())
+    counted.clear()
+    out = run(made)
+    assert counted == {"reference": 6}
+    assert torch.equal(out, run(block()))
+
+
+@pytest.mark.parametrize("precision", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_shared_inputs_keep_the_bits_in_fp32_and_round_once_in_bf16(precision, monkeypatch):
+    made = partial(block, lambda linear: QuantisedLinear(linear, precision))
+    shared = [run(made(), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    monkeypatch.setattr(blocks, "common_form", lambda *layers: None)
+    alone = [run(made(), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert torch.equal(shared[0], alone[0])
+    assert relative(shared[1], shared[0]) <= 1.02 * relative(alone[1], shared[0])
 
 
 def test_through_the_pipeline(tiny_folder):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from zimage.errors import RequestError
-from zimage.kernels.quantise import quantise_rows
+from zimage.kernels.quantise import Operand, quantise_rows
 from zimage.nn.layers import PIECE
-from zimage.nn.packed import PackedLinear, Scaled, rotate
+from zimage.nn.operand import Form, Input, operand
+from zimage.nn.packed import PackedLinear, Scaled
 
 log = logging.getLogger("zimage")
 
@@ -37,20 +38,21 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear | PackedLinear, dtype: torch.dtype):
         super().__init__()
-        weight, scale, self.rotated = _codes(linear, dtype)
+        weight, scale, rotated = _codes(linear, dtype)
+        self.form = Form(dtype, rotated)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("weight", weight)
         # (1, out) fp32; contiguous even if one scale serves all rows: row-wise fp8 products refuse strides of 0.
         self.register_buffer("scale", scale.expand(self.out_features, 1).reshape(1, -1).contiguous())
         self.bias = linear.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        rows = rotate(rows, self.rotated) if self.rotated else rows
-        rows, row_scale = quantise_rows(rows, self.weight.dtype)
-        out = product(rows, row_scale, self.weight, self.scale, x.dtype)
+    def forward(self, x: Input) -> Tensor:
+        made = operand(x, self.form)
+        assert isinstance(made, Operand)
+        rows, row_scale = made.values.flatten(0, -2), made.scale.flatten(0, -2)
+        out = product(rows, row_scale, self.weight, self.scale, made.dtype)
         out = out if self.bias is None else out + self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.view(*made.values.shape[:-1], self.out_features)
 
 
 def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
@@ -65,7 +67,7 @@ def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor
     for i in range(0, linear.out_features, step):
         end = min(i + step, linear.out_features)
         rows = stored[i:end] if isinstance(stored, Tensor) else stored.rows(i, end).decode()
-        codes[i:end], scale[i:end] = quantise_rows(rows, dtype)
+        codes[i:end], scale[i:end], _ = quantise_rows(rows, dtype)
     return codes, scale, 0
 
 
