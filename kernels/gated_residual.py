@@ -32,7 +32,7 @@ def reference(x, branch, weight, gate, eps, scale=None):
     if x.dtype in HALF:
         return scaled_by_rms(branch, weight.float() * gate, eps).add_(x).to(x.dtype)
     if scale is not None:
-        return x + scaled_by_rms(branch, gate * weight, eps)
+        return x + gate * weight * branch * (branch.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     return x + gate * rms_norm(branch, weight, eps)
 
 

@@ -32,13 +32,13 @@ def reference(x, weight, values: int = 128):
     """Two-level sums as a GPU forms them: rounded to fp16 after every UNIT values, to fp32 after `values`."""
     if x.dtype is not torch.float16:
         return F.linear(x, weight)
-    total = torch.zeros(*x.shape[:-1], weight.shape[0], device=x.device)
-    for xs, weights in zip(x.split(values, dim=-1), weight.split(values, dim=-1), strict=True):
-        partial = torch.zeros_like(total)
-        for a, b in zip(xs.split(UNIT, dim=-1), weights.split(UNIT, dim=-1), strict=True):
-            partial = (partial + F.linear(a.float(), b.float())).half().float()
-        total += partial
-    return total.half()
+    room = (0, -x.shape[-1] % values)
+    rows, columns = (F.pad(t.float(), room).unflatten(-1, (-1, values)).flatten(0, -3) for t in (x, weight))
+    rows, columns = rows.transpose(0, 1), columns.permute(1, 2, 0)  # (parts, M, values), (parts, values, N)
+    partial = rows.new_zeros(len(rows), rows.shape[1], len(weight))
+    for a, b in zip(rows.split(UNIT, dim=2), columns.split(UNIT, dim=1), strict=True):
+        partial = partial.baddbmm_(a, b).half().float()
+    return partial.sum(dim=0).half().view(*x.shape[:-1], len(weight))
 
 
 @jit

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 
 from zimage.errors import RequestError, quoted
+from zimage.loading.registry import ROWS
 from zimage.settings.declared import LoadSettings
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16, "fp32": torch.float32}
+BF16_CAPABILITY = (8, 0)  # of GPUs with bf16 arithmetic; older ones compute in fp16
 
 
 class Place(NamedTuple):
@@ -25,7 +27,7 @@ def choose_places(names: Iterable[str], settings: LoadSettings, dtype: str | tor
         own = f"{name}_device"
         field = own if getattr(settings, own, None) else "device"
         device = choose_device(getattr(settings, field), field)
-        places[name] = Place(device, choose_dtype(dtype, device))
+        places[name] = Place(device, choose_dtype(dtype, device, ROWS[name].in_half))
     return places
 
 
@@ -59,15 +61,20 @@ def choose_device(name: str, setting: str = "device") -> torch.device:
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations: bf16 where the device computes in it, unless one is named."""
-    if dtype is None:
-        native = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return torch.bfloat16 if native else torch.float32
-    chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if chosen in (torch.float16, "fp16", "float16"):
-        text = "dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32"
-        raise RequestError(text, fields=("dtype",))
-    if chosen not in (torch.bfloat16, torch.float32, torch.float64):
-        raise RequestError(f"dtype {quoted(dtype)} is not known; use {' or '.join(DTYPES)}", fields=("dtype",))
-    return chosen
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, in_half: bool = False) -> torch.dtype:
+    """The dtype in which a component computes: the one that is named, else the device's own.
+
+    A component that does not compute in fp16 (`in_half`) takes fp32 in its place.
+    """
+    chosen = _native(device) if dtype is None else DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise RequestError(f"dtype {quoted(dtype)} is not known; use {', '.join(DTYPES)}", fields=("dtype",))
+    return torch.float32 if chosen is torch.float16 and not in_half else chosen
+
+
+def _native(device: torch.device) -> torch.dtype:
+    """What a device computes in: bf16 where it can, else fp16 on a GPU of NVIDIA's and fp32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY else torch.float16
+    bf16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32

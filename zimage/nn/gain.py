@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zimage.nn.adapters import AdaptedLinear
 from zimage.nn.layers import PIECE
 from zimage.nn.packed import PackedLinear
+from zimage.nn.quant import QuantisedLinear
 
 MEASURED = "gain"  # attribute of a weight: what was measured, since it is never changed in place
 
@@ -29,11 +30,12 @@ class Gain(NamedTuple):
         return Gain(self.row + other.row, self.whole + other.whole)
 
 
+@torch.no_grad()
 def gain(layer: nn.Module, device: torch.device) -> Gain:
     """The gain of a linear layer of any kind, measured on `device` when first asked for."""
     if isinstance(layer, AdaptedLinear):
         return _adapted(layer, device)
-    holder = layer if isinstance(layer, PackedLinear) else layer.get_parameter("weight")
+    holder = layer if isinstance(layer, PackedLinear | QuantisedLinear) else layer.get_parameter("weight")
     if MEASURED not in vars(holder):
         vars(holder)[MEASURED] = _of_rows(_rows(layer, device))
     return vars(holder)[MEASURED]
@@ -58,16 +60,20 @@ def _rows(layer: nn.Module, device: torch.device) -> Iterator[Tensor]:
     if isinstance(layer, PackedLinear):
         for i in range(0, layer.out_features, step):
             yield layer.packed.rows(i, min(i + step, layer.out_features)).decode()
+    elif isinstance(layer, QuantisedLinear):
+        for codes, scale in zip(layer.weight.split(step), layer.scale.split(step, dim=1), strict=True):
+            yield codes.float() * scale.t()
     else:
-        for piece in layer.get_parameter("weight").split(step):
-            yield piece.to(device).float()
+        weight = layer.get_parameter("weight")
+        used = vars(weight).get("wanted", weight.dtype)  # of a weight that was left in its file
+        for piece in weight.split(step):
+            yield piece.to(device).to(used).float()
 
 
 def _of_rows(pieces: Iterable[Tensor]) -> Gain:
     return _of_squares(torch.cat([piece.square().sum(dim=1) for piece in pieces]))
 
 
-@torch.no_grad()
 def _of_map(module: nn.Module, inputs: int, device: torch.device) -> Gain:
     """The gain of a linear map without a weight of its own, from what it makes of each unit vector."""
     squares = torch.zeros((), device=device)

@@ -56,7 +56,7 @@ class StreamedLinear(BlockLinear):
 class WideningLinear(nn.Linear):
     """A Linear whose weight stays as stored (bf16) and is widened to the input's dtype when used.
 
-    For processors that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
+    For models that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
     """
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ def narrow_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def widened_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in x's dtype, of weight (out, C) in another: a few rows are widened at a time."""
-    rows = max(1, PIECE // weight.shape[1])
+    """x · weightᵀ in x's dtype, of weight (out, C) in another: a few rows are widened at a time, all on a GPU."""
+    rows = weight.shape[0] if x.is_cuda else max(1, PIECE // weight.shape[1])
     scratch = x.new_empty(min(rows, weight.shape[0]), weight.shape[1])
     return torch.cat([F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in weight.split(rows)], dim=-1)
