@@ -4,8 +4,10 @@ Products run as on a GPU that adds in fp16, with sums in two levels (`half_produ
 """
 
 import copy
+import functools
 import shutil
 
+import lora_files
 import numpy as np
 import pytest
 import torch
@@ -13,14 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import zimage
-from zimage.dit import ZImageDiT, blocks, reach
+from zimage.dit import blocks, reach
 from zimage.dit.blocks import Block
 from zimage.dit.rope import Rotation
 from zimage.errors import RequestError
 from zimage.kernels import half_product
+from zimage.loading.devices import choose_dtype
 from zimage.nn import layers
+from zimage.nn.compile import compile_blocks
 from zimage.nn.gain import gain
 from zimage.nn.operand import gated_activation
+from zimage.nn.packed import PackedLinear, Scaled
+from zimage.nn.quant import QuantisedLinear
 
 LOUD = 300_000.0
 BETTER = 3  # times nearer float64 than bf16
@@ -48,12 +54,16 @@ def loud_block(dim: int, heads: int) -> Block:
     for weight in block.parameters():
         values = drawn.repeat(-(-weight.numel() // len(drawn)))[: weight.numel()].view_as(weight)
         weight.copy_(0.5 + values if weight.ndim == 1 else (2 * values - 1) / weight.shape[1] ** 0.5)
-    feed_forward = block.feed_forward
-    for layer in (feed_forward.w1, feed_forward.w3):
-        layer.weight[:8] *= 1024
-    feed_forward.w2.weight[3] *= 64  # what the norm of the branch then makes loud
-    block.ffn_norm2.weight[3] = LOUD / dim**0.5
+    make_loud(*(block.get_parameter(f"feed_forward.w{i}.weight") for i in (1, 2, 3)), block.ffn_norm2.weight)
     return block
+
+
+def make_loud(w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor, norm: torch.Tensor) -> None:
+    """One channel of the branch outweighs the others, always positive, as massive activations do: g · silu(g) is."""
+    w1[:8] *= 1024
+    w3[:8] = w1[:8]
+    w2[3, :8] = 64 * w2[3, :8].abs()
+    norm[3] = LOUD / len(norm) ** 0.5
 
 
 def stream(dim: int, tokens: int = 16) -> torch.Tensor:
@@ -82,9 +92,7 @@ def run_in_units(block: Block, x: torch.Tensor) -> torch.Tensor:
     neutral = reach.unmodulated(block)
     units = reach.units([block], [neutral], LOUD)
     modulation = reach.in_units(neutral, units)
-    return units.leave(
-        block(units.enter(x), turned(x.shape[1], block.attention.head_dim), None, modulation, units)
-    )
+    return units.leave(block(units.enter(x), turned(x.shape[1], block.attention.head_dim), None, modulation, units))
 
 
 @pytest.mark.parametrize("dim", [384, 3840], ids=["small", "full width"])
@@ -99,7 +107,8 @@ def test_a_loud_block_is_finite_and_near(dim, two_levels, monkeypatch):
     assert (exact - x).abs().max() > LOUD / 2
     coarse, ours = run(block, x, torch.bfloat16), run_in_units(block, x)
     assert ours.isfinite().all()
-    pairs = torch.tensor([[relative(y[:, i] - x[:, i], (exact - x)[:, i]) for y in (ours, coarse)] for i in range(len(x[0]))])
+    rows = zip(*(y.double().sub(x)[0] for y in (ours, coarse, exact)), strict=True)
+    pairs = torch.tensor([(relative(fine, truth), relative(rough, truth)) for fine, rough, truth in rows])
     ratios = pairs[:, 1] / pairs[:, 0]
     print(f"bf16's error over ours: {ratios.log().mean().exp():.1f}, least {ratios.min():.1f}")
     assert relative(ours - x, exact - x) * BETTER < relative(coarse - x, exact - x)
@@ -165,11 +174,9 @@ def loud_folder(tiny_folder, tmp_path_factory):
     shutil.copytree(tiny_folder, folder)
     (file,) = folder.glob("transformer/*.safetensors")
     tensors = load_file(file)
-    for name, weight in tensors.items():
-        if name.endswith(("w1.weight", "w3.weight")):
-            weight[:4] *= 600
-        elif name.endswith("ffn_norm2.weight"):
-            weight[3] = LOUD / 8
+    for block in {name.rpartition(".ffn_norm2")[0] for name in tensors if ".ffn_norm2" in name}:
+        names = [f"feed_forward.w{i}" for i in (1, 2, 3)]
+        make_loud(*(tensors[f"{block}.{name}.weight"] for name in (*names, "ffn_norm2")))
     save_file(tensors, file)
     return folder
 
@@ -188,10 +195,130 @@ def test_requests_of_every_kind(loud_folder, request_):
 
     def pixels(dtype: str) -> torch.Tensor:
         pipe = zimage.ZImage.load(loud_folder, device="cpu", dtype=dtype)
-        result = pipe.generate(**{"prompt": "a cat", **SMALL, **request_})
-        return torch.stack([torch.from_numpy(np.array(image)) for image in result.images]).double()
+        return tensors(pipe.generate(**{"prompt": "a cat", **SMALL, **request_}))
 
     exact = pixels("fp32")
     assert (pixels("fp16") - exact).norm() * BETTER < (pixels("bf16") - exact).norm()
 
 
+# ------------------------------------------------------------------ with all else
+
+
+def tensors(result) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(image)) for image in result.images]).double()
+
+
+def test_int8_products(loud_folder):
+    """Their results are held in units as well: what quantising costs, fp16 does not add to."""
+
+    def picture(dtype: str, precision: str) -> torch.Tensor:
+        pipe = zimage.ZImage.load(loud_folder, device="cpu", dtype=dtype, precision=precision)
+        return tensors(pipe.generate("a cat", **SMALL))
+
+    exact = picture("fp32", "bf16")
+    assert (picture("fp16", "int8") - exact).norm() < 1.1 * (picture("fp32", "int8") - exact).norm()
+    with pytest.raises(RequestError, match="fp8 gives results in bf16"):
+        picture("fp16", "fp8")
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    paths = [f"layers.{i}.attention.{name}" for i in (0, 1) for name in ("to_q", "to_v", "to_out.0")]
+    paths += [f"layers.{i}.feed_forward.w{n}" for i in (0, 1) for n in (1, 2, 3)]
+    file = tmp_path_factory.mktemp("lora") / "style.safetensors"
+    return lora_files.write(file, lora_files.NAMINGS["kohya"](lora_files.factors(paths)))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["merged", "beside streamed layers"])
+def test_adapters(loud_folder, style, streamed, monkeypatch):
+    monkeypatch.setattr("zimage.loading.planner._base_bytes", lambda device: 0)
+
+    def picture(dtype: str, **settings) -> torch.Tensor:
+        pipe = zimage.ZImage.load(loud_folder, device="cpu", dtype=dtype, **settings)
+        assert bool(pipe.prepare(zimage.Request("a cat", **SMALL)).plan.stages["dit"].streamed) == bool(settings)
+        plain = tensors(pipe.generate("a cat", **SMALL))
+        handle = pipe.lora.add(style, 0.5)
+        changed = tensors(pipe.generate("a cat", **SMALL))
+        pipe.lora.remove(handle)
+        assert torch.equal(tensors(pipe.generate("a cat", **SMALL)), plain)
+        assert not torch.equal(changed, plain)
+        return changed
+
+    low = zimage.ZImage.load(loud_folder, device="cpu", dtype="fp16", memory=1e-9)
+    plan = low.prepare(zimage.Request("a cat", **SMALL), must_fit=False).plan
+    exact = picture("fp32")
+    ours = picture("fp16", **({"memory": plan.tightest.peak / 1e9} if streamed else {}))
+    assert (ours - exact).norm() * BETTER < (picture("bf16") - exact).norm()
+
+
+def test_compiled_blocks(loud_folder, monkeypatch):
+    """The units are constants of the compiled code, and others compile again."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, compiled = (zimage.load_component(loud_folder, "dit", dtype="fp16") for _ in range(2))
+    compile_blocks(compiled)
+    torch._dynamo.utils.counters.clear()
+    generator = torch.Generator().manual_seed(31)
+    latents, captions = torch.randn(1, 16, 4, 4, generator=generator), [torch.randn(5, 64, generator=generator)]
+    for loudness in (1.0, 0.01):
+        for dit in (plain, compiled):
+            dit.layers[1].ffn_norm2.weight *= loudness
+        expected, found = (dit(latents, torch.tensor([0.5]), captions) for dit in (plain, compiled))
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+# ------------------------------------------------------------------ bounds of layers
+
+
+@pytest.mark.parametrize("kind", ["plain", "streamed", "packed", "int8"])
+def test_gain_is_that_of_the_numbers_that_are_multiplied(kind):
+    weight = torch.randn(40, 48, generator=torch.Generator().manual_seed(41))
+    plain = layers.BlockLinear(48, 40).requires_grad_(False)
+    plain.weight.data = weight
+    if kind == "streamed":
+        plain.weight.wanted = torch.float16
+    codes = Scaled((weight * 16).to(torch.float8_e4m3fn), torch.tensor(1 / 16))
+    int8 = QuantisedLinear(plain, torch.int8)
+    layer, used = {
+        "plain": (plain, weight),
+        "streamed": (plain, weight.half()),
+        "packed": (PackedLinear(codes), codes.decode()),
+        "int8": (int8, int8.weight * int8.scale.t()),
+    }[kind]
+    rows = used.double().norm(dim=1)
+    row, whole = gain(layer, torch.device("cpu"))
+    assert (row, whole) == pytest.approx((float(rows.max()), float(rows.norm())), rel=1e-6)
+
+
+# ------------------------------------------------------------------ where it is chosen
+
+
+@pytest.mark.parametrize(
+    ("capability", "dit", "vae"),
+    [((7, 5), torch.float16, torch.float32), ((8, 0), torch.bfloat16, torch.bfloat16)],
+    ids=["RTX 20", "A100"],
+)
+def test_a_gpu_without_bf16_takes_fp16(monkeypatch, capability, dit, vae):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert (choose_dtype(None, gpu, in_half=True), choose_dtype(None, gpu)) == (dit, vae)
+
+
+@pytest.mark.parametrize("name", ["fp16", "float16", torch.float16])
+def test_the_other_components_compute_in_fp32(tiny_folder, name):
+    pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype=name)
+    dtypes = {component: place.dtype for component, place in pipe.residency.places.items()}
+    assert dtypes == {"text_encoder": torch.float32, "dit": torch.float16, "vae": torch.float32}
+    assert pipe.encode(["a"])[0].dtype == torch.float32
+    held = {weight.dtype for name, weight in pipe.dit.named_parameters() if name.endswith(("to_q.weight", "w2.weight"))}
+    assert held == {torch.float16}
+    assert pipe.dit.x_pad_token.dtype == pipe.dit.layers[0].adaLN_modulation[0].weight.dtype == torch.float32
+
+
+def test_the_context_refiner_gives_what_it_gives_in_fp32(loud_folder):
+    captions = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (5, 40)]
+    exact, ours = (zimage.load_component(loud_folder, "context_refiner", dtype=d)(captions) for d in ("fp32", "fp16"))
+    for found, wanted in zip(ours, exact, strict=True):
+        assert wanted.abs().max() > 65_504 > wanted.abs().median()
+        assert found.dtype == torch.float32
+        assert relative(found, wanted.double()) < 1e-3

@@ -173,7 +173,8 @@ class CaptionStream(nn.Module):
         """The largest value of an embedded caption."""
         norm, linear = self.cap_embedder
         assert isinstance(norm, RMSNorm)
-        return reach.embedded(linear, *reach.largest_of_norms([norm]), self.cap_pad_token)
+        (largest,) = reach.largest_of_norms([norm])
+        return reach.embedded(linear, largest, self.cap_pad_token)
 
     def _embed(self, caption: Tensor, length: int, batch_length: int) -> Tensor:
         """(L, caption width) → (batch_length, dim): learned pads up to `length`, zeros (masked) from there."""
@@ -257,8 +258,8 @@ class ZImageDiT(CaptionStream):
         image = reach.embedded(self.x_embedder, self._patch_norm(), self.x_pad_token)
         entry = max(image, self._caption_reach() + reach.branches(context))
         units = reach.units([*refiner, *layers], [*m.noise_refiner, *m.layers], entry)
-        parts = ([reach.in_units(block, units) for block in blocks] for blocks in (m.noise_refiner, m.layers))
-        return Modulation(*parts, m.final, units)
+        first, then = ([reach.in_units(block, units) for block in part] for part in (m.noise_refiner, m.layers))
+        return Modulation(first, then, m.final, units)
 
     def _patch_norm(self) -> float:
         """The largest norm of an image token's latents."""

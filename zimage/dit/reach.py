@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zimage.dit.blocks import Block, BlockModulation
 from zimage.dit.units import Units
 from zimage.errors import RequestError
-from zimage.nn.gain import Gain, gain
+from zimage.nn.gain import Gain, gain, sides
 from zimage.nn.layers import RMSNorm
 
 LIMIT = 2.0**15  # half of what fp16 holds: the other half is for the rounding of what is bounded here
@@ -65,8 +65,9 @@ def largest_of_norms(norms: Sequence[RMSNorm], scales: Sequence[Tensor] = ()) ->
     """√C · max|weight · scale| of each RMS norm: no value of its output is larger, nor the norm of a whole row."""
     if not norms:
         return []
-    factors = [norm.weight.float() * s for norm, s in zip(norms, scales or [1] * len(norms), strict=True)]
-    largest = torch.stack([factor.abs().amax() for factor in factors]).tolist()
+    weights = [norm.weight.float() for norm in norms]
+    factors = [w * scale for w, scale in zip(weights, scales, strict=True)] if scales else weights
+    largest: list[float] = torch.stack([factor.abs().amax() for factor in factors]).tolist()
     return [math.sqrt(len(norm.weight)) * value for norm, value in zip(norms, largest, strict=True)]
 
 
@@ -81,7 +82,7 @@ def _input_norms(blocks: Sequence[Block], modulations: Sequence[BlockModulation]
 def _gain(layer: nn.Module, device: torch.device) -> Gain:
     """The gain of a layer. Raises RequestError for one whose weights are too small for fp16."""
     found = gain(layer, device)
-    rms = found.whole / math.sqrt(int(layer.in_features) * int(layer.out_features))
+    rms = found.whole / math.sqrt(math.prod(sides(layer)))
     if 0 < rms < LEAST_RMS:
         text = f"dtype fp16 would lose digits of weights as small as {rms:.1g} in this DiT; use bf16 or fp32"
         raise RequestError(text, fields=("dtype",))

@@ -14,8 +14,8 @@ Every value that is stored or summed in fp16 is therefore held in a unit, a powe
     hidden row silu(gate)·up  a unit per row       such that its norm is at most `hidden`, LIMIT / ‖row of W₂‖
     its product, the branch   the same             a product of the hidden row
 
-The bounds are those of `reach.py`. Whatever follows is a norm, and rms_norm(y / s; eps / s²) = rms_norm(y; eps), or knows the unit. The embedders, the
-modulation and the final layer compute in fp32.
+The bounds are those of `reach.py`. Whatever follows is a norm, and rms_norm(y / s; eps / s²) = rms_norm(y; eps), or
+knows the unit. The embedders, the modulation and the final layer compute in fp32.
 """
 
 from typing import NamedTuple

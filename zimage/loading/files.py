@@ -287,4 +287,6 @@ def load_component(
     if name not in ROWS:
         raise RequestError(f"component {quoted(name)} does not exist; use one of {', '.join(ROWS)}")
     place = choose_device(device)
-    return Component.open(name, component_folder(Path(path), name)).load(place, choose_dtype(dtype, place, ROWS[name].in_half))
+    return Component.open(name, component_folder(Path(path), name)).load(
+        place, choose_dtype(dtype, place, ROWS[name].in_half)
+    )

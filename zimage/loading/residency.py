@@ -58,7 +58,7 @@ class Residency:
         attention = settings.attention or "auto"
         chosen = {n: choose_attention(attention if p == places[DIT] else "auto", *p) for n, p in places.items()}
         self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
-        check_precision(settings.precision, places[DIT].device)
+        check_precision(settings.precision, *places[DIT])
         self._held: dict[str, _Loaded] = {}
         self._busy: Counter[str] = Counter()  # stages under way, by component
         self._devices = {place.device: threading.RLock() for place in places.values()}

@@ -41,10 +41,18 @@ def gain(layer: nn.Module, device: torch.device) -> Gain:
     return vars(holder)[MEASURED]
 
 
+def sides(layer: nn.Module) -> tuple[int, int]:
+    """(O, I) of a linear layer of any kind."""
+    outputs, inputs = layer.out_features, layer.in_features
+    assert isinstance(outputs, int)
+    assert isinstance(inputs, int)
+    return outputs, inputs
+
+
 def _adapted(layer: AdaptedLinear, device: torch.device) -> Gain:
     """y = W · (x + before(x)) + branch(x) + after(W · x): the sums of the bounds of all terms."""
-    inputs, outputs = layer.in_features, layer.out_features
-    base, moved = gain(layer.base, device), 1 + sum(_of_map(m, inputs, device).whole for m in layer.before)
+    outputs, inputs = sides(layer)
+    base, moved = gain(layer.base, device), 1.0 + sum(_of_map(m, inputs, device).whole for m in layer.before)
     total = Gain(base.row * moved, base.whole * moved)
     for branch in layer.branches:
         total += _of_map(branch, inputs, device)
@@ -56,10 +64,11 @@ def _adapted(layer: AdaptedLinear, device: torch.device) -> Gain:
 
 def _rows(layer: nn.Module, device: torch.device) -> Iterator[Tensor]:
     """The rows of a layer's weight in fp32, a few at a time."""
-    step = max(1, PIECE // int(layer.in_features))
+    outputs, inputs = sides(layer)
+    step = max(1, PIECE // inputs)
     if isinstance(layer, PackedLinear):
-        for i in range(0, layer.out_features, step):
-            yield layer.packed.rows(i, min(i + step, layer.out_features)).decode()
+        for i in range(0, outputs, step):
+            yield layer.packed.rows(i, min(i + step, outputs)).decode()
     elif isinstance(layer, QuantisedLinear):
         for codes, scale in zip(layer.weight.split(step), layer.scale.split(step, dim=1), strict=True):
             yield codes.float() * scale.t()

@@ -113,10 +113,16 @@ def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
     )
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise RequestError if the device cannot compute in `precision`; warn if it only emulates it."""
+def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RequestError if the device cannot compute in `precision` with activations in `dtype`.
+
+    Warns if it only emulates it.
+    """
     if precision != "fp8":
         return
+    if dtype is torch.float16:
+        text = "precision fp8 gives results in bf16, not in fp16; use dtype bf16, or precision int8"
+        raise RequestError(text, fields=("precision", "dtype"))
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         text = "precision fp8 needs a GPU of compute capability 8.9 (RTX 4090) or newer; use int8 or bf16"
         raise RequestError(text, fields=("precision",))
