@@ -8,10 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
-
-ROWS = 16  # tokens per program, which share one read of weight and gate
 
 
 def gated_residual(
@@ -22,7 +20,7 @@ def gated_residual(
     With a scale (B, L, 1) fp32 the branch is branch · scale, which only eps can tell: rms_norm(y / s, eps / s²) is
     rms_norm(y, eps).
     """
-    run = launch if fuses(x, branch, weight, gate) else reference
+    run = choose(launch, reference, x, branch, weight, gate)
     return run(x, branch, weight, gate, eps, scale)
 
 
@@ -76,9 +74,9 @@ def launch(x, branch, weight, gate, eps, scale=None):
     scaled, scale = scale is not None, gate if scale is None else scale.contiguous()
     out = torch.empty_like(x)
     B, L, C = x.shape
-    stride = gate.stride(0) if len(gate) > 1 else 0
-    grid = (-(-L // ROWS), B)
-    sizes, constants = (L, C, stride), (eps, scaled, ROWS, power_of_two(C))
+    stride, rows = gate.stride(0) if len(gate) > 1 else 0, tokens_per_program(B * L)
+    sizes, constants = (L, C, stride), (eps, scaled, rows, power_of_two(C))
+    grid = (-(-L // rows), B)
     enqueue(_kernel, grid, x, branch, weight, gate, scale, out, *sizes, *constants, num_warps=8)
     return out
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 POSITIONS = 512  # positions per program, which share one read or write of the values per channel
 SUMS = 2048  # sums side by side on a CPU: short ones are accurate, and few enough stay in the nearest cache
@@ -17,7 +17,7 @@ SUMS = 2048  # sums side by side on a CPU: short ones are accurate, and few enou
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,), fp32 or wider, of every channel of a map (B, C, H, W) over all its positions."""
-    return (launch_statistics if fuses(x) else reference_statistics)(x)
+    return choose(launch_statistics, reference_statistics, x)(x)
 
 
 def normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -25,7 +25,7 @@ def normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: T
 
     `mean` and `variance` (C,) fp32. With those of a channel's group this is GroupNorm (Wu & He 2018), then SiLU.
     """
-    run = launch_normalise if fuses(x, weight, bias) else reference_normalise
+    run = choose(launch_normalise, reference_normalise, x, weight, bias)
     return run(x, mean, variance, weight, bias, eps)
 
 

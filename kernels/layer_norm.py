@@ -7,14 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
-
-ROWS = 16  # tokens per program, which share one read of the scale
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 
 
 def layer_norm_scale(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """(x − mean) / √(variance + eps) · scale over the last dimension of x (B, L, C), scale (B or 1, 1, C)."""
-    run = launch if fuses(x, scale) else reference
+    run = choose(launch, reference, x, scale)
     return run(x, scale, eps)
 
 
@@ -54,8 +52,8 @@ def launch(x, scale, eps):
     if x.stride()[1:] != (C, 1):
         x = x.contiguous()  # a slice of leading tokens, as the DiT passes it, needs no copy
     out = torch.empty((B, L, C), dtype=x.dtype, device=x.device)
-    strides = x.stride(0), scale.stride(0) if len(scale) > 1 else 0
-    enqueue(_kernel, (-(-L // ROWS), B), x, scale, out, L, C, *strides, eps, ROWS, power_of_two(C), num_warps=8)
+    strides, rows = (x.stride(0), scale.stride(0) if len(scale) > 1 else 0), tokens_per_program(B * L)
+    enqueue(_kernel, (-(-L // rows), B), x, scale, out, L, C, *strides, eps, rows, power_of_two(C), num_warps=8)
     return out
 
 

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels import quantise
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 from zimage.kernels.quantise import Operand, quantised
 
 HALF = (torch.bfloat16, torch.float16)
-ROWS = 16  # tokens per program, which share one read of weight and scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,14 +31,14 @@ def scaled_by_rms(x: Tensor, factor: Tensor, eps: float) -> Tensor:
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     """rms_norm(x) · scale, for x (B, L, C), weight (C,) and scale (B or 1, 1, C)."""
-    run = launch if fuses(x, weight, scale) else reference
+    run = choose(launch, reference, x, weight, scale)
     return run(x, weight, scale, eps)
 
 
 def rms_norm_scale_quantised(x: Tensor, weight: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Operand:
     """rms_norm_scale of the same arguments in int8 or fp8, quantised from fp32: rounded once."""
     least = quantise.LEAST_CAPABILITY[dtype]
-    run = launch_quantised if fuses(x, weight, scale, least_capability=least) else reference_quantised
+    run = choose(launch_quantised, reference_quantised, x, weight, scale, least_capability=least)
     values, row_scale = run(x, weight, scale, eps, dtype)
     return Operand(values, row_scale, x.dtype)
 
@@ -106,10 +105,10 @@ def launch_quantised(x, weight, scale, eps, dtype):
 def _launched(x, weight, scale, eps, out, row_scale=None):
     x = x.contiguous()
     B, L, C = x.shape
-    stride = scale.stride(0) if len(scale) > 1 else 0
+    stride, rows = scale.stride(0) if len(scale) > 1 else 0, tokens_per_program(B * L)
     form, row_scale = quantise.constants(out.dtype), scale if row_scale is None else row_scale
     pointers, block = (x, weight, scale, out, row_scale), power_of_two(C)
-    enqueue(_kernel, (-(-L // ROWS), B), *pointers, L, C, stride, eps, *form, ROWS, block, num_warps=8)
+    enqueue(_kernel, (-(-L // rows), B), *pointers, L, C, stride, eps, *form, rows, block, num_warps=8)
     return out
 
 

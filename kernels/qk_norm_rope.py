@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
 
 
@@ -19,7 +19,7 @@ def qk_norm_rope(
     per head; each pair (x₂ₖ, x₂ₖ₊₁) then turns by its angle (Su et al. 2021). fp32 inside.
     """
     even_blocks = q.shape[-1] == power_of_two(q.shape[-1])  # the kernel splits a head in pairs, without a mask
-    run = launch if even_blocks and fuses(q, k, q_weight, k_weight) else reference
+    run = choose(launch, reference, q, k, q_weight, k_weight) if even_blocks else reference
     return run(q, k, q_weight, k_weight, cos, sin, eps)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_CAPABILITY = {torch.int8: 75, torch.float8_e4m3fn: 89}
@@ -28,7 +28,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> Operand:
 
     A row's largest magnitude becomes the largest value of `dtype`; the others are rounded to nearest, ties to even.
     """
-    run = launch if fuses(x, least_capability=LEAST_CAPABILITY[dtype]) else reference
+    run = choose(launch, reference, x, least_capability=LEAST_CAPABILITY[dtype])
     values, scale = run(x, dtype)
     return Operand(values, scale, x.dtype)
 

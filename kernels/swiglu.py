@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels import quantise
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 from zimage.kernels.quantise import Operand, quantised
 
 BLOCK = 2048
@@ -15,14 +15,14 @@ BLOCK = 2048
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, elementwise (Shazeer 2020), of equal shapes (…, C); rows may be strided (half a product)."""
-    run = launch if fuses(gate, up) else reference
+    run = choose(launch, reference, gate, up)
     return run(gate, up)
 
 
 def swiglu_quantised(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Operand:
     """swiglu of the same arguments in int8 or fp8, quantised from fp32: rounded once."""
     least = quantise.LEAST_CAPABILITY[dtype]
-    run = launch_quantised if fuses(gate, up, least_capability=least) else reference_quantised
+    run = choose(launch_quantised, reference_quantised, gate, up, least_capability=least)
     values, scale = run(gate, up, dtype)
     return Operand(values, scale, gate.dtype)
 

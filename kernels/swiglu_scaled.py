@@ -6,7 +6,8 @@ Shapes: L rows, C channels.
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, power_of_two, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
+from zimage.kernels.quantise import empty_operand, warps_of_a_row
 
 LEAST = 2.0**-40  # of a row's scale: its square is a number too
 
@@ -17,8 +18,7 @@ def swiglu_scaled(gate: Tensor, up: Tensor, unit: float, norm: float) -> tuple[T
     g = unit · gate and u = unit · up (…, C). A row of values has a norm of at most `norm`, at least half of it unless
     the row is nearly 0. Unit and norm are powers of two, and so is the scale.
     """
-    run = launch if fuses(gate, up) else reference
-    return run(gate, up, unit, norm)
+    return choose(launch, reference, gate, up)(gate, up, unit, norm)
 
 
 def reference(gate, up, unit, norm):
@@ -63,12 +63,9 @@ def _kernel(
 def launch(gate, up, unit, norm):
     C = gate.shape[-1]
     gates, ups = gate.flatten(0, -2), up.flatten(0, -2)  # views for halves of a packed product
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    scale = torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)
-    block = power_of_two(C)
+    (out, scale), block = empty_operand(gate, gate.dtype), power_of_two(C)
     sizes, constants = (C, gates.stride(0), ups.stride(0)), (unit, norm, LEAST, block)
-    warps = min(max(block // 512, 4), 16)
-    enqueue(_kernel, (len(gates),), gates, ups, out, scale, *sizes, *constants, num_warps=warps)
+    enqueue(_kernel, (len(gates),), gates, ups, out, scale, *sizes, *constants, num_warps=warps_of_a_row(block))
     return out, scale
 
 

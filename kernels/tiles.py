@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, tl
 
 BLOCK = (16, 128)  # rows × columns of a tile per program
 LEVELS = 4096  # values per program
@@ -15,13 +15,13 @@ def add_tile(canvas: Tensor, tile: Tensor, rows: Tensor, columns: Tensor, top: i
     canvas (B, C, H, W) fp32, tile (B, C, h, w) of any float dtype, weights rows (h,) and columns (w,) fp32. Where the
     weights of all tiles over a pixel add up to one, the canvas ends with their weighted mean.
     """
-    run = launch_add if fuses(canvas, tile) else reference_add
+    run = choose(launch_add, reference_add, canvas, tile)
     return run(canvas, tile, rows, columns, top, left)
 
 
 def to_levels(images: Tensor) -> Tensor:
     """Round values in [−1, 1] to the nearest of 256 levels, as uint8; values beyond are clamped."""
-    return (launch_levels if fuses(images) else reference_levels)(images)
+    return choose(launch_levels, reference_levels, images)(images)
 
 
 def reference_add(canvas, tile, rows, columns, top, left):

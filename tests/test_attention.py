@@ -2,17 +2,22 @@
 
 import importlib.util
 import types
+from functools import partial
 
+import broken
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import zimage
 from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.nn import attention as module
 from zimage.nn.attention import Padding, attention, choose_attention, use_attention
+from zimage.text.qwen3 import KVCache, Qwen3
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LENGTHS = (5, 9, 2)
@@ -37,7 +42,7 @@ class FakeBias(list):
     causal = False
 
     @classmethod
-    def from_seqlens(cls, lengths):
+    def from_seqlens(cls, lengths, device):
         return cls(lengths)
 
     def make_causal(self):
@@ -86,6 +91,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: state.capability)
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(importlib, "import_module", lambda path: FAKES[packages[path]])
+    samples = module._samples
+    monkeypatch.setattr(module, "_samples", lambda device, dtype: samples(CPU, dtype))
     return state
 
 
@@ -131,14 +138,12 @@ def test_automatic_choice_goes_by_card_and_packages(gpu):
     def auto():
         return choose_attention("auto", CUDA, torch.bfloat16)[0]
 
-    assert auto() == "flash2", "FlashAttention 3 is Hopper's"
+    assert auto() == "sdpa", "FlashAttention 3 is Hopper's, and the others give nothing that PyTorch has not"
     gpu.capability = (9, 0)
     assert auto() == "flash3"
-    gpu.capability = (8, 9)
-    gpu.installed = {"xformers", "sage"}
-    assert auto() == "xformers"
-    gpu.installed = {"sage"}
-    assert auto() == "sdpa", "sage is lossy: only when named"
+    assert choose_attention("auto", CUDA, torch.bfloat16, compiled=True)[0] == "sdpa"
+    gpu.installed = {"flash2", "xformers", "sage"}
+    assert auto() == "sdpa"
     gpu.installed = set(FAKES)
     assert choose_attention("auto", CUDA, torch.float32)[0] == "sdpa"
     assert choose_attention("auto", CPU, torch.bfloat16)[0] == "sdpa"
@@ -152,6 +157,9 @@ def test_automatic_choice_goes_by_card_and_packages(gpu):
         ("sage", (8, 9), (), "pip install sageattention"),
         ("flash3", (8, 9), FAKES, "8.9; use auto"),
         ("flash2", (7, 5), FAKES, "7.5; use auto"),
+        ("sdpa-flash", (7, 5), (), "7.5; use auto"),
+        ("sdpa-cudnn", (7, 5), (), "7.5; use auto"),
+        ("sdpa-efficient", (7, 5), (), "7.5; use auto"),
     ],
 )
 def test_what_cannot_be_used_says_why(gpu, name, capability, installed, says):
@@ -164,6 +172,142 @@ def test_named_for_the_wrong_device():
     for name in ("flash2", "sage", "sdpa-cudnn"):
         with pytest.raises(RequestError, match="NVIDIA GPUs only, not on cpu; use sdpa"):
             choose_attention(name, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["flash2", "xformers", "sage", "sdpa-flash", "sdpa-cudnn"])
+def test_what_computes_in_16_bits_says_so(gpu, name):
+    with pytest.raises(RequestError, match="16 bits only, not in float32; use sdpa"):
+        choose_attention(name, CUDA, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["xformers", "sage"])
+def test_what_cannot_be_compiled_says_so(gpu, name):
+    with pytest.raises(RequestError, match="cannot be compiled; use sdpa, or leave out --compile"):
+        choose_attention(name, CUDA, torch.bfloat16, compiled=True)
+    assert choose_attention("flash2", CUDA, torch.bfloat16, compiled=True)[0] == "flash2"
+
+
+class Strict:
+    """PyTorch's attention as its kernels for GPUs are: flash and cuDNN without a mask, efficient without groups."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        if (enable_gqa and "efficient" in self.kind) or (attn_mask is not None and "efficient" not in self.kind):
+            raise RuntimeError("No available kernel. Aborting execution.")
+        with sdpa_kernel(SDPBackend.MATH):
+            return REAL(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+
+REAL = F.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa-cudnn", "sdpa-efficient"])
+def test_pytorchs_own_kernels_are_asked_only_for_what_they_have(gpu, monkeypatch, name, kv_heads):
+    """They once ended a batch of unequal captions, and grouped heads, with "No available kernel"."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(module, "_tried", lambda name, *_: partial(module._torch_only, module._TORCH[name]))
+    _, attend = choose_attention(name, CUDA, torch.bfloat16)
+    q, k, v = tensors(kv_heads)
+    padding = Padding.of(LENGTHS, CPU)
+    expected = attention(q, k, v, padding), attention(q, k, v, causal=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", Strict(name))
+    found = attend(q, k, v, padding), attend(q, k, v, causal=True)
+    torch.testing.assert_close(found[1], expected[1])
+    for i, n in enumerate(LENGTHS):
+        torch.testing.assert_close(found[0][i, :n], expected[0][i, :n])
+
+
+def test_a_kernel_of_pytorchs_own_that_does_not_run_is_refused(gpu, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("No available kernel. Aborting execution.\nand more")
+
+    monkeypatch.setattr(module, "_torch_only", fail)
+    with pytest.raises(
+        RequestError, match=r"sdpa-cudnn does not work here \(RuntimeError: No available.*; or use sdpa"
+    ):
+        choose_attention("sdpa-cudnn", CUDA, torch.bfloat16)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A GPU for FlashAttention 3, as far as choosing goes, and a folder for packages."""
+    samples = module._samples
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(module, "_samples", lambda device, dtype: samples(CPU, dtype))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    broken.forget(*(package.module.split(".")[0] for package in module._PACKAGES.values()))
+
+
+@pytest.mark.parametrize("kind", broken.KINDS)
+@pytest.mark.parametrize("name", FAKES)
+def test_a_package_that_is_here_and_fails(hopper, caplog, name, kind):
+    """Named, it is refused in one line; nothing that `auto` finds on a machine can end a render."""
+    package = module._PACKAGES[name].module
+    source, tells = broken.KINDS[kind]
+    broken.write(hopper, package.split(".")[0], source)
+    if "." in package and source is not None:
+        (hopper / package.replace(".", "/")).with_suffix(".py").write_text(source)
+        tells = tells if source else "AttributeError"
+    with pytest.raises(RequestError) as refused:
+        choose_attention(name, CUDA, torch.bfloat16)
+    assert tells in str(refused.value) or "ModuleNotFoundError" in str(refused.value)
+    assert "install" in str(refused.value)
+    assert str(refused.value).endswith("; or use sdpa")
+    caplog.clear()
+    assert choose_attention("auto", CUDA, torch.bfloat16) == ("sdpa", attention)
+    assert len(caplog.messages) == (1 if name == "flash3" else 0)
+    assert all("\n" not in line and tells in line for line in caplog.messages)
+
+
+def test_the_whole_reason_is_told_on_request(hopper, caplog):
+    broken.write(hopper, "flash_attn_interface", "raise RuntimeError('first\\nsecond')")
+    caplog.set_level("INFO", "zimage")
+    choose_attention("auto", CUDA, torch.bfloat16)
+    assert any("Traceback" in line and "second" in line for line in caplog.messages)
+
+
+def test_writing_is_safe_from_packages_that_write_over_their_inputs():
+    """SageAttention 1 subtracts the mean from k in place; with a cache k is the cache, and the text went wrong."""
+    model = tiny.randomised(Qwen3.from_config(tiny.QWEN), seed=74).eval()
+    ids = torch.tensor([[5, 3, 9, 2]])
+
+    def logits():
+        cache = KVCache(model.config, 8, model.model.norm.weight)
+        with torch.no_grad():
+            return [model.next_logits(part, cache) for part in (ids, ids[:, :1], ids[:, 1:2])]
+
+    def careless(q, k, v, padding=None, causal=False):
+        result = attention(q, k, v, padding, causal)
+        for x in (q, k, v):
+            x.sub_(7)
+        return result
+
+    plain = logits()
+    use_attention(model, careless)
+    for found, expected in zip(logits(), plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_render_is_safe_from_packages_that_write_over_their_inputs():
+    model = tiny.randomised(ZImageDiT.from_config(tiny.DIT), seed=72).eval()
+    generator = torch.Generator().manual_seed(73)
+    captions = [torch.randn(n, tiny.DIT["cap_feat_dim"], generator=generator) for n in (7, 40)]
+    inputs = torch.randn(2, 16, 4, 6, generator=generator), torch.tensor([0.9, 0.4]), captions
+
+    def careless(q, k, v, padding=None, causal=False):
+        result = attention(q, k, v, padding, causal)
+        for x in (q, k, v):
+            x.fill_(float("nan"))
+        return result
+
+    with torch.no_grad():
+        plain = model(*inputs)
+        use_attention(model, careless)
+        assert torch.equal(model(*inputs), plain)
 
 
 def test_a_transformer_calls_what_it_was_given():

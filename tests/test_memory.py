@@ -563,6 +563,14 @@ ON_CPU = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "40000000000 bytes. Error code 12 (Cannot allocate memory)"
 )
+ON_WINDOWS = (
+    "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried to allocate "
+    "40000000000 bytes."
+)
+ON_MPS = (
+    "MPS backend out of memory (MPS allocated: 17.10 GiB, other allocations: 1.01 GiB, max allowed: 18.13 GiB). "
+    "Tried to allocate 2.00 GB on private pool. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to disable upper limit"
+)
 
 
 @pytest.mark.parametrize(
@@ -571,8 +579,22 @@ ON_CPU = (
         (RuntimeError(ON_CPU), "allocating 40 GB"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"), "2.50 GiB"),
         (MemoryError(), "in the DiT stage; set memory"),
+        (RuntimeError(ON_WINDOWS), "allocating 40 GB"),
+        (RuntimeError(ON_MPS), "allocating 2.00 GB"),
+        (RuntimeError("Invalid buffer size: 18.52 GB"), "allocating 18.52 GB"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+            "_INITIALIZED); ",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "_ALLOC_FAILED); ",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "(CUDNN_STATUS_NOT_INITIALIZED); set"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "out of memory"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"), "out of memory in the DiT"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out of memory in the DiT stage"),
     ],
-    ids=["cpu", "cuda", "python"],
 )
 def test_running_out_of_memory_is_one_line(tiny_folder, monkeypatch, error, says):
     def fail(*_):
@@ -592,6 +614,26 @@ def test_a_real_allocation_that_fails_and_other_errors():
         torch.empty(10**15)
     with pytest.raises(RuntimeError, match="something else"), out_of_memory_in("vae"):
         raise RuntimeError("something else")
+
+
+def test_page_locked_memory_that_fails_is_the_hosts(tiny_folder, monkeypatch):
+    """CUDA's words are those of a full card, on which a smaller budget would only lock more."""
+    empty = torch.empty
+
+    def full(*size, pin_memory=False, **options):
+        if pin_memory:
+            raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    weights = [torch.nn.Parameter(torch.zeros(3, 5))]
+    vars(weights[0])["wanted"] = torch.float32
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_in("DiT"):
+        offload._packed(weights, pin=True)
+    assert str(caught.value).startswith(
+        "out of page-locked memory on the host in the DiT stage, allocating 2.56e-07 GB; "
+    )
+    assert "larger memory" in str(caught.value)
 
 
 # ------------------------------------------------------------------ what the process takes

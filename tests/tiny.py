@@ -134,11 +134,18 @@ def tokenizer() -> Tokenizer:
     return fast
 
 
-def write_model(folder: Path, text_encoder: Mapping, transformer: Mapping, vae: Mapping, vae_config: Mapping) -> Path:
+def write_model(
+    folder: Path,
+    text_encoder: Mapping,
+    transformer: Mapping,
+    vae: Mapping,
+    vae_config: Mapping,
+    dit_config: Mapping = DIT,
+) -> Path:
     """A model folder in the published layout with these state dicts (the VAE's as published); returns `folder`."""
     parts = {
         "text_encoder": (QWEN, text_encoder, "model"),
-        "transformer": (DIT, transformer, "diffusion_pytorch_model"),
+        "transformer": (dit_config, transformer, "diffusion_pytorch_model"),
         "vae": (vae_config, vae, "diffusion_pytorch_model"),
     }
     for name, (config, weights, stem) in parts.items():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from zimage import interrupts
-from zimage.cli import terminal
+from zimage.cli import faults, terminal
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
@@ -93,8 +93,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def unexpected(error: Exception, verbose: bool) -> int:
     """The last net: any other exception becomes one line that says how to get the traceback."""
-    if verbose or os.environ.get(DEBUG):
+    shown = verbose or os.environ.get(DEBUG)
+    if shown:
         terminal.note("".join(traceback.format_exception(error)).rstrip())
+    if fault := faults.told(error):
+        return _fail(fault, 1)
+    if shown:
         return _fail(f"internal fault ({type(error).__name__}); please report it with these lines", 1)
     again = f"run it again with {DEBUG}=1 for the traceback and please report it"
     return _fail(f"internal fault ({type(error).__name__}: {one_line(str(error), 200)}); {again}", 1)
@@ -120,3 +124,4 @@ def _log_to_terminal() -> None:
     logger = logging.getLogger("zimage")
     logger.handlers[:] = [terminal.LogHandler()]
     logger.propagate = False
+    logger.setLevel(logging.WARNING)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @options_of(RewriteSettings)
 @options_of(LoadSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first, and whole reasons of warnings.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
 @interrupts.telling("the unfinished picture was not saved")
 def gen(
@@ -69,6 +69,8 @@ def gen(
 ) -> None:
     """Render one or more PROMPTs; - reads one from standard input. Words without quotes form one prompt."""
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
+    if verbose:
+        terminal.tell_more()
     options |= _prompts(prompt, prompt_file, each)
     keeping = open_state(save_state, resume, picture, given(options, Request))
     origin = read_origin(picture, options)

@@ -102,6 +102,11 @@ def open_streams() -> None:
                 stream.reconfigure(errors="backslashreplace")
 
 
+def tell_more() -> None:
+    """Show what the library logs as information, too: the whole reasons of its warnings."""
+    logging.getLogger("zimage").setLevel(logging.INFO)
+
+
 class LogHandler(logging.Handler):
     """What the library logs, as notes."""
 

@@ -1,6 +1,7 @@
 """The machine's memory, and running out of it."""
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from zimage.errors import OutOfMemory
 from zimage.formats.pages import PAGE, libc
@@ -16,16 +18,50 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
 KEPT = 64 << 20  # bytes: an activation of a step is kept, a whole map of a VAE is returned at once
 
 
+# What PyTorch, CUDA's libraries and Metal say where memory is lacking. A library that cannot begin to work on a GPU
+# ("not initialized") nearly always lacks the memory for it.
+SHORTAGE = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Invalid buffer size|Failed to allocate private MTLBuffer"
+    r"|CU(BLAS|DNN)_STATUS_(NOT_INITIALIZED|ALLOC_FAILED)|CUDNN_STATUS_INTERNAL_ERROR_\w*ALLOCATION_FAILED"
+)
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can be used on `device` without pushing anything else out."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
+    return _host_memory()
+
+
+def _host_memory() -> int:
+    if sys.platform == "win32":
+        return _windows_memory()
     meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
+    if not meminfo.is_file():  # macOS: all that the machine has
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
     return min(int(free.split()[1]) * 1024, _container_memory())
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows' GlobalMemoryStatusEx."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("physical", "available", "pages", "pages_left")),
+        *((name, ctypes.c_uint64) for name in ("virtual", "virtual_left", "extended_left")),
+    )
+
+
+def _windows_memory() -> int:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if not vars(ctypes)["windll"].kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("GlobalMemoryStatusEx failed")
+    return status.available
 
 
 def process_memory() -> int:
@@ -42,19 +78,38 @@ def out_of_memory_in(stage: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        raise OutOfMemory(
-            f"out of memory in the {stage} stage"
-            + (f", allocating {_readable(asked[1])}" if asked else "")
-            + "; set memory (--memory GB) below what is free, or choose a smaller size"
-        ) from None
+        raise OutOfMemory(_told(error, stage)) from None
+
+
+def page_locked(size: int) -> Tensor:
+    """So many bytes of the host's memory that a GPU reads by itself. Raises HostShortage."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        if not _is_shortage(error):
+            raise
+        raise HostShortage(f"tried to allocate {size} bytes") from error
+
+
+class HostShortage(MemoryError):
+    """No page-locked memory is left on the host: CUDA calls that "out of memory", too."""
 
 
 def _is_shortage(error: Exception) -> bool:
     """Whether memory was lacking; PyTorch has a class for this error on NVIDIA GPUs only."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or SHORTAGE.search(str(error)) is not None
+
+
+def _told(error: Exception, stage: str) -> str:
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)|Invalid buffer size: ([\d.]+ \w+)", str(error))
+    size = f", allocating {_readable(asked[1] or asked[2])}" if asked else ""
+    if isinstance(error, HostShortage):
+        advice = "set a larger memory (--memory GB), so that more blocks stay on the GPU"
+        return f"out of page-locked memory on the host in the {stage} stage{size}; {advice}"
+    status = re.search(r"CU(BLAS|DNN)_STATUS_\w+", str(error))
+    said = f" ({status[0]})" if status else ""
+    advice = "set memory (--memory GB) below what is free, or choose a smaller size"
+    return f"out of memory in the {stage} stage{said}{size}; {advice}"
 
 
 def _readable(size: str) -> str:
@@ -88,5 +143,7 @@ def release_cached(device: torch.device) -> None:
     """Return freed memory, so that the next stage and other programs can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     elif sys.platform == "linux" and hasattr(libc(), "malloc_trim"):
         libc().malloc_trim(0)

@@ -56,7 +56,10 @@ class Residency:
         self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
         # A named backend is meant for the DiT; components on another device use what runs there.
         attention = settings.attention or "auto"
-        chosen = {n: choose_attention(attention if p == places[DIT] else "auto", *p) for n, p in places.items()}
+        chosen = {
+            n: choose_attention(attention if p == places[DIT] else "auto", *p, ROWS[n].transformed and settings.compile)
+            for n, p in places.items()
+        }
         self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
         check_precision(settings.precision, *places[DIT])
         self._held: dict[str, _Loaded] = {}

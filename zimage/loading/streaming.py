@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage.formats.pages import Prefetch, forget_pages
+from zimage.loading.memory import page_locked
 from zimage.nn.packed import packed_codes
 
 ALIGNMENT = 256  # bytes, of a weight within a buffer, as in a GPU's allocator
@@ -234,7 +235,7 @@ class _Buffer:
 def _packed(weights: list[nn.Parameter], pin: bool) -> Tensor:
     """One page-locked tensor of all weights in the wanted dtypes, so that one copy brings a whole block."""
     size = sum(_aligned(weight.numel() * _wanted(weight).itemsize) for weight in weights)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    host = page_locked(size) if pin else torch.empty(size, dtype=torch.uint8)
     for weight, view in zip(weights, _views(host, weights), strict=True):
         stored = weight.data
         view.copy_(stored)

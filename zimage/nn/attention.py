@@ -9,6 +9,9 @@ softmax(q·kᵀ/√D)·v up to rounding, except `sage`, which quantises q and k 
 
 import importlib
 import importlib.util
+import logging
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
@@ -21,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage.errors import RequestError, install_hint, quoted
 from zimage.settings.declared import ATTENTIONS
+
+log = logging.getLogger("zimage")
 
 
 class Padding(NamedTuple):
@@ -82,7 +87,12 @@ def use_attention(model: nn.Module, attend: Attend) -> None:
 
 
 def _torch_only(kind: SDPBackend, q, k, v, padding=None, causal=False):
+    """One of PyTorch's own kernels. On GPUs some know no mask (flash) or no grouped heads (efficient)."""
     with sdpa_kernel(kind):
+        if q.is_cuda and kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            return _one_by_one(attention, q, k, v, padding, causal)
+        if q.is_cuda and kind is SDPBackend.EFFICIENT_ATTENTION:
+            k, v = _repeated(q, k, v)
         return attention(q, k, v, padding, causal)
 
 
@@ -96,30 +106,44 @@ def _flash(module: ModuleType, q, k, v, padding=None, causal=False):
 
 
 def _xformers(module: ModuleType, q, k, v, padding=None, causal=False):
-    if q.shape[2] != k.shape[2]:  # it groups queries on an axis of its own; repeated keys give the same result
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    k, v = _repeated(q, k, v)  # it groups queries on an axis of its own
     if padding is None:
         return module.memory_efficient_attention(q, k, v, attn_bias=module.LowerTriangularMask() if causal else None)
-    bias = module.fmha.attn_bias.BlockDiagonalMask.from_seqlens(padding.lengths)
+    bias = module.fmha.attn_bias.BlockDiagonalMask.from_seqlens(padding.lengths, device=q.device)
     bias = bias.make_causal() if causal else bias
     packed = (padding.pack(x)[None] for x in (q, k, v))
     return padding.unpack(module.memory_efficient_attention(*packed, attn_bias=bias)[0])
 
 
 def _sage(module: ModuleType, q, k, v, padding=None, causal=False):
-    """SageAttention (Zhang et al. 2024) has no mask: unequal sequences run one by one."""
-    if padding is None:
+    """SageAttention (Zhang et al. 2024) has no mask, and writes over k."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return module.sageattn(q, k, v, tensor_layout="NHD", is_causal=causal)
-    parts = [
-        module.sageattn(*(x[i : i + 1, :n] for x in (q, k, v)), tensor_layout="NHD", is_causal=causal)
-        for i, n in enumerate(padding.lengths)
-    ]
+
+    return _one_by_one(attend, q, k, v, padding, causal)
+
+
+def _one_by_one(attend: Attend, q, k, v, padding, causal):
+    """Sequences of unequal length, each by itself, where there is no mask."""
+    if padding is None:
+        return attend(q, k, v, causal=causal)
+    parts = [attend(*(x[i : i + 1, :n] for x in (q, k, v)), causal=causal) for i, n in enumerate(padding.lengths)]
     return torch.cat([F.pad(part, (0, 0, 0, 0, 0, padding.longest - part.shape[1])) for part in parts])
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for each query head of its own, where heads cannot be grouped: the result is the same."""
+    groups = q.shape[2] // k.shape[2]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2))
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """FlashAttention 3 returned (out, log-sum-exp) at first."""
     return result[0] if isinstance(result, tuple) else result
+
+
+NEWEST = (99, 0)
 
 
 class _Package(NamedTuple):
@@ -128,15 +152,16 @@ class _Package(NamedTuple):
     capability: tuple[int, int]  # the least that the GPU needs
     below: tuple[int, int]  # the first on which it does not run
     run: Attend
+    compiles: bool = True  # whether PyTorch's compiler can look into its calls, or has them as one operation
 
 
 _PACKAGES = {
     "flash3": _Package(
         "flash_attn_interface", "FlashAttention's `hopper` folder: python setup.py install", (9, 0), (10, 0), _flash
     ),
-    "flash2": _Package("flash_attn", install_hint("flash-attn", " --no-build-isolation"), (8, 0), (99, 0), _flash),
-    "xformers": _Package("xformers.ops", "pip install xformers", (7, 0), (99, 0), _xformers),
-    "sage": _Package("sageattention", "pip install sageattention", (8, 0), (99, 0), _sage),
+    "flash2": _Package("flash_attn", install_hint("flash-attn", " --no-build-isolation"), (8, 0), NEWEST, _flash),
+    "xformers": _Package("xformers.ops", "pip install xformers", (7, 0), NEWEST, _xformers, compiles=False),
+    "sage": _Package("sageattention", "pip install sageattention", (8, 0), NEWEST, _sage, compiles=False),
 }
 _TORCH = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -144,43 +169,111 @@ _TORCH = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-AUTOMATIC = ("flash3", "flash2", "xformers")  # in this order, then PyTorch's own choice
+HALF = (torch.bfloat16, torch.float16)
+AMPERE = (8, 0)  # the first with units for bf16
+# Then PyTorch's own choice. That contains FlashAttention 2 already, also as xformers has it: these two would add ways
+# to fail and no speed, so they are used only when they are named.
+AUTOMATIC = ("flash3",)
+TOLERANCE = 0.1  # of a trial's results, as a share of their size: sage quantises
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> tuple[str, Attend]:
     """The backend `name` as (name, function); "auto" takes the first of AUTOMATIC that runs here, else sdpa.
 
-    Raises RequestError, with the command that installs a missing package.
+    A package is tried on small tensors: it may be installed and not work. `compiled`: it is used in compiled blocks.
+    Raises RequestError for a backend that was named, with what would help.
     """
     if name not in ATTENTIONS:
         raise RequestError(f"attention {quoted(name)} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))
     if name == "auto":
-        runs = [name for name in AUTOMATIC if _obstacle(name, device, dtype) is None]
-        name = runs[0] if runs else "sdpa"
+        return _automatic(device, dtype, compiled)
     if name == "sdpa":
         return name, attention
-    if name in _TORCH:
-        if device.type != "cuda" and name in ("sdpa-cudnn", "sdpa-efficient"):
-            text = f"attention {quoted(name)} runs on NVIDIA GPUs only, not on {device.type}; use sdpa"
-            raise RequestError(text, fields=("attention",))
-        return name, partial(_torch_only, _TORCH[name])
-    obstacle = _obstacle(name, device, dtype)
-    if obstacle:
+    if obstacle := _obstacle(name, device, dtype, compiled):
         raise RequestError(f"attention {quoted(name)} {obstacle}", fields=("attention",))
-    package = _PACKAGES[name]
-    return name, partial(package.run, importlib.import_module(package.module))
+    try:
+        return name, _tried(name, device, dtype)
+    except BackendError as error:
+        raise RequestError(f"attention {error}; or use sdpa", fields=("attention",)) from error
 
 
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a package cannot be used here, or None."""
-    package = _PACKAGES[name]
+def _automatic(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[str, Attend]:
+    for name in AUTOMATIC if not compiled else ():  # compilers are at home with PyTorch's own
+        if _obstacle(name, device, dtype, compiled) is None:
+            try:
+                return name, _tried(name, device, dtype)
+            except BackendError as error:
+                log.warning("attention: PyTorch's own runs, since %s", error)
+    return "sdpa", attention
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:
+    """Why a backend cannot be used here, as far as that can be told without trying it, or None."""
+    package = _PACKAGES.get(name)
+    if name == "sdpa-math" or (name == "sdpa-flash" and device.type == "cpu"):
+        return None
     if device.type != "cuda":
         return f"runs on NVIDIA GPUs only, not on {device.type}; use sdpa"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF and name != "sdpa-efficient":
         return f"computes in 16 bits only, not in {str(dtype).removeprefix('torch.')}; use sdpa"
-    capability = torch.cuda.get_device_capability(device)
-    if not package.capability <= capability < package.below:
+    capability, (least, below) = torch.cuda.get_device_capability(device), _capabilities(name, dtype)
+    if not least <= capability < below:
         return f"does not run on a GPU of compute capability {capability[0]}.{capability[1]}; use auto"
-    if importlib.util.find_spec(package.module.split(".")[0]) is None:
+    if package and compiled and not package.compiles:
+        return "cannot be compiled; use sdpa, or leave out --compile"
+    if package and not _is_installed(package.module.split(".")[0]):
         return f"is not installed: {package.install}"
     return None
+
+
+def _capabilities(name: str, dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The least that a GPU must have, and the first on which a backend does not run."""
+    if package := _PACKAGES.get(name):
+        return package.capability, package.below
+    return AMPERE if name != "sdpa-efficient" or dtype is torch.bfloat16 else (0, 0), NEWEST
+
+
+def _is_installed(package: str) -> bool:
+    """Whether there is something of this name to import."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+class BackendError(RuntimeError):
+    """A backend that is here and fails; says how, and what would help."""
+
+
+def _tried(name: str, device: torch.device, dtype: torch.dtype) -> Attend:
+    """A backend that has given right results. Raises BackendError."""
+    package = _PACKAGES.get(name)
+    try:
+        run: Attend = (
+            partial(package.run, importlib.import_module(package.module))
+            if package
+            else partial(_torch_only, _TORCH[name])
+        )
+        if device.type == "cuda":
+            _try(run, *_samples(device, dtype))
+    except Exception as error:  # a broken package raises errors of any kind
+        log.info("%s", "".join(traceback.format_exception(error)).rstrip())
+        reason = (str(error).strip().splitlines() or [""])[0]
+        mend = f"; install it for PyTorch {torch.__version__}: {package.install}" if package else ""
+        raise BackendError(f"{name} does not work here ({type(error).__name__}: {reason}){mend}") from error
+    return run
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of two sequences, with the head size of the published models and grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 16, heads, 128, generator=generator).to(device, dtype) for heads in (2, 1, 1))
+    return q, k, v
+
+
+def _try(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Call it in each way that models do, and compare. Raises whatever it raises, or ValueError."""
+    unequal = Padding.of((16, 9), q.device)
+    for padding, causal in ((None, False), (None, True), (unequal, False)):
+        found, expected = (call(q.clone(), k.clone(), v.clone(), padding, causal) for call in (attend, attention))
+        real = slice(None, 9 if padding else None)
+        off, size = (x[:, real].float().norm() for x in (found - expected, expected))
+        if not off <= TOLERANCE * size:  # also where it is not finite
+            raise ValueError("its results differ from those of PyTorch")

@@ -182,9 +182,11 @@ class Qwen3Attention(nn.Module):
         q = rotate_halves(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *turn)  # (B, L, H, D)
         k = rotate_halves(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *turn)  # (B, L, G, D)
         v = self.v_proj(x).unflatten(-1, heads)
+        attend = self.attend
         if past is not None:
             k, v = past.extend(k, v)
-        together = self.attend(q, k, v, causal=True) if q.shape[1] == k.shape[1] else self._attend_from_last(q, k, v)
+            attend = attention  # PyTorch's own: some packages write over k, which is the cache here
+        together = attend(q, k, v, causal=True) if q.shape[1] == k.shape[1] else self._attend_from_last(q, k, v)
         return self.o_proj(together.flatten(2))
 
     def _attend_from_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class Qwen3Attention(nn.Module):
         The H/G query heads that share keys become rows of one head: on a CPU a tenth of the time of grouped heads.
         """
         rows = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)  # (B, H/G, G, D)
-        return self.attend(rows, k, v).transpose(1, 2).flatten(1, 2).unsqueeze(1)
+        return attention(rows, k, v).transpose(1, 2).flatten(1, 2).unsqueeze(1)
 
 
 class Qwen3MLP(nn.Module):
