@@ -24,7 +24,6 @@ LEAST_CAPABILITY = 80  # of what Triton compiles to tensor cores
 DOUBLE_RATE = (86, 89, 120)  # compute capabilities of cards that add in fp16 at twice the rate of fp32
 # All of one depth, so that all give the same bits; none spills registers on any GPU that the tests compile for.
 CONFIGURATIONS = (
-    Configuration(128, 128, DEPTH, warps=8, stages=4),
     Configuration(128, 128, DEPTH, warps=8, stages=3),
     Configuration(64, 128, DEPTH, warps=8, stages=4),
     Configuration(64, 64, DEPTH, warps=4, stages=4),
@@ -40,7 +39,7 @@ def half_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def reference(x, weight):
-    """Sums in two levels as a GPU forms them: rounded to fp16 after every UNIT values, and added in fp32 after DEPTH."""
+    """Sums in two levels as a GPU forms them: rounded to fp16 after every UNIT values, added in fp32 after DEPTH."""
     if x.dtype is not torch.float16:
         return F.linear(x, weight)
     room = (0, -x.shape[-1] % DEPTH)
@@ -86,7 +85,8 @@ def _kernel(
 
 
 def launch(x, weight):
-    return launch_as(choose("fp16 product", x, len(weight), CONFIGURATIONS, lambda c: launch_as(c, x, weight)), x, weight)
+    quickest = choose("fp16 product", x, len(weight), CONFIGURATIONS, lambda c: launch_as(c, x, weight))
+    return launch_as(quickest, x, weight)
 
 
 def launch_as(c: Configuration, x, weight):
