@@ -3,15 +3,14 @@
 Shapes: M rows, N outputs, K columns; x (M, K), weight (N, K), scales (M, 1) and (1, N), bias (N,).
 """
 
-import sys
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, enqueue, fuses, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, tl
 from zimage.kernels.quantise import Operand
-from zimage.kernels.tuning import Configuration, choose
+from zimage.kernels.tuning import Configuration, quickest
 
 FP8 = torch.float8_e4m3fn
 LEAST_CAPABILITY = {torch.int8: 80, FP8: 89}  # of what Triton compiles to tensor cores
@@ -29,14 +28,16 @@ CONFIGURATIONS = (
 def scaled_product(x: Operand, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """(x.values · x.scale) · (weight · scaleᵀ)ᵀ + bias in x.dtype, for x (…, K), rounded once."""
     rows, row_scale = x.values.flatten(0, -2), x.scale.flatten(0, -2)
-    run = launch if fuses(rows, least_capability=LEAST_CAPABILITY[rows.dtype]) else reference
-    run = library if rows.is_cuda and rows.dtype == FP8 and fits_library(weight, x.dtype) else run
+    if rows.is_cuda and rows.dtype == FP8 and fits_library(weight, x.dtype):
+        run = library
+    else:
+        run = choose(launch, reference, rows, least_capability=LEAST_CAPABILITY[rows.dtype])
     return run(rows, row_scale, weight, scale, bias, x.dtype).unflatten(0, x.values.shape[:-1])
 
 
 def fits_library(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's row-wise fp8 product takes these: sizes in units of 16, bf16 results; not built on Windows."""
-    return dtype == torch.bfloat16 and not any(n % 16 for n in weight.shape) and sys.platform != "win32"
+    """Whether PyTorch's row-wise fp8 product takes these: sizes in units of 16, bf16 results."""
+    return dtype == torch.bfloat16 and not any(n % 16 for n in weight.shape)
 
 
 def library(rows, row_scale, weight, scale, bias, dtype):
@@ -115,11 +116,10 @@ def _kernel(
 
 def launch(*arguments):
     rows, _, weight, *_ = arguments
-    if rows.dtype is not torch.int8:
-        return launch_as(CONFIGURATIONS[0], *arguments)  # the order of fp32 sums depends on the configuration
-    return launch_as(
-        choose("int8 product", rows, len(weight), CONFIGURATIONS, lambda c: launch_as(c, *arguments)), *arguments
-    )
+    configuration = CONFIGURATIONS[0]  # in fp8 always, since the order of fp32 sums depends on it
+    if rows.dtype is torch.int8:
+        configuration = quickest("int8 product", rows, len(weight), CONFIGURATIONS, lambda c: launch_as(c, *arguments))
+    return launch_as(configuration, *arguments)
 
 
 def launch_as(c: Configuration, rows, row_scale, weight, scale, bias, dtype):

@@ -34,7 +34,7 @@ class Configuration(NamedTuple):
     stages: int  # depths that are on their way
 
 
-def choose(
+def quickest(
     name: str, x: Tensor, outputs: int, configurations: Sequence[Configuration], run: Callable[[Configuration], object]
 ) -> Configuration:
     """The quickest configuration for x (M, K) and a number of outputs; the first where that cannot be told.
@@ -42,10 +42,10 @@ def choose(
     Sizes of one class have the same K, outputs, and largest power of two in M. Compiled code serves every M, so it
     takes what is known of the largest one.
     """
-    if x.device.type != "cuda":
-        return configurations[0]
     if torch.compiler.is_compiling():
         return configurations[known(name, x.shape[1], outputs, x.device, configurations)]
+    if x.device.type != "cuda":
+        return configurations[0]
     key = _key(name, x.shape[1], outputs, x.device, 1 << (len(x).bit_length() - 1))
     found = _table().get(key)
     if found not in configurations:
@@ -58,12 +58,15 @@ def may_time() -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-@torch.compiler.assume_constant_result
 def known(name: str, columns: int, outputs: int, device: torch.device, configurations: Sequence[Configuration]) -> int:
     """The place of the configuration that was chosen for the most rows; 0 where none was."""
     keys = [_key(name, columns, outputs, device, 1 << power) for power in range(32)]
     found = [_table()[key] for key in keys if _table().get(key) in configurations]
     return configurations.index(found[-1]) if found else 0
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler (seconds, 150 MB) into every process.
+vars(known)["_dynamo_marked_constant"] = True
 
 
 @cache
@@ -81,7 +84,8 @@ def _timed(
     run: Callable[[Configuration], object],
 ) -> Configuration:
     with _lock, torch.cuda.device(device):
-        if (found := _table().get(key)) not in configurations:  # unless another thread was here
+        found = _table().get(key)
+        if found is None or found not in configurations:  # unless another thread was here
             found = fastest(configurations, run)
             log.debug("%s: %s is the quickest configuration", key, tuple(found))
             _keep(key, found)
