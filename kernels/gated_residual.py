@@ -81,6 +81,10 @@ def launch(x, branch, weight, gate, eps, scale=None):
     return out
 
 
+def _least_bytes(x, branch, weight, gate, eps, scale=None) -> int:
+    return 3 * bytes_of(x) + bytes_of(weight, gate) + (0 if scale is None else bytes_of(scale))
+
+
 def _scaled_inputs(make, **sizes) -> tuple:
     x, branch, *rest = SPEC.inputs(make, **sizes)
     return x, branch, *rest, 0.01 + make(*x.shape[:-1], 1).float().abs()
@@ -93,11 +97,6 @@ SPEC = Spec(
     inputs=lambda make, B, L, C, gates=1: (make(B, L, C), make(B, L, C), make(C), make(gates, 1, C), 1e-5),
     cases=({"B": 2, "L": 17, "C": 24, "gates": 2}, {"B": 1, "L": 3, "C": 192}, {"B": 2, "L": 16, "C": 40}),
     model={"B": 1, "L": 4128, "C": 3840},
-    least_bytes=lambda x, branch, weight, gate, eps: 3 * bytes_of(x) + bytes_of(weight, gate),
+    least_bytes=_least_bytes,
 )
-SCALED_SPEC = replace(
-    SPEC,
-    name="gated_residual_scaled",
-    inputs=_scaled_inputs,
-    least_bytes=lambda x, branch, weight, gate, eps, scale: 3 * bytes_of(x) + bytes_of(weight, gate, scale),
-)
+SCALED_SPEC = replace(SPEC, name="gated_residual_scaled", inputs=_scaled_inputs)

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels import backend
-from zimage.kernels.backend import Spec, bytes_of, capability, enqueue, jit, tl
+from zimage.kernels.backend import Spec, bytes_of, capability, choose, enqueue, jit, tl
 from zimage.kernels.scaled_product import GROUP, tile_of
-from zimage.kernels.tuning import Configuration, choose
+from zimage.kernels.tuning import Configuration, quickest
 
 UNIT = 16  # values that a GPU's matrix unit multiplies and adds before it rounds
 DEPTH = 64  # values that are summed in fp16
@@ -34,7 +33,7 @@ def half_product(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ (…, N) of x (…, K) and weight (N, K), all fp16; in fp32 sums where those cost no more."""
     if not (x.is_cuda and capability(x.device) in DOUBLE_RATE):
         return F.linear(x, weight)
-    run = backend.choose(launch, F.linear, x, weight, least_capability=LEAST_CAPABILITY)
+    run = choose(launch, F.linear, x, weight, least_capability=LEAST_CAPABILITY)
     return run(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
@@ -85,8 +84,8 @@ def _kernel(
 
 
 def launch(x, weight):
-    quickest = choose("fp16 product", x, len(weight), CONFIGURATIONS, lambda c: launch_as(c, x, weight))
-    return launch_as(quickest, x, weight)
+    configuration = quickest("fp16 product", x, len(weight), CONFIGURATIONS, lambda c: launch_as(c, x, weight))
+    return launch_as(configuration, x, weight)
 
 
 def launch_as(c: Configuration, x, weight):

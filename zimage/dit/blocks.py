@@ -68,10 +68,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Input, units: Units = PLAIN) -> tuple[Tensor, Tensor | None]:
         """The output, and the scale (B, L, 1) that it lacks where values are held in units."""
         x = operand(x, self.form)
-        gate, up = self.w1(x), self.w3(x)
         if units.hidden is None:
-            return self.w2(gated_activation(gate, up, common_form(self.w2))), None
-        hidden, scale = swiglu_scaled(gate, up, units.input, units.hidden)
+            return self.w2(gated_activation(self.w1(x), self.w3(x), common_form(self.w2))), None
+        hidden, scale = swiglu_scaled(self.w1(x), self.w3(x), units.input, units.hidden)
         return self.w2(hidden), scale
 
 

@@ -3,6 +3,7 @@
 Nothing is measured on activations: the bounds hold for every latent of up to ±LATENTS and every caption.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from zimage.dit.units import Units
 from zimage.errors import RequestError
 from zimage.nn.gain import Gain, gain, sides
 from zimage.nn.layers import RMSNorm
+
+log = logging.getLogger("zimage")
 
 LIMIT = 2.0**15  # half of what fp16 holds: the other half is for the rounding of what is bounded here
 LATENTS = 2.0**10
@@ -32,7 +35,9 @@ def units(blocks: Sequence[Block], modulations: Sequence[BlockModulation], entry
         inputs += [feed_forward * max(w1.row, w3.row)]
         hidden += [w2.row]
     stream = entry + branches(blocks)
-    return Units(_power(stream / LIMIT), _power(max(inputs) / LIMIT), 1 / _power(max(hidden) / LIMIT))
+    found = Units(_power(stream / LIMIT), _power(max(inputs) / LIMIT), 1 / _power(max(hidden) / LIMIT))
+    log.debug("fp16: stream of up to %.3g, inputs up to %.3g, held in %s", stream, max(inputs), found)
+    return found
 
 
 def in_units(modulation: BlockModulation, units: Units) -> BlockModulation:

@@ -6,7 +6,7 @@ By the inequality of Cauchy and Schwarz, an output y_j = Σ w_jk · x_k and ever
 Shapes: weights (O, I).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ def gain(layer: nn.Module, device: torch.device) -> Gain:
         return _adapted(layer, device)
     holder = layer if isinstance(layer, PackedLinear | QuantisedLinear) else layer.get_parameter("weight")
     if MEASURED not in vars(holder):
-        vars(holder)[MEASURED] = _of_rows(_rows(layer, device))
+        vars(holder)[MEASURED] = _of_norms(_row_norms(layer, device))
     return vars(holder)[MEASURED]
 
 
@@ -62,25 +62,25 @@ def _adapted(layer: AdaptedLinear, device: torch.device) -> Gain:
     return total
 
 
-def _rows(layer: nn.Module, device: torch.device) -> Iterator[Tensor]:
+def _row_norms(layer: nn.Module, device: torch.device) -> Tensor:
+    """‖row‖ (O,) of a layer's weight, of the numbers that are multiplied."""
+    if isinstance(layer, PackedLinear | QuantisedLinear):
+        return torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in _decoded(layer)])
+    weight = layer.get_parameter("weight")
+    used = vars(weight).get("wanted", weight.dtype)  # of a weight that was left in its file
+    sums = torch.promote_types(used, torch.float32)
+    return torch.linalg.vector_norm(weight.to(device).to(used), dim=1, dtype=sums)
+
+
+def _decoded(layer: PackedLinear | QuantisedLinear) -> Iterator[Tensor]:
     """The rows of a layer's weight in fp32, a few at a time."""
-    outputs, inputs = sides(layer)
-    step = max(1, PIECE // inputs)
-    if isinstance(layer, PackedLinear):
-        for i in range(0, outputs, step):
-            yield layer.packed.rows(i, min(i + step, outputs)).decode()
-    elif isinstance(layer, QuantisedLinear):
-        for codes, scale in zip(layer.weight.split(step), layer.scale.split(step, dim=1), strict=True):
-            yield codes.float() * scale.t()
-    else:
-        weight = layer.get_parameter("weight")
-        used = vars(weight).get("wanted", weight.dtype)  # of a weight that was left in its file
-        for piece in weight.split(step):
-            yield piece.to(device).to(used).float()
-
-
-def _of_rows(pieces: Iterable[Tensor]) -> Gain:
-    return _of_squares(torch.cat([piece.square().sum(dim=1) for piece in pieces]))
+    step = max(1, PIECE // layer.in_features)
+    for i in range(0, layer.out_features, step):
+        end = min(i + step, layer.out_features)
+        if isinstance(layer, PackedLinear):
+            yield layer.packed.rows(i, end).decode()
+        else:
+            yield layer.weight[i:end].float() * layer.scale[:, i:end].t()
 
 
 def _of_map(module: nn.Module, inputs: int, device: torch.device) -> Gain:
@@ -88,8 +88,9 @@ def _of_map(module: nn.Module, inputs: int, device: torch.device) -> Gain:
     squares = torch.zeros((), device=device)
     for unit_vectors in torch.eye(inputs, device=device).split(256):
         squares = squares + module(unit_vectors).square().sum(dim=0)
-    return _of_squares(squares)
+    return _of_norms(squares.sqrt())
 
 
-def _of_squares(squares: Tensor) -> Gain:
-    return Gain(*torch.stack((squares.amax(), squares.sum())).sqrt().tolist())
+def _of_norms(rows: Tensor) -> Gain:
+    """From the norm of every row."""
+    return Gain(*torch.stack((rows.amax(), torch.linalg.vector_norm(rows))).tolist())

@@ -305,8 +305,8 @@ class LoadSettings(Settings):
     vae_device: str | None = setting(None, "Device of the VAE. Default: as --device.", group="Machine")
     dtype: str | None = setting(
         None,
-        "Dtype in which the DiT computes; with fp16 the other components compute in fp32. Default: bf16 on GPUs and "
-        "CPUs that have it, else fp16 on GPUs of NVIDIA's and fp32 elsewhere.",
+        "Dtype in which the model computes; with fp16 (float16) the DiT does, and all else in fp32. Default: bf16 "
+        "where the device has it, else fp16 on NVIDIA's GPUs and fp32 elsewhere.",
         choices=DTYPES,
         group="Machine",
     )
