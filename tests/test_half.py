@@ -282,7 +282,7 @@ def test_gain_is_that_of_the_numbers_that_are_multiplied(kind):
     layer, used = {
         "plain": (plain, weight),
         "streamed": (plain, weight.half()),
-        "packed": (PackedLinear(codes), codes.decode()),
+        "packed": (PackedLinear(codes), codes.decode(torch.float32)),
         "int8": (int8, int8.weight * int8.scale.t()),
     }[kind]
     rows = used.double().norm(dim=1)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs the extra `triton`")
 from kernel_checks import interpreter, load
+from triton.runtime.errors import InterpreterError
 
 from zimage import kernels
-from zimage.kernels import backend, specs
+from zimage.kernels import backend, decode_scaled, specs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -72,6 +73,11 @@ def bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
+def stored(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor's storage: NaN is NaN."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
@@ -80,9 +86,24 @@ def nan_filled(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def widened(argument, dtype):
+    """An argument of the reference in float64."""
+    if isinstance(argument, Tensor):
+        return argument.double()
+    return torch.float64 if argument is dtype else argument
+
+
 def agree(launched, spec, args, dtype) -> None:
-    """As near to float64 as the reference is, overall, and no element off by more than two roundings."""
-    wide = tuple(a.double() if isinstance(a, Tensor) else torch.float64 if a is dtype else a for a in clones(args))
+    """The reference's bits, if the spec says so; else as near to float64 as the reference is, overall, and no element
+    off by more than two roundings.
+    """
+    if spec.exact:
+        for ours, theirs in zip(results(launched), results(spec.reference(*clones(args))), strict=True):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), "not the reference's bits"
+        return
+    wide = tuple(widened(a, dtype) for a in clones(args))
     expected, truths = results(spec.reference(*clones(args))), results(spec.reference(*wide))
     for ours, theirs, truth in zip(results(launched), expected, truths, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
@@ -121,7 +142,7 @@ def test_numbers_and_memory(name, case, dtype, nan_filled):
     agree(launched, spec, args, dtype)
     for i, (before, after) in enumerate(zip(args, given, strict=True)):
         if isinstance(before, Tensor) and i not in spec.in_place:
-            assert torch.equal(before, after), f"argument {i} was changed"
+            assert torch.equal(stored(before), stored(after)), f"argument {i} was changed"
 
 
 BY_TOKENS = [name for name, spec in SPECS.items() if hasattr(inspect.getmodule(spec.launch), "tokens_per_program")]
@@ -148,6 +169,18 @@ def test_a_program_for_every_multiprocessor_from_128_tokens_on():
     assert set(rows.values()) == {1, 4, 16}
     assert all(-(-tokens // r) >= min(tokens, 128) for tokens, r in rows.items())
     assert rows[4128] == 16
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_every_code_is_its_number(kind, out):
+    """Also infinities, NaN and the smallest, with a scale that makes some of them overflow or vanish."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(kind).reshape(2, 128)
+    for scale in (1.0, -300.0, 2e-7):
+        arguments = codes, torch.tensor(scale, device=DEVICE), 0, out
+        ours, theirs = (run(*arguments).float() for run in (decode_scaled.launch, decode_scaled.reference))
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
 @off_gpu
@@ -227,6 +260,29 @@ def test_fractions_are_constants_of_a_kernel(name, monkeypatch):
         assert not [n for n, value in given.items() if isinstance(value, float) and not constants[n]], name
 
 
+def run_alone(module: str, *arguments: object, **variables: str) -> list[dict]:
+    """The lines of JSON of a module of kernel_checks, from a process of its own that does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"kernel_checks.{module}", *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_compiler_takes_a_block_with_its_kernels_in_one_graph():
+    """Each input is quantised once there, too: by the norms and SwiGLU, and on its own before to_out."""
+    plain = {"norm": 2, "qk_norm_rope": 1, "gated_residual": 2, "swiglu": 1}
+    for report in run_alone("traced", "bf16", "int8", "fp8"):
+        quantised = {} if report["precision"] == "bf16" else {"quantise": 1, "scaled_product": 7}
+        assert (report["graphs"], report["breaks"]) == (1, 0)
+        assert report["kernels"] == plain | quantised
+
+
 # ------------------------------------------------------------------ machine code
 
 
@@ -237,17 +293,8 @@ def machine_code(tmp_path_factory):
 
 
 def compiled(cache: Path, capability: int, *files: Path) -> list[dict]:
-    """What kernel_checks.compiled says, from a process of its own that does not interpret."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kernel_checks.compiled", str(capability), *map(str, files)],
-        cwd=Path(__file__).parent,
-        env=environment | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    """What kernel_checks.compiled says."""
+    return run_alone("compiled", capability, *files, TRITON_CACHE_DIR=str(cache))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -273,7 +320,7 @@ def unfit(report: dict, spec: backend.Spec) -> str | None:
     if report["stack"] or report["spills"] or any(kind.startswith(("LDL", "STL")) for kind in memory):
         return "spills or local memory"
     wide = [kind for kind in memory if ".128" in kind]
-    needed = ("LDG",) if spec.stores_little else ("LDG", "STG")
+    needed = ["LDG"] * (not spec.narrow_loads) + ["STG"] * (not spec.stores_little)
     if not all(any(kind.startswith(access) for kind in wide) for access in needed):
         return f"no 128-bit accesses: {memory}"
     if report["shared"] > 99 * 1024:
@@ -302,6 +349,50 @@ FAULTS = {
     "past the end": ("norm", "present & (first + i < length)", "present", Exception, "outside|address"),
     "two programs, one place": ("norm", "tl.program_id(0) * ROWS,", "tl.program_id(0) * 9,", Exception, "address|read"),
     "never written": ("swiglu", "-(-C // BLOCK))", "C // BLOCK)", AssertionError, None),
+    "a sign that is lost": ("decode_scaled", "((bits & 128) << 8)", "((bits & 128) << 7)", AssertionError, None),
+    "a group too far": ("decode_scaled", "scale_ptr + row * scale_row + g", "scale_ptr + g", AssertionError, "bits"),
+    "the other half first": (
+        "decode_nvfp4",
+        "code >> 4), _e2m1_number(code & 15",
+        "code & 15), _e2m1_number(code >> 4",
+        AssertionError,
+        "bits",
+    ),
+    "a block past the end": (
+        "decode_nvfp4",
+        "mask=place < count * 8, other=0",
+        "mask=place >= 0, other=0",
+        Exception,
+        "outside",
+    ),
+    "fifth bits of others": ("decode_blocks", "bits >> (2 * at + 1)", "bits >> (2 * at)", AssertionError, "bits"),
+    "scales without a sign": ("decode_k_blocks", "& 255) ^ 128) - 128", "& 255))", AssertionError, "bits"),
+    "two bits too few": (
+        "decode_k_blocks",
+        "(third & 15) | ((first >> 6) & 3) << 4",
+        "(third & 15)",
+        AssertionError,
+        "bits",
+    ),
+    "groups that meet": ("rotate", "differ < GROUP, 1", "differ < 2 * GROUP, 1", AssertionError, "the reference's"),
+    "a sum never stored": ("rms_norm", "tl.store(sum_ptr + place, rounded, mask=there)", "", AssertionError, None),
+    "the sum's last token": ("rms_norm", "(first + i < tokens)", "(first + i < tokens - 1)", AssertionError, None),
+    "turned backwards": (
+        "qk_norm_rope_halves",
+        "+ first * sin).to",
+        "- first * sin).to",
+        AssertionError,
+        "reference's",
+    ),
+    "one angle for all tokens": (
+        "qk_norm_rope_halves",
+        "row = token *",
+        "row = batch *",
+        AssertionError,
+        "reference's",
+    ),
+    "a head too many": ("qk_norm_rope_halves", "[:, None] < heads", "[:, None] < BLOCK_H", Exception, "outside|reads"),
+    "half a mean": ("qk_norm_rope_halves", "axis=1) / D", "axis=1) / (D // 2)", AssertionError, "the reference's"),
     "bf16 as integers": ("swiglu", "other=0.0).to(tl.float32)", "other=0.0)", Exception, "bit patterns"),
 }
 
@@ -312,13 +403,62 @@ def test_a_planted_fault_is_found(fault, tmp_path, nan_filled):
     name, old, new, kind, says = FAULTS[fault]
     module = load(broken(tmp_path, name, old, new))
     module.tokens_per_program = lambda tokens: 16  # more than one, so that a program can reach into another's
-    spec = module.SPEC
-    args = arguments(spec, spec.cases[0], torch.bfloat16)
-    with pytest.raises(kind, match=says), interpreter.watch():
-        agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
+    with pytest.raises(kind, match=says):
+        check_specs(module)
 
 
+def check_specs(module) -> None:
+    """The numbers of every case of a file's specs, in bf16."""
+    for spec in kernels.specs_in(module):
+        for sizes in spec.cases:
+            args = arguments(spec, sizes, torch.bfloat16)
+            with interpreter.watch():
+                agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
+
+
+FAULTS_IN_INT8 = {
+    "past the end of K": ("scaled_product", "mask=depth[None, :] < K - k", "mask=depth[None, :] < K", "outside"),
+    "past the last row": ("scaled_product", "(row % M)", "row", "outside"),
+    "another column's scale": (
+        "scaled_product",
+        "scale_ptr + column,",
+        "scale_ptr + column % ROWS,",
+        "the reference's",
+    ),
+    "a bias left out": ("scaled_product", "if BIAS:", "if BIAS and WHOLE:", "the reference's"),
+    "two tiles, one place": ("scaled_product", "* COLUMNS + tl.arange", "* 9 + tl.arange", "write one"),
+    "tiles never written": ("scaled_product", "-(-M // c.rows)", "(M // c.rows)", None),
+    "cut off, not rounded": ("quantise", "(x + 12582912.0) - 12582912.0", "x + 0.0", "levels_of_a_sum"),
+    "the largest, of any sign": ("quantise", "tl.max(tl.abs(x), axis=0)", "tl.max(x, axis=0)", None),
+    "the next sample's scale": ("norm", "row_scale, mask=first + i < length", "row_scale", "write|outside|read"),
+    "the gate's sigmoid": ("swiglu", "tl.sigmoid(gate)", "tl.sigmoid(up)", None),
+}
+
+
+@off_gpu
+@pytest.mark.parametrize("fault", FAULTS_IN_INT8)
+def test_a_fault_planted_in_int8_is_found(fault, tmp_path, nan_filled):
+    name, old, new, says = FAULTS_IN_INT8[fault]
+    module = load(broken(tmp_path, name, old, new))
+    module.tokens_per_program = lambda tokens: 16
+    spec = module.INT8_SPEC
+
+    def check():
+        for sizes in spec.cases:
+            args = arguments(spec, sizes, torch.bfloat16)
+            with interpreter.watch():
+                launched = spec.launch(*clones(args))
+            agree(launched, SPECS[spec.name], args, torch.bfloat16)
+
+    with pytest.raises((AssertionError, InterpreterError), match=says):
+        check()
+
+
+LOADED = "x, weight = tl.load(x_ptr), tl.load(weight_ptr)"
+WIDENED = f"{LOADED}\n            if not INTEGER:\n                x, weight = x.to(tl.float16), weight.to(tl.float16)"
 MACHINE_FAULTS = {
+    "tiles that do not fit in registers": ("scaled_product", "(128, 128, 128, warps=8", "(128, 256, 128, warps=4"),
+    "fp8 multiplied as fp16": ("scaled_product", LOADED, WIDENED),
     "slow sine": ("qk_norm_rope", "tl.load(cos_ptr + row)[None, :]", "tl.cos(tl.load(cos_ptr + row))[None, :]"),
     "strided pairs": ("swiglu", "tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "2 * tl.arange(0, BLOCK)"),
 }
@@ -330,7 +470,13 @@ def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
     assert any(unfit(report, SPECS[report["op"]]) for report in reports)
 
 
-@pytest.mark.parametrize("name", ["rms_norm_scale", "gated_residual", "swiglu", "qk_norm_rope"])
+DIFFERENTIABLE = [
+    *("rms_norm_scale", "rms_norm", "add_rms_norm", "gated_residual"),
+    *("swiglu", "qk_norm_rope", "qk_norm_rope_halves"),
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_references_differentiate_in_half_precision_and_agree_when_compiled(name):
     """They take other passes in bf16 than in fp32, write over their intermediate maps, and turn pairs differently."""
     spec = SPECS[name]

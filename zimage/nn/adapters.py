@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zimage.nn.branches import Beside, Stack, beside
 from zimage.nn.deltas import Decomposed
 from zimage.nn.layers import PIECE, BlockLinear
-from zimage.nn.packed import Packed, is_packed
+from zimage.nn.packed import Packed, decoded, is_packed
 
 UNADAPTED = "unadapted"  # attribute of a module: its vectors as they were loaded
 
@@ -87,9 +87,10 @@ def adapt(
     layer = model.get_submodule(path)
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
     if is_plain(model, path):
-        weight, held = original(), base.get_parameter("weight").dtype
-        assert isinstance(weight, Tensor)  # a packed one is held by a layer of another kind
-        base.weight = nn.Parameter(merged(weight.to(device), stack, held), requires_grad=False)
+        stored = original()  # packed, if a GPU cannot widen it: then it was decoded while it was loaded
+        weight = decoded(stored, torch.float32, device) if is_packed(stored) else stored.to(device)
+        held = base.get_parameter("weight").dtype
+        base.weight = nn.Parameter(merged(weight, stack, held), requires_grad=False)
         return
     if not stack:
         _replace(model, path, base)

@@ -78,7 +78,7 @@ def _decoded(layer: PackedLinear | QuantisedLinear) -> Iterator[Tensor]:
     for i in range(0, layer.out_features, step):
         end = min(i + step, layer.out_features)
         if isinstance(layer, PackedLinear):
-            yield layer.packed.rows(i, end).decode()
+            yield layer.packed.rows(i, end).decode(torch.float32)
         else:
             yield layer.weight[i:end].float() * layer.scale[:, i:end].t()
 

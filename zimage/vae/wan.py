@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage.errors import CheckpointError
-from zimage.kernels.norm import rms_norm
+from zimage.kernels.rms_norm import rms_norm
 from zimage.nn.attention import attention
 from zimage.nn.config import Between, Channels, Colours, GroupDepth, Offset, Positive, fault, read_architecture
 from zimage.vae.autoencoder import Autoencoder, Levels, Side
