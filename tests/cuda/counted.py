@@ -93,6 +93,7 @@ class Card:
         self.live: Counter[int] = Counter()  # bytes by device index
         self.most: Counter[int] = Counter()
         self.pinned: list[int] = []  # bytes of every page-locked allocation
+        self.returned: list[int] = []  # how many of these there were whenever unused ones were given back
         self.counts: list[Count] = [Count()]
         self.known: set[int] = set()  # storages
 
@@ -109,6 +110,10 @@ class Card:
             yield count
         finally:
             self.counts.remove(count)
+
+    def gave_back(self) -> None:
+        """Page-locked memory that nothing uses went back to the system."""
+        self.returned.append(len(self.pinned))
 
     def launched(self, launch: Launch) -> None:
         for count in self.counts:
