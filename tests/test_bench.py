@@ -23,6 +23,7 @@ from bench.card.command import check_room
 from bench.card.record import Record
 from bench.card.sections import MINUTES, SECTIONS
 from bench.card.worker import Work
+from bench.counted import milliseconds, summed
 from bench.kernels import TOLERANCE, relative
 from bench.pairs import report
 from bench.peaks import DEVICES, peaks_of
@@ -122,12 +123,13 @@ work = json.loads(sys.argv[1])
 def say(*message): print(json.dumps(message), flush=True)
 say("about", {})
 say("section", "decode")
-for name in ("hangs", "dies", "is in order"):
+for name in ("hangs", "dies", "loses the GPU", "is in order"):
     if f"decode/{name}" not in work["skip"]:
         say("begin", name)
         time.sleep(60 * (name == "hangs"))
         print("out of luck", file=sys.stderr) or os._exit(3) if name == "dies" else None
         say("row", {"section": "decode", "name": name, "ms": 1.0})
+        say("lost", "") or time.sleep(60) if name == "loses the GPU" else None
 say("end")
 """
 
@@ -136,10 +138,10 @@ def test_a_row_that_hangs_is_stopped_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(watch, "COMMAND", [sys.executable, "-c", SPEAKS])
     work, clock = Work([512], 1, False, "", [], [], {}), watch.Clock({"decode": 20.0}, row_seconds=1.0)
     messages = list(watch.watched(work, clock))
-    hung, died, fine = (message[1] for message in messages if message[0] == "row")
+    hung, died, lost, fine = (message[1] for message in messages if message[0] == "row")
     assert hung == {"section": "decode", "name": "hangs", "error": "stopped after 1 s"}
     assert died["error"] == "the process ended with status 3: out of luck"
-    assert fine["ms"] == 1.0
+    assert lost["ms"] == fine["ms"] == 1.0
     assert messages[-1] == ["end"]
     assert 18 < clock.left["decode"] < 19.2
 
@@ -225,6 +227,29 @@ def test_attention_has_a_peak_of_its_own():
     assert step["fp8"].plain > 1.5 * attention
     ms = {precision: 1e3 * cost.seconds(peaks, precision) for precision, cost in step.items()}
     assert ms == pytest.approx({"bf16": 333.9, "fp16": 192.3, "fp8": 210.0, "int8": 121.5}, abs=0.1)
+
+
+def test_a_counted_step_is_the_sum_of_its_launches():
+    peaks = DEVICES["rtx4090"]
+    launched = [
+        ["products", 330e9, 0, "float16", 3],
+        ["attention", 165e9, 0, "float16", 1],
+        ["norm", 0, 1008e6, None, 2],
+    ]
+    assert milliseconds(launched, peaks) == pytest.approx({"products": 3.0, "attention": 1.0, "norm": 2.0})
+    kinds = [("attention", 1), ("mm", 1), ("norm.kernel", 0), ("cat", 0)]
+    launches = [
+        SimpleNamespace(name=name, flops=flops, bytes=8, dtype=torch.int8) for name, flops in (*kinds, kinds[1])
+    ]
+    found = {entry[0]: entry[1:] for entry in summed(launches)}
+    assert list(found) == ["attention", "products", "norm", "PyTorch's own passes"]
+    assert found["products"] == [1, 8, "int8", 2]
+
+
+def test_what_counting_lacks_is_said_in_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = CliRunner().invoke(main, ["roofline", "--counted"])
+    assert (done.exit_code, done.output) == (1, "Error: nothing can be counted here: needs g++\n")
 
 
 def test_times_do_not_count_the_first_call():

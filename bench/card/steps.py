@@ -21,6 +21,7 @@ from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision
 
 PRECISIONS = ("bf16", "fp16", "int8", "fp8")
+COMPILED = ("bf16", "int8", "fp16", "fp8")  # the last are not run where compiling takes long
 LITTLE = 256  # pixels
 ATTENTIONS = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash2", "flash3", "xformers", "sage")
 
@@ -38,7 +39,7 @@ def steps(bench: Bench) -> Iterator[Task]:
     for graphs in (False, True):
         yield Task(f"bf16 {LITTLE}{', CUDA graphs' * graphs}", partial(_little, bench, dit, graphs))
     yield Task(f"diffusers bf16 {middle(bench)}", partial(_diffusers, bench))
-    for precision in PRECISIONS:
+    for precision in COMPILED:
         yield Task(f"{precision} {middle(bench)} compiled", partial(_compiled, bench, precision))
 
 

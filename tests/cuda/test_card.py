@@ -15,6 +15,7 @@ from bench.card import pictures, steps, watch, worker
 from bench.card.rows import Bench, Section, Task, must
 from bench.sides import zimage as our_side
 from bench.sides.clock import Clock
+from zimage.kernels import backend
 
 pytestmark = [pytest.mark.cuda, needs_pretended]
 
@@ -155,6 +156,18 @@ def test_fp16_by_cublas_is_not_our_product():
     ours, theirs = launched
     assert ours["half_product.kernel"] > 0 == theirs["half_product.kernel"]
     assert theirs["mm"] > ours["mm"]
+
+
+def test_triton_that_cannot_compile_is_a_failure_with_its_reason(dry, monkeypatch):
+    def fail(*arguments, **options):
+        raise backend.KernelError("Failed to find C compiler")
+
+    monkeypatch.setattr(backend, "enqueue", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "BROKEN", None)
+        status, _, rows = dry(*SMALL, *only("kernels/Triton"))
+    assert status == 1
+    assert "Failed to find C compiler" in rows["kernels/Triton"]["error"]
 
 
 def test_a_peak_beyond_the_plan_fails(dry, monkeypatch):
