@@ -82,7 +82,7 @@ def _guard() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _why_not() -> str | None:
+def why_not() -> str | None:
     """Why there can be no pretended card here, or None."""
     if torch.cuda.is_available():
         return "there is a real GPU"
@@ -95,7 +95,7 @@ def _why_not() -> str | None:
     return None
 
 
-needs_pretended = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "")
+needs_pretended = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 # ------------------------------------------------------------------ torch.cuda
@@ -158,6 +158,7 @@ def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
         "memory_reserved": lambda device=None: card.live[index_of(device)],
         "max_memory_allocated": lambda device=None: card.most[index_of(device)],
         "reset_peak_memory_stats": lambda device=None: card.most.pop(index_of(device), None),
+        "set_per_process_memory_fraction": lambda share, device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: card.waited(project_line()),
         "Stream": _Stream,
