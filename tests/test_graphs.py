@@ -224,7 +224,7 @@ def draws(x: Tensor) -> Tensor:
 def test_what_cannot_be_captured_runs_as_it_is(caplog, function):
     x = torch.tensor([1.0, -2.0, 3.0])
     assert captured(function, (x,), Tapes()) is function
-    assert "runs without a CUDA graph, which could not be captured" in caplog.messages[0]
+    assert "work that a CUDA graph cannot hold is launched as ever" in caplog.messages[0]
 
 
 def test_a_full_card_is_not_hidden():
@@ -251,8 +251,9 @@ def test_results_are_tensors_of_their_own():
     assert (first.tolist(), second.tolist()) == ([1, 1], [2, 2])
 
 
-def test_cuda_is_asked_in_order(monkeypatch):
-    """A warm-up on another stream, then the capture, in a pool that all graphs of a component share."""
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of torch.cuda, in order."""
     did = []
 
     @contextlib.contextmanager
@@ -274,15 +275,32 @@ def test_cuda_is_asked_in_order(monkeypatch):
         "current_stream": Stream,
         "Stream": Stream,
         "stream": lambda stream: note("aside"),
+        "set_stream": lambda stream: did.append(("stream",)),
+        "current_device": lambda: 1,
         "CUDAGraph": Graph,
         "graph": lambda graph, **options: note("capture", options["pool"], options["capture_error_mode"]),
     }
     for name, value in cuda.items():
-        monkeypatch.setattr(graphs.torch.cuda, name, value)
-    graph = Captured(
-        lambda x: did.append(("run",)) or x + 1, (torch.zeros(2),), graphs.CudaGraphs(torch.device("cuda", 1))
-    )
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *what: did.append(("end", *what)), raising=False)
+    return did
+
+
+def test_cuda_is_asked_in_order(asked):
+    """A warm-up on another stream, then the capture, in a pool that all graphs of a component share."""
+    card = torch.device("cuda", 1)
+    graph = Captured(lambda x: asked.append(("run",)) or x + 1, (torch.zeros(2),), graphs.CudaGraphs(card))
     graph(torch.zeros(2))
-    capture = ("capture", (0, 7), "thread_local")
-    device = ("device", torch.device("cuda", 1))
-    assert did == [device, ("wait",), ("aside",), ("run",), ("wait",), capture, ("run",), ("replay",)]
+    warm_up = [("wait",), ("aside",), ("run",), ("wait",)]
+    assert asked == [("device", card), *warm_up, ("capture", (0, 7), "thread_local"), ("run",), ("replay",)]
+
+
+def test_a_capture_that_fails_leaves_cuda_as_it_was(asked, caplog):
+    def run(x: Tensor) -> Tensor:
+        if ("capture", (0, 7), "thread_local") in asked:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    assert captured(run, (torch.zeros(2),), graphs.CudaGraphs(torch.device("cuda", 1))) is run
+    assert asked[-2:] == [("stream",), ("end", 1, (0, 7))]
+    assert "as ever (operation not permitted" in caplog.messages[0]

@@ -94,6 +94,7 @@ class Card:
         self.most: Counter[int] = Counter()
         self.pinned: list[int] = []  # bytes of every page-locked allocation
         self.counts: list[Count] = [Count()]
+        self.captures: list[Count] = []  # what each CUDA graph holds
         self.known: set[int] = set()  # storages
 
     @property
