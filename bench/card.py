@@ -175,7 +175,7 @@ def vae_rows(device: torch.device, repeats: int) -> Rows:
 
     def decode(size: int, mode: str) -> Row:
         latents = torch.randn(1, 16, size // 8, size // 8, device=device)
-        planned = vae_bytes(vae().config, Workload(size, size, 0, tile_mode=mode), torch.bfloat16)
+        planned = vae_bytes(vae().config, Workload(size, size, 0, tile_mode=mode), torch.bfloat16, device)
         return costs(lambda: vae().decode(latents, None, 64, mode), planned, device, repeats)
 
     for size, mode in itertools.product(SIZES[-2:], ("off", "exact", "blend")):
