@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from dataclasses import fields
 from types import SimpleNamespace
 
 import lora_files
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import zimage
 from zimage.dit import replay
+from zimage.dit.model import Context, Modulation
 from zimage.dit.replay import forget_graphs, most_tokens, replay_velocity
 from zimage.loading import graphs as giving
 from zimage.nn import graphs
@@ -63,6 +65,13 @@ def test_a_render_is_the_same_bits(tiny_folder, tapes, request_, expected):
     wanted, found = (pipe.generate(**{**REQUEST, **request_}).images for pipe in (plain, replayed))
     assert [image.tobytes() for image in found] == [image.tobytes() for image in wanted]
     assert replays(tapes) == expected
+
+
+def test_a_render_in_fp16_keeps_its_units(tiny_folder, tapes):
+    load = {"path": tiny_folder, "device": "cpu", "dtype": "fp16"}
+    plain, replayed = (zimage.ZImage.load(**load, cuda_graphs=on) for on in (False, True))
+    assert replayed.generate(**REQUEST).images[0].tobytes() == plain.generate(**REQUEST).images[0].tobytes()
+    assert replays(tapes) == [3]
 
 
 def test_what_does_not_pay_runs_as_ever(tiny_folder, tapes, monkeypatch):
@@ -141,6 +150,12 @@ def test_a_velocity_reads_its_inputs_and_weights_alone():
         dit.velocity(latents[:1], dit.modulate(sigma[:1]), context)
     weights = {storage(x) for x in dit.state_dict().values()}
     assert {storage(x) for x in made.tapes[0].read.values()} <= weights
+
+
+def test_a_graph_is_given_all_that_an_evaluation_reads():
+    """A field that is added to these must be passed through `_tensors` and `_evaluated`, or belong to the key."""
+    assert [field.name for field in fields(Modulation)] == ["noise_refiner", "layers", "final", "units"]
+    assert [field.name for field in fields(Context)] == ["tokens", "image_rotation", "rotation", "padding"]
 
 
 # ------------------------------------------------------------------ writing

@@ -17,7 +17,9 @@ def rendered(**load) -> Card:
     return card
 
 
-@pytest.mark.parametrize("load", [{}, {"dtype": "fp32"}, {"precision": "int8"}, {"precision": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "load", [{}, {"dtype": "fp32"}, {"dtype": "fp16"}, {"precision": "int8"}, {"precision": "fp8"}], ids=str
+)
 def test_every_precision(caplog, load):
     """One graph for guidance and steps."""
     (count,) = rendered(**load).captures
