@@ -73,6 +73,7 @@ class Card:
         self.pinned: list[int] = []  # bytes of every page-locked allocation
         self.returned: list[int] = []  # how many of these there were whenever unused ones were given back
         self.counts: list[Count] = [Count()]
+        self.captures: list[Count] = []  # what each CUDA graph holds
         self.known: set[int] = set()  # storages
 
     @property

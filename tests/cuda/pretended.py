@@ -124,6 +124,22 @@ class _Event:
         return 1.0
 
 
+class _Graph:
+    """A CUDA graph of nothing."""
+
+    def replay(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _capture(card: Card, graph: _Graph, **_: object) -> Iterator[None]:
+    """What a capture may not hold ends it, as on a card."""
+    with card.count() as count:
+        yield
+    if what := [*count.syncs, *(copy.line for copy in count.copies)]:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what[0]}")
+    card.captures.append(count)
+
+
 def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
     def index_of(device: torch.device | str | int | None = None) -> int:
         index = device if device is None or isinstance(device, int) else torch.device(device).index
@@ -165,10 +181,15 @@ def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
         "Event": _Event,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": _Stream,
+        "set_stream": lambda stream: None,
+        "CUDAGraph": _Graph,
+        "graph": functools.partial(_capture, card),
+        "graph_pool_handle": lambda: (0, 0),
     }
     for name, value in replaced.items():
         yield mock.patch.object(torch.cuda, name, value)
     yield mock.patch.object(torch.accelerator, "empty_host_cache", card.gave_back)
+    yield mock.patch.object(torch._C, "_cuda_endAllocateToPool", create=True)
     yield mock.patch.object(torch.version, "cuda", "13.0")
     yield mock.patch.object(F, "scaled_dot_product_attention", attention(card, F.scaled_dot_product_attention))
 
