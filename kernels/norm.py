@@ -1,4 +1,4 @@
-"""RMS norm over the last dimension, plain and times a modulation's scale, the latter also quantised.
+"""RMS norm over the last dimension, times a modulation's scale, also quantised: the DiT's form.
 
 Shapes: B batch, L tokens, C channels.
 """
@@ -6,27 +6,12 @@ Shapes: B batch, L tokens, C channels.
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels import quantise
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl, tokens_per_program
 from zimage.kernels.quantise import Operand, quantised
-
-HALF = (torch.bfloat16, torch.float16)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight · x / √(mean(x²) + eps) over the last dimension (Zhang & Sennrich 2019), in fp32 inside."""
-    if x.dtype in HALF:
-        return scaled_by_rms(x, weight.float(), eps).to(x.dtype)
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def scaled_by_rms(x: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """factor · x / √(mean(x²) + eps) in fp32, for `x` in half precision, in the fewest passes that PyTorch offers."""
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # √(sum of squares)
-    return (x * (size.square() / x.shape[-1] + eps).rsqrt()).mul_(factor)
+from zimage.kernels.rms_norm import HALF, plain, scaled_by_rms
 
 
 def rms_norm_scale(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -55,7 +40,7 @@ def _reference(x, weight, scale, eps):
     """fp32 for `x` in half precision."""
     if x.dtype in HALF:
         return scaled_by_rms(x, weight.float() * scale, eps)
-    return rms_norm(x, weight, eps) * scale
+    return plain(x, weight, eps) * scale
 
 
 @jit

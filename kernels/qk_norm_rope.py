@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
-from zimage.kernels.norm import HALF, rms_norm, scaled_by_rms
+from zimage.kernels.rms_norm import HALF, plain, scaled_by_rms
 
 
 def qk_norm_rope(
@@ -28,7 +28,7 @@ def reference(q, k, q_weight, k_weight, cos, sin, eps):
 
 
 def _norm_turned(x, weight, cos, sin, eps):
-    normed = scaled_by_rms(x, weight.float(), eps) if x.dtype in HALF else rms_norm(x, weight, eps)
+    normed = scaled_by_rms(x, weight.float(), eps) if x.dtype in HALF else plain(x, weight, eps)
     return rotate_pairs(normed, cos, sin).to(x.dtype)
 
 

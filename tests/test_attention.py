@@ -16,8 +16,9 @@ import zimage
 from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.nn import attention as module
-from zimage.nn.attention import Padding, attention, choose_attention, use_attention
+from zimage.nn.attention import Padding, attention, choose_attention, head_size, use_attention
 from zimage.text.qwen3 import KVCache, Qwen3
+from zimage.vae import AutoencoderKL
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LENGTHS = (5, 9, 2)
@@ -92,7 +93,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(importlib, "import_module", lambda path: FAKES[packages[path]])
     samples = module._samples
-    monkeypatch.setattr(module, "_samples", lambda device, dtype: samples(CPU, dtype))
+    monkeypatch.setattr(module, "_samples", lambda device, *rest: samples(CPU, *rest))
     return state
 
 
@@ -236,7 +237,8 @@ def hopper(monkeypatch, tmp_path):
     """A GPU for FlashAttention 3, as far as choosing goes, and a folder for packages."""
     samples = module._samples
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(module, "_samples", lambda device, dtype: samples(CPU, dtype))
+    monkeypatch.setattr(module, "_samples", lambda device, *rest: samples(CPU, *rest))
+    monkeypatch.setattr(module, "FAILED", set())
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     broken.forget(*(package.module.split(".")[0] for package in module._PACKAGES.values()))
@@ -261,6 +263,31 @@ def test_a_package_that_is_here_and_fails(hopper, caplog, name, kind):
     assert choose_attention("auto", CUDA, torch.bfloat16) == ("sdpa", attention)
     assert len(caplog.messages) == (1 if name == "flash3" else 0)
     assert all("\n" not in line and tells in line for line in caplog.messages)
+
+
+def test_it_is_tried_with_the_models_own_heads(hopper, tiny_folder):
+    """SageAttention takes heads of 64, 96 or 128 only, and said so at the first block."""
+    source = """def sageattn(q, k, v, tensor_layout, is_causal):
+    from zimage.nn.attention import attention
+    assert q.shape[-1] in (64, 96, 128), "headdim should be in [64, 96, 128]"
+    return attention(q, k, v, causal=is_causal)"""
+    broken.write(hopper, "sageattention", source)
+    assert choose_attention("sage", CUDA, torch.bfloat16, head=96)[0] == "sage"
+    with pytest.raises(RequestError, match=r"sage does not work here \(AssertionError: headdim should be in"):
+        choose_attention("sage", CUDA, torch.bfloat16, head=32)
+    assert head_size(ZImageDiT.from_config(tiny.DIT)) == sum(tiny.DIT["axes_dims"])
+    assert head_size(AutoencoderKL.from_config(tiny.KL)) == 0
+
+
+def test_a_gpu_that_fails_in_the_trial_is_not_a_broken_package(hopper, monkeypatch):
+    def lost(device):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    broken.write(hopper, "flash_attn_interface", "")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(torch.AcceleratorError):
+        choose_attention("auto", CUDA, torch.bfloat16)
 
 
 def test_the_whole_reason_is_told_on_request(hopper, caplog):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zimage import kernels
-from zimage.kernels import backend
+from zimage.kernels import backend, norm
 from zimage.kernels.backend import KernelError, check_triton, choose, enqueue
 from zimage.kernels.norm import reference, rms_norm_scale
 
@@ -162,6 +162,16 @@ def test_a_triton_that_could_not_be_imported_is_told_once(gpu, monkeypatch, capl
     check_triton(GPU)
     (line,) = caplog.messages
     assert "libtriton.so" in line
+
+
+def test_compiled_code_chooses_too(gpu, monkeypatch):
+    """In one graph, and anew once a launch has failed elsewhere."""
+    monkeypatch.setattr("zimage.kernels.norm.launch", lambda x, weight, scale, eps: 2 * x)
+    x, weight, scale = torch.randn(1, 3, 8), torch.randn(8), torch.randn(1, 1, 8)
+    compiled = torch.compile(lambda: rms_norm_scale(x, weight, scale, 1e-5), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(), 2 * x)
+    backend.FAILED.add(norm.launch)
+    assert torch.equal(compiled(), reference(x, weight, scale, 1e-5))
 
 
 def test_every_op_chooses_by_this_one_function():

@@ -197,6 +197,7 @@ CASES = [
     Case("precision", "int8"),
     Case("precision", "fp8"),
     Case("compile", True, differs("compiled", 1)),
+    Case("cuda_graphs", True, says("runs without CUDA graphs, since its device is cpu")),
     Case("residency", "stage", says("components loaded one at a time")),
     Case("memory", 0.01, fails("no size fits: set memory")),
     # what is kept, and where one's own things are

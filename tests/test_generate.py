@@ -12,20 +12,20 @@ from zimage.errors import CheckpointError, NonFiniteError, RequestError
 from zimage.nn.layers import TokenEmbedding, WideningLinear
 from zimage.nn.packed import Blocks, PackedEmbedding, Scaled
 from zimage.text import Qwen3, Tokenizer
-from zimage.text.generate import (
-    Sampling,
-    generate,
+from zimage.text.generate import Sampling, generate, split_thinking, stop_tokens, stream_text, write
+from zimage.text.qwen3 import KVCache
+from zimage.text.sampling import (
+    choose,
+    draw_noise,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    pack,
     penalised,
     probabilities,
-    split_thinking,
-    stop_tokens,
-    stream_text,
-    write,
+    shortlisted,
+    unpack,
 )
-from zimage.text.qwen3 import KVCache
 
 GREEDY = Sampling(temperature=0.0)
 TEXT = "A ☕ at dawn, naïve 東京 👩‍👩‍👧 and a\ufffd"
@@ -186,6 +186,58 @@ def test_penalty_temperature_top_k_top_p_min_p_in_this_order():
     assert torch.allclose(ours, run(steps))
     others = [order for order in itertools.permutations(steps) if not torch.allclose(run(order), ours)]
     assert len(others) > 60, "the settings tell most orders apart"
+
+
+def wide_logits(seed: int) -> torch.Tensor:
+    """Logits of 5000 tokens of several widths, every other time with ties, as a bf16 model gives them."""
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(seed)) * (0.3, 2.0, 6.0, 30.0)[seed % 4]
+    return logits.bfloat16().float() if seed // 4 % 2 else logits
+
+
+EVERY_FILTER = [
+    Sampling(temperature=t, top_k=k, top_p=p, min_p=m, presence_penalty=penalty)
+    for t, k, p, m, penalty in itertools.product(
+        (0.05, 0.6, 1.7), (0, 1, 20, 600, 9999), (0.01, 0.5, 0.95, 0.9999, 1.0), (0.0, 0.1, 1.0), (0.0, 1.5)
+    )
+]
+
+
+def test_the_shortlist_gives_the_token_of_the_whole_vocabulary(monkeypatch):
+    """For every setting, with ties, penalties, shortlists too short: what multinomial draws, as many numbers."""
+    taken = []
+
+    def counting(*arguments):
+        taken.append(shortlisted(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr("zimage.text.sampling.shortlisted", counting)
+    for case, sampling in enumerate(EVERY_FILTER):
+        monkeypatch.setattr("zimage.text.sampling.SHORTLIST", (512, 64, 5000)[case % 3])
+        logits, before, now = wide_logits(case), *(torch.Generator().manual_seed(case) for _ in range(2))
+        generated = logits.topk(100).indices[:: case % 4].tolist() if case % 4 else []
+        for _ in range(3):
+            offer = unpack(pack(logits, sampling), len(logits))
+            token = choose(offer, generated, sampling, draw_noise(len(logits), sampling, now))
+            assert token == int(torch.multinomial(probabilities(logits, generated, sampling), 1, generator=before))
+            assert before.get_state().equal(now.get_state())
+    assert sum(token is not None for token in taken) > 0.5 * len(taken)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=0), Sampling(min_p=0.3), Sampling(top_p=1.0)], ids=str)
+def test_the_shortlist_answers_nearly_always(sampling):
+    taken = []
+    for case in range(3, 243, 4):  # as wide as a trained model's
+        logits, noise = wide_logits(case), torch.empty(5000).exponential_()
+        largest = logits.topk(512).indices
+        taken.append(shortlisted(logits, largest, logits[largest[-1]], sampling, noise))
+    assert sum(token is not None for token in taken) >= 55
+
+
+def test_the_shortlist_never_answers_where_a_tie_decides():
+    tied, noise = torch.tensor([1.0, 1.0, 0.0]), torch.ones(3)
+    assert shortlisted(tied, torch.tensor([0, 1, 2]), tied[2], Sampling(top_p=0.3), noise) is None
+    one = torch.tensor([1.0, 0.9, 0.0])
+    assert shortlisted(one, torch.tensor([0, 1, 2]), one[2], Sampling(top_p=0.3), noise) == 0
 
 
 def test_temperature_zero_is_greedy_and_needs_no_random_numbers(model):

@@ -142,6 +142,11 @@ FAILURES = {
 }
 
 
+def test_a_gpu_that_is_full_before_anything_is_loaded():
+    line = faults.told(torch.AcceleratorError("CUDA error: out of memory" + AFTER))
+    assert line.startswith("the GPU failed (AcceleratorError: CUDA error: out of memory); another program holds")
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 @pytest.mark.parametrize("text", FAILURES)
 def test_a_gpu_that_fails_is_one_line(tmp_path, monkeypatch, capsys, text, kind):

@@ -288,6 +288,26 @@ FAULTS = {
         "norm", "tl.program_id(0) * ROWS,", "tl.program_id(0) * 9,", Exception, "address|read"
     ),
     "never written": Fault("swiglu", "-(-C // BLOCK))", "C // BLOCK)", AssertionError, None),
+    "a sum never stored": Fault("rms_norm", "tl.store(sum_ptr + place, rounded, mask=there)", "", AssertionError, None),
+    "the sum's last token": Fault("rms_norm", "(first + i < tokens)", "(first + i < tokens - 1)", AssertionError, None),
+    "turned backwards": Fault(
+        "qk_norm_rope_halves",
+        "+ first * sin).to",
+        "- first * sin).to",
+        AssertionError,
+        "reference's",
+    ),
+    "one angle for all tokens": Fault(
+        "qk_norm_rope_halves",
+        "row = token *",
+        "row = batch *",
+        AssertionError,
+        "reference's",
+    ),
+    "a head too many": Fault(
+        "qk_norm_rope_halves", "[:, None] < heads", "[:, None] < BLOCK_H", Exception, "outside|reads"
+    ),
+    "half a mean": Fault("qk_norm_rope_halves", "axis=1) / D", "axis=1) / (D // 2)", AssertionError, "the reference's"),
     "bf16 as integers": Fault("swiglu", "other=0.0).to(tl.float32)", "other=0.0)", Exception, "bit patterns"),
     "between a view's rows": Fault(
         "group_norm", "width, x_row, x_stride", "width, out_row, x_stride", Exception, "outside", "NORMALISE_SPEC", 1
@@ -328,7 +348,13 @@ def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
     assert unfit(report, stores_little=False) is not None
 
 
-@pytest.mark.parametrize("name", ["rms_norm_scale", "gated_residual", "swiglu", "qk_norm_rope"])
+DIFFERENTIABLE = [
+    *("rms_norm_scale", "rms_norm", "add_rms_norm", "gated_residual"),
+    *("swiglu", "qk_norm_rope", "qk_norm_rope_halves"),
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_references_differentiate_in_half_precision_and_agree_when_compiled(name):
     """They take other passes in bf16 than in fp32, write over their intermediate maps, and turn pairs differently."""
     spec = SPECS[name]

@@ -12,8 +12,9 @@ from torch import Tensor
 from bench.pairs import run_side
 from zimage.loading.files import Component
 from zimage.text import Qwen3
-from zimage.text.generate import Sampling, generate, probabilities
+from zimage.text.generate import Sampling, generate
 from zimage.text.qwen3 import KVCache
+from zimage.text.sampling import probabilities
 
 pytest.importorskip("transformers")
 import references

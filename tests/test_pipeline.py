@@ -240,6 +240,32 @@ def test_nan_weights_are_named(tiny_folder):
             pipe.generate("a", seed=1, steps=1, **SIZE)
 
 
+def test_a_render_changes_no_setting_of_pytorch(tiny_folder):
+    """A host program's own stand, and fp32 means fp32: no TF32, unless the host has chosen it."""
+
+    def settings():
+        return {
+            "matmul": torch.get_float32_matmul_precision(),
+            "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+            "fp16 sums": torch.backends.cuda.matmul.allow_fp16_accumulation,
+            "bf16 sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+            "sdp": tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "math", "cudnn")),
+            "dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(),
+            "gradients": torch.is_grad_enabled(),
+            "random": torch.get_rng_state().tolist(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+
+    before = settings()
+    assert before["matmul"] == "highest"
+    for load in ({"dtype": "fp32"}, {"dtype": "bf16", "precision": "int8", "attention": "sdpa-math"}):
+        pipe = zimage.ZImage.load(tiny_folder, device="cpu", **load)
+        pipe.generate("a", steps=1, guidance=2.0, tile_mode="exact", **SIZE)
+    assert settings() == before
+
+
 def test_a_missing_folder_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder"):
         zimage.ZImage.load(tmp_path / "nowhere")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +228,7 @@ def _size(path: Path) -> int:
 @contextlib.contextmanager
 def _alone(stream: BinaryIO, path: str) -> Iterator[None]:
     """Hold a lock on the file, since two fetches that append to it would spoil it."""
-    if os.name == "posix":
+    if sys.platform != "win32":
         import fcntl
 
         try:

@@ -38,9 +38,9 @@ DATA_DEPENDENT = {aten.nonzero.default, aten.equal.default, aten.masked_select.d
 class PretendedOps(TorchDispatchMode):
     """Runs ops on CPU tensors as they are, and those that touch the card on FakeTensors."""
 
-    def __init__(self, card: Card):
+    def __init__(self, card: Card, kind: str = "cuda"):
         super().__init__()
-        self.card, self.fake = card, FakeTensorMode(allow_non_fake_inputs=False)
+        self.card, self.kind, self.fake = card, kind, FakeTensorMode(allow_non_fake_inputs=False)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -50,7 +50,7 @@ class PretendedOps(TorchDispatchMode):
             return out
         target = kwargs.get("device")
         if not any(isinstance(x, FakeTensor) for x in tree_iter((args, kwargs))) and (
-            target is None or torch.device(target).type != "cuda"
+            target is None or torch.device(target).type != self.kind
         ):
             return op(*args, **kwargs)
         if op in DATA_DEPENDENT:
@@ -82,7 +82,7 @@ class PretendedOps(TorchDispatchMode):
         for result in results:
             self.card.holds(result)
         touched = {id(x): x for x in tree_iter((args, kwargs, out)) if isinstance(x, FakeTensor)}.values()
-        devices = {x.device for x in touched if x.device.type == "cuda"}
+        devices = {x.device for x in touched if x.device.type == self.kind}
         if op in NOTHING or op.is_view or not devices or not _writes(op, args, results):
             return
         assert len(devices) == 1, f"{op} on {devices} at {project_line()}"
@@ -94,7 +94,7 @@ class PretendedOps(TorchDispatchMode):
 
     def _number(self, x: Tensor) -> bool | int | float:
         """`.item()`: the host waits, and gets True or 0."""
-        if x.device.type == "cuda":
+        if x.device.type == self.kind:
             self.card.waited(project_line())
         return True if x.dtype is torch.bool else 0.0 if x.is_floating_point() else 0
 
@@ -103,6 +103,8 @@ class PretendedOps(TorchDispatchMode):
         into = op is aten.copy_.default
         source = args[1] if into else args[0]
         target = args[0].device if into else torch.device(kwargs.get("device") or source.device)
+        if target == torch.device("mps"):
+            target = torch.device("mps", 0)
         if target == torch.device("cuda"):
             target = torch.device("cuda", torch.cuda.current_device())
         if target == source.device:

@@ -58,6 +58,7 @@ FACTORS: dict[str, dict[str, dict]] = {
         "two passes": {"hires": 2.0},
     },
 }
+SLACK = 100_000_000  # bytes by which this process may grow meanwhile
 Case = tuple[str, ...]
 
 
@@ -129,7 +130,7 @@ def draw(files: dict[str, Path], case: Case) -> None:
         if residency == "tight":
             tight = zimage.ZImage.load(files["plain"], **load, memory=1e-9)
             plan = tight.prepare(zimage.Request.from_mapping(asked), must_fit=False).plan
-            load["memory"] = plan.tightest.peak * 1.001 / 1e9
+            load["memory"] = (plan.tightest.peak + (SLACK if "CPU" in place else 0)) * 1.001 / 1e9
         pipe = zimage.ZImage.load(files["plain"], **load)
         result = pipe.generate(**asked)
     assert len(result.images) == len(result.seeds)

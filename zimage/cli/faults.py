@@ -27,6 +27,7 @@ ADVICE = {
         "the GPU or its driver is at fault: see what nvidia-smi says, and restart the machine"
     ),
     r"launch timed out": "the system's time limit ended it: choose a smaller size, or a GPU without a screen",
+    r"out of memory": "another program holds its memory: end that, choose another --device, or pass --device cpu",
     r"busy or unavailable": "another program has the GPU for itself: end that, or pass --device cpu",
     r"unable to find an engine": "memory may be short: set --memory below what is free, or choose a smaller size",
     r"not (currently )?(implemented|supported)": "this device lacks the operation: pass --device cpu",

@@ -14,19 +14,22 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch, forget_pages
 from zimage.loading.devices import Place
-from zimage.loading.files import ModelFiles
+from zimage.loading.files import Component, ModelFiles
+from zimage.loading.graphs import give_graphs
 from zimage.loading.loras import Adapters, bring
 from zimage.loading.memory import out_of_memory_in, release_cached
 from zimage.loading.plan import MemoryPlan, StagePlan
 from zimage.loading.registry import DIT, ROWS
 from zimage.loading.sizes import ComponentSizes
 from zimage.loading.streaming import resident_weights, stop_streaming, stream, streamed_blocks
-from zimage.nn.attention import choose_attention, use_attention
+from zimage.nn.attention import choose_attention, head_size, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.quant import check_precision, quantise
 from zimage.settings.declared import LoadSettings
@@ -56,12 +59,21 @@ class Residency:
         self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
         # A named backend is meant for the DiT; components on another device use what runs there.
         attention = settings.attention or "auto"
-        chosen = {
-            n: choose_attention(attention if p == places[DIT] else "auto", *p, ROWS[n].transformed and settings.compile)
-            for n, p in places.items()
+        wanted = {
+            name: (
+                attention if place == places[DIT] else "auto",
+                *place,
+                head,
+                ROWS[name].transformed and settings.compile,
+            )
+            for name, place in places.items()
+            if (head := head_size(model.skeleton(name)))
         }
-        self.attention, self._attend = chosen[DIT][0], {name: attend for name, (_, attend) in chosen.items()}
+        chosen = {how: choose_attention(*how) for how in dict.fromkeys((wanted[DIT], *wanted.values()))}  # each once
+        self.attention, self._attend = chosen[wanted[DIT]][0], {name: chosen[how][1] for name, how in wanted.items()}
         check_precision(settings.precision, places[DIT].device)
+        for name, place in places.items():
+            _check_numbers(model.components[name], place.device)
         self._held: dict[str, _Loaded] = {}
         self._busy: Counter[str] = Counter()  # stages under way, by component
         self._devices = {place.device: threading.RLock() for place in places.values()}
@@ -161,16 +173,21 @@ class Residency:
             quantise(module, self.settings.precision, forget_pages)
         if row.transformed:
             bring(module, component, (), adapters, dtype, device)
-        use_attention(module, self._attend[name])
+        if name in self._attend:
+            use_attention(module, self._attend[name])
         if row.transformed and self.settings.compile:
             compile_blocks(module)
         if stage.streamed:
             stream(module, stage.streamed, device)
+        if self.settings.cuda_graphs:
+            give_graphs(name, module, device, self.attention, bool(stage.streamed))
         return _Loaded(module, adapters if row.transformed else ())
 
     def _adapted(self, held: _Loaded, adapters: Adapters) -> None:
         """Exchange the DiT's adapters; if that fails halfway, the DiT is released and loads again."""
         device, dtype = self.places[DIT]
+        if adapters != held.adapters:
+            forget_graphs(held.module)
         try:
             bring(held.module, self.model.components[DIT], held.adapters, adapters, dtype, device)
         except BaseException:
@@ -188,3 +205,14 @@ class Residency:
             stop_streaming(held.module)
             del held  # or its memory would not be free yet
             release_cached(self.places[name].device)
+
+
+def _check_numbers(component: Component, device: torch.device) -> None:
+    """Raise RequestError for a component whose packed weights the device has no numbers for."""
+    kinds = {entry.dtype for entry in component.checkpoint.entries.values() if entry.packed}
+    if device.type == "mps" and any("fp8" in kind or "nvfp4" in kind for kind in kinds):
+        held = ", ".join(sorted(kinds))
+        text = (
+            f"{component.checkpoint.origin} holds {held}, and a Mac's GPU has no fp8; use other weights or --device cpu"
+        )
+        raise RequestError(text, fields=("device",))

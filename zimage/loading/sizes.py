@@ -5,7 +5,7 @@ were measured on the models themselves, and tests compare them with the peaks of
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from zimage.dit.model import ZImageDiT, ZImageDiTConfig, padded_length
+from zimage.dit.replay import most_tokens
 from zimage.loading.plan import Workload
 from zimage.nn.quant import quantised_bytes
 from zimage.settings.declared import BLEND_TILE, SIZE_MULTIPLE
 from zimage.text.qwen3 import Qwen3, Qwen3Config
+from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
 from zimage.vae.tiling import runs_kernels, strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
@@ -36,14 +38,33 @@ def text_encoder_bytes(config: Qwen3Config, work: Workload, dtype: torch.dtype) 
 
 def writing_bytes(config: Qwen3Config, tokens: int, dtype: torch.dtype) -> int:
     """What writing needs besides: keys and values of `tokens`, and logits with the filters' copies in fp32."""
-    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return tokens * keys + 24 * config.vocab_size
+    return tokens * _stored_bytes(config, dtype) + 24 * config.vocab_size
+
+
+def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
+    """One token's keys and values in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image."""
-    tokens = work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens)
-    return work.batch * tokens * (2 * int(config.dim / 3 * 8) + 8 * config.dim) * dtype.itemsize
+    return _dit_tokens(work) * (2 * int(config.dim / 3 * 8) + 8 * config.dim) * dtype.itemsize
+
+
+def _dit_tokens(work: Workload) -> int:
+    """Tokens of images and captions in one evaluation."""
+    return work.batch * (work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens))
+
+
+def graph_bytes(config: Qwen3Config | ZImageDiTConfig, work: Workload, dtype: torch.dtype) -> int:
+    """What CUDA graphs hold besides: their pool keeps an evaluation's maps, and a text is written in whole windows."""
+    if isinstance(config, ZImageDiTConfig):
+        share = min(1.0, most_tokens(config) / _dit_tokens(work))
+        return int(share * dit_bytes(config, work, dtype))
+    if not work.stored_tokens:
+        return 0
+    window = replace(work, tokens=1, stored_tokens=window_of(work.stored_tokens))
+    return text_encoder_bytes(config, window, dtype) - work.stored_tokens * _stored_bytes(config, dtype)
 
 
 def vae_bytes(

@@ -63,13 +63,23 @@ class Padding(NamedTuple):
 Attend = Callable[..., Tensor]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None, causal: bool = False) -> Tensor:
-    """softmax(q·kᵀ/√D)·v with q (B, L, H, D) and k, v (B, L, G, D), G dividing H; returns (B, L, H, D)."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Padding | None = None,
+    causal: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q·kᵀ/√D + bias)·v with q (B, L, H, D) and k, v (B, L, G, D), G dividing H; returns (B, L, H, D).
+
+    A `bias` (1, 1, 1, L) takes the place of the padding.
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if padding is None else padding.mask,
+        attn_mask=bias if padding is None else padding.mask,
         is_causal=causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )
@@ -81,6 +91,11 @@ def use_attention(model: nn.Module, attend: Attend) -> None:
     for module in model.modules():
         if "attend" in vars(module):
             vars(module)["attend"] = attend
+
+
+def head_size(model: nn.Module) -> int:
+    """The size of the heads of the model's attention modules; 0 where none of them can be given a backend."""
+    return next((vars(module)["head_dim"] for module in model.modules() if "attend" in vars(module)), 0)
 
 
 # ------------------------------------------------------------------ backends
@@ -174,35 +189,39 @@ AMPERE = (8, 0)  # the first with units for bf16
 # Then PyTorch's own choice. That contains FlashAttention 2 already, also as xformers has it: these two would add ways
 # to fail and no speed, so they are used only when they are named.
 AUTOMATIC = ("flash3",)
+FAILED: set[str] = set()  # those that did in this process: told once, and not tried again
 TOLERANCE = 0.1  # of a trial's results, as a share of their size: sage quantises
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> tuple[str, Attend]:
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, head: int = 128, compiled: bool = False
+) -> tuple[str, Attend]:
     """The backend `name` as (name, function); "auto" takes the first of AUTOMATIC that runs here, else sdpa.
 
-    A package is tried on small tensors: it may be installed and not work. `compiled`: it is used in compiled blocks.
-    Raises RequestError for a backend that was named, with what would help.
+    It is tried on small tensors with heads of the size `head`: a package may be installed and not work. `compiled`: it
+    is used in compiled blocks. Raises RequestError for a backend that was named, with what would help.
     """
     if name not in ATTENTIONS:
         raise RequestError(f"attention {quoted(name)} is not known; use {', '.join(ATTENTIONS)}", fields=("attention",))
     if name == "auto":
-        return _automatic(device, dtype, compiled)
+        return _automatic(device, dtype, head, compiled)
     if name == "sdpa":
         return name, attention
     if obstacle := _obstacle(name, device, dtype, compiled):
         raise RequestError(f"attention {quoted(name)} {obstacle}", fields=("attention",))
     try:
-        return name, _tried(name, device, dtype)
+        return name, _tried(name, device, dtype, head)
     except BackendError as error:
         raise RequestError(f"attention {error}; or use sdpa", fields=("attention",)) from error
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[str, Attend]:
+def _automatic(device: torch.device, dtype: torch.dtype, head: int, compiled: bool) -> tuple[str, Attend]:
     for name in AUTOMATIC if not compiled else ():  # compilers are at home with PyTorch's own
-        if _obstacle(name, device, dtype, compiled) is None:
+        if name not in FAILED and _obstacle(name, device, dtype, compiled) is None:
             try:
-                return name, _tried(name, device, dtype)
+                return name, _tried(name, device, dtype, head)
             except BackendError as error:
+                FAILED.add(name)
                 log.warning("attention: PyTorch's own runs, since %s", error)
     return "sdpa", attention
 
@@ -242,8 +261,8 @@ class BackendError(RuntimeError):
     """A backend that is here and fails; says how, and what would help."""
 
 
-def _tried(name: str, device: torch.device, dtype: torch.dtype) -> Attend:
-    """A backend that has given right results. Raises BackendError."""
+def _tried(name: str, device: torch.device, dtype: torch.dtype, head: int) -> Attend:
+    """A backend that has given right results. Raises BackendError, or whatever is wrong with the GPU."""
     package = _PACKAGES.get(name)
     try:
         run: Attend = (
@@ -252,8 +271,12 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype) -> Attend:
             else partial(_torch_only, _TORCH[name])
         )
         if device.type == "cuda":
-            _try(run, *_samples(device, dtype))
+            _try(run, *_samples(device, dtype, head))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a broken package raises errors of any kind
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(device)  # raises where the GPU has failed: every call does from then on
         log.info("%s", "".join(traceback.format_exception(error)).rstrip())
         reason = (str(error).strip().splitlines() or [""])[0]
         mend = f"; install it for PyTorch {torch.__version__}: {package.install}" if package else ""
@@ -261,10 +284,10 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype) -> Attend:
     return run
 
 
-def _samples(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of two sequences, with the head size of the published models and grouped heads."""
+def _samples(device: torch.device, dtype: torch.dtype, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of two sequences, with grouped heads."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 16, heads, 128, generator=generator).to(device, dtype) for heads in (2, 1, 1))
+    q, k, v = (torch.randn(2, 16, heads, head, generator=generator).to(device, dtype) for heads in (2, 1, 1))
     return q, k, v
 
 

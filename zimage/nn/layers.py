@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage.kernels.norm import HALF, rms_norm
+from zimage.kernels.rms_norm import HALF, rms_norm
 
 PIECE = 2 << 20  # values widened at a time: small enough to stay in the cache until they are multiplied
 

@@ -311,7 +311,7 @@ class LoadSettings(Settings):
     )
     attention: str | None = setting(
         None,
-        "Attention backend; sage is lossy. Default: auto.",
+        "Attention backend; sage is lossy. Default: auto, PyTorch's own or FlashAttention 3.",
         choices=ATTENTIONS,
         group="Machine",
         env="ZIMAGE_ATTENTION",
@@ -324,6 +324,12 @@ class LoadSettings(Settings):
     )
     compile: bool = setting(
         False, "Compile the DiT's blocks: takes some seconds once, then steps are faster.", group="Machine"
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "Replay small pictures and written tokens from CUDA graphs, where launching takes longer than computing: the "
+        "demo, 256 × 256, rewriting.",
+        group="Machine",
     )
     residency: str = setting(
         "auto",

@@ -1,87 +1,28 @@
-"""Writes text with the text encoder's weights: logits → filters → a sampled token, again and again.
-
-The filters follow transformers' processors in their order and treatment of ties; the presence penalty of OpenAI's
-interface comes before them. All of it runs in fp32 on the CPU, so a seed gives the same text on every device as far
-as the logits agree.
+"""Writes text with the text encoder's weights: logits → a sampled token (`text.sampling`), again and again.
 
 Shapes: L prompt tokens, V vocabulary.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from zimage.errors import NonFiniteError, RequestError
+from zimage.errors import RequestError
+from zimage.nn.graphs import graphs_of
 from zimage.settings.declared import Sampling
 from zimage.text.chat import END_THINK, IM_END, THINK
 from zimage.text.qwen3 import KVCache, Qwen3
+from zimage.text.replay import ReplayedLogits
+from zimage.text.sampling import choose, draw_noise, pack, unpack
 from zimage.text.tokenizer import Tokenizer
 
 __all__ = ["Sampling", "generate", "split_thinking", "stop_tokens", "stream_text", "write"]
 
 END_OF_TEXT = "<|endoftext|>"
 TAG = re.compile(f"({THINK}|{END_THINK})")
-
-
-# ------------------------------------------------------------------ from logits to a token
-
-
-def penalised(logits: Tensor, generated: Collection[int], penalty: float) -> Tensor:
-    """logitᵢ − penalty · [i ∈ generated]: once per token, however often it occurred (OpenAI's presence penalty)."""
-    if not penalty or not generated:
-        return logits
-    seen = torch.tensor(sorted(set(generated)))
-    return logits.index_add(0, seen, logits.new_ones(len(seen)), alpha=-penalty)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """−∞ below the k-th largest logit; all logits equal to it stay (Fan et al. 2018)."""
-    least = logits.topk(min(k, len(logits))).values[-1]
-    return logits.masked_fill(logits < least, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """−∞ for the least likely tokens whose probabilities add up to 1 − p or less (Holtzman et al. 2020).
-
-    The most likely token always stays. All V logits are sorted, though most may be −∞, because their order decides
-    which of several equal ones at the limit are dropped.
-    """
-    ascending, order = logits.sort()
-    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    tail[-1] = False
-    return logits.index_fill(0, order[tail], -torch.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """−∞ for tokens less likely than p times the most likely one (Nguyen et al. 2024)."""
-    probability = logits.softmax(-1)
-    return logits.masked_fill(probability < p * probability.amax(), -torch.inf)
-
-
-def probabilities(logits: Tensor, generated: Collection[int], sampling: Sampling) -> Tensor:
-    """Probabilities (V,) of the next token, fp32, from raw logits (V,) and the tokens so far; temperature above 0."""
-    logits = penalised(logits, generated, sampling.presence_penalty) / sampling.temperature
-    if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p:
-        logits = keep_min_p(logits, sampling.min_p)
-    return logits.softmax(-1)
-
-
-def choose(logits: Tensor, generated: Collection[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token: the most likely one at temperature 0, else a sampled one. Raises NonFiniteError."""
-    if not logits.isfinite().all():
-        raise NonFiniteError("the text encoder produced NaN or infinity; fetch its weights again or try dtype fp32")
-    if sampling.temperature == 0:
-        return int(penalised(logits, generated, sampling.presence_penalty).argmax())
-    return int(torch.multinomial(probabilities(logits, generated, sampling), 1, generator=generator))
-
-
-# ------------------------------------------------------------------ from tokens to text
 
 
 def generate(
@@ -111,17 +52,29 @@ def _tokens(
     stop_ids: frozenset[int],
     generator: torch.Generator,
 ) -> Iterator[int]:
-    like = model.model.norm.weight  # has the dtype of the computation, however the matrices are stored
-    cache = KVCache(model.config, len(ids) + max_tokens - 1, like)  # the last token's keys are never used
-    following, generated = ids, list[int]()
+    device = model.model.norm.weight.device
+    next_logits = _continuation(model, len(ids) + max_tokens - 1)  # the last token's keys are never used
+    following, generated = torch.tensor([ids], device=device), list[int]()
     while len(generated) < max_tokens:
-        logits = model.next_logits(torch.tensor([following], device=like.device), cache)
-        token = choose(logits[0].cpu(), generated, sampling, generator)
+        packed = pack(next_logits(following)[0], sampling)
+        noise = draw_noise(model.config.vocab_size, sampling, generator)  # while a GPU works
+        token = choose(unpack(packed, model.config.vocab_size), generated, sampling, noise)
         if token in stop_ids:
             return
         generated.append(token)
-        following = [token]
+        following = torch.full((1, 1), token, device=device)  # a launch, where a copy would wait for the GPU
         yield token
+
+
+# ------------------------------------------------------------------ from tokens to text
+
+
+def _continuation(model: Qwen3, tokens: int) -> Callable[[Tensor], Tensor]:
+    """Token ids (1, L) → logits (1, V) of the token after them, for a text of at most `tokens` that they continue."""
+    like = model.model.norm.weight  # has the dtype of the computation, however the matrices are stored
+    if graphs := graphs_of(model):
+        return ReplayedLogits(model, tokens, like, graphs)
+    return partial(model.next_logits, cache=KVCache(model.config, tokens, like))
 
 
 def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:

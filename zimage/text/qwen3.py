@@ -8,12 +8,14 @@ Source: Qwen3 Technical Report (2025) and the published configuration.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zimage.errors import RequestError, quoted
+from zimage.kernels.qk_norm_rope_halves import qk_norm_rope_halves
+from zimage.kernels.rms_norm import add_rms_norm
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
 from zimage.nn.config import (
@@ -91,7 +93,7 @@ class Qwen3(nn.Module):
         for layer in self.model.layers:
             yield layer, list(layer.parameters())
 
-    def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | PlacedCache | None" = None) -> Tensor:
         """Hidden state `layer` (B, L, hidden) of ids (B, L); the layers above it do not run.
 
         `layer` counts from the end, as in the reference's list of n + 1 states: −1 is the last layer's output after the
@@ -124,18 +126,20 @@ class Qwen3(nn.Module):
                     return total.to(state.dtype)
         raise RequestError(f"hidden layers {sorted(layers)} do not all exist; use −{states} to −1")
 
-    def hidden_states(self, ids: Tensor, cache: "KVCache | None" = None) -> Iterator[Tensor]:
+    def hidden_states(self, ids: Tensor, cache: "KVCache | PlacedCache | None" = None) -> Iterator[Tensor]:
         """Yield the n + 1 hidden states (B, L, hidden), each computed on demand."""
         model = self.model
         x = model.embed_tokens(ids).to(model.norm.weight.dtype)
         yield x
-        turn = half_rotation(ids.shape[1], self.config, x.device, first=cache.length if cache else 0)
+        L = ids.shape[1]
+        position = cache.positions(L) if cache else torch.arange(L, dtype=torch.float32, device=x.device)
+        turn = half_rotation(position, self.config)
         for i, layer in enumerate(model.layers):
             x = layer(x, turn, cache.layers[i] if cache else None)
             yield model.norm(x) if i == len(model.layers) - 1 else x
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, cache: "KVCache") -> Tensor:
+    def next_logits(self, ids: Tensor, cache: "KVCache | PlacedCache") -> Tensor:
         """Logits (B, vocabulary), fp32, of the token after ids (B, L), which follow the tokens that `cache` holds."""
         return self.model.embed_tokens.logits(self(ids, layer=-1, cache=cache)[:, -1]).float()
 
@@ -158,9 +162,10 @@ class Qwen3Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | None" = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | PlacedLayer | None" = None) -> Tensor:
+        attended, norm = self.self_attn(self.input_layernorm(x), turn, past), self.post_attention_layernorm
+        x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class Qwen3Attention(nn.Module):
@@ -177,25 +182,25 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.attend = attention
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: "LayerCache | PlacedLayer | None" = None) -> Tensor:
         heads = (-1, self.head_dim)
-        q = rotate_halves(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *turn)  # (B, L, H, D)
-        k = rotate_halves(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *turn)  # (B, L, G, D)
-        v = self.v_proj(x).unflatten(-1, heads)
+        q, k, v = (project(x).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = qk_norm_rope_halves(q, k, self.q_norm.weight, self.k_norm.weight, *turn, self.q_norm.eps)
         attend = self.attend
         if past is not None:
             k, v = past.extend(k, v)
             attend = attention  # PyTorch's own: some packages write over k, which is the cache here
-        together = attend(q, k, v, causal=True) if q.shape[1] == k.shape[1] else self._attend_from_last(q, k, v)
-        return self.o_proj(together.flatten(2))
+            if q.shape[1] < k.shape[1]:
+                return self.o_proj(self._attend_from_last(q, k, v, past.bias).flatten(2))
+        return self.o_proj(attend(q, k, v, causal=True).flatten(2))
 
-    def _attend_from_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_from_last(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of one token to all before it; q and the result (B, 1, H, D), k and v (B, L, G, D).
 
         The H/G query heads that share keys become rows of one head: on a CPU a tenth of the time of grouped heads.
         """
         rows = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)  # (B, H/G, G, D)
-        return attention(rows, k, v).transpose(1, 2).flatten(1, 2).unsqueeze(1)
+        return attention(rows, k, v, bias=bias).transpose(1, 2).flatten(1, 2).unsqueeze(1)
 
 
 class Qwen3MLP(nn.Module):
@@ -227,12 +232,24 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
+    def skip(self) -> None:
+        """Count a token that is written through a PlacedCache."""
+        for layer in self.layers:
+            layer.length += 1
+
+    def positions(self, length: int) -> Tensor:
+        """Those (L,) fp32 of the next `length` tokens."""
+        device = self.layers[0].keys.device
+        return torch.arange(self.length, self.length + length, dtype=torch.float32, device=device)
+
 
 class LayerCache:
     """Keys and values of one layer (B, G, capacity, D), of which the first `length` tokens are written.
 
     Those of one head lie together, so attention reads them in half the time.
     """
+
+    bias = None  # of attention to what `extend` returns
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values, self.length = keys, values, 0
@@ -254,19 +271,46 @@ class LayerCache:
         return memory[:, :, : self.length].transpose(1, 2)
 
 
-def half_rotation(length: int, config: Qwen3Config, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, D/2) from position `first`, fp32 like the reference: pair k turns by position · θ^(−2k/D)."""
+class PlacedCache:
+    """A KVCache seen by a CUDA graph: the place of the one token that follows is a tensor, not a number.
+
+    Attention reads the first `window` tokens of every layer, those behind `position` (1,) int64 with a bias of −∞; what
+    lies there must be finite.
+    """
+
+    def __init__(self, cache: KVCache, position: Tensor, window: int):
+        self.position, like = position, cache.layers[0].keys
+        later = torch.arange(window, device=position.device) > position
+        bias = torch.zeros(window, dtype=like.dtype, device=like.device).masked_fill(later, -torch.inf)
+        self.layers = [PlacedLayer(layer, position, window, bias.view(1, 1, 1, -1)) for layer in cache.layers]
+
+    def positions(self, length: int) -> Tensor:
+        return self.position.float()
+
+
+class PlacedLayer(NamedTuple):
+    """One layer of a PlacedCache."""
+
+    cache: LayerCache
+    position: Tensor
+    window: int
+    bias: Tensor
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, 1, G, D) at the position; returns those of the window (B, window, G, D), as views."""
+        return self._joined(self.cache.keys, k), self._joined(self.cache.values, v)
+
+    def _joined(self, memory: Tensor, new: Tensor) -> Tensor:
+        memory.index_copy_(2, self.position, new.transpose(1, 2))
+        return memory[:, :, : self.window].transpose(1, 2)
+
+
+def half_rotation(position: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, D/2) at positions (L,), fp32 like the reference: pair k turns by position · θ^(−2k/D)."""
     D = config.head_dim
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
-    position = torch.arange(first, first + length, dtype=torch.float32, device=device)
-    angle = position[:, None, None] * frequencies
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=position.device) / D)
+    angle = position[:, None] * frequencies
     return angle.cos(), angle.sin()
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on pairs (xₖ, xₖ₊D/₂) of x (B, L, H, D), in fp32, cast back."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage.kernels.channel_norm import channel_norm_silu
-from zimage.kernels.norm import rms_norm
+from zimage.kernels.rms_norm import rms_norm
 
 CHANNEL_NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
 

@@ -1,0 +1,87 @@
+"""CUDA graphs: what a function launches on a GPU is recorded once and replayed in one call.
+
+That pays where launching takes longer than computing: some 500 launches of a small picture or of one written token cost
+6 ms of Python, however fast the GPU is. A graph repeats the launches with the addresses and numbers of its capture, so
+what changes between replays must be a tensor among its inputs, and everything else that it reads (weights, a cache)
+must stay where it was. Nothing inside may wait for the GPU or depend on the data.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("zimage")
+
+
+class Graphs(Protocol):
+    """What captures graphs on one device."""
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What replays `run`, and the tensor that holds its result after each replay. Raises RuntimeError."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA's own, whose intermediate results share one pool of memory: only one of them may run at a time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        with torch.cuda.device(self.device):
+            self._warm_up(run)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile: only this one's calls are watched.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = run()
+        return graph.replay, output
+
+    def _warm_up(self, run: Callable[[], Tensor]) -> None:
+        """Kernels are compiled and tuned, and libraries loaded, when they first run: none of it may be captured."""
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            run()
+        here.wait_stream(aside)
+
+
+class Captured:
+    """A function of tensors as one graph; `inputs` are those of the first call. Raises RuntimeError."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], graphs: Graphs):
+        self.inputs = [x.clone() for x in inputs]
+        self._replay, self._output = graphs.capture(partial(function, *self.inputs))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function's result, as a tensor of its own."""
+        for dtype in {x.dtype for x in self.inputs}:  # one launch copies many tensors of one dtype
+            pairs = [(ours, x) for ours, x in zip(self.inputs, inputs, strict=True) if ours.dtype == dtype]
+            torch._foreach_copy_([ours for ours, _ in pairs], [x for _, x in pairs])
+        self._replay()
+        return self._output.clone()
+
+
+def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor], graphs: Graphs) -> Callable[..., Tensor]:
+    """The function as a graph; the function itself where it cannot be captured, and one line says why."""
+    try:
+        return Captured(function, inputs, graphs)
+    except RuntimeError as error:  # what waits for the GPU in a capture, say; an error of the GPU comes again
+        if "out of memory" in str(error):
+            raise
+        log.warning("runs without a CUDA graph, which could not be captured (%s)", str(error).splitlines()[0])
+        return function
+
+
+def use_graphs(model: nn.Module, graphs: Graphs) -> None:
+    """Let a text encoder write with graphs."""
+    vars(model)["graphs"] = graphs
+
+
+def graphs_of(model: nn.Module) -> Graphs | None:
+    """What `use_graphs` gave a model."""
+    return vars(model).get("graphs")
