@@ -25,10 +25,10 @@ from zimage.nn.quant import QuantisedLinear, quantisable, quantise, quantised_by
 LAYERS_OF_A_BLOCK = 7
 
 
-def build(layers: int = 6) -> ZImageDiT:
-    return (
-        tiny.randomised(ZImageDiT.from_config({**tiny.DIT, "n_layers": layers}), seed=81).eval().requires_grad_(False)
-    )
+def build(layers: int = 6, dim: int = 96) -> ZImageDiT:
+    """Heads of 32 channels; 256 channels in the feed-forward networks of 96."""
+    config = {**tiny.DIT, "n_layers": layers, "dim": dim, "n_heads": dim // 32, "n_kv_heads": dim // 32}
+    return tiny.randomised(ZImageDiT.from_config(config), seed=81).eval().requires_grad_(False)
 
 
 def inputs(captions=(7,), size=(4, 6)):
@@ -164,6 +164,16 @@ def test_shared_inputs_keep_the_bits_in_fp32_and_round_once_in_bf16(precision, m
     assert relative(shared[1], shared[0]) <= 1.02 * relative(alone[1], shared[0])
 
 
+@pytest.mark.parametrize(("precision", "blocks"), [("int8", 8), ("fp8", 4)])
+def test_layers_whose_sizes_no_product_takes_stay_as_they_are(precision, blocks):
+    """64 channels, and 170 in the feed-forward networks."""
+    model = build(dim=64)
+    names = [name for _, name, _ in quantisable(model, precision)]
+    assert Counter(names) == dict.fromkeys(("to_q", "to_k", "to_v", "0"), blocks)
+    quantise(model, precision)
+    assert model(*inputs()).isfinite().all()
+
+
 def test_through_the_pipeline(tiny_folder):
     plain = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32")
     coarse = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32", precision="int8")
@@ -181,7 +191,7 @@ def test_fp8_needs_a_card_that_has_it(tiny_folder, monkeypatch, caplog):
     from zimage.nn.quant import check_precision
 
     with pytest.raises(RequestError, match=r"8\.9"):
-        check_precision("fp8", torch.device("cuda"))
+        check_precision("fp8", torch.device("cuda"), torch.bfloat16)
 
 
 def test_compiled_blocks_serve_every_length():

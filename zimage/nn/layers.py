@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zimage.kernels.half_product import half_product
 from zimage.kernels.rms_norm import HALF, rms_norm
 
-PIECE = 2 << 20  # values widened at a time: small enough to stay in the cache until they are multiplied
+PIECE = 2 << 20  # values widened at a time: small enough to stay in a CPU's cache until they are multiplied
+GPU_PIECE = 64 << 20  # on a GPU, whose launches cost time: every matrix but the embeddings is widened as a whole
 
 
 class RMSNorm(nn.Module):
@@ -35,14 +37,27 @@ class NarrowLinear(nn.Linear):
         return narrow_product(x, self.weight)
 
 
-class StreamedLinear(nn.Linear):
+class BlockLinear(nn.Linear):
+    """A Linear of a transformer block, without bias: the layers that hold and multiply fp16 where the DiT does.
+
+    Their input is held in a unit in which no sum overflows: see `zimage.dit.units`.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return half_product(x, self.weight) if x.dtype is torch.float16 else super().forward(x)
+
+
+class StreamedLinear(BlockLinear):
     """A Linear whose weight is in memory only while its block runs: changes would be lost, so LoRAs add a branch."""
 
 
 class WideningLinear(nn.Linear):
     """A Linear whose weight stays as stored (bf16) and is widened to the input's dtype when used.
 
-    For processors that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
+    For models that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
     """
 
     @torch.no_grad()
@@ -68,8 +83,15 @@ def narrow_product(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], -1)
 
 
+def rows_at_a_time(columns: int, device: torch.device) -> int:
+    """How many rows of a matrix are widened at a time in products on `device`."""
+    return max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // columns)
+
+
 def widened_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in x's dtype, of weight (out, C) in another: a few rows are widened at a time."""
-    rows = max(1, PIECE // weight.shape[1])
-    scratch = x.new_empty(min(rows, weight.shape[0]), weight.shape[1])
+    """x · weightᵀ in x's dtype, of weight (out, C) in another, which is widened as a whole or a few rows at a time."""
+    rows = rows_at_a_time(weight.shape[1], x.device)
+    if rows >= len(weight):
+        return F.linear(x, weight.to(x.dtype))
+    scratch = x.new_empty(rows, weight.shape[1])
     return torch.cat([F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in weight.split(rows)], dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.quantise import Operand, quantise_rows
+from zimage.kernels.scaled_product import scaled_product
 from zimage.nn.layers import PIECE
 from zimage.nn.operand import Form, Input, operand
 from zimage.nn.packed import PackedLinear, Scaled
@@ -24,6 +25,7 @@ log = logging.getLogger("zimage")
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # Small, sensitive to error, or both; names of modules in the DiT.
 SKIPPED = r"x_embedder|cap_embedder|t_embedder|adaLN_modulation|final_layer"
+UNITS = {"int8": 8, "fp8": 16}  # PyTorch's products on GPUs take sizes that are multiples of these
 ENDS_KEPT = {"int8": 0, "fp8": 2}  # joint blocks at either end that are not quantised: e4m3 has three bits of mantissa
 FP8_CAPABILITY = (8, 9)
 
@@ -50,10 +52,7 @@ class QuantisedLinear(nn.Module):
     def forward(self, x: Input) -> Tensor:
         made = operand(x, self.form)
         assert isinstance(made, Operand)
-        rows, row_scale = made.values.flatten(0, -2), made.scale.flatten(0, -2)
-        out = product(rows, row_scale, self.weight, self.scale, made.dtype)
-        out = out if self.bias is None else out + self.bias
-        return out.view(*made.values.shape[:-1], self.out_features)
+        return scaled_product(made, self.weight, self.scale, self.bias)
 
 
 def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
@@ -72,16 +71,6 @@ def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor
     return codes, scale, 0
 
 
-def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(row_scale · rows) · (scaleᵀ · weight)ᵀ in `dtype`: rows (N, in), weight (out, in), scales (N, 1), (1, out)."""
-    if rows.dtype is torch.int8:
-        return (torch._int_mm(rows, weight.t()).float() * row_scale * scale).to(dtype)
-    if rows.is_cuda:
-        return torch._scaled_mm(rows, weight.t(), row_scale, scale, out_dtype=dtype)
-    # Without fp8 arithmetic: the same rounded values, multiplied in `dtype` (e4m3 fits in bf16 without loss).
-    return (rows.to(dtype) @ weight.to(dtype).t() * row_scale * scale).to(dtype)
-
-
 def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] = lambda weight: None) -> None:
     """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models.
 
@@ -96,31 +85,38 @@ def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] =
 
 
 def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, nn.Linear | PackedLinear]]:
-    """(owner, attribute, layer) of every Linear that is replaced."""
+    """(owner, attribute, layer) of every Linear that is replaced: large ones whose sizes fit, whatever the device."""
     kept = _kept_blocks(dit, precision)
     for path, module in dit.named_modules():
         if re.search(SKIPPED, path) or any(path == block or path.startswith(block + ".") for block in kept):
             continue
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear | PackedLinear) and not re.search(SKIPPED, f"{path}.{name}"):
+            if re.search(SKIPPED, f"{path}.{name}") or not isinstance(child, nn.Linear | PackedLinear):
+                continue
+            if not (child.in_features % UNITS[precision] or child.out_features % UNITS[precision]):
                 yield module, name, child
 
 
 def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
     """Bytes of the DiT's weights once quantised; the model may be on meta."""
     replaced = {id(linear.weight): linear.out_features for _, _, linear in quantisable(dit, precision)}
-    return sum(
-        p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * dtype.itemsize for p in dit.parameters()
-    )
+    rest = 4 if dtype is torch.float16 else dtype.itemsize  # in fp16, what is no product of a block is fp32
+    return sum(p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * rest for p in dit.parameters())
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise RequestError if the device cannot compute in `precision`; warn if it only emulates it."""
+def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RequestError if the device cannot compute in `precision` with activations in `dtype`.
+
+    Warns if it only emulates it.
+    """
     if precision != "bf16" and device.type == "mps":
         text = f"precision {precision} does not run on a Mac's GPU: PyTorch has no such products there; use bf16"
         raise RequestError(text, fields=("precision",))
     if precision != "fp8":
         return
+    if dtype is torch.float16:
+        text = "precision fp8 gives results in bf16, not in fp16; use dtype bf16, or precision int8"
+        raise RequestError(text, fields=("precision", "dtype"))
     if device.type == "cuda" and sys.platform == "win32":
         text = "precision fp8 does not run on Windows: PyTorch leaves its row-wise products out there; use int8 or bf16"
         raise RequestError(text, fields=("precision",))
