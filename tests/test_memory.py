@@ -167,7 +167,7 @@ def planned(parts, places, free):
             self.row, self.skeleton = ROWS[name], skeleton
             self.sizes = {key: weight.numel() for key, weight in skeleton.named_parameters()}
 
-        def weight_bytes(self, dtype, late=False):
+        def weight_bytes(self, dtype, late=False, device="cpu"):
             return sum(self.sizes.values()) * dtype.itemsize
 
         def stored_bytes(self):

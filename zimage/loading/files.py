@@ -23,7 +23,7 @@ from zimage.loading.plan import Workload
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Model, Row
 from zimage.loading.sizes import BlockBytes
 from zimage.loading.streaming import Blocks
-from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
+from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta, stays_packed
 from zimage.settings.declared import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.text import Tokenizer
@@ -95,9 +95,12 @@ class Component:
     def stored_bytes(self) -> int:
         return self.checkpoint.stored_bytes()
 
-    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
-        """Bytes of the loaded weights as `dtype`, or as they are stored."""
-        return self.stored_bytes() if widen_late else loaded_bytes(self.skeleton, self.checkpoint, dtype)
+    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False, device: str = "cpu") -> int:
+        """Bytes of the loaded weights on this type of device, as `dtype` or as they are stored."""
+        if not widen_late:
+            return loaded_bytes(self.skeleton, self.checkpoint, dtype, device)
+        decoded = [e for e in self.checkpoint.entries.values() if e.packed and not stays_packed(e, device)]
+        return self.stored_bytes() + sum(2 * entry.count - entry.nbytes for entry in decoded)  # to bf16
 
     def view_bytes(self, name: str, dtype: torch.dtype, widen_late: bool) -> int:
         """Bytes of a weight that remains a view of the file when loaded on a CPU; 0 for one that does not."""
