@@ -87,7 +87,8 @@ class Spec:
     `reference` and `launch` take the same arguments and return the same tensors; `launch` may overwrite the arguments
     at the positions in `in_place`. `inputs(make, **sizes)` builds arguments with make(*shape), which draws normal
     values. `cases` are small, ragged sizes; `model` holds those of the published model at 1024 × 1024.
-    `least_bytes(*arguments)` counts what must move: every input is read and every output written once.
+    `least_bytes(*arguments)` counts what must move: every input is read and every output written once; `flops` counts
+    the operations of products, which run on tensor cores. `variants` are launches that give the same bits.
     """
 
     name: str
@@ -97,6 +98,8 @@ class Spec:
     cases: tuple[Mapping[str, int], ...]
     model: Mapping[str, int]
     least_bytes: Callable[..., int]
+    flops: Callable[..., int] | None = None
+    variants: tuple[Callable[..., Tensor], ...] = ()
     in_place: tuple[int, ...] = ()
     least_capability: int = LEAST_CAPABILITY  # of the GPU
     stores_little: bool = False  # a few results per program: the width of the stores does not matter

@@ -25,10 +25,10 @@ from zimage.nn.quant import QuantisedLinear, quantisable, quantise, quantised_by
 LAYERS_OF_A_BLOCK = 7
 
 
-def build(layers: int = 6) -> ZImageDiT:
-    return (
-        tiny.randomised(ZImageDiT.from_config({**tiny.DIT, "n_layers": layers}), seed=81).eval().requires_grad_(False)
-    )
+def build(layers: int = 6, dim: int = 96) -> ZImageDiT:
+    """Heads of 32 channels; 256 channels in the feed-forward networks of 96."""
+    config = {**tiny.DIT, "n_layers": layers, "dim": dim, "n_heads": dim // 32, "n_kv_heads": dim // 32}
+    return tiny.randomised(ZImageDiT.from_config(config), seed=81).eval().requires_grad_(False)
 
 
 def inputs(captions=(7,), size=(4, 6)):
@@ -162,6 +162,16 @@ def test_shared_inputs_keep_the_bits_in_fp32_and_round_once_in_bf16(precision, m
     alone = [run(made(), dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert torch.equal(shared[0], alone[0])
     assert relative(shared[1], shared[0]) <= 1.02 * relative(alone[1], shared[0])
+
+
+@pytest.mark.parametrize(("precision", "blocks"), [("int8", 8), ("fp8", 4)])
+def test_layers_whose_sizes_no_product_takes_stay_as_they_are(precision, blocks):
+    """64 channels, and 170 in the feed-forward networks."""
+    model = build(dim=64)
+    names = [name for _, name, _ in quantisable(model, precision)]
+    assert Counter(names) == dict.fromkeys(("to_q", "to_k", "to_v", "0"), blocks)
+    quantise(model, precision)
+    assert model(*inputs()).isfinite().all()
 
 
 def test_through_the_pipeline(tiny_folder):

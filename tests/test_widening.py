@@ -63,7 +63,7 @@ def test_compiled_layers_are_one_graph_with_one_kernel():
     """Pieces would be unrolled into as many kernels and products."""
     pytest.importorskip("triton", reason="needs the extra `triton`")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernel_checks.traced"]
+    command = [sys.executable, "-m", "kernel_checks.traced_packed"]
     done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {line["kind"]: line["graphs"] for line in map(json.loads, done.stdout.splitlines())}

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from zimage import kernels
-from zimage.kernels import backend
+from zimage.kernels import backend, tuning
 from zimage.loading import weights
 
 __all__ = ["RTX4090", "Card", "Count", "needs_pretended", "pretend"]
@@ -201,6 +201,7 @@ def _kernel_patches(card: Card) -> Patches:
     for kind in (InterpretedFunction, JITFunction):
         yield mock.patch.object(kind, "run", _recorded_kernel(card, costs))
     yield mock.patch.object(backend, "ACTIVE", True)
+    yield mock.patch.object(tuning, "may_time", return_value=False)
     yield mock.patch.object(backend, "_launched_or_computed", lambda launch, reference, *arguments: launch(*arguments))
     for module in (importlib.import_module(f"zimage.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)):
         for spec in kernels.specs_in(module):

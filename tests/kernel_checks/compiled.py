@@ -1,9 +1,9 @@
 """`python -m kernel_checks.compiled CAPABILITY [FILE…]`: what every kernel becomes on a GPU, with no GPU at hand.
 
 The ops' own launch code runs on CPU tensors of the published model's sizes through a driver that executes nothing, so
-kernels are compiled with the specialisation that a real launch would infer. FILEs with a SPEC take the place of
-the project's kernels. One JSON line per kernel: registers,
-spills, stack and shared memory as ptxas reports them, memory instructions as the machine code has them, occupancy.
+kernels are compiled with the specialisation that a real launch would infer. FILEs with specifications
+take the place of the project's kernels. One JSON line per kernel: registers, spills, stack and shared memory as ptxas
+reports them, memory and matrix instructions as the machine code has them, occupancy.
 """
 
 import json
@@ -23,8 +23,10 @@ from triton.runtime.jit import JITFunction
 
 from kernel_checks import load
 from zimage.kernels import specs
+from zimage.kernels.backend import Spec
 
 SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes a block may use
+VARIED = (86, 90, 120)  # where variants are compiled, too: sm_80 and sm_89 run the same code as sm_86
 WARPS, BLOCKS, REGISTERS = 48, 24, 65_536  # of one multiprocessor of an RTX 4090
 
 
@@ -108,6 +110,7 @@ def describe(kernel, capability: int) -> dict:
         "spills": spilled + reloaded,
         "shared": shared,
         "memory": dict(Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*)", code))),
+        "matrix": dict(Counter(re.findall(r"\b([A-Z]+MMA)\b", code))),
         "warps": warps,
         "occupancy": occupancy(registers, warps, shared),
     }
@@ -127,12 +130,14 @@ def output(*command) -> str:
 
 def main(capability: int, files: list[str]) -> None:
     triton.runtime.driver.set_active(NothingRuns(capability))
-    for spec in [load(Path(file)).SPEC for file in files] or specs():
+    planted = [value for file in files for value in vars(load(Path(file))).values() if isinstance(value, Spec)]
+    for spec in planted or specs():
         if capability < spec.least_capability:
             continue
-        arguments = spec.inputs(lambda *shape: torch.empty(shape, dtype=torch.bfloat16), **spec.model)
-        for kernel, grid in launches(spec.launch, *arguments):
-            print(json.dumps({"op": spec.name, "grid": grid, **describe(kernel, capability)}), flush=True)
+        arguments = spec.inputs(lambda *shape: torch.zeros(shape, dtype=torch.bfloat16), **spec.model)
+        for launch in (spec.launch, *(spec.variants if capability in VARIED else ())):
+            for kernel, grid in launches(launch, *arguments):
+                print(json.dumps({"op": spec.name, "grid": grid, **describe(kernel, capability)}), flush=True)
 
 
 if __name__ == "__main__":

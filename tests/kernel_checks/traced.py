@@ -1,10 +1,14 @@
-"""`python -m kernel_checks.traced`: what `--compile` makes of packed layers where kernels run, with no GPU at hand.
+"""`python -m kernel_checks.traced PRECISION…`: what the compiler makes of a block whose kernels are launched.
 
-Dynamo traces CPU tensors as if they were a GPU's, and Triton's driver executes nothing. One JSON line per kind: the
-operations of each graph that inputs of two lengths took.
+A transformer block on CPU tensors is traced with the kernels switched on; a driver that executes nothing takes the
+launches. One JSON line per precision: graphs and graph breaks for several lengths, and the kernels of the graphs.
 """
 
 import json
+import sys
+from collections import Counter
+from functools import partial
+from unittest import mock
 
 import torch
 import triton
@@ -12,56 +16,62 @@ from torch import nn
 from torch.utils import _triton
 
 from kernel_checks.compiled import NothingRuns
-from zimage.kernels import backend
-from zimage.nn import ggml, layers
-from zimage.nn.packed import NVFP4, Grouped, Int4, Packed, PackedLinear, Scaled
+from zimage.dit.blocks import Block, BlockModulation
+from zimage.dit.rope import Rotation
+from zimage.kernels import backend, tuning
+from zimage.nn.compile import compile_blocks
+from zimage.nn.quant import DTYPES, QuantisedLinear
 
-ROWS, COLUMNS = 512, 256
-
-
-def packed_kinds() -> dict[str, Packed]:
-    codes, scale = torch.zeros(ROWS, COLUMNS, dtype=torch.int8), torch.ones(ROWS, 1)
-    halves = torch.zeros(ROWS, COLUMNS // 2, dtype=torch.uint8)
-    fp8 = codes.view(torch.float8_e4m3fn)
-    found: dict[str, Packed] = {
-        "fp8": Scaled(fp8, torch.ones(())),
-        "mxfp8": Grouped(fp8, torch.zeros(ROWS, COLUMNS // 32, dtype=torch.uint8), 32),
-        "int4 ConvRot": Int4(halves, scale, 256),
-        "nvfp4": NVFP4(halves, torch.zeros(ROWS, COLUMNS // 16).to(torch.float8_e4m3fn), torch.ones(())),
-    }
-    for kind in ("Q8_0", "Q5_1", "Q5_K", "Q6_K"):
-        width = COLUMNS // ggml.NUMBERS[kind] * ggml.BYTES[kind]
-        found[kind] = ggml.GGML(torch.zeros(ROWS, width, dtype=torch.uint8), kind)
-    return found
+DIM, HEADS, LENGTHS = 384, 3, (32, 96, 160)
 
 
-def always(*_: object, **__: object) -> bool:
-    return True
+class Blocks(nn.Module):
+    """As much of a DiT as `compile_blocks` asks for."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.layers, self.context_refiner, self.noise_refiner = nn.ModuleList([block]), nn.Module(), nn.Module()
 
 
-def graphs_of(layer: nn.Module) -> list[list[str]]:
-    """The functions that every graph calls, for inputs of two lengths."""
-    graphs: list[list[str]] = []
-
-    def record(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return graph.forward
-
+def traced(precision: str) -> dict:
+    model, kernels = Blocks(block(precision)), Counter()
     torch._dynamo.reset()
-    compiled = torch.compile(type(layer).forward, fullgraph=True, backend=record)
-    for length in (32, 96):
-        x = torch.zeros(1, length, COLUMNS, dtype=torch.bfloat16)
-        torch._dynamo.maybe_mark_dynamic(x, 1)
-        compiled(layer, x)
-    return graphs
+    torch._dynamo.utils.counters.clear()
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=partial(counted, kernels))):
+        compile_blocks(model)
+    m = BlockModulation(*(torch.ones(1, 1, DIM, dtype=torch.bfloat16) for _ in range(4)))
+    for length in LENGTHS:
+        turn = Rotation(*torch.zeros(2, 1, length, DIM // HEADS // 2).unbind())
+        model.layers[0](torch.zeros(1, length, DIM, dtype=torch.bfloat16), turn, None, m)
+    counters = torch._dynamo.utils.counters
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "kernels": kernels,
+    }
 
 
-def main() -> None:
-    triton.runtime.driver.set_active(NothingRuns(89))
-    _triton.has_triton, backend.fuses, layers.PIECE = always, always, layers.GPU_PIECE
-    for kind, packed in packed_kinds().items():
-        print(json.dumps({"kind": kind, "graphs": graphs_of(PackedLinear(packed))}), flush=True)
+def block(precision: str) -> Block:
+    made = Block(DIM, HEADS, 1e-5, modulated=True).bfloat16().eval().requires_grad_(False)
+    linears = [path for path, m in made.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in path]
+    for path in linears if precision in DTYPES else ():
+        made.set_submodule(path, QuantisedLinear(made.get_submodule(path), DTYPES[precision]))
+    return made
+
+
+def counted(kernels: Counter, graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+    table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+    for node in graph.graph.nodes:
+        if "kernel_idx" in node.kwargs:
+            kernel = table.get_kernel(node.kwargs["kernel_idx"])
+            kernels[getattr(kernel, "fn", kernel).__module__.rpartition(".")[2]] += 1
+    return graph
 
 
 if __name__ == "__main__":
-    main()
+    triton.runtime.driver.set_active(NothingRuns(89))
+    _triton.has_triton = lambda: True  # or the compiler would trace into Triton itself
+    backend.fuses = lambda *tensors, least_capability: True
+    tuning._key = lambda *sizes: str(sizes)
+    for precision in sys.argv[1:]:
+        print(json.dumps({"precision": precision, **traced(precision)}))

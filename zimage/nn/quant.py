@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.kernels.quantise import Operand, quantise_rows
+from zimage.kernels.scaled_product import scaled_product
 from zimage.nn.layers import PIECE
 from zimage.nn.operand import Form, Input, operand
 from zimage.nn.packed import PackedLinear, Scaled
@@ -24,6 +25,7 @@ log = logging.getLogger("zimage")
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # Small, sensitive to error, or both; names of modules in the DiT.
 SKIPPED = r"x_embedder|cap_embedder|t_embedder|adaLN_modulation|final_layer"
+UNITS = {"int8": 8, "fp8": 16}  # PyTorch's products on GPUs take sizes that are multiples of these
 ENDS_KEPT = {"int8": 0, "fp8": 2}  # joint blocks at either end that are not quantised: e4m3 has three bits of mantissa
 FP8_CAPABILITY = (8, 9)
 
@@ -50,10 +52,7 @@ class QuantisedLinear(nn.Module):
     def forward(self, x: Input) -> Tensor:
         made = operand(x, self.form)
         assert isinstance(made, Operand)
-        rows, row_scale = made.values.flatten(0, -2), made.scale.flatten(0, -2)
-        out = product(rows, row_scale, self.weight, self.scale, made.dtype)
-        out = out if self.bias is None else out + self.bias
-        return out.view(*made.values.shape[:-1], self.out_features)
+        return scaled_product(made, self.weight, self.scale, self.bias)
 
 
 def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
@@ -72,16 +71,6 @@ def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor
     return codes, scale, 0
 
 
-def product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(row_scale · rows) · (scaleᵀ · weight)ᵀ in `dtype`: rows (N, in), weight (out, in), scales (N, 1), (1, out)."""
-    if rows.dtype is torch.int8:
-        return (torch._int_mm(rows, weight.t()).float() * row_scale * scale).to(dtype)
-    if rows.is_cuda:
-        return torch._scaled_mm(rows, weight.t(), row_scale, scale, out_dtype=dtype)
-    # Without fp8 arithmetic: the same rounded values, multiplied in `dtype` (e4m3 fits in bf16 without loss).
-    return (rows.to(dtype) @ weight.to(dtype).t() * row_scale * scale).to(dtype)
-
-
 def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] = lambda weight: None) -> None:
     """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models.
 
@@ -96,13 +85,15 @@ def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] =
 
 
 def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str, nn.Linear | PackedLinear]]:
-    """(owner, attribute, layer) of every Linear that is replaced."""
+    """(owner, attribute, layer) of every Linear that is replaced: large ones whose sizes fit, whatever the device."""
     kept = _kept_blocks(dit, precision)
     for path, module in dit.named_modules():
         if re.search(SKIPPED, path) or any(path == block or path.startswith(block + ".") for block in kept):
             continue
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear | PackedLinear) and not re.search(SKIPPED, f"{path}.{name}"):
+            if re.search(SKIPPED, f"{path}.{name}") or not isinstance(child, nn.Linear | PackedLinear):
+                continue
+            if not (child.in_features % UNITS[precision] or child.out_features % UNITS[precision]):
                 yield module, name, child
 
 
