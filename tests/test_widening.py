@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from zimage.nn import ggml
+from zimage.nn.adapters import adapt
+from zimage.nn.deltas import LowRank
 from zimage.nn.packed import NVFP4, Blocks, Grouped, Int4, PackedEmbedding, Scaled, decoded, packed_product
 
 OUT, IN = 24, 512
@@ -57,6 +59,17 @@ def test_a_matrix_is_the_same_numbers_in_every_way(kind, monkeypatch):
     monkeypatch.setattr("zimage.nn.layers.PIECE", 10 * IN)  # the last piece is smaller
     assert torch.equal(decoded(packed, torch.float16, torch.device("cpu")), whole.half())
     assert torch.allclose(packed_product(x, packed), x @ whole.T, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_adapters_merge_into_what_was_decoded():
+    """Kinds that a GPU cannot widen are plain layers there, whose weights are packed in the file."""
+    packed, delta = KINDS["of a library"], LowRank((numbers(OUT, 2), numbers(2, IN)))
+    model = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False).requires_grad_(False))
+    model[0].weight.copy_(packed.decode())
+    adapt(model, "0", [(delta, 0.5)], lambda: packed, torch.float32, torch.device("cpu"))
+    assert torch.allclose(model[0].weight, packed.decode() + 0.5 * delta.w[0] @ delta.w[1], atol=1e-4)
+    adapt(model, "0", [], lambda: packed, torch.float32, torch.device("cpu"))
+    assert torch.equal(model[0].weight, packed.decode())
 
 
 def test_compiled_layers_are_one_graph_with_one_kernel():
