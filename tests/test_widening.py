@@ -1,10 +1,4 @@
-"""Packed matrices: whole, by rows, by places; and what `--compile` makes of them on a GPU."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Packed matrices: whole, by rows, by places, merged with adapters."""
 
 import pytest
 import torch
@@ -70,18 +64,3 @@ def test_adapters_merge_into_what_was_decoded():
     assert torch.allclose(model[0].weight, packed.decode() + 0.5 * delta.w[0] @ delta.w[1], atol=1e-4)
     adapt(model, "0", [], lambda: packed, torch.float32, torch.device("cpu"))
     assert torch.equal(model[0].weight, packed.decode())
-
-
-def test_compiled_layers_are_one_graph_with_one_kernel():
-    """Pieces would be unrolled into as many kernels and products."""
-    pytest.importorskip("triton", reason="needs the extra `triton`")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernel_checks.traced_packed"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {line["kind"]: line["graphs"] for line in map(json.loads, done.stdout.splitlines())}
-    assert len(found) == 8
-    for kind, graphs in found.items():
-        (graph,) = graphs
-        assert sum("triton_kernel_wrapper" in name for name in graph) == 1, kind
-        assert sum("linear" in name for name in graph) == 1, kind
