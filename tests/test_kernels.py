@@ -87,9 +87,9 @@ def nan_filled(monkeypatch):
 
 
 def widened(argument, dtype):
-    """An argument of the reference in float64."""
+    """An argument of the reference in float64; bytes are codes, which are no numbers."""
     if isinstance(argument, Tensor):
-        return argument.double()
+        return argument if argument.dtype is torch.uint8 else argument.double()
     return torch.float64 if argument is dtype else argument
 
 
