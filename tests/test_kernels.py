@@ -87,9 +87,9 @@ def nan_filled(monkeypatch):
 
 
 def widened(argument, dtype):
-    """An argument of the reference in float64."""
+    """An argument of the reference in float64; bytes are codes, which are no numbers."""
     if isinstance(argument, Tensor):
-        return argument.double()
+        return argument if argument.dtype is torch.uint8 else argument.double()
     return torch.float64 if argument is dtype else argument
 
 
@@ -279,10 +279,19 @@ def run_alone(module: str, *arguments: object, **variables: str) -> list[dict]:
 def test_the_compiler_takes_a_block_with_its_kernels_in_one_graph():
     """Each input is quantised once there, too: by the norms and SwiGLU, and on its own before to_out."""
     plain = {"norm": 2, "qk_norm_rope": 1, "gated_residual": 2, "swiglu": 1}
+    quantised = {"quantise": 1, "scaled_product": 7}
     for report in run_alone("traced", "bf16", "int8", "fp8"):
-        quantised = {} if report["precision"] == "bf16" else {"quantise": 1, "scaled_product": 7}
         assert (report["graphs"], report["breaks"]) == (1, 0)
-        assert report["kernels"] == plain | quantised
+        assert report["kernels"] == plain | ({"linear": 7} if report["kind"] == "bf16" else quantised)
+
+
+def test_the_compiler_widens_a_packed_matrix_by_one_kernel():
+    """Pieces would be unrolled into as many kernels and products."""
+    kinds = {"mxfp8": "decode_scaled", "int4 ConvRot": "rotate", "nvfp4": "decode_nvfp4"}
+    kinds |= {"Q5_1": "decode_blocks", "Q6_K": "decode_k_blocks"}
+    for report in run_alone("traced", *kinds):
+        assert (report["graphs"], report["breaks"]) == (1, 0)
+        assert (report["kernels"]["linear"], report["kernels"][kinds[report["kind"]]]) == (7, 7)
 
 
 # ------------------------------------------------------------------ machine code
