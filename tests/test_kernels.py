@@ -168,6 +168,28 @@ def test_traffic_is_compulsory(name):
         assert 0.999 <= moved / least <= 1.1
 
 
+LARGE = {"input": (2_100_000, 16, 1040), "results": (2_100_000, 1040, 16)}  # more than 2³¹ of them
+
+
+def last_program(spec, M: int, N: int, K: int) -> None:
+    """Run the last program of a product on memory that nothing else touches."""
+    x, weight = (torch.empty(n, K, dtype=torch.int8) for n in (M, N))
+    scales = torch.empty(M, 1), torch.empty(1, N)
+    programs = -(-M // 128) * -(-N // 128)
+    with interpreter.watch(only=1, races=False, first=programs - 1):
+        spec.launch(x, scales[0], weight, scales[1], None, torch.bfloat16)
+
+
+@off_gpu
+@pytest.mark.parametrize("which", LARGE)
+def test_products_of_more_values_than_32_bits_count(which, tmp_path):
+    last_program(SPECS["int8_product"], *LARGE[which])
+    wide = {"input": "(row % M).to(tl.int64)", "results": "row.to(tl.int64)"}[which]
+    fault = load(broken(tmp_path, "scaled_product", wide, wide.replace(".to(tl.int64)", "")))
+    with pytest.raises(InterpreterError, match="outside"):
+        last_program(fault.INT8_SPEC, *LARGE[which])
+
+
 @off_gpu
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.variants])
 def test_variants_give_the_same_bits(name):
