@@ -105,6 +105,8 @@ class Spec:
     stores_little: bool = False  # a few results per program: the width of the stores does not matter
     levels_of_a_sum: bool = False  # results are quantised after a sum, whose order moves a few by one level
     rounds_once: bool = True  # results have the inputs' dtype; False: they are fp32 whatever the inputs
+    exact: bool = False  # the same bits as the reference
+    narrow_loads: bool = False  # what is read lies at addresses that allow no 128 bits at a time
 
 
 def choose(
@@ -201,6 +203,11 @@ def tokens_per_program(tokens: int) -> int:
 def bytes_of(*tensors: Tensor) -> int:
     """The size of the tensors' values together."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def any_bytes(make: Callable[..., Tensor], *shape: int) -> Tensor:
+    """Bytes of any value, for the inputs of a Spec whose codes have no numbers that would be wrong."""
+    return (99 * make(*shape)).to(torch.int32).bitwise_and(255).to(torch.uint8)
 
 
 def power_of_two(n: int) -> int:

@@ -111,7 +111,7 @@ PACKED = {
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_packed_head(kind, monkeypatch):
-    monkeypatch.setattr("zimage.nn.packed.PIECE", 64 * 10)
+    monkeypatch.setattr("zimage.nn.layers.PIECE", 64 * 10)
     table, x = PackedEmbedding(PACKED[kind]), torch.randn(1, 64)
     assert relative_error(table.logits(x), x.double() @ PACKED[kind].decode().double().T) <= 1e-6
     assert table.logits(x.bfloat16()).dtype == torch.bfloat16

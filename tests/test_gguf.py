@@ -124,8 +124,8 @@ def test_common_kinds_need_no_package(states, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     file = write(tmp_path / "dit.gguf", native, quantised=["layers.0.attention.qkv.weight"])
     assert Checkpoint.of_file(file, "dit").entries["layers.0.attention.to_q.weight"].dtype == "GGUF Q8_0"
-    loose.write_gguf(file, "lumina2", native, "Q5_0", loose.is_matrix)
-    with pytest.raises(CheckpointError, match=r"ggml's type 6, which needs the extra `gguf`"):
+    loose.write_gguf(file, "lumina2", native, "TQ2_0", loose.is_matrix)
+    with pytest.raises(CheckpointError, match=r"ggml's type 35, which needs the extra `gguf`"):
         Checkpoint.of_file(file, "dit")
 
 

@@ -20,7 +20,7 @@ from kernel_checks import interpreter, load
 from triton.runtime.errors import InterpreterError
 
 from zimage import kernels
-from zimage.kernels import backend, specs
+from zimage.kernels import backend, decode_scaled, specs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -68,6 +68,11 @@ def bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
+def stored(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor's storage: NaN is NaN."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
@@ -76,9 +81,24 @@ def nan_filled(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def widened(argument, dtype):
+    """An argument of the reference in float64."""
+    if isinstance(argument, Tensor):
+        return argument.double()
+    return torch.float64 if argument is dtype else argument
+
+
 def agree(launched, spec, args, dtype) -> None:
-    """As near to float64 as the reference is, overall, and no element off by more than two roundings."""
-    wide = tuple(a.double() if isinstance(a, Tensor) else torch.float64 if a is dtype else a for a in clones(args))
+    """The reference's bits, if the spec says so; else as near to float64 as the reference is, overall, and no element
+    off by more than two roundings.
+    """
+    if spec.exact:
+        for ours, theirs in zip(results(launched), results(spec.reference(*clones(args))), strict=True):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), "not the reference's bits"
+        return
+    wide = tuple(widened(a, dtype) for a in clones(args))
     expected, truths = results(spec.reference(*clones(args))), results(spec.reference(*wide))
     for ours, theirs, truth in zip(results(launched), expected, truths, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
@@ -117,7 +137,7 @@ def test_numbers_and_memory(name, case, dtype, nan_filled):
     agree(launched, spec, args, dtype)
     for i, (before, after) in enumerate(zip(args, given, strict=True)):
         if isinstance(before, Tensor) and i not in spec.in_place:
-            assert torch.equal(before, after), f"argument {i} was changed"
+            assert torch.equal(stored(before), stored(after)), f"argument {i} was changed"
 
 
 BY_TOKENS = [name for name, spec in SPECS.items() if hasattr(inspect.getmodule(spec.launch), "tokens_per_program")]
@@ -144,6 +164,18 @@ def test_a_program_for_every_multiprocessor_from_128_tokens_on():
     assert set(rows.values()) == {1, 4, 16}
     assert all(-(-tokens // r) >= min(tokens, 128) for tokens, r in rows.items())
     assert rows[4128] == 16
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_every_code_is_its_number(kind, out):
+    """Also infinities, NaN and the smallest, with a scale that makes some of them overflow or vanish."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(kind).reshape(2, 128)
+    for scale in (1.0, -300.0, 2e-7):
+        arguments = codes, torch.tensor(scale, device=DEVICE), 0, out
+        ours, theirs = (run(*arguments).float() for run in (decode_scaled.launch, decode_scaled.reference))
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
 @off_gpu
@@ -304,7 +336,7 @@ def unfit(report: dict, spec: backend.Spec) -> str | None:
     if report["stack"] or report["spills"] or any(kind.startswith(("LDL", "STL")) for kind in memory):
         return "spills or local memory"
     wide = [kind for kind in memory if ".128" in kind]
-    needed = ("LDG",) if spec.stores_little else ("LDG", "STG")
+    needed = ["LDG"] * (not spec.narrow_loads) + ["STG"] * (not spec.stores_little)
     if not all(any(kind.startswith(access) for kind in wide) for access in needed):
         return f"no 128-bit accesses: {memory}"
     if report["shared"] > 99 * 1024:
@@ -333,6 +365,32 @@ FAULTS = {
     "past the end": ("norm", "present & (first + i < length)", "present", Exception, "outside|address"),
     "two programs, one place": ("norm", "tl.program_id(0) * ROWS,", "tl.program_id(0) * 9,", Exception, "address|read"),
     "never written": ("swiglu", "-(-C // BLOCK))", "C // BLOCK)", AssertionError, None),
+    "a sign that is lost": ("decode_scaled", "((bits & 128) << 8)", "((bits & 128) << 7)", AssertionError, None),
+    "a group too far": ("decode_scaled", "scale_ptr + row * scale_row + g", "scale_ptr + g", AssertionError, "bits"),
+    "the other half first": (
+        "decode_nvfp4",
+        "code >> 4), _e2m1_number(code & 15",
+        "code & 15), _e2m1_number(code >> 4",
+        AssertionError,
+        "bits",
+    ),
+    "a block past the end": (
+        "decode_nvfp4",
+        "mask=place < count * 8, other=0",
+        "mask=place >= 0, other=0",
+        Exception,
+        "outside",
+    ),
+    "fifth bits of others": ("decode_blocks", "bits >> (2 * at + 1)", "bits >> (2 * at)", AssertionError, "bits"),
+    "scales without a sign": ("decode_k_blocks", "& 255) ^ 128) - 128", "& 255))", AssertionError, "bits"),
+    "two bits too few": (
+        "decode_k_blocks",
+        "(third & 15) | ((first >> 6) & 3) << 4",
+        "(third & 15)",
+        AssertionError,
+        "bits",
+    ),
+    "groups that meet": ("rotate", "differ < GROUP, 1", "differ < 2 * GROUP, 1", AssertionError, "the reference's"),
     "a sum never stored": ("rms_norm", "tl.store(sum_ptr + place, rounded, mask=there)", "", AssertionError, None),
     "the sum's last token": ("rms_norm", "(first + i < tokens)", "(first + i < tokens - 1)", AssertionError, None),
     "turned backwards": (
@@ -361,10 +419,17 @@ def test_a_planted_fault_is_found(fault, tmp_path, nan_filled):
     name, old, new, kind, says = FAULTS[fault]
     module = load(broken(tmp_path, name, old, new))
     module.tokens_per_program = lambda tokens: 16  # more than one, so that a program can reach into another's
-    spec = module.SPEC
-    args = arguments(spec, spec.cases[0], torch.bfloat16)
-    with pytest.raises(kind, match=says), interpreter.watch():
-        agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
+    with pytest.raises(kind, match=says):
+        check_specs(module)
+
+
+def check_specs(module) -> None:
+    """The numbers of every case of a file's specs, in bf16."""
+    for spec in kernels.specs_in(module):
+        for sizes in spec.cases:
+            args = arguments(spec, sizes, torch.bfloat16)
+            with interpreter.watch():
+                agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
 
 
 FAULTS_IN_INT8 = {

@@ -15,9 +15,11 @@ from zimage.cli import cli
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.layouts import LAYOUTS, layout
+from zimage.kernels.decode_k_blocks import HALVES
+from zimage.kernels.rotate import rotate
 from zimage.loading.weights import on_meta
 from zimage.nn import ggml
-from zimage.nn.packed import PackedLinear, is_packed, rotate
+from zimage.nn.packed import PackedLinear, is_packed
 from zimage.nn.quant import QuantisedLinear
 
 SETTINGS = {"seed": 1, "steps": 2, "width": 64, "height": 48}
@@ -214,16 +216,15 @@ def test_gguf(states, folder, inputs, tmp_path, kind):
     assert torch.allclose(text(ids), plain(ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ggml.DECODERS)
+@pytest.mark.parametrize("kind", ggml.BYTES)
 def test_our_unpacking_is_the_packages(kind):
-    size, _ = ggml.DECODERS[kind]
     generator = np.random.default_rng(0)
-    codes = generator.integers(0, 256, (64 * 3, size), dtype=np.uint8)
-    for at in {"Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}.get(kind, (0, 2)):
+    codes = generator.integers(0, 256, (64 * 3, ggml.BYTES[kind]), dtype=np.uint8)
+    for at in {**HALVES, "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}.get(kind, (0, 2)):
         codes[:, at : at + 2] = generator.normal(size=(len(codes), 1)).astype(np.float16).view(np.uint8)
     codes = codes.reshape(64, -1)
     want = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[kind])
-    assert torch.equal(ggml.decode(kind, torch.from_numpy(codes)), torch.from_numpy(want))
+    assert torch.equal(ggml.GGML(torch.from_numpy(codes), kind).decode(), torch.from_numpy(want))
 
 
 def test_formats_in_the_headers_metadata(states, inputs, tmp_path):

@@ -204,7 +204,7 @@ def _kernel_patches(card: Card) -> Patches:
     yield mock.patch.object(tuning, "may_time", return_value=False)
     yield mock.patch.object(backend, "_launched_or_computed", lambda launch, reference, *arguments: launch(*arguments))
     for module in (importlib.import_module(f"zimage.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)):
-        for spec in [value for value in vars(module).values() if isinstance(value, backend.Spec)]:
+        for spec in kernels.specs_in(module):
             for name in [name for name, value in vars(module).items() if value is spec.launch]:
                 yield mock.patch.object(module, name, _costed_launch(costs, spec))
 

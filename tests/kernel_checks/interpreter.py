@@ -61,7 +61,13 @@ def install() -> None:
         return between_floats(self, source, kind, rounding)
 
     between_floats = Builder.create_fp_to_fp
-    Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+
+    def create_dot(self, a, b, total, *rest):
+        a, b = (Handle(from_bf16_bits(h.data), tl.float32) if _is_bf16(h) else h for h in (a, b))
+        return product(self, a, b, total, *rest)
+
+    product = Builder.create_dot
+    Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     for name in ("binary_op", "unary_op", "create_fma"):
         if hasattr(Builder, name):
             setattr(Builder, name, _refuse_bf16(name, getattr(Builder, name)))

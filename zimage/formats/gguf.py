@@ -18,7 +18,7 @@ from zimage.formats import gguf_header
 from zimage.formats.gguf_header import Header, is_gguf, read_header
 from zimage.formats.stored import FLOATS, Maps, Stored, plain
 from zimage.nn import ggml
-from zimage.nn.packed import Blocks
+from zimage.nn.packed import Blocks, Packed
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -28,7 +28,18 @@ __all__ = ["Vocabulary", "has_tokenizer", "is_gguf", "stored_in"]
 # ggml's numbers of its types; plain ones are called as safetensors calls them.
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 BYTES = {"I8": 1, "I16": 2, "I32": 4, "I64": 8, **{name: dtype.itemsize for name, dtype in FLOATS.items()}}
-BLOCKS = {2: "Q4_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+BLOCKS = {
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+}
 PADS = ("x_pad_token", "cap_pad_token")  # [1, dim]: ggml drops leading sides of 1
 TOKENS, KINDS, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 CONTROL, USER, UNUSED = 3, 4, 5  # llama.cpp's kinds of tokens that are no pieces of words
@@ -97,7 +108,7 @@ def _kind(where: str, kind: int) -> tuple[str, int, int]:
     if kind in PLAIN:
         return PLAIN[kind], 1, BYTES[PLAIN[kind]]
     if kind in BLOCKS:
-        return BLOCKS[kind], ggml.NUMBERS[BLOCKS[kind]], ggml.DECODERS[BLOCKS[kind]][0]
+        return BLOCKS[kind], ggml.NUMBERS[BLOCKS[kind]], ggml.BYTES[BLOCKS[kind]]
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{where} has ggml's type {kind}, which needs the extra `gguf`: {install_hint('gguf')}")
     import gguf
@@ -109,12 +120,13 @@ def _kind(where: str, kind: int) -> tuple[str, int, int]:
 
 
 def _packed(file: Path, name: str, shape: tuple[int, int], kind: int, begin: int, end: int) -> Stored:
-    unpack = partial(ggml.decode, name) if name in ggml.DECODERS else partial(_unpacked, kind)
+    own = name in ggml.BYTES
 
-    def read(maps: Maps) -> Blocks:
-        return Blocks(maps(file)[begin:end].view(shape[0], -1), shape[1], unpack)
+    def read(maps: Maps) -> Packed:
+        codes = maps(file)[begin:end].view(shape[0], -1)
+        return ggml.GGML(codes, name) if own else Blocks(codes, shape[1], partial(_unpacked, kind))
 
-    return Stored(shape, f"GGUF {name}", end - begin, read, packed=True)
+    return Stored(shape, f"GGUF {name}", end - begin, read, packed=True, has_kernel=own)
 
 
 def _widened(matrix: Stored, shape: tuple[int, ...]) -> Stored:
@@ -128,8 +140,8 @@ def _widened(matrix: Stored, shape: tuple[int, ...]) -> Stored:
 
 
 def _unpacked(kind: "int | GGMLQuantizationType", codes: Tensor) -> Tensor:
-    """uint8 codes (rows, bytes) → numbers (rows, columns), fp32, on the device of the codes."""
+    """uint8 codes (rows, bytes) → numbers (rows, columns), fp32, on a CPU."""
     import gguf
 
-    numbers = gguf.quants.dequantize(codes.cpu().numpy(), gguf.GGMLQuantizationType(kind))
-    return torch.from_numpy(numbers).to(codes.device, torch.float32)
+    numbers = gguf.quants.dequantize(codes.numpy(), gguf.GGMLQuantizationType(kind))
+    return torch.from_numpy(numbers).float()

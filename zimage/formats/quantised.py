@@ -16,7 +16,7 @@ from torch import Tensor
 from zimage.errors import CheckpointError
 from zimage.formats.json_text import json_object
 from zimage.formats.stored import FLOATS, FP8, Maps, Stored
-from zimage.nn.packed import MXFP8_BLOCK, NVFP4, NVFP4_BLOCK, Grouped, Int4, Packed, Scaled, unswizzled
+from zimage.nn.packed import MXFP8_BLOCK, NVFP4, Grouped, Int4, Packed, Scaled, unswizzled
 
 MARKER = "scaled_fp8"  # an empty tensor that marks Comfy's older form
 WEIGHT_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")  # all multiply, whatever their names say
@@ -183,14 +183,14 @@ class _Weight:
         rows, columns = codes.shape[0], 2 * codes.shape[1]
         if second.count != 1 or second.dtype not in FLOATS:
             raise CheckpointError(f"{self.where} is nvfp4 and needs an fp8 weight_scale and one weight_scale_2")
-        if columns % NVFP4_BLOCK or block.count != _swizzled_count(rows, columns // NVFP4_BLOCK):
+        if columns % NVFP4.block or block.count != _swizzled_count(rows, columns // NVFP4.block):
             raise self._misfit(block, rows, columns)
 
         def read(maps: Maps) -> Packed:
-            blocks = unswizzled(block.tensor(maps), rows, columns // NVFP4_BLOCK)
+            blocks = unswizzled(block.tensor(maps), rows, columns // NVFP4.block)
             return NVFP4(codes.tensor(maps), blocks, second.tensor(maps).float().reshape(()))
 
-        return Stored((rows, columns), "nvfp4", codes.nbytes + rows * columns // NVFP4_BLOCK + 4, read, packed=True)
+        return Stored((rows, columns), "nvfp4", codes.nbytes + rows * columns // NVFP4.block + 4, read, packed=True)
 
     def _misfit(self, scale: Stored, rows: int, columns: int) -> CheckpointError:
         return CheckpointError(f"{self.where} [{rows}, {columns}] has {scale.count} block scales, which do not fit")
@@ -206,7 +206,7 @@ class _Weight:
             )
 
         def read(maps: Maps) -> Packed:
-            return Int4(codes.tensor(maps), scale.tensor(maps).float().reshape(-1, 1), group)
+            return Int4(codes.tensor(maps).view(torch.uint8), scale.tensor(maps).float().reshape(-1, 1), group)
 
         return Stored((rows, columns), "int4 ConvRot", codes.nbytes + 4 * rows, read, packed=True)
 

@@ -51,6 +51,7 @@ class Stored:
     nbytes: int
     read: Callable[[Maps], Tensor | Packed]
     packed: bool = False
+    has_kernel: bool = True  # of a packed matrix: whether a GPU widens it, or it is decoded while it is loaded there
     aligned: bool = True  # an unaligned tensor must be copied out of the file
 
     @property

@@ -160,7 +160,7 @@ def _bring_matrices(
         return
     maps, entries = Maps(), component.checkpoint.entries
     plain = [path for path, stack in changed.items() if stack and is_plain(dit, path, dtype)]
-    merged = {path: entries[f"{path}.weight"].tensor(maps) for path in plain}
+    merged = {path: entry.tensor(maps) for path in plain if not (entry := entries[f"{path}.weight"]).packed}
     prefetch = Prefetch(merged.values())
     try:
         for path, stack in changed.items():

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from zimage.errors import CheckpointError, NonFiniteError
 from zimage.formats.checkpoint import Checkpoint, listing
 from zimage.formats.pages import forget_pages
+from zimage.formats.stored import Stored
 from zimage.nn.layers import StreamedLinear, WideningLinear
-from zimage.nn.packed import Packed, PackedEmbedding, PackedLinear, is_packed
+from zimage.nn.packed import Packed, PackedEmbedding, PackedLinear, decoded, is_packed
 
 
 @runtime_checkable
@@ -39,8 +40,9 @@ def load_weights(
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
     pages released. Quantised matrices stay packed and are widened when used; with `widen_late`, plain matrices of
-    Linear and Embedding layers stay as stored too. Weights named in `away` stay views of the file, whatever the dtype
-    and the device: their attribute `wanted` is the dtype in which they are used.
+    Linear and Embedding layers stay as stored too. On a GPU, kinds that it cannot widen are decoded here. Weights named
+    in `away` stay views of the file, whatever the dtype and the device: their attribute `wanted` is the dtype in which
+    they are used.
     """
     read = checkpoint.reader()
     kept = late_matrices(model) if widen_late else set()
@@ -49,7 +51,10 @@ def load_weights(
     for key in _published_shapes(model):
         value = read(key)
         if is_packed(value):
-            _pack(model, key, value.to(device))
+            if stays_packed(value, device.type):
+                _pack(model, key, value.to(device))
+            else:
+                _assign(model, key, decoded(value, torch.bfloat16 if widen_late else dtype, device))
             continue
         folded = model.fold(key, value) if isinstance(model, Folds) else (key, value)
         if folded is not None:
@@ -62,9 +67,14 @@ def load_weights(
     model.requires_grad_(False).eval()
 
 
-def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded as `dtype`; the model may be on meta."""
-    packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed}
+def stays_packed(matrix: Packed | Stored, device: str) -> bool:
+    """Whether a quantised matrix stays so on this type of device; else it is decoded once, while it is loaded."""
+    return device == "cpu" or matrix.has_kernel
+
+
+def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> int:
+    """Bytes of the weights once loaded as `dtype` on this type of device; the model may be on meta."""
+    packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed and stays_packed(entry, device)}
     return sum(
         packed[name].nbytes if name in packed else weight.numel() * dtype.itemsize
         for name, weight in model.named_parameters()

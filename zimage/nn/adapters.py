@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zimage.nn.branches import Beside, Stack, beside
 from zimage.nn.deltas import Decomposed
 from zimage.nn.layers import PIECE
-from zimage.nn.packed import Packed, is_packed
+from zimage.nn.packed import Packed, decoded, is_packed
 
 UNADAPTED = "unadapted"  # attribute of a module: its vectors as they were loaded
 
@@ -82,9 +82,9 @@ def adapt(
     layer = model.get_submodule(path)
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
     if is_plain(model, path, dtype):
-        weight = original()
-        assert isinstance(weight, Tensor)  # a packed one is held by a layer of another kind
-        base.weight = nn.Parameter(merged(weight.to(device), stack, dtype), requires_grad=False)
+        stored = original()  # packed, if a GPU cannot widen it: then it was decoded while it was loaded
+        weight = decoded(stored, torch.float32, device) if is_packed(stored) else stored.to(device)
+        base.weight = nn.Parameter(merged(weight, stack, dtype), requires_grad=False)
         return
     if not stack:
         _replace(model, path, base)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from zimage.kernels.rms_norm import HALF, rms_norm
 
-PIECE = 2 << 20  # values widened at a time: small enough to stay in the cache until they are multiplied
+PIECE = 2 << 20  # values widened at a time: small enough to stay in a CPU's cache until they are multiplied
+GPU_PIECE = 64 << 20  # on a GPU, whose launches cost time: every matrix but the embeddings is widened as a whole
 
 
 class RMSNorm(nn.Module):
@@ -68,8 +69,15 @@ def narrow_product(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], -1)
 
 
+def rows_at_a_time(columns: int, device: torch.device) -> int:
+    """How many rows of a matrix are widened at a time in products on `device`."""
+    return max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // columns)
+
+
 def widened_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in x's dtype, of weight (out, C) in another: a few rows are widened at a time."""
-    rows = max(1, PIECE // weight.shape[1])
-    scratch = x.new_empty(min(rows, weight.shape[0]), weight.shape[1])
+    """x · weightᵀ in x's dtype, of weight (out, C) in another, which is widened as a whole or a few rows at a time."""
+    rows = rows_at_a_time(weight.shape[1], x.device)
+    if rows >= len(weight):
+        return F.linear(x, weight.to(x.dtype))
+    scratch = x.new_empty(rows, weight.shape[1])
     return torch.cat([F.linear(x, scratch[: len(piece)].copy_(piece)) for piece in weight.split(rows)], dim=-1)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zimage.kernels.norm import rms_norm_scale, rms_norm_scale_quantised
 from zimage.kernels.quantise import Operand, quantise_rows
+from zimage.kernels.rotate import rotate
 from zimage.kernels.swiglu import swiglu, swiglu_quantised
 from zimage.nn.layers import RMSNorm
-from zimage.nn.packed import rotate
 
 Input = Tensor | Operand
 
