@@ -293,10 +293,12 @@ def run_alone(module: str, *arguments: object, **variables: str) -> list[dict]:
 def test_the_compiler_takes_a_block_with_its_kernels_in_one_graph():
     """Each input is quantised once there, too: by the norms and SwiGLU, and on its own before to_out."""
     plain = {"norm": 2, "qk_norm_rope": 1, "gated_residual": 2, "swiglu": 1}
-    for report in run_alone("traced", "bf16", "int8", "fp8"):
-        quantised = {} if report["precision"] == "bf16" else {"quantise": 1, "scaled_product": 7}
+    quantised = plain | {"quantise": 1, "scaled_product": 7}
+    rotated = plain | {"rotate": 4, "quantise": 4, "scaled_product": 7}
+    expected = {"bf16": plain, "int8": quantised, "fp8": quantised, "rotated": rotated}
+    for report in run_alone("traced", *expected):
         assert (report["graphs"], report["breaks"]) == (1, 0)
-        assert report["kernels"] == plain | quantised
+        assert report["kernels"] == expected[report["precision"]]
 
 
 # ------------------------------------------------------------------ machine code

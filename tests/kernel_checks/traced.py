@@ -20,9 +20,11 @@ from zimage.dit.blocks import Block, BlockModulation
 from zimage.dit.rope import Rotation
 from zimage.kernels import backend, tuning
 from zimage.nn.compile import compile_blocks
+from zimage.nn.packed import PackedLinear, Scaled
 from zimage.nn.quant import DTYPES, QuantisedLinear
 
 DIM, HEADS, LENGTHS = 384, 3, (32, 96, 160)
+ROTATED = 64  # columns of int8 codes that were rotated together (ConvRot)
 
 
 class Blocks(nn.Module):
@@ -54,8 +56,12 @@ def traced(precision: str) -> dict:
 def block(precision: str) -> Block:
     made = Block(DIM, HEADS, 1e-5, modulated=True).bfloat16().eval().requires_grad_(False)
     linears = [path for path, m in made.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in path]
-    for path in linears if precision in DTYPES else ():
-        made.set_submodule(path, QuantisedLinear(made.get_submodule(path), DTYPES[precision]))
+    for path in linears if precision != "bf16" else ():
+        linear = made.get_submodule(path)
+        if precision == "rotated":
+            codes, scale = torch.ones_like(linear.weight, dtype=torch.int8), torch.ones(())
+            linear = PackedLinear(Scaled(codes, scale, rotated=ROTATED))
+        made.set_submodule(path, QuantisedLinear(linear, DTYPES.get(precision, torch.int8)))
     return made
 
 
