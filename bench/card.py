@@ -23,10 +23,12 @@ from bench.kernels import measure, milliseconds
 from bench.machine import command_line, describe_machine
 from bench.options import JSON
 from bench.weights import COMPONENTS
+from zimage.dit.replay import replay_velocity
 from zimage.kernels import specs
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import dit_bytes, text_encoder_bytes, vae_bytes
 from zimage.nn.compile import compile_blocks
+from zimage.nn.graphs import CudaGraphs, use_graphs
 from zimage.nn.quant import quantise
 from zimage.settings.declared import Sampling
 from zimage.text.generate import generate
@@ -51,6 +53,7 @@ CONFIGURATIONS: dict[str, tuple[Row, Row]] = {  # settings of the model and of t
     "two passes": ({}, {"hires": 2.0, "width": 256, "height": 256}),
     "encoder on the CPU": ({"text_encoder_device": "cpu"}, {}),
     "stages in turn": ({"residency": "stage"}, {}),
+    "from graphs": ({"cuda_graphs": True}, {}),
 }
 
 
@@ -119,10 +122,12 @@ def pictures(pipe: zimage.ZImage, request: Row) -> list[np.ndarray]:
 def dit_rows(device: torch.device, repeats: int) -> Rows:
     """One evaluation of the DiT per precision and size, last compiled; its peak beside the plan's figure."""
 
-    def step(make: Callable[[], Any], size: int, compiled: bool = False) -> Row:
+    def step(make: Callable[[], Any], size: int, compiled: bool = False, graphs: bool = False) -> Row:
         dit = make()
         if compiled:
             compile_blocks(dit)
+        if graphs:
+            replay_velocity(dit, CudaGraphs(device))
         caption = torch.randn(TOKENS, dit.config.cap_feat_dim, device=device).bfloat16()
         latents = torch.randn(1, 16, size // 8, size // 8, device=device)
         modulation = dit.modulate(torch.tensor([0.7]))
@@ -135,6 +140,9 @@ def dit_rows(device: torch.device, repeats: int) -> Rows:
         for size in SIZES:
             yield f"{precision} {size}", partial(step, dit, size)
         yield f"{precision} {SIZES[1]} compiled", partial(step, dit, SIZES[1], compiled=True)
+    dit = cache(partial(random_model, "transformer", device))
+    yield "bf16 256", partial(step, dit, 256)
+    yield "bf16 256 from graphs", partial(step, dit, 256, graphs=True)
 
 
 def encoder_rows(device: torch.device, repeats: int) -> Rows:
@@ -146,7 +154,9 @@ def encoder_rows(device: torch.device, repeats: int) -> Rows:
         planned = text_encoder_bytes(encoder().config, Workload(16, 16, tokens), torch.bfloat16)
         return costs(lambda: encoder()(ids), planned, device, repeats)
 
-    def write() -> Row:
+    def write(graphs: bool = False) -> Row:
+        if graphs:
+            use_graphs(encoder(), CudaGraphs(device))
         text = generate(encoder(), list(range(100)), Sampling(temperature=0.0), 33, (), torch.Generator())
         next(text)
         started, written = time.perf_counter(), len(list(text))
@@ -155,6 +165,8 @@ def encoder_rows(device: torch.device, repeats: int) -> Rows:
     yield "encode a short prompt", partial(encode, TOKENS)
     yield "encode 512 tokens", partial(encode, 512)
     yield "write 32 tokens", write
+    if device.type == "cuda":
+        yield "write 32 tokens from graphs", partial(write, graphs=True)
 
 
 def vae_rows(device: torch.device, repeats: int) -> Rows:
@@ -163,7 +175,7 @@ def vae_rows(device: torch.device, repeats: int) -> Rows:
 
     def decode(size: int, mode: str) -> Row:
         latents = torch.randn(1, 16, size // 8, size // 8, device=device)
-        planned = vae_bytes(vae().config, Workload(size, size, 0, tile_mode=mode), torch.bfloat16)
+        planned = vae_bytes(vae().config, Workload(size, size, 0, tile_mode=mode), torch.bfloat16, device)
         return costs(lambda: vae().decode(latents, None, 64, mode), planned, device, repeats)
 
     for size, mode in itertools.product(SIZES[-2:], ("off", "exact", "blend")):

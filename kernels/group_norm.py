@@ -1,9 +1,14 @@
-"""Group norm in two ops, channel statistics and normalisation, so that a map can be normalised strip by strip.
+"""Group norm with SiLU in three ops, so that a map can be written, measured and normalised strip by strip.
 
-Shapes: B batch, C channels, H × W positions, P = B·H·W. Maps lie in memory with the channels innermost: (P, C).
+    put_rows       rows of a convolution + bias + residual → rows of a map, and the moments of every block of them
+    merge_moments  moments of all blocks of a map → mean and variance of its groups
+    normalise      rows of a map → norm and SiLU → what the next convolution reads
+
+Every map is written once and read once for this, besides the convolutions.
+
+Shapes: C channels, H × W positions, G groups of D = C/G channels, N blocks of positions. Maps and rows of maps are
+(1, C, H, W) with the channels innermost; rows and positions may lie apart, as in a view.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -11,157 +16,299 @@ from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
-POSITIONS = 512  # positions per program, which share one read or write of the values per channel
-SUMS = 2048  # sums side by side on a CPU: short ones are accurate, and few enough stay in the nearest cache
+CHANNELS, POSITIONS = 128, 512  # of a tile, at most
+TILE = 8192  # values that a program of eight warps holds in registers: 32 per thread
+TILES = 4  # that a program normalises, which share one read of the values per channel
+BLOCKS = 1024  # whose moments are merged side by side
 
 
-def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,), fp32 or wider, of every channel of a map (B, C, H, W) over all its positions."""
-    return choose(launch_statistics, reference_statistics, x)(x)
+def put_rows(
+    rows: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """out = rows + bias + residual, rounded once; returns `out` and its moments (3, G, N) fp32 (none for 0 groups).
+
+    All maps have the shape (1, C, H, W), bias (C,); `out` may be `rows` or `residual`. The moments are the mean, the
+    sum of squared differences from it and the count of the values of each group in each block of positions.
+    """
+    fits = groups == 0 or power_of_two(out.shape[1] // groups) == out.shape[1] // groups
+    run = choose(launch_put, reference_put, rows, out) if fits else reference_put
+    return run(rows, bias, residual, out, groups)
 
 
-def normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """silu(weight · (x − mean) / √(variance + eps) + bias) per channel of x (B, C, H, W), in fp32 inside.
+def merge_moments(moments: Tensor) -> Tensor:
+    """Mean and biased variance (2, G) fp32 of groups whose values lie in N blocks with these moments (3, G, N).
 
-    `mean` and `variance` (C,) fp32. With those of a channel's group this is GroupNorm (Wu & He 2018), then SiLU.
+    Chan, Golub & LeVeque 1979: no difference of large squares, so groups far from zero keep their variance.
+    """
+    return choose(launch_merge, reference_merge, moments)(moments)
+
+
+def normalise(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> Tensor:
+    """out = silu(weight · (x − mean) / √(variance + eps) + bias), in fp32 inside; returns `out`.
+
+    `statistics` (2, G) fp32 holds mean and variance of the groups: GroupNorm (Wu & He 2018), then SiLU.
     """
     run = choose(launch_normalise, reference_normalise, x, weight, bias)
-    return run(x, mean, variance, weight, bias, eps)
+    return run(x, statistics, weight, bias, eps, out)
 
 
-def reference_statistics(x):
-    # Batch norm's own statistics: two passes over narrow values, the second about the mean (a mean of squares would
-    # lose the variance of channels far from zero). It adds one row after the other: sums side by side stay accurate.
-    channels = x.shape[1]
-    columns = math.gcd(x.numel() // channels, max(SUMS // channels, 1))
-    rows = x.permute(0, 2, 3, 1).reshape(-1, columns * channels)
-    running = torch.zeros((2, rows.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    statistics = torch.batch_norm_update_stats(rows, running[0], running[1], momentum=0.0)
-    means, variances = (each.view(columns, channels) for each in statistics)
-    mean = means.mean(dim=0)
-    return mean, (variances + (means - mean).square()).mean(dim=0)
+def reference_put(rows, bias, residual, out, groups):
+    total = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    for part in (None if bias is None else bias[:, None, None], residual):
+        total = total if part is None else total + part
+    out.copy_(total)
+    values = out.permute(0, 2, 3, 1).flatten(0, 2)  # (P, C)
+    step = _tile(out.shape[1], groups, TILE)[0]
+    whole = values.shape[0] // step * step
+    parts = [values[:whole].unflatten(0, (-1, step)), values[whole:][None]]
+    return out, torch.cat([_moments(part, groups) for part in parts if part.numel()], dim=2)
 
 
-def reference_normalise(x, mean, variance, weight, bias, eps):
+def _moments(values: Tensor, groups: int) -> Tensor:
+    """Moments (3, G, N) of values (N, P, C)."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if groups == 0:
+        return torch.empty((3, 0, values.shape[0]), dtype=dtype, device=values.device)
+    grouped = values.unflatten(2, (groups, -1)).to(dtype)  # (N, P, G, D)
+    mean = grouped.mean(dim=(1, 3))
+    deviation = (grouped - mean[:, None, :, None]).square().sum(dim=(1, 3))
+    count = torch.full_like(mean, grouped.shape[1] * grouped.shape[3])
+    return torch.stack((mean.T, deviation.T, count.T))
+
+
+def reference_merge(moments):
+    means, deviations, counts = moments
+    total = counts.sum(dim=1)
+    first = means[:, 0]
+    mean = first + ((means - first[:, None]) * counts).sum(dim=1) / total
+    deviation = deviations + counts * (means - mean[:, None]).square()
+    return torch.stack((mean, deviation.sum(dim=1) / total))
+
+
+def reference_normalise(x, statistics, weight, bias, eps, out):
+    mean, variance = statistics.repeat_interleave(x.shape[1] // statistics.shape[1], dim=1)  # (C,) each
+    if x.device.type != "cpu":
+        x = x.float()  # not every device mixes dtypes here
     x = x.contiguous(memory_format=torch.channels_last)
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in (torch.float16, torch.bfloat16) or x.device.type != "cpu":
         weight, bias = weight.float(), bias.float()  # all arguments per channel must have one dtype
-    return F.silu(F.batch_norm(x, mean, variance, weight, bias, eps=eps), inplace=True)
+    return out.copy_(F.silu(F.batch_norm(x, mean, variance, weight, bias, eps=eps), inplace=True))
 
 
 @jit
-def _statistics_kernel(
-    x_ptr,
-    mean_ptr,
-    deviation_ptr,
+def _places(first, positions, width, row_stride, stride, channel, STEP: tl.constexpr):
+    """Offsets of STEP positions from `first` on in a map: (STEP, channels), int64."""
+    position = first + tl.arange(0, STEP)
+    rows = (position // width).to(tl.int64) * row_stride + (position % width).to(tl.int64) * stride
+    return rows[:, None] + channel[None, :]
+
+
+@jit
+def _put_kernel(
+    rows_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    moments_ptr,
     positions,
     channels,
-    POSITIONS: tl.constexpr,
+    width,
+    rows_row,
+    rows_stride,
+    residual_row,
+    residual_stride,
+    out_row,
+    out_stride,
+    groups,
+    DEPTH: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and sum of squared differences of each channel over POSITIONS positions, merged STEP by STEP (Chan 1979)."""
-    first = tl.program_id(0).to(tl.int64) * POSITIONS
+    """STEP positions of BLOCK_C channels, which are whole groups of DEPTH channels."""
+    first = tl.program_id(0) * STEP
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    deviation = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for i in range(0, POSITIONS, STEP):
-        position = first + i + tl.arange(0, STEP)
-        there = (position < positions)[:, None] & (channel < channels)[None, :]
-        x = tl.load(x_ptr + position[:, None] * channels + channel[None, :], mask=there, other=0.0).to(tl.float32)
-        count = tl.minimum(tl.maximum(positions - first - i, 0), STEP).to(tl.float32)
-        new_mean = tl.sum(x, axis=0) / tl.maximum(count, 1.0)
-        centred = tl.where(there, x - new_mean[None, :], 0.0)
-        before = tl.minimum(positions - first, i).to(tl.float32)
+    known = channel < channels
+    there = (first + tl.arange(0, STEP) < positions)[:, None] & known[None, :]
+    place = _places(first, positions, width, rows_row, rows_stride, channel, STEP)
+    value = tl.load(rows_ptr + place, mask=there, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        place = _places(first, positions, width, residual_row, residual_stride, channel, STEP)
+        value += tl.load(residual_ptr + place, mask=there, other=0.0).to(tl.float32)
+    stored = value.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + _places(first, positions, width, out_row, out_stride, channel, STEP), stored, mask=there)
+    if moments_ptr is not None:
+        value = tl.where(there, stored.to(tl.float32), 0.0)
+        count = (tl.minimum(positions - first, STEP) * DEPTH).to(tl.float32)
+        mean = tl.sum(tl.reshape(tl.sum(value, axis=0), (BLOCK_C // DEPTH, DEPTH)), axis=1) / count
+        of_channel = tl.reshape(tl.broadcast_to(mean[:, None], (BLOCK_C // DEPTH, DEPTH)), (BLOCK_C,))
+        centred = tl.where(there, value - of_channel[None, :], 0.0)
+        deviation = tl.sum(tl.reshape(tl.sum(centred * centred, axis=0), (BLOCK_C // DEPTH, DEPTH)), axis=1)
+        blocks = tl.num_programs(0)
+        group = tl.program_id(1) * (BLOCK_C // DEPTH) + tl.arange(0, BLOCK_C // DEPTH)
+        place = moments_ptr + group * blocks + tl.program_id(0)
+        tl.store(place, mean, mask=group < groups)
+        tl.store(place + groups * blocks, deviation, mask=group < groups)
+        tl.store(place + 2 * groups * blocks, tl.zeros_like(mean) + count, mask=group < groups)
+
+
+@jit
+def _merge_kernel(moments_ptr, out_ptr, groups, blocks, BLOCKS: tl.constexpr):
+    """One group: lane by lane first, then all lanes."""
+    group = tl.program_id(0)
+    count = tl.zeros((BLOCKS,), dtype=tl.float32)
+    mean = tl.zeros((BLOCKS,), dtype=tl.float32)
+    deviation = tl.zeros((BLOCKS,), dtype=tl.float32)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        place = moments_ptr + group * blocks + block
+        new_mean = tl.load(place, mask=block < blocks, other=0.0)
+        new_deviation = tl.load(place + groups * blocks, mask=block < blocks, other=0.0)
+        new_count = tl.load(place + 2 * groups * blocks, mask=block < blocks, other=0.0)
+        share = new_count / tl.maximum(count + new_count, 1.0)
         shift = new_mean - mean
-        share = count / tl.maximum(before + count, 1.0)
         mean += shift * share
-        deviation += tl.sum(centred * centred, axis=0) + shift * shift * before * share
-    place = tl.program_id(0) * channels + channel
-    tl.store(mean_ptr + place, mean, mask=channel < channels)
-    tl.store(deviation_ptr + place, deviation, mask=channel < channels)
+        deviation += new_deviation + shift * shift * count * share
+        count += new_count
+    total = tl.sum(count, axis=0)
+    # Lanes are averaged about one of them: sums of large means would round.
+    origin = tl.max(tl.where(count > 0.0, mean, float("-inf")), axis=0)
+    shift = tl.where(count > 0.0, mean - origin, 0.0)
+    centre = tl.sum(shift * count, axis=0) / total
+    deviation += count * (shift - centre) * (shift - centre)
+    tl.store(out_ptr + group, origin + centre)
+    tl.store(out_ptr + groups + group, tl.sum(deviation, axis=0) / total)
 
 
 @jit
 def _normalise_kernel(
     x_ptr,
-    mean_ptr,
-    factor_ptr,
+    statistics_ptr,
+    weight_ptr,
     bias_ptr,
     out_ptr,
     positions,
     channels,
-    POSITIONS: tl.constexpr,
+    width,
+    x_row,
+    x_stride,
+    out_row,
+    out_stride,
+    groups,
+    EPS: tl.constexpr,
+    TILES: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * POSITIONS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
-    mean = tl.load(mean_ptr + channel, mask=known, other=0.0)[None, :]
-    factor = tl.load(factor_ptr + channel, mask=known, other=0.0)[None, :]
-    bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-    for i in range(0, POSITIONS, STEP):
-        position = first + i + tl.arange(0, STEP)
-        there = (position < positions)[:, None] & known[None, :]
-        place = position[:, None] * channels + channel[None, :]
+    group = channel // (channels // groups)
+    mean = tl.load(statistics_ptr + group, mask=known, other=0.0)
+    variance = tl.load(statistics_ptr + groups + group, mask=known, other=1.0)
+    factor = tl.load(weight_ptr + channel, mask=known, other=0.0).to(tl.float32) * tl.rsqrt(variance + EPS)
+    bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
+    for i in range(TILES):
+        first = (tl.program_id(0) * TILES + i) * STEP
+        there = (first + tl.arange(0, STEP) < positions)[:, None] & known[None, :]
+        place = _places(first, positions, width, x_row, x_stride, channel, STEP)
         x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
-        y = (x - mean) * factor + bias
+        y = (x - mean[None, :]) * factor[None, :] + bias[None, :]
+        place = _places(first, positions, width, out_row, out_stride, channel, STEP)
         tl.store(out_ptr + place, (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty), mask=there)
 
 
-def _grid(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """The grid over (P, C), and POSITIONS, STEP, BLOCK_C."""
-    block = min(power_of_two(x.shape[1]), 128)
-    return (-(-(x.numel() // x.shape[1]) // POSITIONS), -(-x.shape[1] // block)), (
-        POSITIONS,
-        min(4096 // block, 64),
-        block,
-    )
+def _tile(channels: int, groups: int, values: int) -> tuple[int, int]:
+    """Positions and channels of a tile; its channels are whole groups."""
+    block = max(min(power_of_two(channels), CHANNELS), channels // groups if groups else 1)
+    return max(min(values // block, POSITIONS), 1), block
 
 
-def launch_statistics(x):
-    x = x.contiguous(memory_format=torch.channels_last)
-    grid, blocks = _grid(x)
-    positions, channels = x.numel() // x.shape[1], x.shape[1]
-    means, deviations = torch.empty((2, grid[0], channels), device=x.device, dtype=torch.float32).unbind()
-    enqueue(_statistics_kernel, grid, x, means, deviations, positions, channels, *blocks, num_warps=8)
-    counts = torch.full((grid[0], 1), float(POSITIONS), device=x.device)
-    counts[-1] = positions - POSITIONS * (grid[0] - 1)
-    mean = (means * counts).sum(dim=0) / positions
-    return mean, (deviations + counts * (means - mean) ** 2).sum(dim=0) / positions
+def launch_put(rows, bias, residual, out, groups):
+    _, C, H, W = out.shape
+    rows, residual = _innermost(rows), None if residual is None else _innermost(residual)
+    step, block = _tile(C, groups, TILE)
+    grid = (-(-H * W // step), -(-C // block))
+    moments = torch.empty((3, groups, grid[0]), dtype=torch.float32, device=out.device)
+    strides = [stride for each in (rows, rows if residual is None else residual, out) for stride in each.stride()[2:]]
+    given = (rows, bias, residual, out, moments if groups else None, H * W, C, W, *strides, groups)
+    enqueue(_put_kernel, grid, *given, C // groups if groups else 1, step, block, num_warps=8)
+    return out, moments
 
 
-def launch_normalise(x, mean, variance, weight, bias, eps):
-    x = x.contiguous(memory_format=torch.channels_last)
-    grid, blocks = _grid(x)
-    out = torch.empty_like(x)
-    factor = weight.float() * torch.rsqrt(variance + eps)
-    enqueue(
-        _normalise_kernel, grid, x, mean, factor, bias, out, x.numel() // x.shape[1], x.shape[1], *blocks, num_warps=8
-    )
+def launch_merge(moments):
+    moments = moments.contiguous()
+    _, groups, blocks = moments.shape
+    out = torch.empty((2, groups), dtype=torch.float32, device=moments.device)
+    enqueue(_merge_kernel, (groups,), moments, out, groups, blocks, BLOCKS, num_warps=8)
     return out
 
 
-def _map(make, B: int, C: int, H: int, W: int) -> Tensor:
-    return make(B, C, H, W).contiguous(memory_format=torch.channels_last)
+def launch_normalise(x, statistics, weight, bias, eps, out):
+    x = _innermost(x)
+    _, C, H, W = x.shape
+    step, block = _tile(C, 0, TILE // 2)  # beside three values per channel
+    grid = (-(-H * W // (TILES * step)), -(-C // block))
+    strides, groups = (*x.stride()[2:], *out.stride()[2:]), statistics.shape[1]
+    given = (x, statistics, weight, bias, out, H * W, C, W, *strides, groups)
+    enqueue(_normalise_kernel, grid, *given, eps, TILES, step, block, num_warps=8)
+    return out
 
 
-def _normalise_inputs(make, B: int, C: int, H: int, W: int) -> tuple:
-    variance = make(C).float().square() + 0.5
-    return _map(make, B, C, H, W), make(C).float(), variance, make(C), make(C), 1e-6
+def _innermost(x: Tensor) -> Tensor:
+    """The map with its channels innermost: itself, unless a convolution chose another layout."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-CASES = ({"B": 1, "C": 8, "H": 7, "W": 83}, {"B": 2, "C": 40, "H": 5, "W": 9}, {"B": 1, "C": 256, "H": 3, "W": 6})
-MODEL = {"B": 1, "C": 128, "H": 1024, "W": 1024}
-STATISTICS_SPEC = Spec(
-    name="channel_statistics",
-    reference=reference_statistics,
-    launch=launch_statistics,
-    inputs=lambda make, **sizes: (_map(make, **sizes) + 3,),
-    cases=CASES,
+def _map(make, C: int, H: int, W: int, apart: int = 0) -> Tensor:
+    """A map (1, C, H, W); with `apart`, every second row of one that is twice as high."""
+    whole = make(1, C, H * (1 + apart), W).contiguous(memory_format=torch.channels_last)
+    return whole[:, :, :: 1 + apart]
+
+
+def _put_inputs(make, C: int, H: int, W: int, G: int, apart: int = 0, plain: int = 0) -> tuple:
+    rows, out = _map(make, C, H, W), _map(make, C, H, W, apart)
+    if plain:
+        return rows, None, None, out, G
+    return rows + 3, make(C), _map(make, C, H, W, apart), out, G
+
+
+def _normalise_inputs(make, C: int, H: int, W: int, G: int, apart: int = 0) -> tuple:
+    statistics = torch.stack((make(G).float(), make(G).float().square() + 0.5))
+    return _map(make, C, H, W, apart), statistics, make(C), make(C), 1e-6, _map(make, C, H, W)
+
+
+def _moments_inputs(make, G: int, N: int) -> tuple:
+    values = make(3, G, N).float()
+    return (torch.stack((values[0] + 1000, 500 * values[1].square(), (100 * values[2].square()).ceil())),)
+
+
+CASES = (
+    {"C": 8, "H": 29, "W": 83, "G": 4},
+    {"C": 48, "H": 5, "W": 9, "G": 12, "apart": 1},
+    {"C": 256, "H": 3, "W": 43, "G": 32},
+)
+MODEL = {"C": 128, "H": 1024, "W": 1024, "G": 32}
+PUT_SPEC = Spec(
+    name="put_rows",
+    reference=reference_put,
+    launch=launch_put,
+    inputs=_put_inputs,
+    cases=(*CASES, {"C": 3, "H": 30, "W": 91, "G": 0}, {"C": 64, "H": 4, "W": 50, "G": 2, "plain": 1}),
     model=MODEL,
-    least_bytes=lambda x: bytes_of(x) + 8 * x.shape[1],
+    least_bytes=lambda rows, bias, residual, out, groups: bytes_of(
+        *(t for t in (rows, bias, residual, out) if t is not None)
+    ),
+    in_place=(3,),
+)
+MERGE_SPEC = Spec(
+    name="merge_moments",
+    reference=reference_merge,
+    launch=launch_merge,
+    inputs=_moments_inputs,
+    cases=({"G": 2, "N": 5000}, {"G": 3, "N": 37}, {"G": 4, "N": 1}),
+    model={"G": 32, "N": 16384},
+    least_bytes=lambda moments: bytes_of(moments) + 8 * moments.shape[1],
     rounds_once=False,
     stores_little=True,
 )
@@ -170,7 +317,8 @@ NORMALISE_SPEC = Spec(
     reference=reference_normalise,
     launch=launch_normalise,
     inputs=_normalise_inputs,
-    cases=CASES,
+    cases=({**CASES[0], "H": 60}, {"C": 40, "H": 5, "W": 9, "G": 4, "apart": 1}, CASES[2]),
     model=MODEL,
-    least_bytes=lambda x, mean, variance, weight, bias, eps: 2 * bytes_of(x) + bytes_of(mean, variance, weight, bias),
+    least_bytes=lambda x, statistics, weight, bias, eps, out: bytes_of(x, statistics, weight, bias, out),
+    in_place=(5,),
 )

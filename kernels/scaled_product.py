@@ -55,6 +55,16 @@ def reference(rows, row_scale, weight, scale, bias, dtype):
 
 
 @jit
+def tile_of(program, M, N, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows and columns of the results of one program: tiles go down GROUP tiles, then to the next columns."""
+    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    first = program // (GROUP * across) * GROUP
+    height = min(down - first, GROUP)
+    row = (first + program % (GROUP * across) % height) * ROWS + tl.arange(0, ROWS)
+    return row, program % (GROUP * across) // height * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@jit
 def _kernel(
     x_ptr,
     weight_ptr,
@@ -74,12 +84,7 @@ def _kernel(
     DEPTH: tl.constexpr,
 ):
     """One tile of ROWS × COLUMNS results. WHOLE: DEPTH divides K."""
-    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
-    program = tl.program_id(0)
-    first = program // (GROUP * across) * GROUP
-    height = min(down - first, GROUP)
-    row = (first + program % (GROUP * across) % height) * ROWS + tl.arange(0, ROWS)
-    column = program % (GROUP * across) // height * COLUMNS + tl.arange(0, COLUMNS)
+    row, column = tile_of(tl.program_id(0), M, N, GROUP, ROWS, COLUMNS)
     depth = tl.arange(0, DEPTH)
     x_ptr += (row % M).to(tl.int64)[:, None] * K + depth[None, :]  # beyond the end: rows that are not stored
     weight_ptr += (column % N).to(tl.int64)[None, :] * K + depth[:, None]

@@ -83,8 +83,9 @@ def launch_add(canvas, tile, rows, columns, top, left):
 
 
 def launch_levels(images):
-    images = images.contiguous()
-    out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        images = images.contiguous()
+    out = torch.empty_like(images, dtype=torch.uint8)  # in the order of the images' values
     enqueue(_levels_kernel, (-(-images.numel() // LEVELS),), images, out, images.numel(), LEVELS, num_warps=4)
     return out
 
@@ -112,8 +113,10 @@ LEVELS_SPEC = Spec(
     name="to_levels",
     reference=reference_levels,
     launch=launch_levels,
-    inputs=lambda make, B, H, W: (make(B, 3, H, W),),
-    cases=({"B": 2, "H": 5, "W": 7}, {"B": 1, "H": 64, "W": 80}),
+    inputs=lambda make, B, H, W, last=0: (
+        make(B, 3, H, W).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),
+    ),
+    cases=({"B": 2, "H": 5, "W": 7}, {"B": 1, "H": 64, "W": 80}, {"B": 1, "H": 9, "W": 70, "last": 1}),
     model={"B": 1, "H": 1024, "W": 1024},
     least_bytes=lambda images: bytes_of(images) + images.numel(),
 )

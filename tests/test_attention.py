@@ -122,6 +122,18 @@ def test_torch_backends(name):
     torch.testing.assert_close(attend(q, k, v), attention(q, k, v))
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("how", ["full", "causal", "padded"])
+def test_queries_in_pieces_give_the_same(monkeypatch, how, kv_heads):
+    """As on a Mac's GPU, which has no kernel that forgets scores."""
+    q, k, v = tensors(kv_heads)
+    mask, causal = Padding.of(LENGTHS, CPU).mask if how == "padded" else None, how == "causal"
+    whole = module._attention(q, k, v, mask, causal)
+    for rows in (1, 4, 5, 9):
+        monkeypatch.setattr(module, "SCORES", 4 * 3 * 4 * 9 * rows)
+        torch.testing.assert_close(module._by_queries(q, k, v, mask, causal), whole)
+
+
 def test_padding_hides_what_follows_a_sequence():
     q, k, v = tensors()
     padding = Padding.of(LENGTHS, CPU)

@@ -176,7 +176,7 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
         (["gen", "a", "--seed", "-1"], 2, "seed -1 is too small"),
         (["gen", "a", "--device", "tpu"], 2, "device 'tpu' is not known"),
         (["gen", "a", "--device", "cuda:9"], 2, "is not on this machine"),
-        (["gen", "a", "--dtype", "fp16"], 2, "fp16"),
+        (["gen", "a", "--dtype", "fp8"], 2, "--dtype"),
         (["gen", "a", "--stepz", "3"], 2, "--stepz"),
         (["gen", "a", "--negative", "b"], 2, "no effect at guidance 0"),
         (["gen", "a", "-o", "nowhere/x.png"], 2, "does not exist"),

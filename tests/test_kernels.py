@@ -7,6 +7,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs the extra `triton`")
-from kernel_checks import interpreter, load
+from kernel_checks import faults, interpreter, load
 from triton.runtime.errors import InterpreterError
 
 from zimage import kernels
@@ -27,7 +28,11 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 COARSE = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # results that are levels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITIES = (75, 80, 86, 89, 90, 120)
-MATRIX = {"int8_product": {"IMMA", "IGMMA"}, "fp8_product": {"QMMA", "QGMMA"}}  # tensor cores' instructions
+MATRIX = {  # tensor cores' instructions; those of fp16 that add in fp16, too
+    "int8_product": r"(IMMA|IGMMA)\b",
+    "fp8_product": r"(QMMA|QGMMA)\b",
+    "fp16_product": r"(HMMA|HGMMA)\.\w+\.F16\b",
+}
 SPECS = {spec.name: spec for spec in specs()}
 off_gpu = pytest.mark.skipif(ON_GPU, reason="the interpreter was not chosen: there is a GPU")
 
@@ -102,6 +107,8 @@ def agree(launched, spec, args, dtype) -> None:
     expected, truths = results(spec.reference(*clones(args))), results(spec.reference(*wide))
     for ours, theirs, truth in zip(results(launched), expected, truths, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if not ours.numel():
+            continue
         if ours.dtype in COARSE:
             apart = (ours.view(torch.int8).short() - theirs.view(torch.int8).short()).abs()
             assert apart.max() <= spec.levels_of_a_sum
@@ -111,7 +118,7 @@ def agree(launched, spec, args, dtype) -> None:
         assert not error.isnan().any()
         size = truth.square().mean().sqrt()
         assert rms(error) <= 1.1 * rms(own) + 5e-7 * size, f"{rms(error):.2e}, the reference's {rms(own):.2e}"
-        unit = torch.finfo(dtype).eps if spec.rounds_once and dtype.itemsize == 2 else 5e-7
+        unit = torch.finfo(ours.dtype).eps if spec.rounds_once and ours.dtype.itemsize == 2 else 5e-7
         assert (error <= unit * (truth.abs() + size)).all(), f"{float((error / (truth.abs() + size)).max()):.1e}"
 
 
@@ -183,7 +190,8 @@ def test_every_code_is_its_number(kind, out):
 def test_traffic_is_compulsory(name):
     """Bytes of one program times the grid, at the published sizes, within a tenth of what must move.
 
-    Programs of a product read what others read, from the cache: 660 TOP/s take about 6 TB/s of a 4090's at most.
+    Programs of a product read what others read, from the cache: 660 TOP/s in int8, or 330 TFLOP/s in fp16, take about
+    6 TB/s of a 4090's at most.
     """
     spec = SPECS[name]
     args = spec.inputs(lambda *shape: torch.zeros(shape, dtype=torch.bfloat16), **spec.model)
@@ -195,7 +203,7 @@ def test_traffic_is_compulsory(name):
     least = spec.least_bytes(*args)
     print(f"{name}: {moved / 1e6:.1f} MB moved, {least / 1e6:.1f} MB compulsory, ratio {moved / least:.3f}")
     if spec.flops:
-        assert spec.flops(*args) / moved >= 110
+        assert spec.flops(*args) / moved >= 110 / args[0].element_size()
     else:
         assert 0.999 <= moved / least <= 1.1
 
@@ -345,7 +353,7 @@ def unfit(report: dict, spec: backend.Spec) -> str | None:
         return "too much shared memory"
     if report["occupancy"] < (1 / 12 if spec.flops else 1 / 3):
         return f"occupancy {report['occupancy']:.0%}"
-    if spec.flops and not report["matrix"].keys() & MATRIX[spec.name]:
+    if spec.flops and not any(re.match(MATRIX[spec.name], kind) for kind in report["matrix"]):
         return f"no products of its dtype on tensor cores: {report['matrix']}"
     return None
 
@@ -362,129 +370,30 @@ def broken(tmp_path: Path, name: str, old: str, new: str) -> Path:
     return file
 
 
-FAULTS = {
-    "wrong number": ("norm", "/ channels + EPS", "/ BLOCK + EPS", AssertionError, "the reference's"),
-    "past the end": ("norm", "present & (first + i < length)", "present", Exception, "outside|address"),
-    "two programs, one place": ("norm", "tl.program_id(0) * ROWS,", "tl.program_id(0) * 9,", Exception, "address|read"),
-    "never written": ("swiglu", "-(-C // BLOCK))", "C // BLOCK)", AssertionError, None),
-    "a sign that is lost": ("decode_scaled", "((bits & 128) << 8)", "((bits & 128) << 7)", AssertionError, None),
-    "a group too far": ("decode_scaled", "scale_ptr + row * scale_row + g", "scale_ptr + g", AssertionError, "bits"),
-    "the other half first": (
-        "decode_nvfp4",
-        "code >> 4), _e2m1_number(code & 15",
-        "code & 15), _e2m1_number(code >> 4",
-        AssertionError,
-        "bits",
-    ),
-    "a block past the end": (
-        "decode_nvfp4",
-        "mask=place < count * 8, other=0",
-        "mask=place >= 0, other=0",
-        Exception,
-        "outside",
-    ),
-    "fifth bits of others": ("decode_blocks", "bits >> (2 * at + 1)", "bits >> (2 * at)", AssertionError, "bits"),
-    "scales without a sign": ("decode_k_blocks", "& 255) ^ 128) - 128", "& 255))", AssertionError, "bits"),
-    "two bits too few": (
-        "decode_k_blocks",
-        "(third & 15) | ((first >> 6) & 3) << 4",
-        "(third & 15)",
-        AssertionError,
-        "bits",
-    ),
-    "groups that meet": ("rotate", "differ < GROUP, 1", "differ < 2 * GROUP, 1", AssertionError, "the reference's"),
-    "a sum never stored": ("rms_norm", "tl.store(sum_ptr + place, rounded, mask=there)", "", AssertionError, None),
-    "the sum's last token": ("rms_norm", "(first + i < tokens)", "(first + i < tokens - 1)", AssertionError, None),
-    "turned backwards": (
-        "qk_norm_rope_halves",
-        "+ first * sin).to",
-        "- first * sin).to",
-        AssertionError,
-        "reference's",
-    ),
-    "one angle for all tokens": (
-        "qk_norm_rope_halves",
-        "row = token *",
-        "row = batch *",
-        AssertionError,
-        "reference's",
-    ),
-    "a head too many": ("qk_norm_rope_halves", "[:, None] < heads", "[:, None] < BLOCK_H", Exception, "outside|reads"),
-    "half a mean": ("qk_norm_rope_halves", "axis=1) / D", "axis=1) / (D // 2)", AssertionError, "the reference's"),
-    "bf16 as integers": ("swiglu", "other=0.0).to(tl.float32)", "other=0.0)", Exception, "bit patterns"),
-}
-
-
 @off_gpu
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", faults.NUMBERS)
 def test_a_planted_fault_is_found(fault, tmp_path, nan_filled):
-    name, old, new, kind, says = FAULTS[fault]
-    module = load(broken(tmp_path, name, old, new))
+    file, old, new, says = faults.NUMBERS[fault]
+    module = load(broken(tmp_path, file, old, new))
     module.tokens_per_program = lambda tokens: 16  # more than one, so that a program can reach into another's
-    with pytest.raises(kind, match=says):
+    with pytest.raises((AssertionError, InterpreterError, TypeError), match=says):
         check_specs(module)
 
 
 def check_specs(module) -> None:
-    """The numbers of every case of a file's specs, in bf16."""
+    """The numbers of every case of a file's specs in bf16, against the references of the file without a fault."""
     for spec in kernels.specs_in(module):
-        for sizes in spec.cases:
-            args = arguments(spec, sizes, torch.bfloat16)
-            with interpreter.watch():
-                agree(spec.launch(*clones(args)), spec, args, torch.bfloat16)
-
-
-FAULTS_IN_INT8 = {
-    "past the end of K": ("scaled_product", "mask=depth[None, :] < K - k", "mask=depth[None, :] < K", "outside"),
-    "past the last row": ("scaled_product", "(row % M)", "row", "outside"),
-    "another column's scale": (
-        "scaled_product",
-        "scale_ptr + column,",
-        "scale_ptr + column % ROWS,",
-        "the reference's",
-    ),
-    "a bias left out": ("scaled_product", "if BIAS:", "if BIAS and WHOLE:", "the reference's"),
-    "two tiles, one place": ("scaled_product", "* COLUMNS + tl.arange", "* 9 + tl.arange", "write one"),
-    "tiles never written": ("scaled_product", "-(-M // c.rows)", "(M // c.rows)", None),
-    "cut off, not rounded": ("quantise", "(x + 12582912.0) - 12582912.0", "x + 0.0", "levels_of_a_sum"),
-    "the largest, of any sign": ("quantise", "tl.max(tl.abs(x), axis=0)", "tl.max(x, axis=0)", None),
-    "the next sample's scale": ("norm", "row_scale, mask=first + i < length", "row_scale", "write|outside|read"),
-    "the gate's sigmoid": ("swiglu", "tl.sigmoid(gate)", "tl.sigmoid(up)", None),
-}
-
-
-@off_gpu
-@pytest.mark.parametrize("fault", FAULTS_IN_INT8)
-def test_a_fault_planted_in_int8_is_found(fault, tmp_path, nan_filled):
-    name, old, new, says = FAULTS_IN_INT8[fault]
-    module = load(broken(tmp_path, name, old, new))
-    module.tokens_per_program = lambda tokens: 16
-    spec = module.INT8_SPEC
-
-    def check():
         for sizes in spec.cases:
             args = arguments(spec, sizes, torch.bfloat16)
             with interpreter.watch():
                 launched = spec.launch(*clones(args))
             agree(launched, SPECS[spec.name], args, torch.bfloat16)
 
-    with pytest.raises((AssertionError, InterpreterError), match=says):
-        check()
 
-
-LOADED = "x, weight = tl.load(x_ptr), tl.load(weight_ptr)"
-WIDENED = f"{LOADED}\n            if not INTEGER:\n                x, weight = x.to(tl.float16), weight.to(tl.float16)"
-MACHINE_FAULTS = {
-    "tiles that do not fit in registers": ("scaled_product", "(128, 128, 128, warps=8", "(128, 256, 128, warps=4"),
-    "fp8 multiplied as fp16": ("scaled_product", LOADED, WIDENED),
-    "slow sine": ("qk_norm_rope", "tl.load(cos_ptr + row)[None, :]", "tl.cos(tl.load(cos_ptr + row))[None, :]"),
-    "strided pairs": ("swiglu", "tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "2 * tl.arange(0, BLOCK)"),
-}
-
-
-@pytest.mark.parametrize("fault", MACHINE_FAULTS)
+@pytest.mark.parametrize("fault", faults.MACHINE)
 def test_a_fault_in_the_machine_code_is_found(fault, tmp_path):
-    reports = compiled(tmp_path, 89, broken(tmp_path, *MACHINE_FAULTS[fault]))
+    file, old, new, _ = faults.MACHINE[fault]
+    reports = compiled(tmp_path, 89, broken(tmp_path, file, old, new))
     assert any(unfit(report, SPECS[report["op"]]) for report in reports)
 
 

@@ -19,6 +19,7 @@ from zimage.loading.loras import Adapter, bring
 from zimage.nn.adapters import AdaptedLinear, linear_shapes, moved_norms, vector_sizes
 from zimage.nn.branches import DenseBranch
 from zimage.nn.deltas import Decomposed, LowRank
+from zimage.nn.gain import gain
 from zimage.nn.layers import WideningLinear
 from zimage.nn.packed import PackedLinear, Scaled
 from zimage.nn.quant import quantise
@@ -190,6 +191,19 @@ def test_beside_products_in_int8(component_of, tmp_path, form):
     assert (layer(x).double() - wanted).norm() / wanted.norm() < 2 * rounding
 
 
+@pytest.mark.parametrize("form", FORMULAS)
+def test_the_gain_of_an_adapted_layer_is_bounded(component_of, tmp_path, form):
+    """fp16 relies on it; and the bounds are not far from the norms of the matrix that the formula has."""
+    component, numbers = component_of("lightx2v_fp8")
+    weight = numbers[f"{Q}.weight"].double()
+    tensors = adapter(form, weight.shape)
+    _, layer = adapted(component, Q, tensors, folder=tmp_path)
+    exact = weight + STRENGTH * (FORMULAS[form](weight, tensors) - weight)
+    row, whole = gain(layer, CPU)
+    assert exact.norm(dim=1).max() <= row * (1 + 1e-5) <= 64 * exact.norm(dim=1).max()
+    assert exact.norm() <= whole * (1 + 1e-5) <= 64 * exact.norm()
+
+
 def test_norms_are_computed_piece_by_piece(monkeypatch):
     """Whatever the size of the pieces; and no piece of a packed weight is larger than it may be."""
     decode, sizes = Scaled.decode, []
@@ -276,6 +290,8 @@ def _moved(stored: dict[str, Tensor], given: dict[str, Tensor], strength: float)
         {"precision": "int8"},
         {"precision": "fp8"},
         {"dtype": "bf16"},
+        {"dtype": "fp16"},
+        {"dtype": "fp16", "precision": "int8"},
         {"precision": "int8", "compile": True},
     ],
     ids=str,

@@ -265,7 +265,10 @@ def as_stored(folder, target, dtype):
     return target
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bf16"), ("bfloat16", "fp32"), ("bfloat16", "bf16")])
+STORED_AND_USED = [("float32", "bf16"), ("bfloat16", "fp32"), ("bfloat16", "bf16"), ("float32", "fp16")]
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [*STORED_AND_USED, ("bfloat16", "fp16")])
 def test_streamed_blocks_stored_in_another_dtype_are_cast(tiny_folder, tmp_path, weightless, stored, dtype):
     folder = as_stored(tiny_folder, tmp_path / "model", getattr(torch, stored))
     expected = pixels(load(folder, dtype=dtype).generate("a cat", **SMALL))
@@ -275,14 +278,15 @@ def test_streamed_blocks_stored_in_another_dtype_are_cast(tiny_folder, tmp_path,
     assert pixels(pipe.generate("a cat", **SMALL)) == expected
 
 
-def test_blocks_of_packed_weights_stream_too(tiny_folder, tmp_path, weightless):
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_blocks_of_packed_weights_stream_too(tiny_folder, tmp_path, weightless, dtype):
     """Their codes' pages come and go with the block; what was copied out of the file stays."""
     folder = as_stored(tiny_folder, tmp_path / "model", torch.bfloat16)
     for file in folder.glob("transformer/*.safetensors"):
         save_file(writers.quantised(load_file(file), writers.lightx2v_fp8)[0], file)
-    expected = pixels(load(folder, dtype="fp32").generate("a cat", **SMALL))
-    memory = plan_of(load(folder, dtype="fp32", memory=1e-9)).tightest.peak / 1e9
-    pipe = load(folder, dtype="fp32", memory=memory)
+    expected = pixels(load(folder, dtype=dtype).generate("a cat", **SMALL))
+    memory = plan_of(load(folder, dtype=dtype, memory=1e-9)).tightest.peak / 1e9
+    pipe = load(folder, dtype=dtype, memory=memory)
     assert plan_of(pipe).stages["dit"].streamed
     assert pixels(pipe.generate("a cat", **SMALL)) == expected
 

@@ -191,7 +191,7 @@ def test_fp8_needs_a_card_that_has_it(tiny_folder, monkeypatch, caplog):
     from zimage.nn.quant import check_precision
 
     with pytest.raises(RequestError, match=r"8\.9"):
-        check_precision("fp8", torch.device("cuda"))
+        check_precision("fp8", torch.device("cuda"), torch.bfloat16)
 
 
 def test_compiled_blocks_serve_every_length():

@@ -8,8 +8,10 @@ from tiny import KL, WAN, randomised, relative_error
 from torch import nn
 
 from zimage.errors import RequestError
-from zimage.vae import AutoencoderKL, AutoencoderKLWan, blend
-from zimage.vae.tiling import Statistics, StripWalk, phase_weights, two_maps, windows
+from zimage.kernels import backend, channel_norm, group_norm
+from zimage.vae import AutoencoderKL, AutoencoderKLWan, blend, tiling
+from zimage.vae.statistics import BlockMoments, ChannelStatistics
+from zimage.vae.tiling import StripWalk, phase_weights, two_maps, windows
 
 TOLERANCE = 1e-4  # fp32, of the largest value
 VAES = {"kl": (AutoencoderKL, KL), "wan": (AutoencoderKLWan, WAN)}
@@ -43,14 +45,52 @@ def test_strips_encode_as_the_whole_does(vae, size, height):
     assert relative_error(strips, whole) <= TOLERANCE
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tensors on the CPU take the way of those on a GPU, without kernels."""
+    monkeypatch.setattr(tiling, "on_gpu", lambda device: True)
+    return monkeypatch
+
+
+@pytest.fixture
+def kernels_interpreted(as_on_a_gpu):
+    """… and with kernels, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs the extra `triton`")
+    from kernel_checks import interpreter
+
+    interpreter.install()
+    for module in (tiling, backend):
+        as_on_a_gpu.setattr(module, "fuses", lambda *tensors, least_capability=0: True)
+    for module in (group_norm, channel_norm):
+        as_on_a_gpu.setattr(module, "TILE", 1024)  # what lies beyond a small map is interpreted too
+    return as_on_a_gpu
+
+
+@pytest.mark.parametrize(("mode", "size"), [("off", None), ("exact", None), ("exact", 40), ("blend", 40)])
+def test_the_way_of_a_gpu_gives_the_pictures_of_a_cpu(vae, as_on_a_gpu, mode, size):
+    latents, images = noise(2, 16, 7, 5), noise(2, 3, 56, 40).clamp(-1, 1)
+    decoded, encoded = vae.decode(latents, size, 8, mode), vae.encode(images, size, 8, mode)
+    as_on_a_gpu.undo()
+    assert relative_error(decoded, vae.decode(latents, size, 8, mode)) <= TOLERANCE
+    assert relative_error(encoded, vae.encode(images, size, 8, mode)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("mode", "size"), [("off", None), ("exact", 16)])
+def test_so_do_its_kernels(vae, kernels_interpreted, mode, size):
+    latents = noise(1, 16, 3, 2)
+    ours = vae.decode(latents, size, 8, mode)
+    kernels_interpreted.undo()
+    assert relative_error(ours, vae.decode(latents)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("height", [1, 2, 3, 7, 8])
 def test_windows_prepare_each_row_once_and_may_be_written_over(height):
     x = noise(1, 2, 7, 3).contiguous(memory_format=torch.channels_last)
     original, seen = x.clone(), []
 
-    def before(rows):
+    def before(rows, out):
         seen.append(rows.shape[2])
-        return 2 * rows
+        out.copy_(2 * rows)
 
     padded = nn.functional.pad(2 * original, (0, 0, 1, 1))
     for top, end, window in windows(x, height, before):
@@ -59,16 +99,19 @@ def test_windows_prepare_each_row_once_and_may_be_written_over(height):
     assert sum(seen) == 7
 
 
-def test_statistics_of_strips_are_those_of_the_map():
+@pytest.mark.parametrize("gathers", [ChannelStatistics, BlockMoments])
+def test_statistics_of_strips_are_those_of_the_map(gathers):
     """Also where a channel's mean is far from zero, where squares would lose the variance."""
-    x = noise(1, 8, 37, 5) + 1000.0
-    statistics = Statistics()
-    for rows in x.split(4, dim=2):
-        statistics.add(rows)
-    mean, variance = statistics.of_groups(2)
-    groups = x.double().view(2, -1)
-    torch.testing.assert_close(mean.view(2, 4)[:, 0].double(), groups.mean(dim=1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance.view(2, 4)[:, 0].double(), groups.var(dim=1, correction=0), rtol=1e-4, atol=0)
+    x = (noise(1, 8, 37, 5) + 1000.0).contiguous(memory_format=torch.channels_last)
+    statistics, written = gathers(2), torch.empty_like(x)
+    for rows, out in zip(x.split(4, dim=2), written.split(4, dim=2), strict=True):
+        statistics.write(out, rows)
+        statistics.measure(rows)
+    mean, variance = statistics.of_groups()
+    groups = x.double().reshape(2, -1)
+    torch.testing.assert_close(mean.double(), groups.mean(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), groups.var(dim=1, correction=0), rtol=1e-4, atol=0)
+    assert torch.equal(written, x)
 
 
 def test_phases_are_nearest_doubling_and_convolution():

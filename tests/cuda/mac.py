@@ -24,6 +24,8 @@ from pretended_ops import PretendedOps
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+from zimage.nn.attention import SCORES
+
 LIST = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
 # float64 and float8 do not exist there, and no other complex numbers than these.
 DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool} | {
@@ -98,6 +100,7 @@ def _attention(ops: MacOps, original: Callable) -> Callable:
         if q.device.type != "mps":
             return original(q, k, v, **options)
         assert len({x.device for x in (q, k, v)}) == len({x.dtype for x in (q, k, v)}) == 1
+        assert q.shape[:3].numel() * k.shape[2] * 4 <= SCORES, f"{q.shape} × {k.shape}: all scores are kept there"
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         ops.seen(ATTENTION, out)
         return out

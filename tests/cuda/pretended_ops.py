@@ -68,7 +68,7 @@ class PretendedOps(TorchDispatchMode):
         args, kwargs = tree_map(self._as_fake, (args, kwargs))
         with self.fake:
             out = op(*args, **kwargs)
-            if op is aten.convolution.default and any(map(innermost_channels, args[:2])):
+            if op in (aten.convolution.default, aten._convolution.default) and any(map(innermost_channels, args[:2])):
                 out = out.contiguous(memory_format=torch.channels_last)  # as cuDNN does
         self._record(op, args, kwargs, out)
         return out

@@ -33,6 +33,7 @@ REQUESTS = {
 LOADS = {
     "bf16": {},
     "fp32": {"dtype": "fp32"},
+    "fp16": {"dtype": "fp16"},
     "int8": {"precision": "int8"},
     "fp8": {"precision": "fp8"},
     "stages in turn": {"residency": "stage"},

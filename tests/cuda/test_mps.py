@@ -12,6 +12,7 @@ from pretended import needs_pretended
 import zimage
 from zimage.errors import RequestError
 from zimage.nn import ggml
+from zimage.nn.attention import attention
 from zimage.nn.packed import PackedLinear
 from zimage.settings.declared import RewriteSettings
 
@@ -119,6 +120,16 @@ def test_fp8_is_refused(states, folder, tmp_path, quantise):
     file = loose.save(loose.quantised(states["dit"], quantise)[0], tmp_path / "dit.safetensors")
     with pretend_mac(), pytest.raises(RequestError, match=r"dit\.safetensors holds .*, and a Mac's GPU has no fp8"):
         zimage.ZImage.load(folder, dit=file)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 16416, 30, 128), (1, 4128, 30, 128), (2, 300, 8, 64), (1, 65536, 1, 512)], ids=str
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_never_has_all_scores_of_a_large_picture(mac, shape, causal):
+    """30 heads of 16416 tokens (2048 × 2048) are 16 GB of scores, where 4 GB end the process."""
+    q = torch.zeros(shape, device="mps", dtype=torch.bfloat16)
+    assert attention(q, q, q, causal=causal).shape == q.shape
 
 
 def test_a_render_that_does_not_fit_is_not_streamed(tiny_folder):

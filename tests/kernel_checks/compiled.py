@@ -110,7 +110,7 @@ def describe(kernel, capability: int) -> dict:
         "spills": spilled + reloaded,
         "shared": shared,
         "memory": dict(Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*)", code))),
-        "matrix": dict(Counter(re.findall(r"\b([A-Z]+MMA)\b", code))),
+        "matrix": dict(Counter(re.findall(r"\b([A-Z]+MMA[\w.]*)", code))),
         "warps": warps,
         "occupancy": occupancy(registers, warps, shared),
     }

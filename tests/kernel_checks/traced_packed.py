@@ -1,4 +1,4 @@
-"""`python -m kernel_checks.traced_packed`: what `--compile` makes of packed layers where kernels run, with no GPU at hand.
+"""`python -m kernel_checks.traced_packed`: what `--compile` makes of packed layers where kernels run, without a GPU.
 
 Dynamo traces CPU tensors as if they were a GPU's, and Triton's driver executes nothing. One JSON line per kind: the
 operations of each graph that inputs of two lengths took.

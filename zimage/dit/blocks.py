@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from zimage.dit.rope import Rotation
+from zimage.dit.units import PLAIN, Units
 from zimage.kernels.gated_residual import gated_residual
 from zimage.kernels.layer_norm import layer_norm_scale
 from zimage.kernels.qk_norm_rope import qk_norm_rope
+from zimage.kernels.swiglu_scaled import swiglu_scaled
 from zimage.nn.attention import Padding, attention
-from zimage.nn.layers import RMSNorm
+from zimage.nn.layers import BlockLinear, RMSNorm
 from zimage.nn.operand import Form, Input, common_form, gated_activation, operand, scaled_norm
 
 MODULATION_WIDTH = 256
@@ -32,8 +34,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
         self.head_dim = dim // heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.to_q, self.to_k, self.to_v = (BlockLinear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([BlockLinear(dim, dim)])
         self.norm_q = RMSNorm(self.head_dim, eps)
         self.norm_k = RMSNorm(self.head_dim, eps)
         self.attend = attention
@@ -43,28 +45,33 @@ class Attention(nn.Module):
         """How x is best passed."""
         return common_form(self.to_q, self.to_k, self.to_v)
 
-    def forward(self, x: Input, rotation: Rotation, padding: Padding | None) -> Tensor:
-        x, heads = operand(x, self.form), (-1, self.head_dim)
+    def forward(self, x: Input, rotation: Rotation, padding: Padding | None, unit: float = 1.0) -> Tensor:
+        """Of the input x · unit, the output / unit."""
+        x, heads, eps = operand(x, self.form), (-1, self.head_dim), self.norm_q.eps / unit**2
         q, k, v = (project(x).unflatten(-1, heads) for project in (self.to_q, self.to_k, self.to_v))  # (B, L, H, D)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotation, self.norm_q.eps)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotation, eps)
         return self.to_out[0](self.attend(q, k, v, padding).flatten(2))
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w1 = BlockLinear(dim, hidden)
+        self.w2 = BlockLinear(hidden, dim)
+        self.w3 = BlockLinear(dim, hidden)
 
     @property
     def form(self) -> Form | None:
         """How x is best passed."""
         return common_form(self.w1, self.w3)
 
-    def forward(self, x: Input) -> Tensor:
+    def forward(self, x: Input, units: Units = PLAIN) -> tuple[Tensor, Tensor | None]:
+        """The output, and the scale (B, L, 1) that it lacks where values are held in units."""
         x = operand(x, self.form)
-        return self.w2(gated_activation(self.w1(x), self.w3(x), common_form(self.w2)))
+        if units.hidden is None:
+            return self.w2(gated_activation(self.w1(x), self.w3(x), common_form(self.w2))), None
+        hidden, scale = swiglu_scaled(self.w1(x), self.w3(x), units.input, units.hidden)
+        return self.w2(hidden), scale
 
 
 class Block(nn.Module):
@@ -90,23 +97,31 @@ class Block(nn.Module):
         return BlockModulation(1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
 
     def forward(
-        self, x: Tensor, rotation: Rotation, padding: Padding | None = None, modulation: BlockModulation | None = None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        padding: Padding | None = None,
+        modulation: BlockModulation | None = None,
+        units: Units = PLAIN,
     ) -> Tensor:
+        """x (B, L, dim), a stream in `units`, which the modulation is in as well."""
         if modulation is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, padding))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x))[0])
         m = modulation
-        attended = self.attention(
-            scaled_norm(self.attention_norm1, x, m.scale_msa, self.attention.form), rotation, padding
-        )
-        x = gated(self.attention_norm2, x, attended, m.gate_msa)
-        changed = self.feed_forward(scaled_norm(self.ffn_norm1, x, m.scale_mlp, self.feed_forward.form))
-        return gated(self.ffn_norm2, x, changed, m.gate_mlp)
+        normed = scaled_norm(self.attention_norm1, x, m.scale_msa, self.attention.form, units.stream)
+        attended = self.attention(normed, rotation, padding, units.input)
+        x = gated(self.attention_norm2, x, attended, m.gate_msa, units.input)
+        normed = scaled_norm(self.ffn_norm1, x, m.scale_mlp, self.feed_forward.form, units.stream)
+        changed, scale = self.feed_forward(normed, units)
+        return gated(self.ffn_norm2, x, changed, m.gate_mlp, 1.0, scale)
 
 
-def gated(norm: RMSNorm, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate · norm(branch) in one pass."""
-    return gated_residual(x, branch, norm.weight, gate, norm.eps)
+def gated(
+    norm: RMSNorm, x: Tensor, branch: Tensor, gate: Tensor, unit: float = 1.0, scale: Tensor | None = None
+) -> Tensor:
+    """x + gate · norm(branch · unit · scale) in one pass."""
+    return gated_residual(x, branch, norm.weight, gate, norm.eps / unit**2, scale)
 
 
 class TimeEmbedder(nn.Module):

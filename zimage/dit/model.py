@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zimage.dit import reach
 from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder
 from zimage.dit.patch import patchify, unpatchify
 from zimage.dit.rope import Rotation, caption_positions, image_positions, rotation
+from zimage.dit.units import PLAIN, Units
 from zimage.errors import RequestError
 from zimage.nn.attention import Padding
 from zimage.nn.config import (
@@ -98,6 +100,7 @@ class Modulation:
     noise_refiner: list[BlockModulation]
     layers: list[BlockModulation]
     final: Tensor  # (B, 1, dim)
+    units: Units = PLAIN  # of all blocks
 
     def step(self, i: int) -> "Modulation":
         """The modulation of the i-th noise level alone."""
@@ -105,7 +108,7 @@ class Modulation:
         def row(blocks: list[BlockModulation]) -> list[BlockModulation]:
             return [BlockModulation(*(part[i : i + 1] for part in block)) for block in blocks]
 
-        return Modulation(row(self.noise_refiner), row(self.layers), self.final[i : i + 1])
+        return Modulation(row(self.noise_refiner), row(self.layers), self.final[i : i + 1], self.units)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,12 @@ class Context:
 
 
 class CaptionStream(nn.Module):
-    """What the context refiner and the DiT share: the layers that refine captions."""
+    """What the context refiner and the DiT share: the layers that refine captions.
+
+    With `in_half`, matrices of blocks are fp16, and so are the activations in blocks, held in units; all else is fp32.
+    """
+
+    in_half = False
 
     def __init__(self, config: ZImageDiTConfig):
         super().__init__()
@@ -141,14 +149,32 @@ class CaptionStream(nn.Module):
         return [self._refine_padded([caption])[0][0] for caption in captions]
 
     def _refine_padded(self, captions: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """All captions in one padded batch (B, max Lp, dim), and their Lp."""
+        """All captions in one padded batch (B, max Lp, dim), fp32 with `in_half`, and their Lp."""
         lengths = [padded_length(len(caption)) for caption in captions]
         tokens = torch.stack([self._embed(c, n, max(lengths)) for c, n in zip(captions, lengths, strict=True)])
         turn = self._rotation(caption_positions(max(lengths))[None])
         padding = Padding.of(lengths, tokens.device)
-        for block in self.context_refiner:
-            tokens = self._run(block, tokens, turn, padding)
-        return tokens, lengths
+        units, modulations = self._unmodulated()
+        x = units.enter(tokens)
+        for block, m in zip(self.context_refiner, modulations, strict=True):
+            x = self._run(block, x, turn, padding, m, units)
+        return units.leave(x), lengths
+
+    def _unmodulated(self) -> tuple[Units, list[BlockModulation] | list[None]]:
+        """The units of the context refiner, and the modulations that put its blocks in them."""
+        blocks = _blocks_of(self.context_refiner)
+        if not self.in_half:
+            return PLAIN, [None] * len(blocks)
+        neutral = [reach.unmodulated(block) for block in blocks]
+        units = reach.units(blocks, neutral, self._caption_reach())
+        return units, [reach.in_units(m, units) for m in neutral]
+
+    def _caption_reach(self) -> float:
+        """The largest value of an embedded caption."""
+        norm, linear = self.cap_embedder
+        assert isinstance(norm, RMSNorm)
+        (largest,) = reach.largest_of_norms([norm])
+        return reach.embedded(linear, largest, self.cap_pad_token)
 
     def _embed(self, caption: Tensor, length: int, batch_length: int) -> Tensor:
         """(L, caption width) → (batch_length, dim): learned pads up to `length`, zeros (masked) from there."""
@@ -221,9 +247,23 @@ class ZImageDiT(CaptionStream):
     def modulate(self, sigma: Tensor) -> Modulation:
         """The modulations of all blocks at noise levels σ (B,)."""
         time = self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
-        return Modulation(
+        modulation = Modulation(
             _modulations(self.noise_refiner, time), _modulations(self.layers, time), self.final_layer.modulate(time)
         )
+        return self._in_units(modulation) if self.in_half else modulation
+
+    def _in_units(self, m: Modulation) -> Modulation:
+        """The modulation that holds the activations of all blocks in units."""
+        refiner, layers, context = map(_blocks_of, (self.noise_refiner, self.layers, self.context_refiner))
+        image = reach.embedded(self.x_embedder, self._patch_norm(), self.x_pad_token)
+        entry = max(image, self._caption_reach() + reach.branches(context))
+        units = reach.units([*refiner, *layers], [*m.noise_refiner, *m.layers], entry)
+        first, then = ([reach.in_units(block, units) for block in part] for part in (m.noise_refiner, m.layers))
+        return Modulation(first, then, m.final, units)
+
+    def _patch_norm(self) -> float:
+        """The largest norm of an image token's latents."""
+        return reach.LATENTS * (PATCH * PATCH * self.config.in_channels) ** 0.5
 
     def context(self, refined: Sequence[Tensor], h: int, w: int) -> Context:
         """The step-invariant part for images of h × w latents with refined captions (Lp, dim) each."""
@@ -248,14 +288,14 @@ class ZImageDiT(CaptionStream):
 
     def velocity(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
         """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w)."""
-        h, w = latents.shape[-2:]
-        image = self._embed_image(latents)
+        (h, w), units = latents.shape[-2:], modulation.units
+        image = units.enter(self._embed_image(latents))
         for block, m in zip(self.noise_refiner, modulation.noise_refiner, strict=True):
-            image = self._run(block, image, context.image_rotation, None, m)
-        x = torch.cat((image, context.tokens), dim=1)  # (B, Np + Lp, dim)
+            image = self._run(block, image, context.image_rotation, None, m, units)
+        x = torch.cat((image, units.enter(context.tokens)), dim=1)  # (B, Np + Lp, dim)
         for block, m in zip(self.layers, modulation.layers, strict=True):
-            x = self._run(block, x, context.rotation, context.padding, m)
-        patches = self.final_layer(x[:, : (h // PATCH) * (w // PATCH)], modulation.final)
+            x = self._run(block, x, context.rotation, context.padding, m, units)
+        patches = self.final_layer(units.leave(x[:, : (h // PATCH) * (w // PATCH)]), modulation.final)
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
     def _embed_image(self, latents: Tensor) -> Tensor:
@@ -275,8 +315,12 @@ def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleLi
     return nn.ModuleList(Block(config.dim, config.n_heads, config.norm_eps, modulated) for _ in range(count))
 
 
+def _blocks_of(modules: nn.ModuleList) -> list[Block]:
+    return [block for block in modules if isinstance(block, Block)]
+
+
 def _modulations(blocks: nn.ModuleList, time: Tensor) -> list[BlockModulation]:
-    return [block.modulate(time) for block in blocks if isinstance(block, Block)]
+    return [block.modulate(time) for block in _blocks_of(blocks)]
 
 
 def padded_length(length: int) -> int:

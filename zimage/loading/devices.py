@@ -9,11 +9,13 @@ import torch
 
 from zimage.errors import RequestError, quoted
 from zimage.loading import gpus
+from zimage.loading.registry import ROWS
 from zimage.settings.declared import LoadSettings
 
 log = logging.getLogger("zimage")
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16, "fp32": torch.float32}
+BF16_CAPABILITY = (8, 0)  # of GPUs with bf16 arithmetic; older ones compute in fp16
 
 
 class Place(NamedTuple):
@@ -30,7 +32,7 @@ def choose_places(names: Iterable[str], settings: LoadSettings, dtype: str | tor
         own = f"{name}_device"
         field = own if getattr(settings, own, None) else "device"
         device = choose_device(getattr(settings, field), field)
-        places[name] = Place(device, choose_dtype(dtype, device))
+        places[name] = Place(device, choose_dtype(dtype, device, ROWS[name].in_half))
     return places
 
 
@@ -89,21 +91,26 @@ def _warn(text: str) -> None:
     log.warning("%s", text)
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations: bf16 where the device computes in it, unless one is named."""
-    if dtype is None:
-        return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
-    chosen = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if chosen in (torch.float16, "fp16", "float16"):
-        text = "dtype fp16 overflows in this model (activations reach 344,000); use bf16 or fp32"
-        raise RequestError(text, fields=("dtype",))
-    if chosen not in (torch.bfloat16, torch.float32, torch.float64):
-        raise RequestError(f"dtype {quoted(dtype)} is not known; use {' or '.join(DTYPES)}", fields=("dtype",))
-    return chosen
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, in_half: bool = False) -> torch.dtype:
+    """The dtype in which a component computes: the one that is named, else the device's own.
+
+    A component that does not compute in fp16 (`in_half`) takes fp32 in its place.
+    """
+    chosen = _native(device) if dtype is None else DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise RequestError(f"dtype {quoted(dtype)} is not known; use {', '.join(DTYPES)}", fields=("dtype",))
+    return torch.float32 if chosen is torch.float16 and not in_half else chosen
+
+
+def _native(device: torch.device) -> torch.dtype:
+    """What a device computes in: bf16 where it can, else fp16 on a GPU of NVIDIA's and fp32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY else torch.float16
+    return torch.bfloat16 if _computes_in_bf16(device) else torch.float32
 
 
 def _computes_in_bf16(device: torch.device) -> bool:
-    """A CPU with the instructions, a Mac's GPU from macOS 14 on, or any other GPU."""
+    """A CPU with the instructions, or a Mac's GPU from macOS 14 on."""
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

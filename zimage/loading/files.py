@@ -23,7 +23,16 @@ from zimage.loading.plan import Workload
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Model, Row
 from zimage.loading.sizes import BlockBytes
 from zimage.loading.streaming import Blocks
-from zimage.loading.weights import Folds, check_fit, late_matrices, load_weights, loaded_bytes, on_meta
+from zimage.loading.weights import (
+    Folds,
+    check_fit,
+    half_matrices,
+    held_as,
+    late_matrices,
+    load_weights,
+    loaded_bytes,
+    on_meta,
+)
 from zimage.settings.declared import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.text import Tokenizer
@@ -104,7 +113,8 @@ class Component:
         entry = self.checkpoint.entries.get(name)
         if entry is None or not self._can_be_view(name):
             return 0
-        stays = entry.packed or entry.kind == dtype or (widen_late and name in self._matrices)
+        held = held_as(name, dtype, self._half)
+        stays = entry.packed or entry.kind == held or (widen_late and name in self._matrices)
         return entry.nbytes if stays else 0
 
     def block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes:
@@ -112,7 +122,7 @@ class Component:
         loaded = stored = 0
         for entry, name in ((self.checkpoint.entries[n], n) for n in names if self._can_be_view(n)):
             viewed = self.view_bytes(name, dtype, widen_late)
-            loaded += viewed or entry.count * dtype.itemsize
+            loaded += viewed or entry.count * held_as(name, dtype, self._half).itemsize
             stored += 0 if viewed else entry.nbytes
         return BlockBytes(loaded, stored)
 
@@ -129,6 +139,10 @@ class Component:
     @cached_property
     def _matrices(self) -> set[str]:
         return late_matrices(self.skeleton)
+
+    @cached_property
+    def _half(self) -> set[str]:
+        return half_matrices(self.skeleton)
 
     def _build(self, name: str = "") -> Model:
         with on_meta(), naming(self._described_by):
@@ -273,4 +287,6 @@ def load_component(
     if name not in ROWS:
         raise RequestError(f"component {quoted(name)} does not exist; use one of {', '.join(ROWS)}")
     place = choose_device(device)
-    return Component.open(name, component_folder(Path(path), name)).load(place, choose_dtype(dtype, place))
+    return Component.open(name, component_folder(Path(path), name)).load(
+        place, choose_dtype(dtype, place, ROWS[name].in_half)
+    )

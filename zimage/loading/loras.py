@@ -145,7 +145,7 @@ def bring(
     _bring_matrices(dit, component, _changed(before, after, lambda file: file.deltas), dtype, device)
     for name, adapters in _changed(before, after, lambda file: file.vectors).items():
         differences = [(adapter.file.vectors[name], adapter.scale) for adapter in adapters]
-        adapt_vector(dit, name, differences, partial(entries[name].tensor, maps), dtype, device)
+        adapt_vector(dit, name, differences, partial(entries[name].tensor, maps), device)
 
 
 def _bring_matrices(
@@ -159,7 +159,7 @@ def _bring_matrices(
     if not changed:
         return
     maps, entries = Maps(), component.checkpoint.entries
-    plain = [path for path, stack in changed.items() if stack and is_plain(dit, path, dtype)]
+    plain = [path for path, stack in changed.items() if stack and is_plain(dit, path)]
     merged = {path: entry.tensor(maps) for path in plain if not (entry := entries[f"{path}.weight"]).packed}
     prefetch = Prefetch(merged.values())
     try:

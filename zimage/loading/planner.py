@@ -46,13 +46,13 @@ class Planner:
         self.settings = settings
         devices = dict.fromkeys(place.device for place in places.values())
         self._base = {device: _base_bytes(device) for device in devices}
-        # A CPU without bf16 arithmetic runs bf16 files in fp32; casting them whole would double their memory.
+        # A component may compute in fp32 though its file is bf16; casting it whole would double its memory.
         self.sizes = {name: self._measured(model, name, place) for name, place in places.items()}
 
     def _measured(self, model: ModelFiles, name: str, place: Place) -> ComponentSizes:
         component, (device, dtype) = model.components[name], place
         room = KEEP_SHARE * (self._limit(device) - self._base[device])
-        late = device.type == "cpu" and component.weight_bytes(dtype) > max(room, 1.5 * component.stored_bytes())
+        late = component.weight_bytes(dtype) > max(room, 1.5 * component.stored_bytes())
         precision = self.settings.precision if ROWS[name].transformed else "bf16"
         return measure(component, device, dtype, late, precision, device.type in STREAMING_DEVICES)
 

@@ -35,6 +35,7 @@ class Row:
     optional: bool = False
     inside: str = ""  # the component whose file it shares: it is loaded by itself only
     transformed: bool = False  # whether precision, LoRAs and compilation apply to it
+    in_half: bool = False  # whether it computes in fp16; where that is asked for, the others compute in fp32
 
     def build(self, config: Mapping[str, object]) -> Model:
         """A module of the class and the sizes that a config asks for. Raises ConfigError."""
@@ -52,7 +53,7 @@ ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         Row(TEXT_ENCODER, "text encoder", "text_encoder", {"": Qwen3}, text_encoder_reads, text_encoder_bytes),
-        Row(DIT, "DiT", "transformer", {"": ZImageDiT}, dit_reads, dit_bytes, transformed=True),
+        Row(DIT, "DiT", "transformer", {"": ZImageDiT}, dit_reads, dit_bytes, transformed=True, in_half=True),
         Row(VAE, "VAE", "vae", VAES, vae_reads, vae_bytes),
         Row(
             CONTEXT_REFINER,
@@ -63,6 +64,7 @@ ROWS: dict[str, Row] = {
             dit_bytes,
             optional=True,
             inside=DIT,
+            in_half=True,
         ),
     )
 }

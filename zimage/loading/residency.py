@@ -71,7 +71,7 @@ class Residency:
         }
         chosen = {how: choose_attention(*how) for how in dict.fromkeys((wanted[DIT], *wanted.values()))}  # each once
         self.attention, self._attend = chosen[wanted[DIT]][0], {name: chosen[how][1] for name, how in wanted.items()}
-        check_precision(settings.precision, places[DIT].device)
+        check_precision(settings.precision, *places[DIT])
         for name, place in places.items():
             _check_numbers(model.components[name], place.device)
         self._held: dict[str, _Loaded] = {}

@@ -20,10 +20,10 @@ from zimage.settings.declared import BLEND_TILE, SIZE_MULTIPLE
 from zimage.text.qwen3 import Qwen3, Qwen3Config
 from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
-from zimage.vae.tiling import STRIP_VALUES
+from zimage.vae.tiling import runs_kernels, strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
 
-STRIP_BYTES = 12 * 4 * STRIP_VALUES  # a few strips in fp32 live at a time
+CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------ the work of a stage
@@ -67,20 +67,31 @@ def graph_bytes(config: Qwen3Config | ZImageDiTConfig, work: Workload, dtype: to
     return text_encoder_bytes(config, window, dtype) - work.stored_tokens * _stored_bytes(config, dtype)
 
 
-def vae_bytes(config: AutoencoderKLConfig | AutoencoderKLWanConfig, work: Workload, dtype: torch.dtype) -> int:
+def vae_bytes(
+    config: AutoencoderKLConfig | AutoencoderKLWanConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
+) -> int:
     """About the peak of decoding one image, whole, in exact strips or in blended tiles as the workload says."""
-    whole, strips = _map_widths(config)
+    whole, strips = _map_widths(config, device)
     if work.tile_mode == "exact":
-        rows = whole * work.width * work.tile_size * dtype.itemsize
-        return min(strips * work.pixels * dtype.itemsize + STRIP_BYTES + rows, whole * work.pixels * dtype.itemsize)
+        rows = whole * work.width * work.tile_size + strips * work.pixels
+        return min(rows * dtype.itemsize + _strip_bytes(dtype, device), whole * work.pixels * dtype.itemsize)
     if work.tile_mode == "blend":
         tile = min(work.pixels, (work.tile_size or BLEND_TILE) ** 2)
         return whole * tile * dtype.itemsize + 16 * work.pixels  # and the canvas
     return whole * work.pixels * dtype.itemsize
 
 
-def _map_widths(config: AutoencoderKLConfig | AutoencoderKLWanConfig) -> tuple[int, int]:
+def _strip_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """A few strips live at a time, in fp32 where references run."""
+    return strip_values(device) * (3 * dtype.itemsize if runs_kernels(device) else 12 * 4)
+
+
+def _map_widths(config: AutoencoderKLConfig | AutoencoderKLWanConfig, device: torch.device) -> tuple[int, int]:
     """Values per pixel at the peak of a whole decode, and of one in strips, which keeps two maps of full size."""
+    if runs_kernels(device):  # counted by `pytest tests/cuda/test_vae.py -k peak`: 2.53 and 1.27, 4.04 and 2.10
+        if isinstance(config, AutoencoderKLWanConfig):
+            return int(4.2 * config.base_dim), int(2.2 * config.base_dim)
+        return int(2.6 * config.block_out_channels[1]), int(1.3 * config.block_out_channels[1])
     if isinstance(config, AutoencoderKLWanConfig):
         return 12 * config.base_dim, 2 * config.base_dim  # measured: 6.3 in fp32; 11.7 in bf16, whose norms are fp32
     first, second = config.block_out_channels[:2]

@@ -11,7 +11,8 @@ from zimage.errors import CheckpointError, NonFiniteError
 from zimage.formats.checkpoint import Checkpoint, listing
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import Stored
-from zimage.nn.layers import StreamedLinear, WideningLinear
+from zimage.nn.gain import gain
+from zimage.nn.layers import BlockLinear, StreamedLinear, WideningLinear
 from zimage.nn.packed import Packed, PackedEmbedding, PackedLinear, decoded, is_packed
 
 
@@ -21,6 +22,13 @@ class Folds(Protocol):
 
     def published_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
     def fold(self, key: str, tensor: Tensor) -> tuple[str, Tensor] | None: ...
+
+
+@runtime_checkable
+class Halves(Protocol):
+    """A model that computes in fp16 where nothing overflows, and in fp32 beside: it is told which it is to do."""
+
+    in_half: bool
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
@@ -39,13 +47,16 @@ def load_weights(
     """Load the weights of a checkpoint that fits `model`, which was built on meta, as `dtype` on `device`.
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
-    pages released. Quantised matrices stay packed and are widened when used; with `widen_late`, plain matrices of
-    Linear and Embedding layers stay as stored too. On a GPU, kinds that it cannot widen are decoded here. Weights named
-    in `away` stay views of the file, whatever the dtype and the device: their attribute `wanted` is the dtype in which
-    they are used.
+    pages released. As fp16, only matrices of blocks are held, all else as fp32: see `zimage.dit.units`.
+    Quantised matrices stay packed and are widened when used; with `widen_late`, plain matrices of Linear and Embedding
+    layers stay as stored too. On a GPU, kinds that it cannot widen are decoded here. Weights named in `away` stay views
+    of the file, whatever the dtype and the device: their attribute `wanted` is the dtype in which they are used.
     """
     read = checkpoint.reader()
     kept = late_matrices(model) if widen_late else set()
+    half = half_matrices(model)
+    if isinstance(model, Halves):
+        model.in_half = dtype is torch.float16
     if widen_late:
         _widen_linears(model)
     for key in _published_shapes(model):
@@ -54,14 +65,18 @@ def load_weights(
             if stays_packed(value, device.type):
                 _pack(model, key, value.to(device))
             else:
-                _assign(model, key, decoded(value, torch.bfloat16 if widen_late else dtype, device))
+                wanted = torch.bfloat16 if widen_late else held_as(key, dtype, half)
+                _assign(model, key, decoded(value, wanted, device))
             continue
         folded = model.fold(key, value) if isinstance(model, Folds) else (key, value)
         if folded is not None:
             name, tensor = folded
-            wanted = tensor.dtype if name in kept else dtype
+            wanted = tensor.dtype if name in kept else held_as(name, dtype, half)
             if name in away:
                 _leave(model, name, tensor, wanted)
+                if wanted is torch.float16:
+                    gain(model.get_submodule(name.removesuffix(".weight")), device)  # while its pages may be read
+                    forget_pages(tensor)
             else:
                 _assign(model, name, _placed(tensor, value, wanted, device))
     model.requires_grad_(False).eval()
@@ -75,10 +90,21 @@ def stays_packed(matrix: Packed | Stored, device: str) -> bool:
 def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> int:
     """Bytes of the weights once loaded as `dtype` on this type of device; the model may be on meta."""
     packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed and stays_packed(entry, device)}
+    half = half_matrices(model)
     return sum(
-        packed[name].nbytes if name in packed else weight.numel() * dtype.itemsize
+        packed[name].nbytes if name in packed else weight.numel() * held_as(name, dtype, half).itemsize
         for name, weight in model.named_parameters()
     )
+
+
+def half_matrices(model: nn.Module) -> set[str]:
+    """Names of the weights that can be held as fp16."""
+    return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, BlockLinear)}
+
+
+def held_as(name: str, dtype: torch.dtype, half: Collection[str]) -> torch.dtype:
+    """The dtype in which a weight is held by a model that computes in `dtype`; `half` are its `half_matrices`."""
+    return torch.float32 if dtype is torch.float16 and name not in half else dtype
 
 
 def non_finite_weights(model: nn.Module) -> list[str]:
@@ -92,7 +118,9 @@ def finite(values: Tensor, source: str, model: nn.Module) -> Tensor:
         return values
     broken = non_finite_weights(model)
     if broken:
-        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; fetch the weights again")
+        half = model.get_parameter(broken[0]).dtype is torch.float16
+        remedy = "try dtype bf16, and else fetch the weights again" if half else "fetch the weights again"
+        raise NonFiniteError(f"{source} holds NaN or infinity in {broken[0]}; {remedy}")
     raise NonFiniteError(f"{source} produced NaN or infinity though its weights are finite; try dtype fp32")
 
 
@@ -126,7 +154,7 @@ def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> 
     """Leave a weight in its file, to be streamed; the class of its plain Linear says so."""
     owner = _assign(model, name, stored)
     getattr(owner, name.rpartition(".")[2]).wanted = wanted
-    if type(owner) is nn.Linear:
+    if type(owner) is BlockLinear:
         owner.__class__ = StreamedLinear
 
 

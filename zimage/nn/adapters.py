@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zimage.nn.branches import Beside, Stack, beside
 from zimage.nn.deltas import Decomposed
-from zimage.nn.layers import PIECE
+from zimage.nn.layers import PIECE, BlockLinear
 from zimage.nn.packed import Packed, decoded, is_packed
 
 UNADAPTED = "unadapted"  # attribute of a module: its vectors as they were loaded
@@ -36,18 +36,24 @@ class AdaptedLinear(nn.Module):
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        moved = x
+        wide = x.to(_beside_dtype(x.dtype))
+        moved = wide
         for module in self.before:
-            moved = moved + module(x)
-        out = first = self.base(moved)
+            moved = moved + module(wide)
+        out = first = self.base(moved.to(x.dtype)).to(wide.dtype)
         for branch in self.branches:
-            out = out + branch(x)
+            out = out + branch(wide)
         if self.after:
-            plain = self.base(x) if self.before else first
+            plain = self.base(x).to(wide.dtype) if self.before else first
             product = plain if self.bias is None else plain - self.bias
             for module in self.after:
                 out = out + module(product)
-        return out
+        return out.to(x.dtype)
+
+
+def _beside_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is computed beside a layer of this dtype: fp16 could overflow in between."""
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -61,10 +67,9 @@ def vector_sizes(model: nn.Module) -> dict[str, int]:
     return {name: len(weight) for name, weight in model.named_parameters() if weight.ndim == 1}
 
 
-def is_plain(model: nn.Module, path: str, dtype: torch.dtype) -> bool:
-    """Whether deltas are merged into the layer at `path`: a Linear whose weight stays in memory in `dtype`."""
-    layer = model.get_submodule(path)
-    return type(layer) is nn.Linear and layer.weight.dtype == dtype
+def is_plain(model: nn.Module, path: str) -> bool:
+    """Whether deltas are merged into the layer at `path`: a Linear whose weight stays in memory as it is used."""
+    return type(model.get_submodule(path)) in (nn.Linear, BlockLinear)
 
 
 def adapt(
@@ -81,15 +86,16 @@ def adapt(
     """
     layer = model.get_submodule(path)
     base = layer.base if isinstance(layer, AdaptedLinear) else layer
-    if is_plain(model, path, dtype):
+    if is_plain(model, path):
         stored = original()  # packed, if a GPU cannot widen it: then it was decoded while it was loaded
         weight = decoded(stored, torch.float32, device) if is_packed(stored) else stored.to(device)
-        base.weight = nn.Parameter(merged(weight, stack, dtype), requires_grad=False)
+        held = base.get_parameter("weight").dtype
+        base.weight = nn.Parameter(merged(weight, stack, held), requires_grad=False)
         return
     if not stack:
         _replace(model, path, base)
         return
-    like = torch.empty(0, dtype=dtype, device=device)
+    like = torch.empty(0, dtype=_beside_dtype(dtype), device=device)
     parts = beside(stack, lambda delta: moved_norms(original(), delta, device), like)
     _replace(model, path, AdaptedLinear(base, parts))
 
@@ -99,7 +105,6 @@ def adapt_vector(
     name: str,
     stack: Sequence[tuple[Tensor, float]],
     original: Callable[[], Tensor],
-    dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     """Make these the only differences, each with its strength, of a norm's weight or a layer's bias.
@@ -116,10 +121,11 @@ def adapt_vector(
         if not hasattr(loaded, "wanted"):  # or it is brought only while its block is streamed
             setattr(owner, leaf, loaded)
             return
-    value = original().to(device=device, dtype=torch.promote_types(dtype, torch.float32), copy=True)
+    held = getattr(loaded, "wanted", loaded.dtype)
+    value = original().to(device=device, dtype=torch.promote_types(held, torch.float32), copy=True)
     for difference, strength in stack:
         value.add_(difference.to(value), alpha=strength)
-    setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+    setattr(owner, leaf, nn.Parameter(value.to(held), requires_grad=False))
 
 
 def merged(original: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,10 @@ class Padding(NamedTuple):
 Attend = Callable[..., Tensor]
 
 
+# A Mac's GPU keeps all of q·kᵀ, and PyTorch's process ends there beyond 4 GB: so many bytes are computed at a time.
+SCORES = 256 << 20
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -75,15 +79,39 @@ def attention(
 
     A `bias` (1, 1, 1, L) takes the place of the padding.
     """
+    mask = bias if padding is None else padding.mask
+    if q.device.type == "mps":
+        return _by_queries(q, k, v, mask, causal)
+    return _attention(q, k, v, mask, causal)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """`mask` (…, 1 or L, L) is added to the scores, or True where a query sees a key."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=bias if padding is None else padding.mask,
+        attn_mask=mask,
         is_causal=causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The same for as many queries at a time as SCORES allows; a causal piece sees the keys up to its end."""
+    (B, L, H, _), keys = q.shape, k.shape[1]
+    step = max(SCORES // (4 * B * H * keys), 1)  # they are summed in fp32
+    if step >= L:
+        return _attention(q, k, v, mask, causal)
+    parts = []
+    for begin in range(0, L, step):
+        end = min(begin + step, L)
+        if causal:
+            mask = torch.ones(end - begin, end, dtype=torch.bool, device=q.device).tril(begin)
+        seen = slice(None, end if causal else None)
+        parts.append(_attention(q[:, begin:end], k[:, seen], v[:, seen], mask, causal=False))
+    return torch.cat(parts, dim=1)
 
 
 def use_attention(model: nn.Module, attend: Attend) -> None:

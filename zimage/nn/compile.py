@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 1  # the axis of a block's activations and of its rotation tables
-KINDS = 64  # compilations of a block: by its modulation, and by which of its layers have branches of which ranks
+KINDS = 64  # compilations of a block: by its modulation, its units, and which layers have branches of which ranks
 
 
 def compile_blocks(dit: nn.Module) -> None:
     """Compile the DiT's blocks in place; the first use of each kind takes some seconds."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)  # of the whole process
+    torch._dynamo.config.specialize_float = True  # as well: kernels take the units of fp16 as constants
     blocks = [b for name in ("context_refiner", "noise_refiner", "layers") for b in dit.get_submodule(name).children()]
     compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
     for block in blocks:

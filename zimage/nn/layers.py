@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zimage.kernels.half_product import half_product
 from zimage.kernels.rms_norm import HALF, rms_norm
 
 PIECE = 2 << 20  # values widened at a time: small enough to stay in a CPU's cache until they are multiplied
@@ -36,14 +37,27 @@ class NarrowLinear(nn.Linear):
         return narrow_product(x, self.weight)
 
 
-class StreamedLinear(nn.Linear):
+class BlockLinear(nn.Linear):
+    """A Linear of a transformer block, without bias: the layers that hold and multiply fp16 where the DiT does.
+
+    Their input is held in a unit in which no sum overflows: see `zimage.dit.units`.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return half_product(x, self.weight) if x.dtype is torch.float16 else super().forward(x)
+
+
+class StreamedLinear(BlockLinear):
     """A Linear whose weight is in memory only while its block runs: changes would be lost, so LoRAs add a branch."""
 
 
 class WideningLinear(nn.Linear):
     """A Linear whose weight stays as stored (bf16) and is widened to the input's dtype when used.
 
-    For processors that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
+    For models that compute in fp32 only: the values of a model cast to fp32, at half its memory. Inference only.
     """
 
     @torch.no_grad()

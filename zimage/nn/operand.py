@@ -39,11 +39,12 @@ def operand(x: Input, form: Form | None) -> Input:
     return quantise_rows(rotate(x, form.rotated) if form.rotated else x, form.dtype)
 
 
-def scaled_norm(norm: RMSNorm, x: Tensor, scale: Tensor, form: Form | None) -> Input:
-    """norm(x) · scale in a form, in one pass unless it is rotated."""
+def scaled_norm(norm: RMSNorm, x: Tensor, scale: Tensor, form: Form | None, unit: float = 1.0) -> Input:
+    """norm(x · unit) · scale in a form, in one pass unless it is rotated."""
+    eps = norm.eps / unit**2
     if form is None or form.rotated:
-        return operand(rms_norm_scale(x, norm.weight, scale, norm.eps), form)
-    return rms_norm_scale_quantised(x, norm.weight, scale, norm.eps, form.dtype)
+        return operand(rms_norm_scale(x, norm.weight, scale, eps), form)
+    return rms_norm_scale_quantised(x, norm.weight, scale, eps, form.dtype)
 
 
 def gated_activation(gate: Tensor, up: Tensor, form: Form | None) -> Input:

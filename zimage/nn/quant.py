@@ -100,18 +100,23 @@ def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str
 def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
     """Bytes of the DiT's weights once quantised; the model may be on meta."""
     replaced = {id(linear.weight): linear.out_features for _, _, linear in quantisable(dit, precision)}
-    return sum(
-        p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * dtype.itemsize for p in dit.parameters()
-    )
+    rest = 4 if dtype is torch.float16 else dtype.itemsize  # in fp16, what is no product of a block is fp32
+    return sum(p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * rest for p in dit.parameters())
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise RequestError if the device cannot compute in `precision`; warn if it only emulates it."""
+def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RequestError if the device cannot compute in `precision` with activations in `dtype`.
+
+    Warns if it only emulates it.
+    """
     if precision != "bf16" and device.type == "mps":
         text = f"precision {precision} does not run on a Mac's GPU: PyTorch has no such products there; use bf16"
         raise RequestError(text, fields=("precision",))
     if precision != "fp8":
         return
+    if dtype is torch.float16:
+        text = "precision fp8 gives results in bf16, not in fp16; use dtype bf16, or precision int8"
+        raise RequestError(text, fields=("precision", "dtype"))
     if device.type == "cuda" and sys.platform == "win32":
         text = "precision fp8 does not run on Windows: PyTorch leaves its row-wise products out there; use int8 or bf16"
         raise RequestError(text, fields=("precision",))

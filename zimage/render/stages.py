@@ -214,11 +214,11 @@ class _Batch:
 
     def condition(self, positive: Sequence[Tensor], negative: Sequence[Tensor] | None) -> None:
         """What stays the same over the steps; captions come from where the text encoder runs."""
-        place, size = self.components.residency.places[DIT], self.start.noise.shape[-2:]
+        device, size = self.components.device(DIT), self.start.noise.shape[-2:]
         with self.components.use(DIT) as dit, torch.no_grad():
 
             def context(captions: Sequence[Tensor]) -> Context:
-                refined: Context = dit.context(dit.refine([caption.to(*place) for caption in captions]), *size)
+                refined: Context = dit.context(dit.refine([caption.to(device) for caption in captions]), *size)
                 return refined
 
             self.modulation = dit.modulate(self.sigmas[:-1])

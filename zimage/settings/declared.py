@@ -27,7 +27,7 @@ SIDE: Bounds = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_
 MAX_SEED = 2**63 - 1
 SDPA = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
 ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
-DTYPES = ("bf16", "fp32")
+DTYPES = ("bf16", "fp16", "float16", "fp32")
 PRECISIONS = ("bf16", "int8", "fp8")
 VARIANTS = ("turbo", "base")
 RESIDENCIES = ("auto", "keep", "stage")
@@ -305,7 +305,8 @@ class LoadSettings(Settings):
     vae_device: str | None = setting(None, "Device of the VAE. Default: as --device.", group="Machine")
     dtype: str | None = setting(
         None,
-        "Dtype of weights. Default: bf16 on GPUs and on CPUs with native bf16, else fp32.",
+        "Dtype in which the model computes; with fp16 (float16) the DiT does, and all else in fp32. Default: bf16 "
+        "where the device has it, else fp16 on NVIDIA's GPUs and fp32 elsewhere.",
         choices=DTYPES,
         group="Machine",
     )

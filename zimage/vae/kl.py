@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zimage.nn.attention import attention
 from zimage.nn.config import Channels, Colours, GroupDepth, Offset, Positive, check_divides, read_architecture
 from zimage.vae.autoencoder import Autoencoder, Levels, Side
-from zimage.vae.layers import DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
+from zimage.vae.layers import Conv2d, DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
 from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-6
@@ -145,7 +145,7 @@ class SpatialAttention(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.conv = Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # one-sided padding, as the reference was trained
@@ -164,8 +164,8 @@ def group_norm(config: AutoencoderKLConfig, width: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_num_groups, width, eps=NORM_EPS)
 
 
-def conv(c_in: int, c_out: int, kernel: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+def conv(c_in: int, c_out: int, kernel: int) -> Conv2d:
+    return Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 
 def resnet_block(config: AutoencoderKLConfig, c_in: int, c_out: int) -> ResnetBlock:

@@ -4,9 +4,66 @@ Shapes: B batch, C channels, H × W positions. Attributes have the checkpoint's 
 """
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zimage.kernels.channel_norm import channel_norm_silu
+from zimage.kernels.rms_norm import rms_norm
+
+CHANNEL_NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: tuple[int, ...] = (0, 0),
+) -> Tensor:
+    """F.conv2d, in fp32 on a GPU without TF32, whose products keep 10 bits.
+
+    cuDNN takes TF32 unless a switch of the whole process is off; a program that we are part of may want it on. So the
+    switch is passed as an argument, as PyTorch itself does one level below F.conv2d; the others are left as they are.
+    """
+    if not (x.is_cuda and x.dtype == torch.float32):
+        return F.conv2d(x, weight, bias, stride, padding)
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    switches = (cudnn.benchmark, deterministic, cudnn.enabled, False)
+    return torch._convolution(x, weight, bias, strides, padding, (1, 1), False, (0, 0), 1, *switches)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of zero padding, by `convolve`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.padding
+        assert not isinstance(padding, str)
+        return convolve(x, self.weight, self.bias, self.stride, padding)
+
+
+class ChannelNorm(nn.Module):
+    """gamma · √C · x / ‖x‖ over the channels of each pixel, in fp32 inside: an RMS norm over the channel axis."""
+
+    def __init__(self, width: int, published_axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.published_axes = published_axes
+        self.eps = CHANNEL_NORM_EPS**2 / width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.permute(0, 2, 3, 1), self.gamma, self.eps).permute(0, 3, 1, 2)
+
+    def activated(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = silu(self(x)) for one sample."""
+        return channel_norm_silu(x, self.gamma, self.eps, out)
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"gamma": (len(self.gamma), *(1,) * self.published_axes)}
 
 
 class ResnetBlock(nn.Module):
@@ -35,8 +92,20 @@ class MidBlock(nn.Module):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList([first, last]), nn.ModuleList([attention])
 
+    @property
+    def first(self) -> ResnetBlock:
+        return cast(ResnetBlock, self.resnets[0])
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.attentions[0]
+
+    @property
+    def last(self) -> ResnetBlock:
+        return cast(ResnetBlock, self.resnets[1])
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        return self.last(self.attention(self.first(x)))
 
 
 class Stack(nn.Module):

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from zimage.errors import CheckpointError
-from zimage.kernels.rms_norm import rms_norm
 from zimage.nn.attention import attention
 from zimage.nn.config import Between, Channels, Colours, GroupDepth, Offset, Positive, fault, read_architecture
 from zimage.vae.autoencoder import Autoencoder, Levels, Side
-from zimage.vae.layers import DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
+from zimage.vae.layers import ChannelNorm, Conv2d, DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
 from zimage.vae.tiling import OFF, Tiling
-
-NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
 
 
 @dataclass(frozen=True)
@@ -116,12 +113,12 @@ class AutoencoderKLWan(Autoencoder):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, (16, 1, 1) fp32."""
-        stats = torch.tensor((self.config.latents_mean, self.config.latents_std), device=like.device)
-        center, spread = stats.float()[:, :, None, None]
+        stats = torch.tensor((self.config.latents_mean, self.config.latents_std), dtype=torch.float32)
+        center, spread = stats.to(like.device, non_blocking=True)[:, :, None, None]  # nothing waits for the device
         return center, spread
 
 
-class CausalConv(nn.Conv2d):
+class CausalConv(Conv2d):
     """What a causal 3-D convolution of k × k × k taps does to the first frame: its last temporal tap, zeros around."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int):
@@ -132,39 +129,23 @@ class CausalConv(nn.Conv2d):
         return {"weight": (O, I, k, k, k), "bias": (O,)}
 
 
-class ChannelNorm(nn.Module):
-    """gamma · √C · x / ‖x‖ over the channels of each pixel, in fp32 inside: an RMS norm over the channel axis."""
-
-    def __init__(self, width: int, published_axes: int = 3):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-        self.published_axes = published_axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        eps = NORM_EPS**2 / len(self.gamma)
-        return rms_norm(x.permute(0, 2, 3, 1), self.gamma, eps).permute(0, 3, 1, 2)
-
-    def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"gamma": (len(self.gamma), *(1,) * self.published_axes)}
-
-
 class Resample(nn.Module):
     """Halve (`stride` 2) or double a map; `resample[0]` holds no weights, as in the checkpoint."""
 
-    def __init__(self, first: nn.Module, conv: nn.Conv2d, time_conv: tuple[int, int] | None):
+    def __init__(self, first: nn.Module, conv: Conv2d, time_conv: tuple[int, int] | None):
         super().__init__()
         self.resample = nn.Sequential(first, conv)
         self.time_conv_widths = time_conv  # (in, out) of the file's temporal convolution, which is not built
 
     @classmethod
     def down(cls, width: int, temporal: bool) -> "Resample":
-        conv = nn.Conv2d(width, width, 3, stride=2)
+        conv = Conv2d(width, width, 3, stride=2)
         return cls(nn.ZeroPad2d((0, 1, 0, 1)), conv, (width, width) if temporal else None)
 
     @classmethod
     def up(cls, width: int, temporal: bool) -> "Resample":
         """Double the map and halve the channels."""
-        conv = nn.Conv2d(width, width // 2, 3, padding=1)
+        conv = Conv2d(width, width // 2, 3, padding=1)
         return cls(nn.Upsample(scale_factor=2.0, mode="nearest"), conv, (width, 2 * width) if temporal else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,8 +219,8 @@ class SpatialAttention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = ChannelNorm(width, published_axes=2)
-        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
-        self.proj = nn.Conv2d(width, width, 1)
+        self.to_qkv = Conv2d(width, 3 * width, 1)
+        self.proj = Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2)  # (B, h·w, 1, 3C)
