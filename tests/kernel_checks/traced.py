@@ -23,10 +23,11 @@ from zimage.dit.rope import Rotation
 from zimage.kernels import backend, tuning
 from zimage.nn import ggml, layers
 from zimage.nn.compile import compile_blocks
-from zimage.nn.packed import NVFP4, Grouped, Int4, Packed, PackedLinear
+from zimage.nn.packed import NVFP4, Grouped, Int4, Packed, PackedLinear, Scaled
 from zimage.nn.quant import DTYPES, QuantisedLinear
 
 DIM, HEADS, LENGTHS = 768, 6, (32, 96, 160)  # blocks of 256 divide it
+ROTATED = 64  # columns of int8 codes that were rotated together (ConvRot)
 
 
 class Blocks(nn.Module):
@@ -77,8 +78,13 @@ def block(kind: str) -> Block:
     linears = [path for path, m in made.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in path]
     for path in linears if kind != "bf16" else ():
         linear = made.get_submodule(path)
+        if kind == "rotated":
+            codes, scale = torch.ones_like(linear.weight, dtype=torch.int8), torch.ones(())
+            linear = PackedLinear(Scaled(codes, scale, rotated=ROTATED))
         packed = PACKED[kind](*linear.weight.shape) if kind in PACKED else None
-        made.set_submodule(path, PackedLinear(packed) if packed else QuantisedLinear(linear, DTYPES[kind]))
+        made.set_submodule(
+            path, PackedLinear(packed) if packed else QuantisedLinear(linear, DTYPES.get(kind, torch.int8))
+        )
     return made
 
 
