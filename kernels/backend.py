@@ -104,6 +104,7 @@ class Spec:
     least_capability: int = LEAST_CAPABILITY  # of the GPU
     stores_little: bool = False  # a few results per program: the width of the stores does not matter
     levels_of_a_sum: bool = False  # results are quantised after a sum, whose order moves a few by one level
+    of_rounded: bool = False  # fp32 results tell of values that were rounded to the inputs' dtype
     rounds_once: bool = True  # results have the inputs' dtype; False: they are fp32 whatever the inputs
     exact: bool = False  # the same bits as the reference
     narrow_loads: bool = False  # what is read lies at addresses that allow no 128 bits at a time

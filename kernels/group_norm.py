@@ -300,6 +300,7 @@ PUT_SPEC = Spec(
         *(t for t in (rows, bias, residual, out) if t is not None)
     ),
     in_place=(3,),
+    of_rounded=True,
 )
 MERGE_SPEC = Spec(
     name="merge_moments",

@@ -118,7 +118,8 @@ def agree(launched, spec, args, dtype) -> None:
         assert not error.isnan().any()
         size = truth.square().mean().sqrt()
         assert rms(error) <= 1.1 * rms(own) + 5e-7 * size, f"{rms(error):.2e}, the reference's {rms(own):.2e}"
-        unit = torch.finfo(ours.dtype).eps if spec.rounds_once and ours.dtype.itemsize == 2 else 5e-7
+        rounded = dtype if spec.of_rounded else ours.dtype
+        unit = torch.finfo(rounded).eps if spec.rounds_once and rounded.itemsize == 2 else 5e-7
         assert (error <= unit * (truth.abs() + size)).all(), f"{float((error / (truth.abs() + size)).max()):.1e}"
 
 
