@@ -16,7 +16,7 @@ from tiny import QWEN, randomised, relative_error, talkative
 from torch import Tensor
 
 import zimage
-from zimage.dit import replay
+from zimage.dit import reach, replay
 from zimage.dit.replay import forget_graphs, most_tokens, replay_velocity
 from zimage.loading import graphs as giving
 from zimage.nn import graphs
@@ -63,6 +63,18 @@ def test_a_render_is_the_same_bits(tiny_folder, tapes, request_, expected):
     wanted, found = (pipe.generate(**{**REQUEST, **request_}).images for pipe in (plain, replayed))
     assert [image.tobytes() for image in found] == [image.tobytes() for image in wanted]
     assert replays(tapes) == expected
+
+
+def test_the_units_of_fp16_are_a_graphs_own(tiny_folder, tapes, monkeypatch):
+    """They are constants of the kernels, so that with others another graph is captured."""
+    found = []
+    for on in (False, True):
+        pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp16", residency="keep", cuda_graphs=on)
+        for limit in (2.0**15, 2.0**5):
+            monkeypatch.setattr(reach, "LIMIT", limit)
+            found.append(pipe.generate(**REQUEST).images[0].tobytes())
+    assert found[:2] == found[2:]
+    assert replays(tapes) == [3, 3]
 
 
 def test_what_does_not_pay_runs_as_ever(tiny_folder, tapes, monkeypatch):
