@@ -17,7 +17,7 @@ from tiny import QWEN, randomised, relative_error, talkative
 from torch import Tensor
 
 import zimage
-from zimage.dit import replay
+from zimage.dit import reach, replay
 from zimage.dit.model import Context, Modulation
 from zimage.dit.replay import forget_graphs, most_tokens, replay_velocity
 from zimage.loading import graphs as giving
@@ -72,6 +72,18 @@ def test_a_render_in_fp16_keeps_its_units(tiny_folder, tapes):
     plain, replayed = (zimage.ZImage.load(**load, cuda_graphs=on) for on in (False, True))
     assert replayed.generate(**REQUEST).images[0].tobytes() == plain.generate(**REQUEST).images[0].tobytes()
     assert replays(tapes) == [3]
+
+
+def test_the_units_of_fp16_are_a_graphs_own(tiny_folder, tapes, monkeypatch):
+    """They are constants of the kernels, so that with others another graph is captured."""
+    found = []
+    for on in (False, True):
+        pipe = zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp16", residency="keep", cuda_graphs=on)
+        for limit in (2.0**15, 2.0**5):
+            monkeypatch.setattr(reach, "LIMIT", limit)
+            found.append(pipe.generate(**REQUEST).images[0].tobytes())
+    assert found[:2] == found[2:]
+    assert replays(tapes) == [3, 3]
 
 
 def test_what_does_not_pay_runs_as_ever(tiny_folder, tapes, monkeypatch):

@@ -1,7 +1,8 @@
 """The DiT's velocity, replayed from CUDA graphs where launching it takes longer than computing it.
 
-A graph is captured for each shape of latents and captions. The latents, the modulation and the context are its inputs,
-so one graph serves all steps, prompts and guidance; the weights are not, so `forget` must be called when they move.
+A graph is captured for each shape of latents and captions, and for each choice of units in fp16. The latents, the
+modulation and the context are its inputs, so one graph serves all steps, prompts and guidance; the weights are not, so
+`forget` must be called when they move.
 """
 
 import weakref
