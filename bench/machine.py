@@ -1,5 +1,6 @@
 """The machine that figures were measured on, and bringing it into a known state."""
 
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -25,6 +26,38 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }
+
+
+def describe_gpu(device: Any) -> dict[str, Any]:
+    """The GPU, its driver, and the packages that can make a difference on it."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    named = ("triton", "diffusers", "comfy-kitchen", "flash-attn", "xformers", "sageattention")
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "packages": {name: found for name in named if (found := _version(name))},
+    }
+
+
+def _driver() -> str:
+    """The driver's version, as its own tool tells it."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def command_line() -> str:

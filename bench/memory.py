@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from bench.machine import drop_from_cache
-from bench.options import DTYPE, FOLDER, JSON, PAIRS, SIZE
+from bench.options import DEVICE, DTYPE, FOLDER, JSON, PAIRS, SIZE
 from bench.pairs import alternate, report
 from bench.render import PROMPT
 from bench.weights import write_model
@@ -15,6 +15,7 @@ from bench.weights import write_model
 @FOLDER
 @PAIRS
 @SIZE(256)
+@DEVICE
 @DTYPE
 @JSON
 @click.option("--steps", default=3, show_default=True)
@@ -23,11 +24,11 @@ from bench.weights import write_model
 )
 @click.option("--warm", is_flag=True, help="Leave the files in the page cache.")
 def memory(
-    folder: Path, pairs: int, size: int, dtype: str, as_json: bool, steps: int, budgets: str, warm: bool
+    folder: Path, pairs: int, size: int, device: str, dtype: str, as_json: bool, steps: int, budgets: str, warm: bool
 ) -> None:
     """Render a picture, cold, under each memory budget and by default; ratios are to the default."""
     write_model(folder)
-    common = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT}
+    common = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT, "device": device}
     sides = {f"zimage+{budget:g} GB": common | {"memory": budget} for budget in map(float, budgets.split(","))}
     sides["zimage+default"] = common
     runs = alternate(sides, "render", pairs, before=lambda: None if warm else drop_from_cache(folder))

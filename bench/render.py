@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from bench.machine import drop_from_cache
-from bench.options import DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
+from bench.options import DEVICE, DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
 from bench.pairs import alternate, report
 from bench.weights import write_model, write_singles
 
@@ -17,6 +17,7 @@ PROMPT = "a cat face on a blue background"
 @click.option("--against", type=click.Choice(["diffusers", "sdcpp", "none"]), default="diffusers", show_default=True)
 @PAIRS
 @SIZE(256)
+@DEVICE
 @DTYPE
 @PRECISION
 @JSON
@@ -32,6 +33,7 @@ def render(
     against: str,
     pairs: int,
     size: int,
+    device: str,
     dtype: str,
     precision: str,
     as_json: bool,
@@ -52,7 +54,12 @@ def render(
     arguments = {"folder": str(folder), "size": size, "steps": steps, "dtype": dtype, "prompt": PROMPT}
     files = write_singles(folder) if sdcpp else {}
     theirs = {"binary": str(sdcpp.absolute()), "files": files} if sdcpp else {}
-    sides = sides_of(against, arguments, {"precision": precision, "memory": memory}, theirs)
+    theirs = theirs or {"device": device}  # stable-diffusion.cpp runs on what it was built for
+    sides = sides_of(against, arguments, {"precision": precision, "memory": memory, "device": device}, theirs)
     folders = {folder, *(Path(file).parent for file in files.values())}
     runs = alternate(sides, "render", pairs, before=lambda: None if warm else drop_from_cache(*folders))
-    report(runs, {**arguments, "folder": None, "layers": layers, "memory": memory, "cold": not warm}, as_json)
+    report(
+        runs,
+        {**arguments, "folder": None, "layers": layers, "memory": memory, "device": device, "cold": not warm},
+        as_json,
+    )

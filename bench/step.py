@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bench.options import AGAINST, DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
+from bench.options import AGAINST, DEVICE, DTYPE, FOLDER, JSON, PAIRS, PRECISION, SIZE, sides_of
 from bench.pairs import alternate, report
 from bench.weights import SMALL_TRANSFORMER, TRANSFORMER, write_component
 
@@ -14,6 +14,7 @@ from bench.weights import SMALL_TRANSFORMER, TRANSFORMER, write_component
 @AGAINST
 @PAIRS
 @SIZE(256)
+@DEVICE
 @DTYPE
 @PRECISION
 @JSON
@@ -26,6 +27,7 @@ def step(
     against: str,
     pairs: int,
     size: int,
+    device: str,
     dtype: str,
     precision: str,
     as_json: bool,
@@ -36,7 +38,14 @@ def step(
 ) -> None:
     """Evaluate the DiT; random weights (12.3 GB, or 0.1 GB with --small) are written to FOLDER if it has none."""
     write_component(folder, "transformer", SMALL_TRANSFORMER if small else TRANSFORMER)
-    arguments = {"folder": str(folder), "size": size, "tokens": tokens, "dtype": dtype, "repeats": repeats}
+    arguments = {
+        "folder": str(folder),
+        "size": size,
+        "tokens": tokens,
+        "dtype": dtype,
+        "repeats": repeats,
+        "device": device,
+    }
     ours = {"precision": precision, "compiled": compiled}
     runs = alternate(sides_of(against, arguments, ours), "step", pairs)
     report(runs, {**arguments, **ours, "folder": None, "small": small}, as_json)

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from bench.card.table import NONE, long, short
+
+CARD = {"card": short, "card_rows": long}  # of results/card.json, once a GPU has been measured
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
 HEADLINES = {  # of the top README: a saved result and one of its figures
@@ -26,6 +29,7 @@ LABELS = {
     "prefill": "prompt to first token",
     "token": "a token after it",
     "peak_gb": "**peak memory**, GB",
+    "gpu_peak_gb": "**peak GPU memory**, GB",
     "memory_ratio": "peak over weights and cache",
 }
 
@@ -42,6 +46,8 @@ def filled(text: str) -> str:
     """The text with the table of every block made anew."""
 
     def table_of(name: str) -> str:
+        if name in CARD:
+            return CARD[name](read("card")) if (RESULTS / "card.json").exists() else NONE
         return headlines() if name == "headlines" else table(read(name))
 
     return BLOCK.sub(lambda block: f"<!-- result: {block[1]} -->\n{table_of(block[1])}<!-- end -->", text)

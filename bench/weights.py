@@ -5,6 +5,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,29 @@ VAE = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+# Everything in small, in sizes that int8, fp8 and every format of files divide: to see that things run.
+SMALL: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        **TEXT_ENCODER,
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "transformer": {
+        **TRANSFORMER,
+        "dim": 384,
+        "n_heads": 3,
+        "n_kv_heads": 3,
+        "cap_feat_dim": 256,
+        "n_layers": 5,
+        "n_refiner_layers": 1,
+    },
+    "vae": {**VAE, "block_out_channels": [32, 64, 64, 64], "layers_per_block": 1, "sample_size": 256},
+}
 COMPONENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text_encoder": (Qwen3, TEXT_ENCODER, "model"),
     "transformer": (ZImageDiT, TRANSFORMER, "diffusion_pytorch_model"),
@@ -92,13 +116,19 @@ INDEX = {
 }
 
 
-def write_model(folder: Path, layers: int | None = None) -> Path:
-    """Write a model folder, unless it exists; `layers` makes both transformers shallower at full width."""
+def write_model(
+    folder: Path, layers: int | None = None, configs: Mapping[str, dict] | None = None, device: str = "cpu"
+) -> Path:
+    """Write a model folder, unless it exists; `layers` makes both transformers shallower at full width.
+
+    `configs` are of other components than the published ones; the weights are drawn on `device`.
+    """
     if (folder / "model_index.json").is_file():
         return folder
-    for name, (_, config, _) in COMPONENTS.items():
+    for name, (_, published, _) in COMPONENTS.items():
+        config = (configs or {}).get(name, published)
         key = {"text_encoder": "num_hidden_layers", "transformer": "n_layers"}.get(name)
-        write_component(folder, name, {**config, key: layers} if layers and key else config)
+        write_component(folder, name, {**config, key: layers} if layers and key else config, device)
     for name in ("scheduler", "tokenizer"):  # ids of the small vocabulary are valid in the large one
         (folder / name).mkdir(exist_ok=True)
         for file in (DEMO / name).iterdir():
@@ -107,7 +137,7 @@ def write_model(folder: Path, layers: int | None = None) -> Path:
     return folder
 
 
-def write_component(folder: Path, name: str, config: dict | None = None) -> None:
+def write_component(folder: Path, name: str, config: dict | None = None, device: str = "cpu") -> None:
     """Write one component of a model folder, unless one with this config exists."""
     cls, published, stem = COMPONENTS[name]
     config, file = config or published, folder / name / "config.json"
@@ -116,7 +146,7 @@ def write_component(folder: Path, name: str, config: dict | None = None) -> None
     file.parent.mkdir(parents=True, exist_ok=True)
     with on_meta():
         model = cls.from_config(config)
-    _write_shards(model, folder / name, stem)
+    _write_shards(model, folder / name, stem, device)
     file.write_text(json.dumps(config, indent=2))  # last: an interrupted component is written again
 
 
@@ -131,7 +161,7 @@ def write_singles(folder: Path) -> dict[str, str]:
     return {name: str(file) for name, file in files.items()}
 
 
-def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
+def _write_shards(model: nn.Module, folder: Path, stem: str, device: str = "cpu") -> None:
     """Write random weights in shards of at most 4 GB with an index, one shard in memory at a time."""
     shards: list[dict[str, torch.Size]] = [{}]
     size = 0
@@ -144,7 +174,7 @@ def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        save_file({key: _random(key, shape) for key, shape in shard.items()}, folder / name)
+        save_file({key: random_weight(key, shape, device).cpu() for key, shape in shard.items()}, folder / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         size = sum(2 * shape.numel() for shard in shards for shape in shard.values())
@@ -152,16 +182,12 @@ def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _random(key: str, shape: torch.Size) -> torch.Tensor:
+def random_weight(key: str, shape: torch.Size, device: torch.device | str = "cpu") -> torch.Tensor:
     """Ones for norms, values of scale 1/√fan-in for matrices, so that activations stay in range through all layers."""
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
     if len(shape) == 1:
-        return (
-            torch.ones(shape, dtype=torch.bfloat16)
-            if key.endswith("weight")
-            else torch.zeros(shape, dtype=torch.bfloat16)
-        )
-    fan_in = 1 if "embed_tokens" in key else shape[1:].numel()
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.5 * fan_in**-0.5)
+        return weight.fill_(key.endswith("weight"))
+    return weight.normal_(std=0.5 * (1 if "embed_tokens" in key else shape[1:].numel()) ** -0.5)
 
 
 if __name__ == "__main__":

@@ -166,8 +166,35 @@ def in_blocks(dtype: torch.dtype, height: int, width: int, name: str = "weight_s
     return write
 
 
-def write_gguf(file: Path, architecture: str, state: State, kind: str, quantise: Callable[[str], bool]) -> State:
-    """Write a GGUF file with the package; returns the numbers that it holds."""
+def q4_k(weight: Tensor) -> Tensor:
+    """Q4_K codes (rows, bytes) of a matrix, which the package reads and does not write; by ggml's `block_q4_K`.
+
+    A block of 256 numbers: two fp16 factors, 8 scales and 8 minima in 6 bits each, then 4 bits a number, as
+    d · scale · code − dmin · minimum for every 32 numbers.
+    """
+    parts = weight.float().unflatten(1, (-1, 8, 32))  # (rows, blocks, 8, 32)
+    least = parts.amin(-1).clamp(max=0)
+    step = (parts.amax(-1).clamp(min=0) - least) / 15
+    factors = [(x.amax(-1, keepdim=True) / 63).half() for x in (step, -least)]
+    scale, minimum = (
+        (x / f.float().clamp(min=1e-8)).round().clamp(0, 63).to(torch.uint8)
+        for x, f in zip((step, -least), factors, strict=True)
+    )
+    d, dmin = (f.float() * x for f, x in zip(factors, (scale, minimum), strict=True))
+    codes = ((parts + dmin[..., None]) / d.clamp(min=1e-8)[..., None]).round().clamp(0, 15).to(torch.uint8)
+    s, m = scale, minimum
+    low, high = s[..., :4] | (s[..., 4:] >> 4 << 6), m[..., :4] | (m[..., 4:] >> 4 << 6)
+    six_bits = torch.cat([low, high, (s[..., 4:] & 15) | (m[..., 4:] << 4)], -1)
+    pairs = codes.unflatten(2, (4, 2))
+    nibbles = (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).flatten(2)
+    halves = torch.cat(factors, -1).view(torch.uint8)
+    return torch.cat([halves, six_bits, nibbles], -1).flatten(1)
+
+
+def write_gguf(
+    file: Path, architecture: str, state: State, kind: str, quantise: Callable[[str], bool], read_back: bool = True
+) -> State:
+    """Write a GGUF file with the package; returns the numbers that it holds, if these are to be read back."""
     import gguf
 
     writer = gguf.GGUFWriter(file, architecture)
@@ -175,9 +202,10 @@ def write_gguf(file: Path, architecture: str, state: State, kind: str, quantise:
     for key, value in state.items():
         data = value.float().numpy()
         if quantise(key):
-            codes = gguf.quants.quantize(data, target)
+            codes = q4_k(value).numpy() if kind == "Q4_K" else gguf.quants.quantize(data, target)
             writer.add_tensor(key, codes, raw_dtype=target)
-            numbers[key] = torch.from_numpy(gguf.quants.dequantize(codes, target))
+            if read_back:
+                numbers[key] = torch.from_numpy(gguf.quants.dequantize(codes, target))
         else:
             writer.add_tensor(key, data)
             numbers[key] = value

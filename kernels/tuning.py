@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zimage.kernels.backend import KernelError
+
 log = logging.getLogger("zimage")
 
 RUNS, ROUNDS = 10, 3  # calls between two events; the best round counts
@@ -93,11 +95,22 @@ def _timed(
 
 
 def fastest(configurations: Sequence[Configuration], run: Callable[[Configuration], object]) -> Configuration:
-    """The configuration whose best round took the least time; the first call of each compiles it."""
-    for configuration in configurations:
+    """The configuration with the shortest best round, of those that can be built. Raises KernelError if none can."""
+    able = [c for c in configurations if _is_built(run, c)]
+    if not able:
+        run(configurations[0])  # which says why
+    times = {c: min(_milliseconds(run, c) for _ in range(ROUNDS)) for c in able}
+    return min(able, key=times.__getitem__)
+
+
+def _is_built(run: Callable[[Configuration], object], configuration: Configuration) -> bool:
+    """Whether a first call succeeds: a GPU may lack the shared memory for one of them."""
+    try:
         run(configuration)
-    times = {c: min(_milliseconds(run, c) for _ in range(ROUNDS)) for c in configurations}
-    return min(configurations, key=times.__getitem__)
+    except KernelError as error:
+        log.debug("%s cannot be built: %s", tuple(configuration), error)
+        return False
+    return True
 
 
 def _milliseconds(run: Callable[[Configuration], object], configuration: Configuration) -> float:

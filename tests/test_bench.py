@@ -2,25 +2,35 @@
 
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click import ClickException
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import DIT, KL, QWEN
+from tiny import KL
 
 import zimage
-from bench import card, tables, weights
+from bench import tables, weights, writers
 from bench.__main__ import main
+from bench.card import watch
+from bench.card.command import check_room
+from bench.card.record import Record
+from bench.card.sections import MINUTES, SECTIONS
+from bench.card.worker import Work
+from bench.counted import milliseconds, summed
+from bench.kernels import TOLERANCE, relative
 from bench.pairs import report
+from bench.peaks import DEVICES, peaks_of
 from bench.profile import SCENARIOS, Profile
 from bench.roofline import costs
 from bench.sides import zimage as sides_zimage
-from zimage.dit import ZImageDiT
-from zimage.text import Qwen3
+from bench.timing import timed
 from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
@@ -29,14 +39,14 @@ DIT_PARAMETERS = 6_154_908_736
 def test_floors_agree_with_the_published_sizes():
     """Two FLOPs per weight and token, attention's beside them; every block's weights read once."""
     found = costs(1024, 32)
-    flops, traffic = found["step"]
+    flops, traffic = found["step"].plain, found["step"].bytes
     tokens = 4096 + 32
     attention = 34 * 4 * tokens**2 * 3840
     assert flops == pytest.approx(2 * 5.7e9 * tokens + attention, rel=0.05)
     assert traffic == pytest.approx(2 * DIT_PARAMETERS, rel=0.1)
-    assert found["encode"][1] == pytest.approx(35 * 101e6 * 2, rel=0.02)
-    assert found["decode"][0] == pytest.approx(10e12, rel=0.1)
-    assert costs(256, 32)["decode"][0] < found["decode"][0] / 14
+    assert found["encode"].bytes == pytest.approx(35 * 101e6 * 2, rel=0.02)
+    assert found["decode"].plain == pytest.approx(10e12, rel=0.1)
+    assert costs(256, 32)["decode"].plain < found["decode"].plain / 14
 
 
 def test_roofline_sets_measured_figures_beside_floors(tmp_path):
@@ -107,28 +117,177 @@ def test_card_needs_a_gpu_and_says_so():
     assert (done.exit_code, done.output) == (1, "Error: card needs an NVIDIA GPU, and PyTorch sees none here\n")
 
 
-def test_every_row_of_card_measures_or_fails_by_itself(monkeypatch):
-    """On the CPU and in small, where it runs as on a GPU."""
-    small = {"text_encoder": (Qwen3, QWEN, ""), "transformer": (ZImageDiT, DIT, ""), "vae": (AutoencoderKL, KL, "")}
-    monkeypatch.setattr(card, "COMPONENTS", small)
-    monkeypatch.setattr(card, "CONFIGURATIONS", {name: card.CONFIGURATIONS[name] for name in ("fp32", "flash2")})
-    monkeypatch.setattr(card, "SIZES", (64, 128))
-    rows = card.every_row(torch.device("cpu"), 1, ("demo", "encoder", "vae"))
-    found = {(section, name): card.attempt(measured) for section, name, measured in rows}
-    assert found["demo", "fp32"]["psnr_db"] == [99.0, 99.0]
-    assert found["demo", "fp32"]["repeats_exactly"]
-    assert "NVIDIA GPUs only" in found["demo", "flash2"]["error"]
-    assert [row["error"] for row in found.values() if "error" in row] == [found["demo", "flash2"]["error"]]
-    step = dict(card.dit_rows(torch.device("cpu"), 1))["bf16 64"]
-    assert card.attempt(step)["ms"] > 0
+SPEAKS = """
+import json, os, sys, time
+work = json.loads(sys.argv[1])
+def say(*message): print(json.dumps(message), flush=True)
+say("about", {})
+say("section", "decode")
+for name in ("hangs", "dies", "loses the GPU", "is in order"):
+    if f"decode/{name}" not in work["skip"]:
+        say("begin", name)
+        time.sleep(60 * (name == "hangs"))
+        print("out of luck", file=sys.stderr) or os._exit(3) if name == "dies" else None
+        say("row", {"section": "decode", "name": name, "ms": 1.0})
+        say("lost", "") or time.sleep(60) if name == "loses the GPU" else None
+say("end")
+"""
+
+
+def test_a_row_that_hangs_is_stopped_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(watch, "COMMAND", [sys.executable, "-c", SPEAKS])
+    work, clock = Work([512], 1, False, "", [], [], {}), watch.Clock({"decode": 20.0}, row_seconds=1.0)
+    messages = list(watch.watched(work, clock))
+    hung, died, lost, fine = (message[1] for message in messages if message[0] == "row")
+    assert hung == {"section": "decode", "name": "hangs", "error": "stopped after 1 s"}
+    assert died["error"] == "the process ended with status 3: out of luck"
+    assert lost["ms"] == fine["ms"] == 1.0
+    assert messages[-1] == ["end"]
+    assert 18 < clock.left["decode"] < 19.2
+
+
+def test_a_worker_that_cannot_start_ends_the_run(monkeypatch):
+    monkeypatch.setattr(watch, "COMMAND", [sys.executable, "-c", "raise SystemExit('no room')"])
+    work, clock = Work([512], 1, False, "", [], [], {}), watch.Clock({}, 1.0)
+    assert list(watch.watched(work, clock))[-1][0] == "no"
+
+
+def test_a_card_takes_at_most_eight_minutes():
+    assert sum(section.seconds for section in SECTIONS) <= 60 * MINUTES - 10, "and some seconds to start"
+
+
+def test_files_that_do_not_fit_are_not_begun(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=5e9))
+    done = CliRunner().invoke(main, ["card", "--folder", str(tmp_path), "--output", str(tmp_path / "card.json")])
+    assert done.exit_code == 2
+    assert "has 5 GB free and 18 are needed; pass another --folder" in done.output
+    check_room(tmp_path, ("peaks", "demo/int8"))  # these write none
+
+
+def test_tables_of_a_card_come_from_its_rows(tmp_path, monkeypatch):
+    """Where no GPU has been measured, the documents say so."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    block = "<!-- result: card -->\n<!-- end -->"
+    assert "No GPU has been measured" in tables.filled(block)
+    rows = [
+        {"section": "steps", "name": "bf16 512", "ms": 92.1, "over_floor": 1.14},
+        {"section": "steps", "name": "bf16 1024", "ms": 401.0, "over_floor": 1.13},
+        {"section": "steps", "name": "bf16 1024 compiled", "error": "RuntimeError: no"},
+        {"section": "steps", "name": "diffusers bf16 1024", "ms": 512.0},
+        {"section": "attention", "name": "flash2", "absent": "flash_attn | is not installed"},
+        {"section": "text", "name": "write", "ms_per_token": 25.2},
+    ]
+    machine = {"torch": "2.13.0", "commit": "abc"}
+    about = {"gpu": "RTX 4090", "driver": "580.1", "machine": machine, "command": "python -m bench card"}
+    (tmp_path / "card.json").write_text(json.dumps({**about, "settings": {"sizes": [512, 1024]}, "rows": rows}))
+    text = tables.filled(block)
+    assert "| bf16 | 92.1 (1.14) | 401 (1.13) |" in text
+    assert "| diffusers, bf16 | – | 512 |" in text
+    assert "compiled" not in text, "a row that failed gives no figure"
+    assert "| writing, a token | 25.2 ms a token |" in text
+    assert "`python -m bench card` (RTX 4090, driver 580.1, PyTorch 2.13.0, commit abc)" in text
+    every = tables.filled("<!-- result: card_rows -->\n<!-- end -->")
+    assert "| attention | flash2 | absent | flash_attn / is not installed |" in every
+    assert "| steps | bf16 1024 compiled | FAILED | RuntimeError: no |" in every
+
+
+def test_results_are_whole_after_every_row(tmp_path, monkeypatch):
+    """The file is replaced, not written to: whoever reads it while a run goes on finds JSON."""
+    record = Record(tmp_path / "card.json")
+    record.begin({"gpu": "A"})
+    record.add({"section": "decode", "name": "whole", "ms": 1.0})
+    before = record.file.read_text()
+    monkeypatch.setattr("json.dumps", lambda *a, **k: before[:20])
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        record.add({"section": "decode", "name": "exact", "ms": 1.0})
+    assert record.file.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": [1]}', "{}"])
+def test_a_file_of_something_else_is_not_gone_on_with(tmp_path, text):
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(ClickException, match="is not a result of `bench card`"):
+        Record.resumed(tmp_path / "card.json")
+
+
+def test_a_gpu_is_known_by_its_name():
+    assert peaks_of("NVIDIA GeForce RTX 4090") is DEVICES["rtx4090"]
+    assert peaks_of("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    for other in ("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe", "Tesla T4"):
+        assert peaks_of(other) is None
+
+
+def test_attention_has_a_peak_of_its_own():
+    """No precision makes attention quicker, and fp8 leaves four blocks as they are."""
+    peaks, attention = DEVICES["rtx4090"], 34 / 34 * 32 * 4 * (4096 + 32) ** 2 * 3840
+    step = {precision: costs(1024, 32, precision)["step"] for precision in ("bf16", "fp16", "fp8", "int8")}
+    assert step["bf16"].plain == pytest.approx(55.1e12, rel=1e-3)
+    assert step["int8"].plain == pytest.approx(attention, rel=0.01)
+    assert step["fp8"].plain > 1.5 * attention
+    ms = {precision: 1e3 * cost.seconds(peaks, precision) for precision, cost in step.items()}
+    assert ms == pytest.approx({"bf16": 333.9, "fp16": 192.3, "fp8": 210.0, "int8": 121.5}, abs=0.1)
+
+
+def test_a_counted_step_is_the_sum_of_its_launches():
+    peaks = DEVICES["rtx4090"]
+    launched = [
+        ["products", 330e9, 0, "float16", 3],
+        ["attention", 165e9, 0, "float16", 1],
+        ["norm", 0, 1008e6, None, 2],
+    ]
+    assert milliseconds(launched, peaks) == pytest.approx({"products": 3.0, "attention": 1.0, "norm": 2.0})
+    kinds = [("attention", 1), ("mm", 1), ("norm.kernel", 0), ("cat", 0)]
+    launches = [
+        SimpleNamespace(name=name, flops=flops, bytes=8, dtype=torch.int8) for name, flops in (*kinds, kinds[1])
+    ]
+    found = {entry[0]: entry[1:] for entry in summed(launches)}
+    assert list(found) == ["attention", "products", "norm", "PyTorch's own passes"]
+    assert found["products"] == [1, 8, "int8", 2]
+
+
+def test_what_counting_lacks_is_said_in_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = CliRunner().invoke(main, ["roofline", "--counted"])
+    assert (done.exit_code, done.output) == (1, "Error: nothing can be counted here: needs g++\n")
+
+
+def test_times_do_not_count_the_first_call():
+    calls = []
+    timing = timed(lambda: time.sleep(0 if calls.append(1) or len(calls) > 1 else 0.2), "cpu", repeats=3)
+    assert (timing.calls, len(calls)) == (3, 4)
+    assert timing.least <= timing.ms <= timing.most < 100
+    assert timed(lambda: time.sleep(0.05), "cpu", repeats=100, seconds=0.02).calls == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "error"),
+    [
+        ([1.0], [1.0], 0),
+        ([0.0], [0.0], 0),
+        ([1.5], [1.0], 0.5),
+        ([1.0], [0.0], float("inf")),
+        ([float("nan")], [1], None),
+    ],
+)
+def test_a_difference_that_is_no_number_is_no_agreement(ours, theirs, error):
+    found = relative(torch.tensor(ours), torch.tensor(theirs))
+    assert not found <= TOLERANCE if error is None else found == error
+
+
+def test_q4_k_files_hold_what_the_package_reads():
+    gguf = pytest.importorskip("gguf")
+    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) + 0.1
+    found = gguf.quants.dequantize(writers.q4_k(weight).numpy(), gguf.GGMLQuantizationType.Q4_K)
+    assert relative(torch.from_numpy(found), weight) < 0.1
 
 
 def test_an_op_is_found_by_its_file(tmp_path, monkeypatch):
     """Adding an op means adding a file: tests and bench walk the folder."""
     from zimage import kernels
 
-    text = Path(kernels.swiglu.__file__).read_text(encoding="utf-8")
-    (tmp_path / "planted.py").write_text(text.replace('name="swiglu"', 'name="planted"'), encoding="utf-8")
+    text = Path(kernels.layer_norm.__file__).read_text(encoding="utf-8")
+    (tmp_path / "planted.py").write_text(text.replace('name="layer_norm_scale"', 'name="planted"'), encoding="utf-8")
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     names = [spec.name for spec in kernels.specs()]
     assert "planted" in names
@@ -145,7 +304,7 @@ def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
     load, loaded = zimage.ZImage.load, []
     monkeypatch.setattr(zimage.ZImage, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     clock = SimpleNamespace(lap=lambda name: clock.figures.update({name: 1.0}), figures={}, total=lambda: None)
-    clock.warm = lambda name, call: call()
+    clock.warm, clock.on = lambda name, call: call(), lambda device: None
     sides_zimage.render(clock, str(tiny_folder), 64, 1, "fp32", "a cat")
     assert loaded[0].cache.entries == 0
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zimage import kernels
-from zimage.kernels import backend, norm
+from zimage.kernels import backend, norm, tuning
 from zimage.kernels.backend import KernelError, check_triton, choose, enqueue
 from zimage.kernels.norm import reference, rms_norm_scale
 
@@ -162,6 +162,22 @@ def test_a_triton_that_could_not_be_imported_is_told_once(gpu, monkeypatch, capl
     check_triton(GPU)
     (line,) = caplog.messages
     assert "libtriton.so" in line
+
+
+def test_a_configuration_that_cannot_be_built_is_left_out(monkeypatch):
+    """A card with less shared memory than a 4090 keeps the kernel, in another size."""
+    large, small = (tuning.Configuration(rows, 128, 64, 8, 3) for rows in (256, 64))
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run, configuration: configuration.warps)
+
+    def run(configuration):
+        if configuration in unable:
+            raise KernelError("OutOfResources: out of resource: shared memory, Required: 147456")
+
+    unable = [large]
+    assert tuning.fastest([large, small], run) == small
+    unable.append(small)
+    with pytest.raises(KernelError, match="OutOfResources"):
+        tuning.fastest([large, small], run)
 
 
 def test_compiled_code_chooses_too(gpu, monkeypatch):

@@ -341,6 +341,7 @@ def test_a_larger_picture_streams_more_of_a_part_that_is_loaded(tiny_folder, lea
 
 def test_each_part_has_its_device_and_a_dtype_that_suits_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     places = choose_places(REQUIRED, LoadSettings(device="cpu", dit_device="cuda:1", vae_device="cuda:0"), None)
     assert [str(place.device) for place in places.values()] == ["cpu", "cuda:1", "cuda:0"]
     assert places["dit"].dtype == torch.bfloat16

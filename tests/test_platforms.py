@@ -112,17 +112,17 @@ def test_a_macs_gpu_computes_in_bf16_from_macos_14_on(monkeypatch, newer, dtype)
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_macs_gpu_has_no_narrow_products(precision):
     with pytest.raises(RequestError, match=f"precision {precision} does not run on a Mac's GPU"):
-        check_precision(precision, MPS)
-    check_precision("bf16", MPS)
+        check_precision(precision, MPS, torch.bfloat16)
+    check_precision("bf16", MPS, torch.bfloat16)
 
 
 def test_windows_has_no_products_in_fp8(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    check_precision("fp8", CUDA)
+    check_precision("fp8", CUDA, torch.bfloat16)
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(RequestError, match="precision fp8 does not run on Windows"):
-        check_precision("fp8", CUDA)
-    check_precision("int8", CUDA)
+        check_precision("fp8", CUDA, torch.bfloat16)
+    check_precision("int8", CUDA, torch.bfloat16)
 
 
 # What these modules lack somewhere; where it is used, its line or the one around it asks first.

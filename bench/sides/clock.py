@@ -17,9 +17,19 @@ class Clock:
         self.begun = self.mark = float(os.environ["ZIMAGE_BENCH_STARTED"])
         self.figures: dict[str, float] = {}
         self.baseline = 0
+        self.wait: Callable[[], object] = lambda: None  # for what the device still does
+
+    def on(self, device: str) -> None:
+        """Wait for a GPU at the end of everything that is timed, and count its memory from here on."""
+        if device.startswith("cuda"):
+            import torch
+
+            self.wait = torch.cuda.synchronize
+            torch.cuda.reset_peak_memory_stats()
 
     def lap(self, name: str) -> None:
         """Record the seconds since the last lap under `name`."""
+        self.wait()
         now = time.monotonic()
         self.figures[name] = now - self.mark
         self.mark = now
@@ -30,6 +40,7 @@ class Clock:
         for _ in range(3):
             start = time.monotonic()
             call()
+            self.wait()
             seconds.append(time.monotonic() - start)
         self.figures[name] = min(seconds[1:])
 
@@ -39,6 +50,7 @@ class Clock:
         for _ in range(warmup + repeats):
             start = time.monotonic()
             call()
+            self.wait()
             seconds.append(time.monotonic() - start)
         self.figures[name] = statistics.median(seconds[warmup:])
 
@@ -53,6 +65,8 @@ class Clock:
 
     def peak(self) -> None:
         self.figures["peak_gb"] = (peak_bytes() - self.baseline) / 1e9
+        if "torch" in sys.modules and (cuda := sys.modules["torch"].cuda).is_initialized():
+            self.figures["gpu_peak_gb"] = cuda.max_memory_allocated() / 1e9
 
     def write(self, path: str) -> None:
         Path(path).write_text(json.dumps({name: round(value, 4) for name, value in self.figures.items()}))

@@ -4,14 +4,15 @@ from bench.sides.clock import Clock, needed_bytes, prompt_of, serve
 from bench.sides.diffusers import kind_of
 
 
-def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: int) -> None:
+def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: int, device: str = "cpu") -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     clock.imported()
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/text_encoder", dtype=kind_of(dtype)).eval()
+    clock.on(device)
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/text_encoder", dtype=kind_of(dtype)).to(device).eval()
     model.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt_of(prompt_tokens)])
+    ids = torch.tensor([prompt_of(prompt_tokens)], device=device)
 
     def write(count: int, streamer: "Laps | None" = None) -> None:
         model.generate(ids, max_new_tokens=count, do_sample=False, streamer=streamer)

@@ -16,13 +16,15 @@ def render(
     prompt: str,
     precision: str = "bf16",
     memory: float | None = None,
+    device: str = "cpu",
 ) -> None:
     import zimage
 
     kind = None if dtype == "auto" else dtype
     # Without the cache of captions, which the other side lacks: a warm encode must be an encode.
     settings = {"precision": precision, "memory": memory, "cache_entries": 0}
-    pipe = zimage.ZImage.load(folder, device="cpu", dtype=kind, **settings)
+    pipe = zimage.ZImage.load(folder, device=device, dtype=kind, **settings)
+    clock.on(device)
     request = pipe.prepare(zimage.Request(prompt, width=size, height=size, steps=steps, seed=0, guidance=0.0))
     clock.lap("load")
     step_seconds, image = [], None
@@ -42,7 +44,15 @@ def render(
 
 
 def step(
-    clock: Clock, folder: str, size: int, tokens: int, dtype: str, repeats: int, precision: str, compiled: bool
+    clock: Clock,
+    folder: str,
+    size: int,
+    tokens: int,
+    dtype: str,
+    repeats: int,
+    precision: str,
+    compiled: bool,
+    device: str = "cpu",
 ) -> None:
     import torch
 
@@ -52,42 +62,53 @@ def step(
     from zimage.nn.quant import quantise
 
     clock.imported()
-    dit: Any = zimage.load_component(folder, "dit", device="cpu", dtype=None if dtype == "auto" else dtype)
+    clock.on(device)
+    dit: Any = zimage.load_component(folder, "dit", device=device, dtype=None if dtype == "auto" else dtype)
     if precision != "bf16":
         quantise(dit, precision, forget_pages)
     if compiled:
         compile_blocks(dit)
     with torch.inference_mode():
-        caption = torch.randn(tokens, dit.config.cap_feat_dim)
+        caption = torch.randn(tokens, dit.config.cap_feat_dim, device=device)
         context = dit.context(dit.refine([caption]), size // 8, size // 8)
-        modulation, latents = dit.modulate(torch.tensor([0.5])), torch.randn(1, 16, size // 8, size // 8)
+        latents = torch.randn(1, 16, size // 8, size // 8, device=device)
+        modulation = dit.modulate(torch.tensor([0.5]))
         clock.repeated("step", lambda: dit.velocity(latents, modulation, context), 2, repeats)
     clock.peak()
 
 
 def decode(
-    clock: Clock, folder: str, size: int, dtype: str, repeats: int, tile_mode: str, tile_size: int | None
+    clock: Clock,
+    folder: str,
+    size: int,
+    dtype: str,
+    repeats: int,
+    tile_mode: str,
+    tile_size: int | None,
+    device: str = "cpu",
 ) -> None:
     import torch
 
     import zimage
 
     clock.imported()
-    vae: Any = zimage.load_component(folder, "vae", device="cpu", dtype=None if dtype == "auto" else dtype)
-    latents = torch.randn(1, 16, size // 8, size // 8)
+    clock.on(device)
+    vae: Any = zimage.load_component(folder, "vae", device=device, dtype=None if dtype == "auto" else dtype)
+    latents = torch.randn(1, 16, size // 8, size // 8, device=device)
     with torch.inference_mode():
         clock.repeated("decode", lambda: vae.decode(latents, tile_size=tile_size, tile_mode=tile_mode), 1, repeats)
     clock.peak()
 
 
-def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: int) -> None:
+def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: int, device: str = "cpu") -> None:
     import torch
 
     import zimage
     from zimage.text.generate import Sampling, generate
 
     clock.imported()
-    model: Any = zimage.load_component(folder, "text_encoder", device="cpu", dtype=None if dtype == "auto" else dtype)
+    clock.on(device)
+    model: Any = zimage.load_component(folder, "text_encoder", device=device, dtype=None if dtype == "auto" else dtype)
 
     def write(count: int) -> Iterator[int]:
         return generate(model, prompt_of(prompt_tokens), Sampling(temperature=0.0), count, (), torch.Generator())

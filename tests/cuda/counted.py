@@ -12,32 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.peaks import RTX4090, Peaks
+
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OURS = {HERE / name for name in ("counted.py", "mac.py", "pretended.py", "pretended_ops.py")}
-
-
-class Peaks(NamedTuple):
-    """FLOP/s (or OP/s) of products by their factors, and bytes/s, as the makers state them."""
-
-    bf16: float
-    int8: float
-    fp8: float
-    fp16_sums: float  # of fp16 products that add up in fp16
-    fp32: float  # outside the tensor cores
-    bandwidth: float
-
-    def rate(self, launch: "Launch", fp16_sums: bool) -> float:
-        if launch.dtype is torch.int8:
-            return self.int8
-        if launch.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            return self.fp8
-        if launch.dtype is torch.float32:
-            return self.fp32
-        halves = fp16_sums and launch.dtype is torch.float16 and launch.name != "attention"
-        return self.fp16_sums if halves else self.bf16
-
-
-RTX4090 = Peaks(bf16=165e12, int8=660e12, fp8=330e12, fp16_sums=330e12, fp32=82.6e12, bandwidth=1008e9)
 
 
 class Launch(NamedTuple):
@@ -80,8 +58,8 @@ class Count:
     def seconds(self, peaks: Peaks = RTX4090, fp16_sums: bool = False) -> float:
         """The least time by the makers' figures: each launch is bound by its arithmetic or by its bytes."""
         return sum(
-            max(launch.flops / peaks.rate(launch, fp16_sums), launch.bytes / peaks.bandwidth)
-            for launch in self.launches
+            peaks.seconds(x.flops, x.bytes, peaks.rate(x.dtype, x.name == "attention", fp16_sums))
+            for x in self.launches
         )
 
 
@@ -95,6 +73,7 @@ class Card:
         self.pinned: list[int] = []  # bytes of every page-locked allocation
         self.returned: list[int] = []  # how many of these there were whenever unused ones were given back
         self.counts: list[Count] = [Count()]
+        self.captures: list[Count] = []  # what each CUDA graph holds
         self.known: set[int] = set()  # storages
 
     @property

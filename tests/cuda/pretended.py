@@ -82,7 +82,7 @@ def _guard() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _why_not() -> str | None:
+def why_not() -> str | None:
     """Why there can be no pretended card here, or None."""
     if torch.cuda.is_available():
         return "there is a real GPU"
@@ -95,7 +95,7 @@ def _why_not() -> str | None:
     return None
 
 
-needs_pretended = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "")
+needs_pretended = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 # ------------------------------------------------------------------ torch.cuda
@@ -122,6 +122,22 @@ class _Event:
 
     def elapsed_time(self, later: object) -> float:
         return 1.0
+
+
+class _Graph:
+    """A CUDA graph of nothing."""
+
+    def replay(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _capture(card: Card, graph: _Graph, **_: object) -> Iterator[None]:
+    """What a capture may not hold ends it, as on a card."""
+    with card.count() as count:
+        yield
+    if what := [*count.syncs, *(copy.line for copy in count.copies)]:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what[0]}")
+    card.captures.append(count)
 
 
 def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
@@ -158,16 +174,22 @@ def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
         "memory_reserved": lambda device=None: card.live[index_of(device)],
         "max_memory_allocated": lambda device=None: card.most[index_of(device)],
         "reset_peak_memory_stats": lambda device=None: card.most.pop(index_of(device), None),
+        "set_per_process_memory_fraction": lambda share, device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: card.waited(project_line()),
         "Stream": _Stream,
         "Event": _Event,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": _Stream,
+        "set_stream": lambda stream: None,
+        "CUDAGraph": _Graph,
+        "graph": functools.partial(_capture, card),
+        "graph_pool_handle": lambda: (0, 0),
     }
     for name, value in replaced.items():
         yield mock.patch.object(torch.cuda, name, value)
     yield mock.patch.object(torch.accelerator, "empty_host_cache", card.gave_back)
+    yield mock.patch.object(torch._C, "_cuda_endAllocateToPool", create=True)
     yield mock.patch.object(torch.version, "cuda", "13.0")
     yield mock.patch.object(F, "scaled_dot_product_attention", attention(card, F.scaled_dot_product_attention))
 

@@ -44,6 +44,13 @@ class PretendedOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if (
+            torch.is_inference_mode_enabled() and op.namespace == "aten"
+        ):  # there ops that consist of others arrive whole
+            with self:
+                parts = op.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if kwargs.pop("pin_memory", False):
             out = op(*args, **kwargs)
             self.card.pinned.append(size_of(out))
@@ -154,7 +161,8 @@ def attention(card: Card, original: Callable) -> Callable:
     """
 
     @functools.wraps(original)
-    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        q, k, v = query, key, value
         if q.device.type != "cuda":
             return original(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         devices = {x.device for x in (q, k, v, *(() if attn_mask is None else (attn_mask,)))}
