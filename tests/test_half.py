@@ -248,6 +248,7 @@ def test_adapters(loud_folder, style, streamed, monkeypatch):
         return changed
 
     low = zimage.ZImage.load(loud_folder, device="cpu", dtype="fp16", memory=1e-9)
+    low.lora.add(style, 0.5)
     plan = low.prepare(zimage.Request("a cat", **SMALL), must_fit=False).plan
     exact = picture("fp32")
     ours = picture("fp16", **({"memory": plan.tightest.peak / 1e9} if streamed else {}))
