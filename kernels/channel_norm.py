@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
-from zimage.kernels.rms_norm import rms_norm
+from zimage.kernels.rms_norm import plain
 
 TILE = 8192  # values that a program of eight warps holds in registers
 
@@ -19,7 +19,7 @@ def channel_norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Ten
 
 
 def reference(x, weight, eps, out):
-    return out.copy_(F.silu(rms_norm(x.permute(0, 2, 3, 1), weight, eps).permute(0, 3, 1, 2)))
+    return out.copy_(F.silu(plain(x.permute(0, 2, 3, 1), weight, eps).permute(0, 3, 1, 2)))
 
 
 @jit

@@ -163,7 +163,7 @@ def block_spec(
             bytes_of(codes) + codes.numel() // sizes[kind] * numbers * dtype.itemsize
         ),
         exact=True,
-        narrow_loads=True,
+        narrow_loads=sizes[kind] % 16 > 0,
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from dataclasses import fields
 from types import SimpleNamespace
 
 import lora_files
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import zimage
 from zimage.dit import replay
+from zimage.dit.model import Context, Modulation
 from zimage.dit.replay import forget_graphs, most_tokens, replay_velocity
 from zimage.loading import graphs as giving
 from zimage.nn import graphs
@@ -63,6 +65,13 @@ def test_a_render_is_the_same_bits(tiny_folder, tapes, request_, expected):
     wanted, found = (pipe.generate(**{**REQUEST, **request_}).images for pipe in (plain, replayed))
     assert [image.tobytes() for image in found] == [image.tobytes() for image in wanted]
     assert replays(tapes) == expected
+
+
+def test_a_render_in_fp16_keeps_its_units(tiny_folder, tapes):
+    load = {"path": tiny_folder, "device": "cpu", "dtype": "fp16"}
+    plain, replayed = (zimage.ZImage.load(**load, cuda_graphs=on) for on in (False, True))
+    assert replayed.generate(**REQUEST).images[0].tobytes() == plain.generate(**REQUEST).images[0].tobytes()
+    assert replays(tapes) == [3]
 
 
 def test_what_does_not_pay_runs_as_ever(tiny_folder, tapes, monkeypatch):
@@ -141,6 +150,12 @@ def test_a_velocity_reads_its_inputs_and_weights_alone():
         dit.velocity(latents[:1], dit.modulate(sigma[:1]), context)
     weights = {storage(x) for x in dit.state_dict().values()}
     assert {storage(x) for x in made.tapes[0].read.values()} <= weights
+
+
+def test_a_graph_is_given_all_that_an_evaluation_reads():
+    """A field that is added to these must be passed through `_tensors` and `_evaluated`, or belong to the key."""
+    assert [field.name for field in fields(Modulation)] == ["noise_refiner", "layers", "final", "units"]
+    assert [field.name for field in fields(Context)] == ["tokens", "image_rotation", "rotation", "padding"]
 
 
 # ------------------------------------------------------------------ writing
@@ -224,7 +239,7 @@ def draws(x: Tensor) -> Tensor:
 def test_what_cannot_be_captured_runs_as_it_is(caplog, function):
     x = torch.tensor([1.0, -2.0, 3.0])
     assert captured(function, (x,), Tapes()) is function
-    assert "runs without a CUDA graph, which could not be captured" in caplog.messages[0]
+    assert "work that a CUDA graph cannot hold is launched as ever" in caplog.messages[0]
 
 
 def test_a_full_card_is_not_hidden():
@@ -251,8 +266,9 @@ def test_results_are_tensors_of_their_own():
     assert (first.tolist(), second.tolist()) == ([1, 1], [2, 2])
 
 
-def test_cuda_is_asked_in_order(monkeypatch):
-    """A warm-up on another stream, then the capture, in a pool that all graphs of a component share."""
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of torch.cuda, in order."""
     did = []
 
     @contextlib.contextmanager
@@ -274,15 +290,32 @@ def test_cuda_is_asked_in_order(monkeypatch):
         "current_stream": Stream,
         "Stream": Stream,
         "stream": lambda stream: note("aside"),
+        "set_stream": lambda stream: did.append(("stream",)),
+        "current_device": lambda: 1,
         "CUDAGraph": Graph,
         "graph": lambda graph, **options: note("capture", options["pool"], options["capture_error_mode"]),
     }
     for name, value in cuda.items():
-        monkeypatch.setattr(graphs.torch.cuda, name, value)
-    graph = Captured(
-        lambda x: did.append(("run",)) or x + 1, (torch.zeros(2),), graphs.CudaGraphs(torch.device("cuda", 1))
-    )
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *what: did.append(("end", *what)), raising=False)
+    return did
+
+
+def test_cuda_is_asked_in_order(asked):
+    """A warm-up on another stream, then the capture, in a pool that all graphs of a component share."""
+    card = torch.device("cuda", 1)
+    graph = Captured(lambda x: asked.append(("run",)) or x + 1, (torch.zeros(2),), graphs.CudaGraphs(card))
     graph(torch.zeros(2))
-    capture = ("capture", (0, 7), "thread_local")
-    device = ("device", torch.device("cuda", 1))
-    assert did == [device, ("wait",), ("aside",), ("run",), ("wait",), capture, ("run",), ("replay",)]
+    warm_up = [("wait",), ("aside",), ("run",), ("wait",)]
+    assert asked == [("device", card), *warm_up, ("capture", (0, 7), "thread_local"), ("run",), ("replay",)]
+
+
+def test_a_capture_that_fails_leaves_cuda_as_it_was(asked, caplog):
+    def run(x: Tensor) -> Tensor:
+        if ("capture", (0, 7), "thread_local") in asked:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    assert captured(run, (torch.zeros(2),), graphs.CudaGraphs(torch.device("cuda", 1))) is run
+    assert asked[-2:] == [("stream",), ("end", 1, (0, 7))]
+    assert "as ever (operation not permitted" in caplog.messages[0]

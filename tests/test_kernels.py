@@ -87,8 +87,8 @@ def nan_filled(monkeypatch):
 
 
 def widened(argument, dtype):
-    """An argument of the reference in float64."""
-    if isinstance(argument, Tensor):
+    """An argument of the reference in float64; codes stay codes."""
+    if isinstance(argument, Tensor) and argument.is_floating_point():
         return argument.double()
     return torch.float64 if argument is dtype else argument
 
@@ -208,6 +208,28 @@ def test_traffic_is_compulsory(name):
         assert 0.999 <= moved / least <= 1.1
 
 
+LARGE = {"input": (2_100_000, 16, 1040), "results": (2_100_000, 1040, 16)}  # more than 2³¹ of them
+
+
+def last_program(spec, M: int, N: int, K: int) -> None:
+    """Run the last program of a product on memory that nothing else touches."""
+    x, weight = (torch.empty(n, K, dtype=torch.int8) for n in (M, N))
+    scales = torch.empty(M, 1), torch.empty(1, N)
+    programs = -(-M // 128) * -(-N // 128)
+    with interpreter.watch(only=1, races=False, first=programs - 1):
+        spec.launch(x, scales[0], weight, scales[1], None, torch.bfloat16)
+
+
+@off_gpu
+@pytest.mark.parametrize("which", LARGE)
+def test_products_of_more_values_than_32_bits_count(which, tmp_path):
+    last_program(SPECS["int8_product"], *LARGE[which])
+    wide = {"input": "(row % M).to(tl.int64)", "results": "row.to(tl.int64)"}[which]
+    fault = load(broken(tmp_path, "scaled_product", wide, wide.replace(".to(tl.int64)", "")))
+    with pytest.raises(InterpreterError, match="outside"):
+        last_program(fault.INT8_SPEC, *LARGE[which])
+
+
 @off_gpu
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.variants])
 def test_variants_give_the_same_bits(name):
@@ -279,10 +301,21 @@ def run_alone(module: str, *arguments: object, **variables: str) -> list[dict]:
 def test_the_compiler_takes_a_block_with_its_kernels_in_one_graph():
     """Each input is quantised once there, too: by the norms and SwiGLU, and on its own before to_out."""
     plain = {"norm": 2, "qk_norm_rope": 1, "gated_residual": 2, "swiglu": 1}
-    for report in run_alone("traced", "bf16", "int8", "fp8"):
-        quantised = {} if report["precision"] == "bf16" else {"quantise": 1, "scaled_product": 7}
+    quantised = {"quantise": 1, "scaled_product": 7}
+    rotated = {"rotate": 4, "quantise": 4, "scaled_product": 7}
+    expected = {"bf16": {"linear": 7}, "int8": quantised, "fp8": quantised, "rotated": rotated}
+    for report in run_alone("traced", *expected):
         assert (report["graphs"], report["breaks"]) == (1, 0)
-        assert report["kernels"] == plain | quantised
+        assert report["kernels"] == plain | expected[report["kind"]]
+
+
+def test_the_compiler_widens_a_packed_matrix_by_one_kernel():
+    """Pieces would be unrolled into as many kernels and products."""
+    kinds = {"mxfp8": "decode_scaled", "int4 ConvRot": "rotate", "nvfp4": "decode_nvfp4"}
+    kinds |= {"Q5_1": "decode_blocks", "Q6_K": "decode_k_blocks"}
+    for report in run_alone("traced", *kinds):
+        assert (report["graphs"], report["breaks"]) == (1, 0)
+        assert (report["kernels"]["linear"], report["kernels"][kinds[report["kind"]]]) == (7, 7)
 
 
 # ------------------------------------------------------------------ machine code

@@ -1,15 +1,11 @@
-"""Packed matrices: whole, by rows, by places; and what `--compile` makes of them on a GPU."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Packed matrices: whole, by rows, by places, merged with adapters."""
 
 import pytest
 import torch
 
 from zimage.nn import ggml
+from zimage.nn.adapters import adapt
+from zimage.nn.deltas import LowRank
 from zimage.nn.packed import NVFP4, Blocks, Grouped, Int4, PackedEmbedding, Scaled, decoded, packed_product
 
 OUT, IN = 24, 512
@@ -59,16 +55,12 @@ def test_a_matrix_is_the_same_numbers_in_every_way(kind, monkeypatch):
     assert torch.allclose(packed_product(x, packed), x @ whole.T, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
-def test_compiled_layers_are_one_graph_with_one_kernel():
-    """Pieces would be unrolled into as many kernels and products."""
-    pytest.importorskip("triton", reason="needs the extra `triton`")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernel_checks.traced_packed"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {line["kind"]: line["graphs"] for line in map(json.loads, done.stdout.splitlines())}
-    assert len(found) == 8
-    for kind, graphs in found.items():
-        (graph,) = graphs
-        assert sum("triton_kernel_wrapper" in name for name in graph) == 1, kind
-        assert sum("linear" in name for name in graph) == 1, kind
+def test_adapters_merge_into_what_was_decoded():
+    """Kinds that a GPU cannot widen are plain layers there, whose weights are packed in the file."""
+    packed, delta = KINDS["of a library"], LowRank((numbers(OUT, 2), numbers(2, IN)))
+    model = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False).requires_grad_(False))
+    model[0].weight.copy_(packed.decode())
+    adapt(model, "0", [(delta, 0.5)], lambda: packed, torch.float32, torch.device("cpu"))
+    assert torch.allclose(model[0].weight, packed.decode() + 0.5 * delta.w[0] @ delta.w[1], atol=1e-4)
+    adapt(model, "0", [], lambda: packed, torch.float32, torch.device("cpu"))
+    assert torch.equal(model[0].weight, packed.decode())

@@ -32,7 +32,7 @@ from zimage.errors import RequestError
 from zimage.events import Event, Result
 from zimage.loading.devices import Place, choose_places, device_names
 from zimage.loading.files import ModelFiles, load_component, open_model
-from zimage.loading.loras import Loras, LoraUse
+from zimage.loading.loras import Loras, LoraUse, bytes_beside
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import Workload
 from zimage.loading.planner import Planner
@@ -149,7 +149,9 @@ class ZImage:
         if work is None:
             side = usual_side(self.model)
             work = Workload(side, side, len(self.tokenize("")))
-        return stages.Components(self.residency, self.planner.plan(work, self.loaded), self.lora.list())
+        adapters = self.lora.list()
+        work = dataclasses.replace(work, loras=bytes_beside(adapters, self.dtype))
+        return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters)
 
     # ------------------------------------------------------------------ stages
 
@@ -241,7 +243,7 @@ class ZImage:
         if latents.ndim != 4 or not len(latents):
             raise RequestError(f"latents {tuple(latents.shape)} should be (B, 16, h, w), at least one")
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in latents.shape[-2:])
-        mode = tile_mode or self.planner.tile_mode(width, height, self.loaded)
+        mode = tile_mode or self.planner.tile_mode(width, height, self.residency.copies)
         components = self._components(Workload(width, height, 0, tile_mode=mode, tile_size=tile_size or 0))
         with out_of_memory_in(ROWS[VAE].title), components.use(VAE) as vae:
             return stages.decoded(vae, latents.to(self.places[VAE].device), tile_size, tile_overlap, mode)
@@ -254,8 +256,10 @@ class ZImage:
         `loras` are used in the place of `pipe.lora`'s. Raises RequestError where the request cannot run, also where it
         does not fit in memory, unless it need not (to look at its plan).
         """
-        uses = self.lora.list() if loras is None else tuple(loras)
-        job = decide(request, self.model, self.texts, self.planner, uses, self.loaded, self._facts, must_fit)
+        adapters = self.lora.list() if loras is None else self.lora.read(loras)
+        job = decide(
+            request, self.model, self.texts, self.planner, adapters, self.residency.copies, self._facts, must_fit
+        )
         self._prepared.add(job)
         return job
 
@@ -324,7 +328,7 @@ class ZImage:
     def refusal(self, job: Job) -> RequestError | None:
         """The error on a job that does not fit in memory, with the figures and what would fit; None where it fits."""
         try:
-            self.planner.check(job.plan, self.loaded)
+            self.planner.check(job.plan, self.residency.copies)
         except RequestError as error:
             return error
         return None

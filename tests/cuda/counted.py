@@ -71,7 +71,9 @@ class Card:
         self.live: Counter[int] = Counter()  # bytes by device index
         self.most: Counter[int] = Counter()
         self.pinned: list[int] = []  # bytes of every page-locked allocation
+        self.returned: list[int] = []  # how many of these there were whenever unused ones were given back
         self.counts: list[Count] = [Count()]
+        self.captures: list[Count] = []  # what each CUDA graph holds
         self.known: set[int] = set()  # storages
 
     @property
@@ -87,6 +89,10 @@ class Card:
             yield count
         finally:
             self.counts.remove(count)
+
+    def gave_back(self) -> None:
+        """Page-locked memory that nothing uses went back to the system."""
+        self.returned.append(len(self.pinned))
 
     def launched(self, launch: Launch) -> None:
         for count in self.counts:

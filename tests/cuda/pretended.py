@@ -19,6 +19,7 @@ an error, and so is a kernel that is launched on another device than its tensors
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -123,6 +124,22 @@ class _Event:
         return 1.0
 
 
+class _Graph:
+    """A CUDA graph of nothing."""
+
+    def replay(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _capture(card: Card, graph: _Graph, **_: object) -> Iterator[None]:
+    """What a capture may not hold ends it, as on a card."""
+    with card.count() as count:
+        yield
+    if what := [*count.syncs, *(copy.line for copy in count.copies)]:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what[0]}")
+    card.captures.append(count)
+
+
 def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
     def index_of(device: torch.device | str | int | None = None) -> int:
         index = device if device is None or isinstance(device, int) else torch.device(device).index
@@ -164,9 +181,15 @@ def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
         "Event": _Event,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": _Stream,
+        "set_stream": lambda stream: None,
+        "CUDAGraph": _Graph,
+        "graph": functools.partial(_capture, card),
+        "graph_pool_handle": lambda: (0, 0),
     }
     for name, value in replaced.items():
         yield mock.patch.object(torch.cuda, name, value)
+    yield mock.patch.object(torch.accelerator, "empty_host_cache", card.gave_back)
+    yield mock.patch.object(torch._C, "_cuda_endAllocateToPool", create=True)
     yield mock.patch.object(torch.version, "cuda", "13.0")
     yield mock.patch.object(F, "scaled_dot_product_attention", attention(card, F.scaled_dot_product_attention))
 
@@ -177,20 +200,26 @@ def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
 def _weight_patches(fake: FakeTensorMode) -> Patches:
     """FakeTensors without devices behind them; those that are streamed stay FakeTensors while they are on the host,
     since `weight.data = …` keeps a tensor's class."""
-    data, leave = torch.Tensor.data, weights._leave
+    data, leave, mark = torch.Tensor.data, weights._leave, weights._marked
 
     def exchange(weight: FakeTensor, value: Tensor) -> None:
         value = value if isinstance(value, FakeTensor) else fake.from_tensor(value)
         data.__set__(weight, value)
         weight.fake_device = value.fake_device
 
-    def left(model, name, stored, wanted):
-        return leave(model, name, fake.from_tensor(stored), wanted)
+    def left(model, name, stored, *how):
+        return leave(model, name, fake.from_tensor(stored), *how)
+
+    def marked(matrix):
+        tensors = {name: fake.from_tensor(x) for name, x in vars(matrix).items() if isinstance(x, Tensor)}
+        return mark(dataclasses.replace(matrix, **tensors))
 
     yield mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True))
     yield mock.patch.object(FakeTensor, "data_ptr", lambda x: NOWHERE + x.untyped_storage()._cdata, create=True)
     yield mock.patch.object(FakeTensor, "data", property(data.__get__, exchange), create=True)
+    yield mock.patch.object(FakeTensor, "record_stream", create=True)
     yield mock.patch.object(weights, "_leave", left)
+    yield mock.patch.object(weights, "_marked", marked)
 
 
 def _kernel_patches(card: Card) -> Patches:

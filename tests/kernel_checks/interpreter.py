@@ -106,11 +106,12 @@ class Traffic:
 class Watch:
     """Checks each access against the elements of known tensors, and programs against one another.
 
-    With `only` programs of the grid run: for counting the bytes of one program of a large launch.
+    With `only` programs of the grid run, from the place `first` on: for the bytes or the addresses of one program of a
+    large launch.
     """
 
-    def __init__(self, only: int | None = None, races: bool = True):
-        self.traffic, self.only, self.races = Traffic(), only, races
+    def __init__(self, only: int | None = None, races: bool = True, first: int = 0):
+        self.traffic, self.only, self.races, self.first = Traffic(), only, races, first
         self.grids: list[tuple[int, ...]] = []  # of every launch, in full
         self.allowed: np.ndarray | None = None
         self.program = 0
@@ -174,9 +175,9 @@ def _runs(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def watch(only: int | None = None, races: bool = True) -> Iterator[Watch]:
+def watch(only: int | None = None, races: bool = True, first: int = 0) -> Iterator[Watch]:
     """Watch every launch in the block; tensors that a launch is given (and those it allocates) are its own."""
-    current = Watch(only, races)
+    current = Watch(only, races, first)
     run, load, store, place = (
         interpreter.GridExecutor.__call__,
         Builder.create_masked_load,
@@ -201,7 +202,8 @@ def watch(only: int | None = None, races: bool = True) -> Iterator[Watch]:
 
     def watched_place(self, x, y, z):
         current.program = (x, y, z).__hash__()
-        return place(self, x, y, z)
+        place(self, x, y, z)
+        self.grid_idx = (x + current.first, y, z)
 
     replaced = {"create_masked_load": watched_load, "create_masked_store": watched_store, "set_grid_idx": watched_place}
     originals = {name: getattr(Builder, name) for name in replaced}

@@ -1,12 +1,14 @@
-"""`python -m kernel_checks.traced PRECISION…`: what the compiler makes of a block whose kernels are launched.
+"""`python -m kernel_checks.traced KIND…`: what the compiler makes of a block whose kernels are launched.
 
 A transformer block on CPU tensors is traced with the kernels switched on; a driver that executes nothing takes the
-launches. One JSON line per precision: graphs and graph breaks for several lengths, and the kernels of the graphs.
+launches. One JSON line per kind of matrices ("bf16", a precision, or one of PACKED): graphs and graph breaks for
+several lengths, and the kernels and products of the graphs.
 """
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -19,10 +21,13 @@ from kernel_checks.compiled import NothingRuns
 from zimage.dit.blocks import Block, BlockModulation
 from zimage.dit.rope import Rotation
 from zimage.kernels import backend, tuning
+from zimage.nn import ggml, layers
 from zimage.nn.compile import compile_blocks
+from zimage.nn.packed import NVFP4, Grouped, Int4, Packed, PackedLinear, Scaled
 from zimage.nn.quant import DTYPES, QuantisedLinear
 
-DIM, HEADS, LENGTHS = 384, 3, (32, 96, 160)
+DIM, HEADS, LENGTHS = 768, 6, (32, 96, 160)  # blocks of 256 divide it
+ROTATED = 64  # columns of int8 codes that were rotated together (ConvRot)
 
 
 class Blocks(nn.Module):
@@ -33,8 +38,25 @@ class Blocks(nn.Module):
         self.layers, self.context_refiner, self.noise_refiner = nn.ModuleList([block]), nn.Module(), nn.Module()
 
 
-def traced(precision: str) -> dict:
-    model, kernels = Blocks(block(precision)), Counter()
+def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def in_blocks(rows: int, columns: int, kind: str) -> Packed:
+    return ggml.GGML(zeros(rows, columns // ggml.NUMBERS[kind] * ggml.BYTES[kind]), kind)
+
+
+PACKED: dict[str, Callable[[int, int], Packed]] = {  # by (out, in)
+    "mxfp8": lambda o, i: Grouped(zeros(o, i, dtype=torch.float8_e4m3fn), zeros(o, i // 32), 32),
+    "int4 ConvRot": lambda o, i: Int4(zeros(o, i // 2), torch.ones(o, 1), 64),
+    "nvfp4": lambda o, i: NVFP4(zeros(o, i // 2), zeros(o, i // 16, dtype=torch.float8_e4m3fn), torch.ones(())),
+    "Q5_1": lambda o, i: in_blocks(o, i, "Q5_1"),
+    "Q6_K": lambda o, i: in_blocks(o, i, "Q6_K"),
+}
+
+
+def traced(kind: str) -> dict:
+    model, kernels = Blocks(block(kind)), Counter()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with mock.patch.object(torch, "compile", partial(torch.compile, backend=partial(counted, kernels))):
@@ -51,11 +73,18 @@ def traced(precision: str) -> dict:
     }
 
 
-def block(precision: str) -> Block:
+def block(kind: str) -> Block:
     made = Block(DIM, HEADS, 1e-5, modulated=True).bfloat16().eval().requires_grad_(False)
     linears = [path for path, m in made.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in path]
-    for path in linears if precision in DTYPES else ():
-        made.set_submodule(path, QuantisedLinear(made.get_submodule(path), DTYPES[precision]))
+    for path in linears if kind != "bf16" else ():
+        linear = made.get_submodule(path)
+        if kind == "rotated":
+            codes, scale = torch.ones_like(linear.weight, dtype=torch.int8), torch.ones(())
+            linear = PackedLinear(Scaled(codes, scale, rotated=ROTATED))
+        packed = PACKED[kind](*linear.weight.shape) if kind in PACKED else None
+        made.set_submodule(
+            path, PackedLinear(packed) if packed else QuantisedLinear(linear, DTYPES.get(kind, torch.int8))
+        )
     return made
 
 
@@ -65,6 +94,8 @@ def counted(kernels: Counter, graph: torch.fx.GraphModule, inputs: list) -> torc
         if "kernel_idx" in node.kwargs:
             kernel = table.get_kernel(node.kwargs["kernel_idx"])
             kernels[getattr(kernel, "fn", kernel).__module__.rpartition(".")[2]] += 1
+        if node.target is torch.nn.functional.linear:
+            kernels["linear"] += 1
     return graph
 
 
@@ -73,5 +104,6 @@ if __name__ == "__main__":
     _triton.has_triton = lambda: True  # or the compiler would trace into Triton itself
     backend.fuses = lambda *tensors, least_capability: True
     tuning._key = lambda *sizes: str(sizes)
-    for precision in sys.argv[1:]:
-        print(json.dumps({"precision": precision, **traced(precision)}))
+    layers.PIECE = layers.GPU_PIECE  # as on a GPU
+    for kind in sys.argv[1:]:
+        print(json.dumps({"kind": kind, **traced(kind)}))

@@ -65,9 +65,16 @@ def _limits(plan: MemoryPlan) -> str:
 
 def _strategy(plan: MemoryPlan) -> str:
     streamed = [stage.title for stage in plan.stages.values() if stage.streamed]
-    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else "components loaded one at a time"
+    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else _kept(plan)
     streaming = f"{' and '.join(streamed)} streamed" if streamed else ""
     return ", ".join(filter(None, [kept, DECODING[plan.tile_mode], streaming]))
+
+
+def _kept(plan: MemoryPlan) -> str:
+    titles = [stage.title for name, stage in plan.stages.items() if name in plan.kept]
+    if not titles:
+        return "components loaded one at a time"
+    return f"{' and '.join(titles)} {'stay' if len(titles) > 1 else 'stays'} loaded"
 
 
 def _streamed(stage: StagePlan) -> str:

@@ -31,9 +31,9 @@ def units(blocks: Sequence[Block], modulations: Sequence[BlockModulation], entry
         a, f = block.attention, block.feed_forward
         to_q, to_k, to_v, to_out = (_gain(layer, device) for layer in (a.to_q, a.to_k, a.to_v, a.to_out[0]))
         w1, w2, w3 = (_gain(layer, device) for layer in (f.w1, f.w2, f.w3))
-        inputs += [attention * max(to_q.row, to_k.row, to_v.row, to_v.whole, to_v.whole * to_out.row)]
-        inputs += [feed_forward * max(w1.row, w3.row)]
-        hidden += [w2.row]
+        inputs += [attention * max(1.0, to_q.row, to_k.row, to_v.whole, to_v.whole * to_out.row)]  # 1: itself
+        inputs += [feed_forward * max(1.0, w1.row, w3.row)]
+        hidden += [max(1.0, w2.row)]
     stream = entry + branches(blocks)
     found = Units(_power(stream / LIMIT), _power(max(inputs) / LIMIT), 1 / _power(max(hidden) / LIMIT))
     log.debug("fp16: stream of up to %.3g, inputs up to %.3g, held in %s", stream, max(inputs), found)

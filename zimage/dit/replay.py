@@ -14,6 +14,7 @@ from torch import Tensor
 from zimage.dit.blocks import BlockModulation
 from zimage.dit.model import Context, Modulation, ZImageDiT, ZImageDiTConfig
 from zimage.dit.rope import Rotation
+from zimage.dit.units import Units
 from zimage.nn.graphs import Graphs, captured
 
 # An evaluation's launches take some 6 ms of Python. An H200 computes 5 TFLOP in that time, an RTX 4090 one: with more,
@@ -59,11 +60,11 @@ class ReplayedVelocity:
             return type(dit).velocity(dit, latents, modulation, context)
         inputs = list(_tensors(latents, modulation, context))
         varying = latents, modulation.final, context.tokens, context.rotation.cos
-        key = tuple((x.shape, x.dtype, x.device) for x in varying)
+        key = (modulation.units, *((x.shape, x.dtype, x.device) for x in varying))
         if key not in self.captured:
             while len(self.captured) >= KEPT:
                 del self.captured[next(iter(self.captured))]
-            run = partial(_evaluated, self._dit, context.image_rotation.cos.shape[1])
+            run = partial(_evaluated, self._dit, context.image_rotation.cos.shape[1], modulation.units)
             self.captured[key] = captured(run, inputs, self._graphs)
         return self.captured[key](*inputs)
 
@@ -75,13 +76,13 @@ def _tensors(latents: Tensor, modulation: Modulation, context: Context) -> Itera
         yield from block
 
 
-def _evaluated(reference: "weakref.ref[ZImageDiT]", image_tokens: int, *tensors: Tensor) -> Tensor:
-    """The velocity from the tensors in the order of `_tensors`."""
+def _evaluated(reference: "weakref.ref[ZImageDiT]", image_tokens: int, units: Units, *tensors: Tensor) -> Tensor:
+    """The velocity from the tensors in the order of `_tensors`; numbers stay those of the capture."""
     dit = reference()
     assert dit is not None
     latents, captions, cos, sin, final, *parts = tensors
     blocks = [BlockModulation(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
     refiners = len(dit.noise_refiner)
     joint, image = Rotation(cos, sin), Rotation(cos[:, :image_tokens], sin[:, :image_tokens])
-    modulation = Modulation(blocks[:refiners], blocks[refiners:], final)
+    modulation = Modulation(blocks[:refiners], blocks[refiners:], final, units)
     return type(dit).velocity(dit, latents, modulation, Context(captions, image, joint, None))

@@ -21,13 +21,13 @@ PAGE = mmap.PAGESIZE
 class Prefetch:
     """A thread that reads mapped weights into memory in the order given; `stop` ends it early.
 
-    `after`: another one, which finishes first, since two at once would share the disk.
+    They are asked for one by one as it comes to them. `after`: another one, which finishes first, since two at once
+    would share the disk.
     """
 
     def __init__(self, tensors: Iterable[Tensor], after: "Prefetch | None" = None):
         self._after = after
-        self._tensors = [t for t in tensors if t.device.type == "cpu" and t.numel()]  # held, so that they stay mapped
-        self._ranges = [_pages(t) for t in self._tensors]
+        self._tensors = tensors  # held, so that they stay mapped
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="zimage-prefetch", daemon=True)
         self._thread.start()
@@ -46,7 +46,8 @@ class Prefetch:
             self._after.finish()
             self._after = None
         chunk = 32 << 20  # small enough to stop soon, large enough to stream
-        for start, length in self._ranges:
+        for tensor in self._tensors:
+            start, length = _pages(tensor) if tensor.device.type == "cpu" and tensor.numel() else (0, 0)
             for offset in range(0, length, chunk):
                 if self._stopped.is_set():
                     return

@@ -21,7 +21,7 @@ from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
 from zimage.loading.plan import Workload
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Model, Row
-from zimage.loading.sizes import BlockBytes
+from zimage.loading.sizes import CPU, BlockBytes
 from zimage.loading.streaming import Blocks
 from zimage.loading.weights import (
     Folds,
@@ -30,8 +30,9 @@ from zimage.loading.weights import (
     held_as,
     late_matrices,
     load_weights,
-    loaded_bytes,
+    loaded_sizes,
     on_meta,
+    stays_packed,
 )
 from zimage.settings.declared import LoadSettings
 from zimage.settings.paths import user_path
@@ -76,19 +77,26 @@ class Component:
         return any(entry.packed for entry in self.checkpoint.entries.values())
 
     def load(
-        self, device: torch.device, dtype: torch.dtype, widen_late: bool = False, streamed: Sequence[int] = ()
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        widen_late: bool = False,
+        streamed: Sequence[int] = (),
+        precision: str = "bf16",
     ) -> nn.Module:
         """A module with its weights, which on the CPU are views of the mapped file if the dtype agrees.
 
         `widen_late`: matrices stay as stored and are widened to `dtype` when used. `streamed`: blocks whose weights
-        stay in the file; `streaming.stream` brings them when they run.
+        stay on the host; `streaming.stream` brings them when they run. `precision`: "int8" or "fp8" quantises each
+        matrix of a DiT's products as soon as it is loaded.
         """
         if device.type == "cpu":
             keep_freed_memory()
         check_triton(device)
         model = self._build()
-        away = self._weights_of(model, streamed) if streamed else ()
-        load_weights(model, self.checkpoint, dtype, device, widen_late, away)
+        away = self._weights_of(model, streamed) if streamed else set[str]()
+        late = self.late_weights(model) if device.type == "cuda" and not widen_late else set[str]()
+        load_weights(model, self.checkpoint, dtype, device, widen_late, away, late, precision)
         return model
 
     # ------------------------------------------------------------------ what `sizes` asks
@@ -97,21 +105,36 @@ class Component:
         """The weights that a render reads, in its order."""
         return self.row.reads(self.skeleton)
 
-    def work_bytes(self, work: Workload, dtype: torch.dtype) -> int:
+    def late_weights(self, model: nn.Module) -> set[str]:
+        """The weights of a model of blocks that no render reads: on a GPU they come when something else reads them."""
+        read = {id(weight) for weight in self.row.reads(model)}
+        unread = {name: w for name, w in model.named_parameters() if id(w) not in read and w.ndim == 2}
+        late = isinstance(model, Blocks) and not self.is_packed
+        return {name for name in unread if late and self.can_be_view(name)}
+
+    def work_bytes(self, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
         """What its stage needs besides weights."""
-        return self.row.work(self.skeleton.config, work, dtype)
+        return self.row.work(self.skeleton.config, work, dtype, device)
 
     def stored_bytes(self) -> int:
         return self.checkpoint.stored_bytes()
 
-    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int:
-        """Bytes of the loaded weights as `dtype`, or as they are stored."""
-        return self.stored_bytes() if widen_late else loaded_bytes(self.skeleton, self.checkpoint, dtype)
+    def weight_sizes(self, dtype: torch.dtype, widen_late: bool = False, device: torch.device = CPU) -> dict[str, int]:
+        """Bytes of each loaded weight as `dtype`, or as they are stored."""
+        if widen_late:
+            entries = self.checkpoint.entries
+            packed = {key for key, entry in entries.items() if entry.packed and not stays_packed(entry, device.type)}
+            return {key: 2 * entry.count if key in packed else entry.nbytes for key, entry in entries.items()}
+        return loaded_sizes(self.skeleton, self.checkpoint, dtype, device.type)
+
+    def can_be_view(self, name: str) -> bool:
+        """Whether a weight is a view of the file before it is cast, and need not be copied."""
+        return not isinstance(self.skeleton, Folds) and self.checkpoint.entries[name].aligned
 
     def view_bytes(self, name: str, dtype: torch.dtype, widen_late: bool) -> int:
         """Bytes of a weight that remains a view of the file when loaded on a CPU; 0 for one that does not."""
         entry = self.checkpoint.entries.get(name)
-        if entry is None or not self._can_be_view(name):
+        if entry is None or not self.can_be_view(name):
             return 0
         held = held_as(name, dtype, self._half)
         stays = entry.packed or entry.kind == held or (widen_late and name in self._matrices)
@@ -120,21 +143,17 @@ class Component:
     def block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes:
         """The bytes of those weights of a block that can be streamed."""
         loaded = stored = 0
-        for entry, name in ((self.checkpoint.entries[n], n) for n in names if self._can_be_view(n)):
+        for entry, name in ((self.checkpoint.entries[n], n) for n in names if self.can_be_view(n)):
             viewed = self.view_bytes(name, dtype, widen_late)
             loaded += viewed or entry.count * held_as(name, dtype, self._half).itemsize
             stored += 0 if viewed else entry.nbytes
-        return BlockBytes(loaded, stored)
+        return BlockBytes(loaded, stored, loaded)
 
     def _weights_of(self, model: nn.Module, blocks: Sequence[int]) -> set[str]:
         names = {id(weight): name for name, weight in model.named_parameters()}
         found = model.blocks() if isinstance(model, Blocks) else ()
         chosen = [weights for i, (_, weights) in enumerate(found) if i in blocks]
-        return {names[id(w)] for weights in chosen for w in weights if self._can_be_view(names[id(w)])}
-
-    def _can_be_view(self, name: str) -> bool:
-        """Whether a weight is a view of the file before it is cast, and need not be copied."""
-        return not isinstance(self.skeleton, Folds) and self.checkpoint.entries[name].aligned
+        return {names[id(w)] for weights in chosen for w in weights if self.can_be_view(names[id(w)])}
 
     @cached_property
     def _matrices(self) -> set[str]:

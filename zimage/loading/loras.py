@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zimage.errors import RequestError
 from zimage.formats.lora import ENDING, LoraFile, content_hash, lora_file, read_lora
@@ -25,7 +25,8 @@ from zimage.formats.stored import Maps
 from zimage.loading.files import Component
 from zimage.loading.registry import DIT
 from zimage.nn.adapters import adapt, adapt_vector, is_plain, linear_shapes, vector_sizes
-from zimage.nn.deltas import Decomposed
+from zimage.nn.branches import LEAST_RANK
+from zimage.nn.deltas import Decomposed, Delta, LowRank
 from zimage.settings.declared import check_lora_scale
 from zimage.settings.paths import user_path
 
@@ -135,6 +136,23 @@ class Loras:
         """Use these adapters from now on, unless the DiT cannot carry them."""
         self._owner.adapt_idle(tuple(adapters.values()))
         self._adapters = dict(adapters)
+
+
+def bytes_beside(adapters: Adapters, dtype: torch.dtype) -> int:
+    """About the bytes of adapters where they are computed beside their layers, as `nn.branches` holds them."""
+    stacks = _stacks(adapters, lambda file: file.deltas)
+    deltas = (adapter.file.deltas[path] for path, stack in stacks.items() for adapter in stack)
+    return dtype.itemsize * sum(map(_numbers, deltas))
+
+
+def _numbers(delta: Delta) -> int:
+    """Of a delta's factors, a rank filled up to a power of two; of a difference, the whole matrix."""
+    if isinstance(delta, LowRank):
+        return max(LEAST_RANK, 1 << (delta.w[1].shape[0] - 1).bit_length()) * sum(delta.shape)
+    if isinstance(delta, Decomposed):
+        return _numbers(delta.inner) + sum(delta.shape)
+    parts = (part for value in vars(delta).values() for part in (value if isinstance(value, tuple) else (value,)))
+    return sum(part.numel() for part in parts if isinstance(part, Tensor))
 
 
 def bring(

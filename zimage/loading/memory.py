@@ -143,6 +143,8 @@ def release_cached(device: torch.device) -> None:
     """Return freed memory, so that the next stage and other programs can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        # What was page-locked for it, too; the function became public in PyTorch 2.13.
+        (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()
     elif device.type == "mps":
         torch.mps.empty_cache()
     elif sys.platform == "linux" and hasattr(libc(), "malloc_trim"):

@@ -12,7 +12,8 @@ class Workload:
     """What determines the memory of a request: sizes in pixels, tokens of its longest text, images denoised together.
 
     `tile_mode` "" leaves the choice to the planner; `tile_size` 0 is the default. `stored_tokens` is the room, in
-    tokens, of the text encoder's cache when it writes; 0 when it only encodes.
+    tokens, of the text encoder's cache when it writes; 0 when it only encodes. `loras` are the bytes of LoRAs where
+    they are computed beside their layers.
     """
 
     width: int
@@ -22,6 +23,7 @@ class Workload:
     tile_mode: str = ""
     tile_size: int = 0
     stored_tokens: int = 0
+    loras: int = 0
 
     @property
     def pixels(self) -> int:
@@ -43,6 +45,7 @@ class StagePlan:
     window: int = 0  # bytes of them that are in memory at once
     blocks: int = 0  # in all
     pinned: int = 0  # page-locked on the host, for streaming to a GPU
+    beside: tuple[str, ...] = ()  # other components that may be in memory meanwhile; `weights` counts them
     tile_mode: str = ""  # of the VAE's stage
 
     @property
@@ -89,13 +92,15 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, as JSON holds them."""
-        stages = {name: {**asdict(stage), "streamed": list(stage.streamed)} for name, stage in self.stages.items()}
+        lists = {n: {"streamed": list(s.streamed), "beside": list(s.beside)} for n, s in self.stages.items()}
+        stages = {name: {**asdict(stage), **lists[name]} for name, stage in self.stages.items()}
         kept, limits = sorted(self.kept), dict(self.limits)
         return {"work": asdict(self.work), "stages": stages, "kept": kept, "limits": limits, "budget": self.budget}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "MemoryPlan":
         """The inverse of `to_dict`; `plain` is a PLAN."""
-        stages = {n: StagePlan(**{**s, "streamed": tuple(s["streamed"])}) for n, s in plain["stages"].items()}
+        lists = ("streamed", "beside")
+        stages = {n: StagePlan(**{**s, **{x: tuple(s[x]) for x in lists}}) for n, s in plain["stages"].items()}
         work, kept = Workload(**plain["work"]), frozenset(plain["kept"])
         return cls(work, stages, kept, dict(plain["limits"]), plain["budget"])

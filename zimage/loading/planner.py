@@ -3,6 +3,8 @@
 On each device the planner takes the first of these that fits, the least costly first:
 
     keep     all components stay loaded between stages and requests
+    part     on a GPU, those stay whose loading costs most: the text encoder goes first, since known captions do
+             without it
     stage    each component is loaded for its stage and then released
     strips   … and the picture is decoded in exact strips
     stream   … and the weights of some blocks of the text encoder or the DiT, as few as possible, are in memory
@@ -10,20 +12,22 @@ On each device the planner takes the first of these that fits, the least costly 
 
 The peak of a stage is the memory in use anyway, plus the weights in memory during it, plus what its work needs
 (`loading.sizes`). On a CPU it is the whole process's resident memory, with pages of mapped files, as Linux counts it
-(VmHWM); on a GPU what PyTorch allocates there.
+(VmHWM); on a GPU what the process holds of the card: the driver's context, and PyTorch's memory as it rounds it.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 
 from zimage.errors import RequestError
+from zimage.loading.allocator import page_locked_bytes, reserved_bytes
 from zimage.loading.devices import Place
 from zimage.loading.files import ModelFiles
 from zimage.loading.memory import available_memory, process_memory
 from zimage.loading.plan import MemoryPlan, StagePlan, Workload
-from zimage.loading.registry import ROWS, TEXT_ENCODER, VAE
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.sizes import BlockBytes, ComponentSizes, measure
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, LoadSettings
 
@@ -33,10 +37,13 @@ KEEP_SHARE = 0.5
 # Pictures are decoded whole up to this size and in strips beyond it, however much memory is free: strips equal the
 # whole only up to rounding, and a request should give the same bits on every machine that has some 4 GB.
 WHOLE_BYTES = 3e9
-# Measured: code pages of libraries first used in a render, thread stacks, freed memory that is not returned.
-RUNTIME_BYTES = {"cpu": 40_000_000}
-ELSEWHERE_BYTES = 300_000_000  # on a GPU: workspaces of libraries, rounding of the allocator; an unmeasured allowance
-STREAMING_DEVICES = ("cpu", "cuda")
+# What is in use besides weights and maps once a render runs. Measured on a CPU: code pages of libraries first used in a
+# render, thread stacks, freed memory that is not returned. On a GPU: workspaces and modules of libraries, and holes
+# between maps; on an H200 PyTorch held up to 0.6 GB more than weights in its units and maps (bench/NOTES.md).
+RESERVE_BYTES = {"cpu": 40_000_000, "cuda": 800_000_000}
+ELSEWHERE_BYTES = 300_000_000  # an unmeasured allowance
+CONTEXT_BYTES = 500_000_000  # of a GPU, by the driver for each process; free memory is counted without it
+NOTHING: Mapping[str, int] = {}
 
 
 class Planner:
@@ -45,6 +52,7 @@ class Planner:
     def __init__(self, model: ModelFiles, places: Mapping[str, Place], settings: LoadSettings):
         self.settings = settings
         devices = dict.fromkeys(place.device for place in places.values())
+        self._held = {device: _held_bytes(device) for device in devices}
         self._base = {device: _base_bytes(device) for device in devices}
         # A component may compute in fp32 though its file is bf16; casting it whole would double its memory.
         self.sizes = {name: self._measured(model, name, place) for name, place in places.items()}
@@ -52,39 +60,39 @@ class Planner:
     def _measured(self, model: ModelFiles, name: str, place: Place) -> ComponentSizes:
         component, (device, dtype) = model.components[name], place
         room = KEEP_SHARE * (self._limit(device) - self._base[device])
-        late = component.weight_bytes(dtype) > max(room, 1.5 * component.stored_bytes())
+        whole = sum(component.weight_sizes(dtype).values())
+        late = whole > max(room, 1.5 * component.stored_bytes())
         precision = self.settings.precision if ROWS[name].transformed else "bf16"
-        return measure(component, device, dtype, late, precision, device.type in STREAMING_DEVICES)
+        return measure(component, device, dtype, late, precision, self.settings.cuda_graphs)
 
     # ------------------------------------------------------------------ the decision
 
-    def plan(self, work: Workload, loaded: Iterable[str] = ()) -> MemoryPlan:
+    def plan(self, work: Workload, loaded: Mapping[str, int] = NOTHING) -> MemoryPlan:
         """How to run a workload in the memory that is free once the `loaded` components are released.
 
-        Always returns a plan; `check` refuses one that does not fit.
+        `loaded` says how many bytes each returns. Always returns a plan; `check` refuses one that does not fit.
         """
-        copies = {name: self.sizes[name].copied for name in loaded if name in self.sizes}
         stages: dict[str, StagePlan] = {}
         kept: set[str] = set()
         limits = {}
         for device in self._base:
             names = [name for name, sizes in self.sizes.items() if sizes.device == device]
-            limits[str(device)] = limit = self._limit(device, sum(copies.get(name, 0) for name in names))
-            together = self._together(names, work, self._keeping_limit(device, limit))
-            if together:
-                kept.update(names)
-            stages |= together or {name: self._alone(name, work, limit) for name in names}
+            limits[str(device)] = limit = self._limit(device, sum(loaded.get(name, 0) for name in names))
+            all_of_them = self._together(names, work, self._keeping_limit(device, limit))
+            found = all_of_them or {name: self._accompanied(name, names, work, limit) for name in names}
+            kept.update(names if all_of_them else self._staying(found))
+            stages |= found
         ordered = {name: stages[name] for name in self.sizes}
         return MemoryPlan(work, ordered, frozenset(kept), limits, self.settings.memory)
 
-    def plan_writing(self, tokens: int, loaded: Iterable[str] = ()) -> MemoryPlan:
+    def plan_writing(self, tokens: int, loaded: Mapping[str, int] = NOTHING) -> MemoryPlan:
         """How the text encoder writes a text of `tokens` in total. Raises RequestError if it does not fit."""
         work = Workload(SIZE_MULTIPLE, SIZE_MULTIPLE, tokens, tile_mode="off", stored_tokens=tokens)
         plan = self.plan(work, loaded)
         stage = plan.stages[TEXT_ENCODER]
         limit = plan.limits[stage.device]
         if plan.excess(stage) > 0:  # also where all should be kept: then only while it writes are they not
-            stage = self._alone(TEXT_ENCODER, work, limit)
+            stage = self._accompanied(TEXT_ENCODER, [TEXT_ENCODER], work, limit)
             kept = frozenset(n for n in plan.kept if plan.stages[n].device != stage.device)
             plan = replace(plan, stages={**plan.stages, TEXT_ENCODER: stage}, kept=kept)
         if plan.excess(stage) > 0:
@@ -95,18 +103,18 @@ class Planner:
             )
         return plan
 
-    def tile_mode(self, width: int, height: int, loaded: Iterable[str] = ()) -> str:
+    def tile_mode(self, width: int, height: int, loaded: Mapping[str, int] = NOTHING) -> str:
         """How to decode a picture of any size: "off" (whole) or "exact" (strips)."""
         width, height = (min(-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE, MAX_SIDE) for side in (width, height))
         return self.plan(Workload(width, height, 0), loaded).tile_mode
 
-    def check(self, plan: MemoryPlan, loaded: Iterable[str] = ()) -> None:
+    def check(self, plan: MemoryPlan, loaded: Mapping[str, int] = NOTHING) -> None:
         """Raise RequestError, with the figures and a size that fits, for a plan that does not fit."""
         if not plan.fits:
-            fitting = self._largest(plan.work, list(loaded))
+            fitting = self._largest(plan.work, loaded)
             fields = ("width", "height", "memory") if fitting else ("memory",)
             raise RequestError(self._refusal(plan, fitting), fields=fields)
-        pinned = max(stage.pinned for stage in plan.stages.values())
+        pinned = max((stage.pinned for name, stage in plan.stages.items() if name not in loaded), default=0)
         free = available_memory(torch.device("cpu")) if pinned else 0
         if pinned > free:
             raise RequestError(
@@ -120,15 +128,41 @@ class Planner:
         if self.settings.residency == "stage":
             return {}
         must = self.settings.residency == "keep"
-        weights = sum(self.sizes[name].resident for name in names)
         stages: dict[str, StagePlan] = {}
         for mode in self._tile_modes(work) if must else self._tile_modes(work)[:1]:
-            stages = {name: self._stage(name, replace(work, tile_mode=mode), weights) for name in names}
+            stages = {name: self._stage(name, replace(work, tile_mode=mode), names) for name in names}
             if all(stage.peak <= limit for stage in stages.values()):
                 break
             if not must:
                 return {}
         return stages
+
+    def _shares(self, name: str) -> bool:
+        """Whether some components may stay where all do not fit; a CPU's are in the page cache anyway."""
+        return self.sizes[name].device.type == "cuda" and self.settings.residency == "auto"
+
+    def _accompanied(self, name: str, names: list[str], work: Workload, limit: int) -> StagePlan:
+        """A stage beside as many other components on its device as fit, the text encoder only if all do."""
+        others = [n for n in names if n != name] if self._shares(name) else []
+        companies = [beside for count in range(1, len(others) + 1) for beside in combinations(others, count)]
+        for beside in sorted(companies, key=self._worth, reverse=True):
+            mode = self._tile_modes(work)[0]
+            stage = self._stage(name, replace(work, tile_mode=mode), (name, *beside))
+            if stage.peak <= limit:
+                return stage
+        return self._alone(name, work, limit)
+
+    def _worth(self, names: tuple[str, ...]) -> tuple[int, bool]:
+        """What it saves that these stay: bytes that every request needs, then those that only new captions need."""
+        return sum(self.sizes[n].resident for n in names if n != TEXT_ENCODER), TEXT_ENCODER in names
+
+    def _staying(self, stages: Mapping[str, StagePlan]) -> set[str]:
+        """What stays loaded after its stage: what may be in memory during the others that every request has.
+
+        The text encoder's is not among these, since a caption that is known needs none.
+        """
+        others = {n: [s for m, s in stages.items() if m not in (n, TEXT_ENCODER)] for n in stages if self._shares(n)}
+        return {name for name, rest in others.items() if all(name in stage.beside for stage in rest)}
 
     def _alone(self, name: str, work: Workload, limit: int) -> StagePlan:
         """The least costly way of running one stage that fits, else the tightest."""
@@ -140,41 +174,49 @@ class Planner:
     def _ways(self, name: str, work: Workload, limit: int) -> Iterable[StagePlan]:
         sizes = self.sizes[name]
         for mode in self._tile_modes(work) if name == VAE else ("",):
-            yield (whole := self._stage(name, replace(work, tile_mode=mode), sizes.resident))
+            yield (whole := self._stage(name, replace(work, tile_mode=mode), (name,)))
         if any(block.loaded for block in sizes.blocks):
-            yield self._streamed(whole, sizes.blocks, limit)
+            yield self._streamed(whole, sizes, work, limit)
 
-    def _streamed(self, whole: StagePlan, blocks: tuple[BlockBytes, ...], limit: int) -> StagePlan:
+    def _streamed(self, whole: StagePlan, sizes: ComponentSizes, work: Workload, limit: int) -> StagePlan:
         """As few blocks streamed as the limit allows, spread evenly, so that reading keeps pace with computing."""
+        blocks, on_cpu = sizes.blocks, whole.device == "cpu"
         candidates = [i for i, block in enumerate(blocks) if block.loaded]
-        stage, on_cpu = whole, whole.device == "cpu"
+        stage = whole
         for count in range(1, len(candidates) + 1):
             chosen = tuple(candidates[(2 * j + 1) * len(candidates) // (2 * count)] for j in range(count))
-            size = sum(blocks[i].loaded for i in chosen)
+            beside = work.loras * count // len(blocks) if sizes.merges else 0  # LoRAs that cannot be merged there
             stage = replace(
                 whole,
-                weights=whole.weights - size,
+                weights=whole.weights - sum(blocks[i].resident for i in chosen) + beside,
                 streamed=chosen,
-                streamed_bytes=size,
+                streamed_bytes=sum(blocks[i].loaded for i in chosen),
                 window=_window(on_cpu, [blocks[i] for i in chosen]),
-                pinned=0 if on_cpu else size,
             )
             if stage.peak <= limit:
                 break
-        return stage
+        return stage if on_cpu else replace(stage, pinned=page_locked_bytes([blocks[i].loaded for i in stage.streamed]))
 
-    def _stage(self, name: str, work: Workload, weights: int) -> StagePlan:
+    def _stage(self, name: str, work: Workload, there: Iterable[str]) -> StagePlan:
+        """A stage with the weights of all components that are `there`, its own among them."""
         sizes = self.sizes[name]
+        weights = sum(self.sizes[n].resident + self.sizes[n].graphs(work) for n in there)
+        needed = sizes.work(work)
         # Writing reads all layers and the head; encoding does not.
         weights += sizes.unread if work.stored_tokens and name == TEXT_ENCODER else 0
+        if work.loras and DIT in there and not self.sizes[DIT].merges:
+            weights += work.loras
+        elif work.loras and name == DIT:
+            needed = max(needed, sizes.merging)  # before the first step
         return StagePlan(
             name,
             ROWS[name].title,
             str(sizes.device),
             base=self._base[sizes.device],
             weights=weights,
-            activations=sizes.work(work),
+            activations=needed,
             blocks=len(sizes.blocks),
+            beside=tuple(n for n in there if n != name),
             tile_mode=work.tile_mode if name == VAE else "",
         )
 
@@ -182,7 +224,7 @@ class Planner:
 
     def _limit(self, device: torch.device, copies: int = 0) -> int:
         """Bytes that may be used on a device: what is free without our own `copies`, or what was allowed."""
-        free = self._base[device] + available_memory(device) + copies
+        free = self._held[device] + available_memory(device) + copies
         return free if self.settings.memory is None else min(free, round(self.settings.memory * 1e9))
 
     def _keeping_limit(self, device: torch.device, limit: int) -> int:
@@ -204,6 +246,7 @@ class Planner:
         work, stage, limit = plan.work, plan.tightest, plan.limits[plan.tightest.device]
         budget, needed = plan.budget, f"{-(-stage.peak // 10**8) / 10:.1f}"
         allowed = budget is not None and limit == round(budget * 1e9)
+        held = 0 if allowed else self._held[self.sizes[stage.component].device]  # what is free does not include it
         if fitting:
             advice = f"choose at most {fitting[0]}×{fitting[1]}" + (f" or set memory {needed}" if allowed else "")
         elif allowed:
@@ -213,13 +256,13 @@ class Planner:
         if self.settings.residency == "keep":
             advice += ", or residency auto"
         return (
-            f"{work.width}×{work.height} needs at least {stage.peak / 1e9:.2f} GB in the "
-            f"{stage.title}'s stage; {limit / 1e9:.2f} GB are "
+            f"{work.width}×{work.height} needs at least {(stage.peak - held) / 1e9:.2f} GB in the "
+            f"{stage.title}'s stage; {(limit - held) / 1e9:.2f} GB are "
             + (f"allowed (memory {budget:g})" if allowed else f"free on {stage.device}")
             + f"; {advice}"
         )
 
-    def _largest(self, work: Workload, loaded: list[str]) -> tuple[int, int] | None:
+    def _largest(self, work: Workload, loaded: Mapping[str, int]) -> tuple[int, int] | None:
         """The largest size of the request's shape that fits."""
         short = min(work.width, work.height) // SIZE_MULTIPLE
         low, high = 0, short
@@ -240,13 +283,19 @@ def _window(on_cpu: bool, blocks: list[BlockBytes]) -> int:
     """Bytes of the running block and the next one; a block that is cast is read ahead as it is stored."""
     loaded = max(block.loaded for block in blocks)
     if not on_cpu:
-        return 2 * loaded
+        return reserved_bytes([loaded, loaded])
     if len(blocks) == 1:
         return loaded + blocks[0].stored
     return loaded + max(block.stored or block.loaded for block in blocks)
 
 
+def _held_bytes(device: torch.device) -> int:
+    """The memory that the process has before the model is loaded."""
+    if device.type == "cuda":
+        return CONTEXT_BYTES + torch.cuda.memory_allocated(device)
+    return process_memory() if device.type == "cpu" else 0
+
+
 def _base_bytes(device: torch.device) -> int:
-    """The memory in use before the model is loaded, and what the libraries will add."""
-    held = process_memory() if device.type == "cpu" else 0
-    return held + RUNTIME_BYTES.get(device.type, ELSEWHERE_BYTES)
+    """The same, and what the libraries will add."""
+    return _held_bytes(device) + RESERVE_BYTES.get(device.type, ELSEWHERE_BYTES)

@@ -31,7 +31,9 @@ class Row:
     folder: str  # in the published layout
     classes: Mapping[str, type[Model]]
     reads: Callable[[nn.Module], Iterator[nn.Parameter]]  # what a render reads, in its order
-    work: Callable[[Any, Workload, torch.dtype], int]  # config → bytes that its stage needs besides weights
+    work: Callable[
+        [Any, Workload, torch.dtype, torch.device], int
+    ]  # config … → bytes that its stage needs besides weights
     optional: bool = False
     inside: str = ""  # the component whose file it shares: it is loaded by itself only
     transformed: bool = False  # whether precision, LoRAs and compilation apply to it

@@ -19,7 +19,7 @@ from torch import nn
 
 from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
-from zimage.formats.pages import Prefetch, forget_pages
+from zimage.formats.pages import Prefetch
 from zimage.loading.devices import Place
 from zimage.loading.files import Component, ModelFiles
 from zimage.loading.graphs import give_graphs
@@ -28,10 +28,11 @@ from zimage.loading.memory import out_of_memory_in, release_cached
 from zimage.loading.plan import MemoryPlan, StagePlan
 from zimage.loading.registry import DIT, ROWS
 from zimage.loading.sizes import ComponentSizes
-from zimage.loading.streaming import resident_weights, stop_streaming, stream, streamed_blocks
+from zimage.loading.streaming import bytes_on, resident_weights, stop_streaming, stream, streamed_blocks
 from zimage.nn.attention import choose_attention, head_size, use_attention
 from zimage.nn.compile import compile_blocks
-from zimage.nn.quant import check_precision, quantise
+from zimage.nn.late import send_back
+from zimage.nn.quant import check_precision
 from zimage.settings.declared import LoadSettings
 
 log = logging.getLogger("zimage")
@@ -42,6 +43,7 @@ class _Loaded:
     """A module in memory, the adapters it carries, and what reads its weights ahead."""
 
     module: nn.Module
+    copied: int  # bytes that letting it go returns on a CPU
     adapters: Adapters = ()
     ahead: Prefetch | None = None
 
@@ -83,6 +85,13 @@ class Residency:
         """Names of the components that are in memory now."""
         return tuple(self._held)
 
+    @property
+    def copies(self) -> dict[str, int]:
+        """Bytes that each loaded component would return if it were let go: views of files return none."""
+        on_gpu = {name: held for name, held in dict(self._held).items() if self.places[name].device.type == "cuda"}
+        others = {name: held.copied for name, held in dict(self._held).items() if name not in on_gpu}
+        return others | {name: bytes_on(held.module, self.places[name].device) for name, held in on_gpu.items()}
+
     @contextmanager
     def use(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> Iterator[Any]:
         """A component for one piece of work, loaded by `plan` with `adapters`; its device is held during it.
@@ -90,7 +99,12 @@ class Residency:
         Never yield from a generator inside: another request on the same pipeline would wait forever.
         """
         with self._devices[self.places[name].device]:
-            yield self._brought(name, plan, adapters).module
+            module = self._brought(name, plan, adapters).module
+            try:
+                yield module
+            finally:
+                if not self._busy[name]:
+                    send_back(module)
 
     def hold(self, name: str) -> AbstractContextManager[object]:
         """The component's device for one piece of work on a module that the caller has in hand."""
@@ -114,9 +128,11 @@ class Residency:
                 return
             if name not in plan.kept and not keep:
                 self._let_go([name])
-            elif (held := self._held.get(name)) and held.ahead:
-                held.ahead.stop()
-                held.ahead = None
+            elif held := self._held.get(name):
+                send_back(held.module)
+                if held.ahead:
+                    held.ahead.stop()
+                    held.ahead = None
 
     def release(self, *names: str) -> None:
         """Release loaded components (all, if none is named); they load again when they are next used."""
@@ -152,14 +168,14 @@ class Residency:
     def _read_ahead(self, name: str) -> None:
         held = self._held[name]
         if held.ahead is None:
-            held.ahead = Prefetch(resident_weights(held.module, ROWS[name].reads))
+            held.ahead = Prefetch(list(resident_weights(held.module, ROWS[name].reads)))
 
     def _in_the_way(self, name: str, plan: MemoryPlan) -> list[str]:
-        """What must go before a stage runs: what its plan does not keep, unless another stage is using that and there
-        is room for it beside this one (a preview between two steps must not reload the DiT).
+        """What must go before a stage runs: what its plan does not count, unless another stage is using that and
+        there is room for it beside this one (a preview between two steps must not reload the DiT).
         """
         here, stage = self.places[name].device, plan.stages[name]
-        others = [n for n in self.loaded if n not in (name, *plan.kept) and self.places[n].device == here]
+        others = [n for n in self.loaded if n not in (name, *stage.beside) and self.places[n].device == here]
         used = [n for n in others if self._busy[n]]
         if stage.peak + sum(self._sizes[n].resident for n in used) <= plan.limits[stage.device]:
             return [n for n in others if n not in used]
@@ -168,9 +184,8 @@ class Residency:
     def _prepared(self, name: str, stage: StagePlan, adapters: Adapters) -> _Loaded:
         """Load a plain module, then transform it, in this order."""
         (device, dtype), row, component = self.places[name], ROWS[name], self.model.components[name]
-        module = component.load(device, dtype, self._sizes[name].widen_late, stage.streamed)
-        if row.transformed and self.settings.precision != "bf16":
-            quantise(module, self.settings.precision, forget_pages)
+        sizes = self._sizes[name]
+        module = component.load(device, dtype, sizes.widen_late, stage.streamed, sizes.precision)
         if row.transformed:
             bring(module, component, (), adapters, dtype, device)
         if name in self._attend:
@@ -181,7 +196,7 @@ class Residency:
             stream(module, stage.streamed, device)
         if self.settings.cuda_graphs:
             give_graphs(name, module, device, self.attention, bool(stage.streamed))
-        return _Loaded(module, adapters if row.transformed else ())
+        return _Loaded(module, sizes.copied, adapters if row.transformed else ())
 
     def _adapted(self, held: _Loaded, adapters: Adapters) -> None:
         """Exchange the DiT's adapters; if that fails halfway, the DiT is released and loads again."""

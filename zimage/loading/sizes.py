@@ -4,9 +4,10 @@ The models know nothing of bytes. What a stage needs besides weights follows fro
 were measured on the models themselves, and tests compare them with the peaks of real runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,8 +15,12 @@ from torch import nn
 
 from zimage.dit.model import ZImageDiT, ZImageDiTConfig, padded_length
 from zimage.dit.replay import most_tokens
+from zimage.kernels import backend
+from zimage.kernels.scaled_product import LEAST_CAPABILITY
+from zimage.loading.allocator import LARGE, reserved_bytes
 from zimage.loading.plan import Workload
-from zimage.nn.quant import quantised_bytes
+from zimage.loading.streaming import buffer_bytes
+from zimage.nn.quant import quantisable
 from zimage.settings.declared import BLEND_TILE, SIZE_MULTIPLE
 from zimage.text.qwen3 import Qwen3, Qwen3Config
 from zimage.text.replay import window_of
@@ -24,12 +29,15 @@ from zimage.vae.tiling import runs_kernels, strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
 
 CPU = torch.device("cpu")
+# Bytes of an int8 product's sums for each value of the widest map, where no kernel scales them at the product's end:
+# 598 MB were measured where 412 were counted. With the kernel, and in fp8, quantised inputs take less than plain ones.
+INT8_SUMS = 4.5
 
 
 # ------------------------------------------------------------------ the work of a stage
 
 
-def text_encoder_bytes(config: Qwen3Config, work: Workload, dtype: torch.dtype) -> int:
+def text_encoder_bytes(config: Qwen3Config, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one layer: the feed-forward's hidden maps, q, k and v in fp32 and a few of its width."""
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     maps = (2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads
@@ -46,9 +54,9 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype) -> int:
+def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image."""
-    return _dit_tokens(work) * (2 * int(config.dim / 3 * 8) + 8 * config.dim) * dtype.itemsize
+    return _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
@@ -65,6 +73,16 @@ def graph_bytes(config: Qwen3Config | ZImageDiTConfig, work: Workload, dtype: to
         return 0
     window = replace(work, tokens=1, stored_tokens=window_of(work.stored_tokens))
     return text_encoder_bytes(config, window, dtype) - work.stored_tokens * _stored_bytes(config, dtype)
+
+
+def int8_bytes(config: ZImageDiTConfig, work: Workload, device: torch.device) -> int:
+    """What int8 products need besides on a GPU: sums in int32 that are scaled by passes of their own."""
+    old = torch.cuda.is_available() and backend.capability(device) < LEAST_CAPABILITY[torch.int8]
+    return int(_dit_tokens(work) * _hidden(config) * INT8_SUMS) if old or not backend.ACTIVE else 0
+
+
+def _hidden(config: ZImageDiTConfig) -> int:
+    return int(config.dim / 3 * 8)
 
 
 def vae_bytes(
@@ -132,6 +150,7 @@ class BlockBytes(NamedTuple):
 
     loaded: int  # its weights as they are used
     stored: int  # those that are cast, as they lie in the file
+    resident: int  # what they take where they stay
 
 
 class Sized(Protocol):
@@ -141,10 +160,14 @@ class Sized(Protocol):
     def skeleton(self) -> nn.Module: ...
     @property
     def is_packed(self) -> bool: ...
-    def weight_bytes(self, dtype: torch.dtype, widen_late: bool = False) -> int: ...
+    def weight_sizes(
+        self, dtype: torch.dtype, widen_late: bool = False, device: torch.device = CPU
+    ) -> Mapping[str, int]: ...
     def stored_bytes(self) -> int: ...
     def reads(self) -> Iterator[nn.Parameter]: ...
-    def work_bytes(self, work: Workload, dtype: torch.dtype) -> int: ...
+    def late_weights(self, model: nn.Module) -> set[str]: ...
+    def work_bytes(self, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int: ...
+    def can_be_view(self, name: str) -> bool: ...
     def view_bytes(self, name: str, dtype: torch.dtype, widen_late: bool) -> int: ...
     def block_bytes(self, names: list[str], dtype: torch.dtype, widen_late: bool) -> BlockBytes: ...
 
@@ -154,52 +177,135 @@ class ComponentSizes:
     """One component's bytes in the form in which it is loaded, as the planner needs them.
 
     `resident`: the weights that a render brings into memory. `copied`: those that are not views of a file, whose pages
-    count as free. `unread`: those that stay on disk while it encodes and are read when it writes. `packed_work`: what
-    half-precision products repack on a CPU.
+    count as free. `unread`: those that stay on disk while it encodes and are read when it writes. `scratch`: what
+    products widen, repack or decode at a time. `merging`: what a LoRA's matrices need while they are merged.
     """
 
     component: Sized
     device: torch.device
     dtype: torch.dtype
+    precision: str
     widen_late: bool
     weights: int
     resident: int
     copied: int
     unread: int
     blocks: tuple[BlockBytes, ...]
-    packed_work: int
+    scratch: int
+    merging: int
+    captured: bool = False  # as CUDA graphs
 
     def work(self, work: Workload) -> int:
-        return self.component.work_bytes(work, self.dtype) + self.packed_work
+        """What a stage needs besides weights."""
+        needed = self.component.work_bytes(work, self.dtype, self.device) + self.scratch
+        model = self.component.skeleton
+        if self.device.type == "cuda" and self.precision == "int8" and isinstance(model, ZImageDiT):
+            needed += int8_bytes(model.config, work, self.device)
+        return needed
+
+    def graphs(self, work: Workload) -> int:
+        """What the CUDA graphs of a loaded component keep."""
+        config = getattr(self.component.skeleton, "config", None)
+        if not self.captured or not isinstance(config, Qwen3Config | ZImageDiTConfig):
+            return 0
+        return graph_bytes(config, work, self.dtype)
+
+    @property
+    def merges(self) -> bool:
+        """Whether LoRAs are merged into the weights that stay in memory."""
+        return self.precision == "bf16" and not self.component.is_packed and not self.widen_late
 
 
 def measure(
-    component: Sized, device: torch.device, dtype: torch.dtype, widen_late: bool, precision: str, streams: bool
+    component: Sized,
+    device: torch.device,
+    dtype: torch.dtype,
+    late: bool = False,
+    precision: str = "bf16",
+    graphs: bool = False,
 ) -> ComponentSizes:
     """The sizes of a component on `device`; `precision` "bf16" leaves its products as they are.
 
-    `streams`: whether its blocks can be loaded one by one there.
+    `late`: its matrices stay as stored, and are widened when used. `graphs`: whether CUDA graphs are captured.
     """
-    late, on_cpu, quantised = widen_late, device.type == "cpu", precision != "bf16"
-    loaded = component.weight_bytes(dtype, late)
-    unread = _unread_bytes(component, dtype, late) if on_cpu else 0
-    viewed = on_cpu and _is_viewed(component, dtype, late)
-    weights, resident = loaded, loaded - unread
-    if quantised:  # made of the loaded weights: pages of the file, or copies that are there first
-        weights = quantised_bytes(component.skeleton, precision, dtype)
-        resident = weights if viewed else loaded
-    streams = streams and not quantised and (on_cpu or not component.is_packed)  # packed matrices stay where they are
-    return ComponentSizes(
-        component,
-        device,
-        dtype,
-        late,
+    sizes = _tensor_sizes(component, dtype, late, precision, device)
+    if device.type == "cuda":
+        found = _on_gpu(component, sizes, dtype, late)
+    elif device.type == "cpu":
+        found = _on_cpu(component, sizes, dtype, late, precision)
+    else:
+        weights = sum(map(sum, sizes.values()))
+        found = Bytes(weights, weights, copied=weights)
+    captured = graphs and device.type == "cuda"
+    return ComponentSizes(component, device, dtype, precision, late, **found._asdict(), captured=captured)
+
+
+class Bytes(NamedTuple):
+    """The fields of ComponentSizes that depend on the device."""
+
+    weights: int
+    resident: int
+    copied: int
+    unread: int = 0
+    blocks: tuple[BlockBytes, ...] = ()
+    scratch: int = 0
+    merging: int = 0
+
+
+def _tensor_sizes(
+    component: Sized, dtype: torch.dtype, late: bool, precision: str, device: torch.device = CPU
+) -> dict[str, tuple[int, ...]]:
+    """Name → bytes of the tensors that a weight consists of once loaded: codes and scales of quantised ones."""
+    sizes: dict[str, tuple[int, ...]] = {n: (size,) for n, size in component.weight_sizes(dtype, late, device).items()}
+    if precision != "bf16":
+        names = {id(weight): name for name, weight in component.skeleton.named_parameters()}
+        for _, _, linear in quantisable(component.skeleton, precision):
+            assert isinstance(linear, nn.Linear)  # nothing is packed on meta
+            sizes[names[id(linear.weight)]] = (linear.weight.numel(), 4 * linear.out_features)
+    return sizes
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
+def _on_gpu(component: Sized, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, late: bool) -> Bytes:
+    """In the allocator's units, without the weights that are left on the host until something reads them."""
+    left = set[str]() if late else component.late_weights(component.skeleton)
+    everything, loaded = sizes.values(), [parts for name, parts in sizes.items() if name not in left]
+    resident, largest = reserved_bytes(chain.from_iterable(loaded)), _largest_matrix(component.skeleton)
+    return Bytes(
+        weights=sum(map(sum, everything)),
+        resident=resident,
+        copied=sum(map(sum, loaded)),
+        unread=reserved_bytes(chain.from_iterable(everything)) - resident,
+        blocks=tuple(_gpu_blocks(component, sizes)),
+        scratch=largest * dtype.itemsize if component.is_packed or late else 0,  # a matrix, widened
+        merging=largest * (3 * 4 + 2 * dtype.itemsize),  # in fp32 the weight, its sum and its change; old and new
+    )
+
+
+def _gpu_blocks(component: Sized, sizes: Mapping[str, tuple[int, ...]]) -> Iterator[BlockBytes]:
+    for names in _block_names(component):
+        parts = [part for name in names if component.can_be_view(name) for part in sizes[name]]
+        own = sum(reserved_bytes([part]) if part >= LARGE else part for part in parts)
+        yield BlockBytes(buffer_bytes(parts), 0, own)
+
+
+# ------------------------------------------------------------------ on a CPU
+
+
+def _on_cpu(
+    component: Sized, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, late: bool, precision: str
+) -> Bytes:
+    """Views of the file wherever the dtype agrees; matrices are quantised one by one, from pages or a cast copy."""
+    weights, unread = sum(map(sum, sizes.values())), _unread_bytes(component, dtype, late)
+    return Bytes(
         weights,
-        resident,
-        copied=0 if viewed else weights,
+        resident=weights - unread,
+        copied=0 if _is_viewed(component, dtype, late) else weights,
         unread=unread,
-        blocks=tuple(_block_sizes(component, dtype, late)) if streams else (),
-        packed_work=_packed_bytes(component.skeleton, device, dtype),
+        blocks=tuple(_block_sizes(component, dtype, late)) if precision == "bf16" else (),
+        scratch=_repacked_bytes(component.skeleton, dtype),
     )
 
 
@@ -217,17 +323,22 @@ def _is_viewed(component: Sized, dtype: torch.dtype, late: bool) -> bool:
 
 
 def _block_sizes(component: Sized, dtype: torch.dtype, late: bool) -> Iterator[BlockBytes]:
-    """Bytes of each block that can be streamed, in the order of `blocks()`; 0 for one that no render runs."""
+    for names in _block_names(component):
+        yield component.block_bytes(names, dtype, late)
+
+
+def _block_names(component: Sized) -> Iterator[list[str]]:
+    """The weights of each block that can be streamed, in the order of `blocks()`; none of one that no render runs."""
     blocks = getattr(component.skeleton, "blocks", None)
     read = {id(weight) for weight in component.reads()}
     names = {id(w): name for name, w in component.skeleton.named_parameters() if id(w) in read}
     for _, weights in blocks() if blocks else ():
-        yield component.block_bytes([names[id(w)] for w in weights if id(w) in names], dtype, late)
+        yield [names[id(w)] for w in weights if id(w) in names]
 
 
-def _packed_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Half-precision products on a CPU repack a matrix each time; convolutions do not."""
-    half = device.type == "cpu" and dtype == torch.bfloat16 and isinstance(model, Qwen3 | ZImageDiT)
+    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | ZImageDiT)
     return _largest_matrix(model) * 2 if half else 0
 
 

@@ -8,12 +8,13 @@
 At most two blocks' weights are in memory at a time. On a CPU they are pages of the mapped file, read ahead by another
 thread and unmapped afterwards (the page cache keeps them if there is room); weights of another dtype are cast when
 their block runs. On a GPU they are copied from page-locked memory into two buffers in turn, by a stream of their own,
-while the other buffer's block computes. Values and kernels are those of resident weights, so results have equal bits.
+while the other buffer's block computes; quantised and packed matrices come as codes and scales. Values and kernels are
+those of resident weights, so results have equal bits.
 """
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from zimage.formats.pages import Prefetch, forget_pages
+from zimage.loading.allocator import together
 from zimage.loading.memory import page_locked
-from zimage.nn.packed import packed_codes
+from zimage.nn.packed import PackedEmbedding, PackedLinear, packed_codes
 
 ALIGNMENT = 256  # bytes, of a weight within a buffer, as in a GPU's allocator
 
@@ -48,9 +50,13 @@ def stream(model: nn.Module, indices: Sequence[int], device: torch.device) -> No
     """Stream the blocks `indices` of `model.blocks()`, whose weights were left as they are stored, in place."""
     assert isinstance(model, Blocks)
     blocks = list(model.blocks())
-    weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
-    codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
-    carrier = MappedBlocks(weights, codes) if device.type == "cpu" else CopiedBlocks(weights, device)
+    carrier: MappedBlocks | CopiedBlocks
+    if device.type == "cpu":
+        weights = [[w for w in blocks[i][1] if hasattr(w, "wanted")] for i in indices]
+        codes = [[code for m in blocks[i][0].modules() for code in packed_codes(m)] for i in indices]
+        carrier = MappedBlocks(weights, codes)
+    else:
+        carrier = CopiedBlocks([on_the_host(blocks[i][0]) for i in indices], device)
     vars(model)["streaming"] = streaming = Streaming(carrier, len(indices))
     for turn, i in enumerate(indices):
         block = blocks[i][0]
@@ -68,6 +74,26 @@ def streamed_blocks(model: nn.Module) -> int:
     """How many blocks of a loaded model are streamed."""
     streaming = vars(model).get("streaming")
     return streaming.count if streaming else 0
+
+
+def on_the_host(block: nn.Module) -> list[Tensor]:
+    """The tensors of a block that were left on the host when it was loaded: weights, codes and scales."""
+    return [tensor for tensor in _tensors(block) if "wanted" in vars(tensor)]
+
+
+def bytes_on(model: nn.Module, device: torch.device) -> int:
+    """Bytes of a model on a device, those of the buffers for its streamed blocks among them."""
+    streaming = vars(model).get("streaming")
+    buffers = [buffer.values for buffer in streaming.carrier.buffers] if streaming else []
+    return sum(tensor.nbytes for tensor in (*_tensors(model), *buffers) if tensor.device == device)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            yield from module.packed.tensors()
 
 
 def resident_weights(model: nn.Module, reads: Callable[[nn.Module], Iterator[nn.Parameter]]) -> Iterator[nn.Parameter]:
@@ -176,12 +202,12 @@ class CopiedBlocks:
     waits for `ready`, recorded after the copy.
     """
 
-    def __init__(self, weights: list[list[nn.Parameter]], device: torch.device, runtime: Runtime = torch.cuda):
+    def __init__(self, weights: list[list[Tensor]], device: torch.device, runtime: Runtime = torch.cuda):
         self.weights, self.device, self.runtime = weights, device, runtime
-        self.hosts = [_packed(block, pin=device.type == "cuda") for block in weights]
+        self.hosts = _copies(weights, page_locked if device.type == "cuda" else _pageable)
         self.copies = runtime.Stream(device)
         largest = max(host.numel() for host in self.hosts)
-        self.buffers = [_Buffer(largest, device, runtime) for _ in range(2)]
+        self.buffers = [_Buffer(largest, device, runtime, self.copies) for _ in range(2)]
         for buffer in self.buffers:  # kernels launched before may still use its memory
             buffer.free.record(runtime.current_stream(device))
 
@@ -189,22 +215,24 @@ class CopiedBlocks:
         buffer = self._holding(i) or self._fetch(i, self.buffers[0] if self.buffers[1].latest else self.buffers[1])
         self._mark(buffer)
         self.runtime.current_stream(self.device).wait_event(buffer.ready)
-        for weight, view in zip(self.weights[i], _views(buffer.values, self.weights[i]), strict=True):
-            weight.data = view
+        self._use(i, buffer.values)
 
     def announce(self, i: int) -> None:
         if self._holding(i) is None:
             self._fetch(i, next(buffer for buffer in self.buffers if not buffer.latest))
 
     def let_go(self, i: int) -> None:
-        for weight, view in zip(self.weights[i], _views(self.hosts[i], self.weights[i]), strict=True):
-            weight.data = view
+        self._use(i, self.hosts[i])
         buffer = self._holding(i)
         if buffer is not None:  # None: bringing it failed
             buffer.free.record(self.runtime.current_stream(self.device))
 
     def stop(self) -> None:
         self.copies.synchronize()
+
+    def _use(self, i: int, packed: Tensor) -> None:
+        for weight, view in zip(self.weights[i], _views(packed, self.weights[i]), strict=True):
+            weight.data = view
 
     def _holding(self, i: int) -> "_Buffer | None":
         return next((buffer for buffer in self.buffers if buffer.block == i), None)
@@ -225,26 +253,38 @@ class CopiedBlocks:
 
 
 class _Buffer:
-    def __init__(self, size: int, device: torch.device, runtime: Runtime):
+    def __init__(self, size: int, device: torch.device, runtime: Runtime, copies: torch.cuda.Stream):
         self.values = torch.empty(size, dtype=torch.uint8, device=device)
+        if device.type == "cuda":  # a model may be dropped while a copy is under way: its memory then waits for that
+            self.values.record_stream(copies)
         self.ready, self.free = runtime.Event(), runtime.Event()
         self.block: int | None = None  # the one whose weights it holds
         self.latest = False  # its block runs or was the last to run
 
 
-def _packed(weights: list[nn.Parameter], pin: bool) -> Tensor:
-    """One page-locked tensor of all weights in the wanted dtypes, so that one copy brings a whole block."""
-    size = sum(_aligned(weight.numel() * _wanted(weight).itemsize) for weight in weights)
-    host = page_locked(size) if pin else torch.empty(size, dtype=torch.uint8)
-    for weight, view in zip(weights, _views(host, weights), strict=True):
-        stored = weight.data
-        view.copy_(stored)
-        weight.data = view
-        forget_pages(stored)
-    return host
+def buffer_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of a streamed block whose tensors have these sizes, so that one copy brings all of them."""
+    return sum(_aligned(size) for size in sizes)
 
 
-def _views(packed: Tensor, weights: list[nn.Parameter]) -> Iterator[Tensor]:
+def _copies(blocks: list[list[Tensor]], allocate: Callable[[int], Tensor]) -> list[Tensor]:
+    """Each block's tensors, as they are used, side by side on the host; several blocks share an allocation."""
+    sizes = [buffer_bytes(weight.numel() * _wanted(weight).itemsize for weight in block) for block in blocks]
+    hosts = [host for run in together(sizes) for host in allocate(sum(run)).split(run)]
+    for block, host in zip(blocks, hosts, strict=True):
+        for weight, view in zip(block, _views(host, block), strict=True):
+            stored = weight.data
+            view.copy_(stored)
+            weight.data = view
+            forget_pages(stored)
+    return hosts
+
+
+def _pageable(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _views(packed: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
     """Each weight's place in a packed block."""
     begin = 0
     for weight in weights:
@@ -253,8 +293,8 @@ def _views(packed: Tensor, weights: list[nn.Parameter]) -> Iterator[Tensor]:
         begin += _aligned(size)
 
 
-def _wanted(weight: nn.Parameter) -> torch.dtype:
-    """The dtype in which a weight that was left in its file is used."""
+def _wanted(weight: Tensor) -> torch.dtype:
+    """The dtype in which a tensor that was left on the host is used."""
     return vars(weight)["wanted"]
 
 

@@ -9,11 +9,16 @@ from torch import Tensor, nn
 
 from zimage.errors import CheckpointError, NonFiniteError
 from zimage.formats.checkpoint import Checkpoint, listing
-from zimage.formats.pages import forget_pages
+from zimage.formats.pages import Prefetch, forget_pages
 from zimage.formats.stored import Stored
+from zimage.loading.uploads import Uploads
 from zimage.nn.gain import gain
+from zimage.nn.late import LATE
 from zimage.nn.layers import BlockLinear, StreamedLinear, WideningLinear
 from zimage.nn.packed import Packed, PackedEmbedding, PackedLinear, decoded, is_packed
+from zimage.nn.quant import DTYPES, QuantisedLinear, quantisable
+
+CPU = torch.device("cpu")
 
 
 @runtime_checkable
@@ -43,42 +48,51 @@ def load_weights(
     device: torch.device,
     widen_late: bool = False,
     away: Collection[str] = (),
+    late: Collection[str] = (),
+    precision: str = "bf16",
 ) -> None:
     """Load the weights of a checkpoint that fits `model`, which was built on meta, as `dtype` on `device`.
 
     On the CPU, tensors already stored as `dtype` stay views of the mapped file; others are cast one by one and their
-    pages released. As fp16, only matrices of blocks are held, all else as fp32: see `zimage.dit.units`.
-    Quantised matrices stay packed and are widened when used; with `widen_late`, plain matrices of Linear and Embedding
-    layers stay as stored too. On a GPU, kinds that it cannot widen are decoded here. Weights named in `away` stay views
-    of the file, whatever the dtype and the device: their attribute `wanted` is the dtype in which they are used.
+    pages released. As fp16, only matrices of blocks are held, all else as fp32: see `zimage.dit.units`. Quantised
+    matrices stay packed and are widened when used; with `widen_late`, plain matrices of Linear and Embedding layers
+    stay as stored too. On a GPU, kinds that it cannot widen are decoded here. A `precision` of "int8" or "fp8"
+    quantises a DiT's matrices one after another, so that memory never holds both models. Weights named in `away`,
+    which are streamed, and in `late`, which come when something reads them, stay on the host: their attribute `wanted`
+    is the dtype in which they are used.
     """
-    read = checkpoint.reader()
+    read, keys = checkpoint.reader(), list(_published_shapes(model))
     kept = late_matrices(model) if widen_late else set()
     half = half_matrices(model)
     if isinstance(model, Halves):
         model.in_half = dtype is torch.float16
     if widen_late:
         _widen_linears(model)
-    for key in _published_shapes(model):
-        value = read(key)
-        if is_packed(value):
-            if stays_packed(value, device.type):
-                _pack(model, key, value.to(device))
-            else:
+    quantised, arrivals = _quantised_keys(model, precision), Arrivals(device)
+    with arrivals.read_ahead(read(key) for key in keys if checkpoint.entries[key].aligned):
+        for key in keys:
+            value, stays = read(key), (key in away or key in late) and key not in quantised
+            if is_packed(value) and stays_packed(value, device.type):
+                _pack(model, key, arrivals.packed(value, stays))
+            elif is_packed(value):
                 wanted = torch.bfloat16 if widen_late else held_as(key, dtype, half)
-                _assign(model, key, decoded(value, wanted, device))
-            continue
-        folded = model.fold(key, value) if isinstance(model, Folds) else (key, value)
-        if folded is not None:
-            name, tensor = folded
-            wanted = tensor.dtype if name in kept else held_as(name, dtype, half)
-            if name in away:
-                _leave(model, name, tensor, wanted)
-                if wanted is torch.float16:
-                    gain(model.get_submodule(name.removesuffix(".weight")), device)  # while its pages may be read
-                    forget_pages(tensor)
-            else:
-                _assign(model, name, _placed(tensor, value, wanted, device))
+                if stays:
+                    _leave(model, key, decoded(value, wanted, CPU), wanted, late=False)
+                else:
+                    _assign(model, key, decoded(value, wanted, device))
+            elif folded := model.fold(key, value) if isinstance(model, Folds) else (key, value):
+                name, tensor = folded
+                wanted = tensor.dtype if name in kept else held_as(name, dtype, half)
+                if stays:
+                    _leave(model, name, tensor, wanted, name in late)
+                    if wanted is torch.float16:
+                        gain(model.get_submodule(name.removesuffix(".weight")), device)  # while its pages may be read
+                        forget_pages(tensor)
+                else:
+                    _assign(model, name, arrivals.tensor(tensor, value, wanted))
+            if key in quantised:
+                _quantise(model, key, precision, key in away)
+                _forget(value)
     model.requires_grad_(False).eval()
 
 
@@ -87,14 +101,14 @@ def stays_packed(matrix: Packed | Stored, device: str) -> bool:
     return device == "cpu" or matrix.has_kernel
 
 
-def loaded_bytes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> int:
-    """Bytes of the weights once loaded as `dtype` on this type of device; the model may be on meta."""
+def loaded_sizes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> dict[str, int]:
+    """Name → bytes of each weight once loaded as `dtype` on this type of device; the model may be on meta."""
     packed = {key: entry for key, entry in checkpoint.entries.items() if entry.packed and stays_packed(entry, device)}
     half = half_matrices(model)
-    return sum(
-        packed[name].nbytes if name in packed else weight.numel() * held_as(name, dtype, half).itemsize
+    return {
+        name: packed[name].nbytes if name in packed else weight.numel() * held_as(name, dtype, half).itemsize
         for name, weight in model.named_parameters()
-    )
+    }
 
 
 def half_matrices(model: nn.Module) -> set[str]:
@@ -135,11 +149,77 @@ def _widen_linears(model: nn.Module) -> None:
             module.__class__ = WideningLinear
 
 
-def _placed(tensor: Tensor, mapped: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    placed = tensor.to(device=device, dtype=dtype).contiguous()
-    if placed.data_ptr() != tensor.data_ptr():
-        forget_pages(mapped)
-    return placed
+class Arrivals:
+    """Puts what is read from a file onto a device. On the CPU that is a view of the file wherever the dtype agrees."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.uploads = Uploads(device) if device.type == "cuda" else None
+
+    def tensor(self, tensor: Tensor, mapped: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor as `dtype`; if it was copied, the pages of the `mapped` one that it comes from are let go."""
+        placed = self.uploads(tensor, dtype) if self.uploads else _placed(tensor, dtype, self.device)
+        if self.uploads or placed.data_ptr() != tensor.data_ptr():
+            forget_pages(mapped)
+        return placed
+
+    def packed(self, matrix: Packed, stays: bool) -> Packed:
+        """A packed matrix; on a GPU one that `stays` on the host says so by its tensors' attribute `wanted`."""
+        if self.uploads is None:
+            return matrix.to(self.device)
+        return _marked(matrix) if stays else self.uploads.packed(matrix)
+
+    @contextlib.contextmanager
+    def read_ahead(self, values: Iterable[Tensor | Packed]) -> Iterator[None]:
+        """For a GPU, read these from the disk meanwhile; a CPU's are read ahead when they are used."""
+        ahead = Prefetch(_mapped(values)) if self.uploads else None
+        try:
+            yield
+        finally:
+            if ahead:
+                ahead.stop()
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return tensor.to(device=device, dtype=dtype).contiguous()
+
+
+def _mapped(values: Iterable[Tensor | Packed]) -> Iterator[Tensor]:
+    for value in values:
+        yield from value.tensors() if is_packed(value) else (value,)
+
+
+def _forget(value: Tensor | Packed) -> None:
+    """Let go of the pages of a plain matrix; a packed one's codes may be in use as they are."""
+    if isinstance(value, Tensor):
+        forget_pages(value)
+
+
+def _quantised_keys(model: nn.Module, precision: str) -> set[str]:
+    """The weights whose products are computed in `precision`, "int8" or "fp8"."""
+    if precision == "bf16":
+        return set()
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {f"{paths[id(layer)]}.weight" for _, _, layer in quantisable(model, precision)}
+
+
+def _quantise(model: nn.Module, key: str, precision: str, away: bool) -> None:
+    """Replace the layer whose weight is `key`; one that is streamed goes back to the host as codes and scales."""
+    plain = model.get_submodule(key.removesuffix(".weight"))
+    assert isinstance(plain, nn.Linear | PackedLinear)
+    layer = QuantisedLinear(plain, DTYPES[precision])
+    if away:
+        for tensor in layer.buffers():
+            tensor.data = tensor.cpu()
+            vars(tensor)["wanted"] = tensor.dtype
+    _replace(model, key, layer)
+
+
+def _marked(matrix: Packed) -> Packed:
+    """A packed matrix whose tensors stay on the host until they are streamed."""
+    for tensor in matrix.tensors():
+        vars(tensor)["wanted"] = tensor.dtype
+    return matrix
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
@@ -150,12 +230,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> nn.Module:
     return owner
 
 
-def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype) -> None:
-    """Leave a weight in its file, to be streamed; the class of its plain Linear says so."""
+def _leave(model: nn.Module, name: str, stored: Tensor, wanted: torch.dtype, late: bool) -> None:
+    """Leave a weight in its file, to be streamed or to come `late`; the class of its layer says so."""
     owner = _assign(model, name, stored)
     getattr(owner, name.rpartition(".")[2]).wanted = wanted
-    if type(owner) is BlockLinear:
-        owner.__class__ = StreamedLinear
+    classes: Mapping[type[nn.Module], type[nn.Module]] = LATE if late else {BlockLinear: StreamedLinear}
+    owner.__class__ = classes.get(type(owner), type(owner))
 
 
 def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
@@ -166,12 +246,15 @@ def _published_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
 
 def _pack(model: nn.Module, key: str, packed: Packed) -> None:
     """Replace the layer whose weight is `key` by a packed one."""
-    path = key.removesuffix(".weight")
-    owner, _, name = path.rpartition(".")
-    layer = model.get_submodule(path)
+    layer = model.get_submodule(key.removesuffix(".weight"))
     bias = layer.bias if isinstance(layer, nn.Linear) else None
-    new = PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, bias)
-    setattr(model.get_submodule(owner), name, new)
+    _replace(model, key, PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, bias))
+
+
+def _replace(model: nn.Module, key: str, layer: nn.Module) -> None:
+    """Put another layer in the place of the one whose weight is `key`."""
+    owner, _, name = key.removesuffix(".weight").rpartition(".")
+    setattr(model.get_submodule(owner), name, layer)
 
 
 def _check_keys(

@@ -35,11 +35,7 @@ class CudaGraphs:
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with torch.cuda.device(self.device):
             self._warm_up(run)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile: only this one's calls are watched.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                output = run()
-        return graph.replay, output
+            return self._record(run)
 
     def _warm_up(self, run: Callable[[], Tensor]) -> None:
         """Kernels are compiled and tuned, and libraries loaded, when they first run: none of it may be captured."""
@@ -48,6 +44,18 @@ class CudaGraphs:
         with torch.cuda.stream(aside):
             run()
         here.wait_stream(aside)
+
+    def _record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate meanwhile: only this one's calls are watched.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = run()
+        except RuntimeError:  # torch.cuda.graph then leaves its stream in place and the allocator at its pool
+            torch.cuda.set_stream(here)
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            raise
+        return graph.replay, output
 
 
 class Captured:
@@ -73,7 +81,7 @@ def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor], graphs: 
     except RuntimeError as error:  # what waits for the GPU in a capture, say; an error of the GPU comes again
         if "out of memory" in str(error):
             raise
-        log.warning("runs without a CUDA graph, which could not be captured (%s)", str(error).splitlines()[0])
+        log.warning("work that a CUDA graph cannot hold is launched as ever (%s)", str(error).splitlines()[0])
         return function
 
 

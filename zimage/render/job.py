@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from zimage import flow
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
-from zimage.loading.loras import LoraUse
+from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
+from zimage.loading.registry import DIT
 from zimage.pictures.image import InputPicture, first_pass_size, open_image, open_mask
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
@@ -158,12 +159,12 @@ def decide(
     model: ModelFiles,
     texts: Texts,
     planner: Planner,
-    loras: tuple[LoraUse, ...],
-    loaded: tuple[str, ...],
+    loras: Adapters,
+    loaded: Mapping[str, int],
     facts: Mapping[str, str],
     must_fit: bool,
 ) -> Job:
-    """The job that a request makes, on what is free when the `loaded` components are let go.
+    """The job that a request makes, on what is free when the `loaded` components are let go and return these bytes.
 
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
@@ -178,7 +179,8 @@ def decide(
     longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
     texts.warn_of_length(longest, request.long_prompt)
     together = min(request.batch_size, request.count)
-    work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0)
+    beside = bytes_beside(loras, planner.sizes[DIT].dtype)
+    work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
     plan = planner.plan(work, loaded)
     if must_fit:
         planner.check(plan, loaded)

@@ -93,7 +93,7 @@ class Rewriter:
         block = bool(thinking) or not settings.rewrite_thinking
         chat = format_chat(prompt, template.system_prompt, thinking, think_block=block)
         tokens, text = len(self._texts.tokenize(chat)) + settings.max_tokens, ""
-        plan, residency = self._planner.plan_writing(tokens, self._residency.loaded), self._residency
+        plan, residency = self._planner.plan_writing(tokens, self._residency.copies), self._residency
         with out_of_memory_in(ROWS[TEXT_ENCODER].title):
             residency.begin(TEXT_ENCODER, plan)
         try:

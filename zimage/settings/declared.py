@@ -334,7 +334,8 @@ class LoadSettings(Settings):
     )
     residency: str = setting(
         "auto",
-        "Keep all weights in memory between stages, load them stage by stage, or decide by the free memory.",
+        "Keep all weights in memory between stages, load them stage by stage, or decide by the free memory; on a GPU "
+        "some may then stay.",
         choices=RESIDENCIES,
         group="Machine",
     )
@@ -361,8 +362,9 @@ class LoadSettings(Settings):
     )
     memory: float | None = setting(
         None,
-        "Memory budget in GB (10⁹ bytes) on the render's device; on the CPU, for the whole process. What does not fit "
-        "is loaded stage by stage, decoded in strips, streamed block by block. Default: the free memory.",
+        "Memory budget in GB (10⁹ bytes): what the process may take on a GPU, the driver's part included, or in the "
+        "computer's memory. What does not fit is loaded stage by stage, decoded in strips, streamed block by block. "
+        "Default: the free memory.",
         above=0,
         maximum=1_000_000,
         group="Machine",
