@@ -82,7 +82,7 @@ ROWS = [
     "packed/GGUF Q8_0",
     "text/write*",
     "decode/exact*",
-    "memory/bf16*",
+    "memory/[!f]*",
     "render/int8*",
 ]
 SMALL = ("--small", "--size", "64", "--repeats", "1", "--minutes", "60")
