@@ -1,5 +1,6 @@
 """`bench card` on a pretended card: every row runs, and what goes wrong in one is told as a failure of that row."""
 
+import gc
 import json
 import os
 
@@ -60,8 +61,10 @@ def dry(monkeypatch, tmp_path):
 
     def run(*arguments: str) -> tuple[int, str, dict]:
         output = tmp_path / "card.json"
+        gc.freeze()  # what the tests have imported need not be looked through again and again
         with pretend():
             done = CliRunner().invoke(main, ["card", "--output", str(output), *arguments])
+        gc.unfreeze()
         rows = json.loads(output.read_text())["rows"] if output.exists() else []
         return done.exit_code, done.output, {f"{row['section']}/{row['name']}": row for row in rows}
 
@@ -76,11 +79,10 @@ ROWS = [
     "steps/*[!d]",
     "attention/sdpa-flash",
     "attention/flash2",
-    "packed/nvfp4",
     "packed/GGUF Q8_0",
     "text/write*",
     "decode/exact*",
-    "memory/bf16*",
+    "memory/[!f]*",
     "render/int8*",
 ]
 SMALL = ("--small", "--size", "64", "--repeats", "1", "--minutes", "60")
