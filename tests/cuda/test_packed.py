@@ -11,7 +11,8 @@ from pretended import Card, Count, needs_pretended, pretend
 from test_steps import CARD, step
 from torch import Tensor, nn
 
-from bench.card import COMPONENTS, random_model
+from bench.card.models import random_model
+from bench.weights import COMPONENTS
 from zimage.kernels import backend
 from zimage.loading.files import Component
 from zimage.loading.sizes import measure
