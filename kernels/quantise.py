@@ -43,7 +43,8 @@ def reference(x, dtype):
 @jit
 def quantised(x, PEAK: tl.constexpr, SMALLEST: tl.constexpr, INTEGER: tl.constexpr):
     """What other kernels call: (values, scale) of one row x, all three fp32. PEAK is LARGEST, SMALLEST is TINY."""
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST) / PEAK
+    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=0)  # in their order; a maximum of floats would drop NaN
+    scale = tl.maximum(bits.to(tl.float32, bitcast=True), SMALLEST, propagate_nan=tl.PropagateNan.ALL) / PEAK
     x = tl.div_rn(x, tl.zeros_like(x) + scale)
     if INTEGER:
         x = (x + 12582912.0) - 12582912.0  # to the nearest even integer: 1.5 · 2²³ leaves no fractional bits

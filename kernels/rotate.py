@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, any_bytes, bytes_of, choose, enqueue, jit, tl
+from zimage.kernels.rms_norm import HALF
 
 
 class Tile(NamedTuple):
@@ -30,7 +31,9 @@ CAPABILITY = 80  # Triton multiplies int8 and bf16 from there on
 
 def rotate(x: Tensor, group: int) -> Tensor:
     """x · H in groups of `group` columns; group is a power of 4."""
-    return choose(launch, reference, x, least_capability=CAPABILITY)(x, group)
+    # A tile of fp32, which matrix units do not multiply, takes far more registers than there are.
+    run = choose(launch, reference, x, least_capability=CAPABILITY) if x.dtype in HALF else reference
+    return run(x, group)
 
 
 def decode_rotated(codes: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:

@@ -154,7 +154,7 @@ def read(path: Path) -> dict[str, Configuration]:
         return {key: Configuration(*map(int, numbers)) for key, numbers in stored.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         log.debug("%s is not a file of kernel timings: %s", path, error)
         return {}
 

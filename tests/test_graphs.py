@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import weakref
 from dataclasses import fields
 from types import SimpleNamespace
@@ -289,6 +290,9 @@ def asked(monkeypatch):
         yield
 
     class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
         def wait_stream(self, other):
             did.append(("wait",))
 
@@ -296,16 +300,22 @@ def asked(monkeypatch):
         def replay(self):
             did.append(("replay",))
 
+        def pool(self):
+            return next(what[1] for what in did if what[0] == "capture")
+
+    pools = itertools.count(7)
     cuda = {
-        "graph_pool_handle": lambda: (0, 7),
+        "graph_pool_handle": lambda: (0, next(pools)),
         "device": lambda device: note("device", device),
         "current_stream": Stream,
         "Stream": Stream,
-        "stream": lambda stream: note("aside"),
+        "stream": lambda stream: note("aside", stream.device),
         "set_stream": lambda stream: did.append(("stream",)),
         "current_device": lambda: 1,
         "CUDAGraph": Graph,
-        "graph": lambda graph, **options: note("capture", options["pool"], options["capture_error_mode"]),
+        "graph": lambda graph, pool, stream, capture_error_mode: note(
+            "capture", pool, stream.device, capture_error_mode
+        ),
     }
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -314,20 +324,46 @@ def asked(monkeypatch):
 
 
 def test_cuda_is_asked_in_order(asked):
-    """A warm-up on another stream, then the capture, in a pool that all graphs of a component share."""
+    """A warm-up on another stream, whose libraries allocate what they keep; the capture on that stream, too."""
     card = torch.device("cuda", 1)
     graph = Captured(lambda x: asked.append(("run",)) or x + 1, (torch.zeros(2),), graphs.CudaGraphs(card))
     graph(torch.zeros(2))
-    warm_up = [("wait",), ("aside",), ("run",), ("wait",)]
-    assert asked == [("device", card), *warm_up, ("capture", (0, 7), "thread_local"), ("run",), ("replay",)]
+    warm_up = [("wait",), ("aside", card), ("run",), ("wait",)]
+    assert asked == [("device", card), *warm_up, ("capture", (0, 7), card, "thread_local"), ("run",), ("replay",)]
 
 
 def test_a_capture_that_fails_leaves_cuda_as_it_was(asked, caplog):
     def run(x: Tensor) -> Tensor:
-        if ("capture", (0, 7), "thread_local") in asked:
+        if any(what[0] == "capture" for what in asked):
             raise RuntimeError("operation not permitted when stream is capturing")
         return x
 
     assert captured(run, (torch.zeros(2),), graphs.CudaGraphs(torch.device("cuda", 1))) is run
     assert asked[-2:] == [("stream",), ("end", 1, (0, 7))]
     assert "as ever (operation not permitted" in caplog.messages[0]
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_used_again(asked):
+    """PyTorch asserts that a pool has graphs, unless all of its memory is free; cuBLAS keeps a workspace in it."""
+    made = graphs.CudaGraphs(torch.device("cuda", 1))
+    kept = Captured(lambda x: x + 1, (torch.zeros(2),), made)
+    Captured(lambda x: x + 2, (torch.zeros(2),), made)
+    del kept
+    Captured(lambda x: x + 3, (torch.zeros(2),), made)
+    assert [what[1] for what in asked if what[0] == "capture"] == [(0, 7), (0, 7), (0, 8)]
+
+
+def test_a_capture_whose_pool_has_been_left_says_what_failed(asked, monkeypatch):
+    """Where Python alone fails, as for want of memory, PyTorch ends the capture by itself."""
+
+    def ended(*_):
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    def run(x: Tensor) -> Tensor:
+        if any(what[0] == "capture" for what in asked):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(run, (torch.zeros(2),), graphs.CudaGraphs(torch.device("cuda", 1)))

@@ -187,6 +187,18 @@ def test_every_code_is_its_number(kind, out):
         assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("op", ["quantise", "rms_norm_scale", "swiglu"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_a_row_with_nan_is_not_quantised_to_numbers(op, kind):
+    """Integers cannot hold NaN, so the scale does: without it a picture of rubbish would be saved."""
+    spec = SPECS[f"{op}_{kind}"]
+    args = arguments(spec, spec.cases[0], torch.bfloat16)
+    args[0].flatten(0, -2)[1, 3] = torch.nan
+    _, scale = spec.launch(*args)
+    assert scale.flatten().isnan().nonzero().tolist() == [[1]]
+
+
 @off_gpu
 @pytest.mark.parametrize("name", SPECS)
 def test_traffic_is_compulsory(name):

@@ -129,9 +129,12 @@ class _Graph:
 
     def replay(self) -> None: ...
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
 
 @contextlib.contextmanager
-def _capture(card: Card, graph: _Graph, **_: object) -> Iterator[None]:
+def _capture(card: Card, graph: _Graph, *_: object, **__: object) -> Iterator[None]:
     """What a capture may not hold ends it, as on a card."""
     with card.count() as count:
         yield

@@ -7,6 +7,7 @@ from test_steps import CARD, TOKENS, step
 from torch import nn
 
 from bench.card import random_model
+from zimage.kernels.rotate import rotate
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import dit_bytes
 from zimage.nn import quant
@@ -57,3 +58,12 @@ def test_every_size_and_dtype_has_its_product(way):
         assert (out.shape, out.dtype) == ((2, 32, outputs), dtype)
         products = {"scaled_product.kernel", "_int_mm", "_scaled_mm", "mm", "addmm"} & count.by_name().keys()
         assert products == {expected}
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0)], ids=str)
+def test_only_half_precision_is_rotated_by_the_kernel(dtype, kernels):
+    """Without matrix units, a tile of fp32 spills kilobytes of registers."""
+    with torch.no_grad(), pretend(capability=(8, 9)) as card, card.count() as count:
+        out = rotate(torch.zeros(2, 32, 64, device=CARD, dtype=dtype), 16)
+    assert (out.shape, out.dtype) == ((2, 32, 64), dtype)
+    assert count.by_name()["rotate.kernel"] == kernels

@@ -49,7 +49,7 @@ NUMBERS = {  # what the interpreter finds: wrong numbers, foreign memory, progra
     "two tiles, one place": Fault("scaled_product", "* COLUMNS + tl.arange", "* 9 + tl.arange", "write one"),
     "tiles never written": Fault("scaled_product", "-(-M // c.rows)", "(M // c.rows)", None),
     "cut off, not rounded": Fault("quantise", "(x + 12582912.0) - 12582912.0", "x + 0.0", None),
-    "the largest, of any sign": Fault("quantise", "tl.max(tl.abs(x), axis=0)", "tl.max(x, axis=0)", None),
+    "the largest, of any sign": Fault("quantise", "tl.abs(x).to(tl.int32", "x.to(tl.int32", None),
     "the next sample's scale": Fault("norm", "row_scale, mask=first + i < length", "row_scale", "write|outside|read"),
     "the gate's sigmoid": Fault("swiglu", "tl.sigmoid(gate)", "tl.sigmoid(up)", None),
 }

@@ -1,7 +1,8 @@
 """Triton's interpreter made trustworthy: bf16 as on a GPU, and every access to memory watched.
 
 The interpreter runs kernels on CPU tensors, but computes bf16 with the bits as if they were integers, truncates where
-a GPU rounds, and lets programs read and write anywhere. `install()` mends the first two; `watch` records the rest.
+a GPU rounds, passes NaN on where a GPU drops it, and lets programs read and write anywhere. `install()` mends all but
+the last; `watch` records that.
 TRITON_INTERPRET=1 must be set before Triton is first imported (see conftest.py).
 """
 
@@ -44,7 +45,7 @@ def _is_bf16(value: object) -> bool:
 
 
 def install() -> None:
-    """Round casts to bf16 and fp8 properly; make bf16 arithmetic an error instead of nonsense. Once per process."""
+    """Make casts to bf16 and fp8 and maxima a GPU's, and bf16 arithmetic an error. Once per process."""
     cast = Builder.cast_impl
 
     def cast_impl(self, source, kind):
@@ -68,6 +69,9 @@ def install() -> None:
 
     product = Builder.create_dot
     Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    # A GPU's maximum and minimum of a number and NaN are the number, unless a kernel asks for NaN.
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     for name in ("binary_op", "unary_op", "create_fma"):
         if hasattr(Builder, name):
             setattr(Builder, name, _refuse_bf16(name, getattr(Builder, name)))

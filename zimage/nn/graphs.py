@@ -6,7 +6,9 @@ what changes between replays must be a tensor among its inputs, and everything e
 must stay where it was. Nothing inside may wait for the GPU or depend on the data.
 """
 
+import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -30,7 +32,8 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream(device)  # one for all, since cuBLAS keeps a workspace for each stream
+        self._living: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with torch.cuda.device(self.device):
@@ -38,23 +41,36 @@ class CudaGraphs:
             return self._record(run)
 
     def _warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Kernels are compiled and tuned, and libraries loaded, when they first run: none of it may be captured."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        """Kernels are compiled and tuned, libraries loaded, and cuBLAS's workspaces allocated, when they first run.
+
+        None of it may be captured.
+        """
+        here = torch.cuda.current_stream()
+        self._aside.wait_stream(here)
+        with torch.cuda.stream(self._aside):
             run()
-        here.wait_stream(aside)
+        here.wait_stream(self._aside)
+
+    def _pool(self) -> "torch.cuda.graphs._POOL_HANDLE":
+        """That of the graphs that live, or a new one.
+
+        PyTorch refuses a pool without graphs in which memory is still in use, as what a library allocated in a
+        capture and keeps.
+        """
+        return next((graph.pool() for graph in self._living), None) or torch.cuda.graph_pool_handle()
 
     def _record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        here, graph, pool = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), self._pool()
         try:
             # Other threads may allocate meanwhile: only this one's calls are watched.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self._aside, capture_error_mode="thread_local"):
                 output = run()
-        except RuntimeError:  # torch.cuda.graph then leaves its stream in place and the allocator at its pool
+        except RuntimeError:  # torch.cuda.graph may then leave its stream in place and the allocator at its pool
             torch.cuda.set_stream(here)
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            with contextlib.suppress(RuntimeError):  # it has left the pool, if all but `run` was in order
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
+        self._living.add(graph)
         return graph.replay, output
 
 
