@@ -1,10 +1,12 @@
 """Memory planned before loading: what the plan says is what the process takes, and no budget changes a pixel."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -396,6 +398,23 @@ ON_MPS = (
     "MPS backend out of memory (MPS allocated: 17.10 GiB, other allocations: 1.01 GiB, max allowed: 18.13 GiB). "
     "Tried to allocate 2.00 GB on private pool. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to disable upper limit"
 )
+
+
+def test_what_was_loaded_is_free_while_the_error_is_handled():
+    """A smaller request may be tried in `except OutOfMemory`."""
+    loaded = weakref.WeakSet()
+
+    def load() -> None:
+        loaded.add(half := nn.Linear(2, 2))
+        assert half.weight.numel()
+        raise MemoryError
+
+    try:
+        with out_of_memory_in("DiT"):
+            load()
+    except OutOfMemory:
+        gc.collect()
+        assert not loaded
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 from bench.card.rows import Row, Section
 
 NAME = 34  # columns
-FIGURES: dict[str, Callable[[Any], str]] = {  # in this order; others follow as they are
+FIGURES: dict[str, Callable[[Any], str]] = {  # in this order; others are in the file only
     "ms": lambda ms: f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms",
     "tflops": lambda value: f"{value:.0f} TFLOP/s",
     "gbps": lambda value: f"{value:.0f} GB/s",

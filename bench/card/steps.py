@@ -38,6 +38,7 @@ def steps(bench: Bench) -> Iterator[Task]:
     dit = cache(partial(made, bench, "bf16"))
     for graphs in (False, True):
         yield Task(f"bf16 {LITTLE}{', CUDA graphs' * graphs}", partial(_little, bench, dit, graphs))
+    del dit  # two models of 12 GB do not fit on a card of 24
     yield Task(f"diffusers bf16 {middle(bench)}", partial(_diffusers, bench))
     for precision in COMPILED:
         yield Task(f"{precision} {middle(bench)} compiled", partial(_compiled, bench, precision))

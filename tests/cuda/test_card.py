@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -158,6 +159,25 @@ def test_fp16_by_cublas_is_not_our_product():
     ours, theirs = launched
     assert ours["half_product.kernel"] > 0 == theirs["half_product.kernel"]
     assert theirs["mm"] > ours["mm"]
+
+
+def test_no_two_models_lie_on_the_card_at_once(monkeypatch):
+    """Two in bf16 are more than a card of 24 GB has."""
+    alive = weakref.WeakSet()
+
+    def made(*_: object) -> torch.nn.Module:
+        gc.collect()
+        assert not alive
+        alive.add(model := torch.nn.Module())
+        return model
+
+    monkeypatch.setattr(steps, "made", made)
+    monkeypatch.setattr(steps, "_diffusers", made)
+    monkeypatch.setattr(steps, "compile_blocks", lambda _: None)
+    monkeypatch.setattr(steps, "give_graphs", lambda *_, **__: None)
+    monkeypatch.setattr(steps, "_measured", lambda *_: {"peak_mb": 0, "planned_mb": 0})
+    for task in steps.steps(Bench(torch.device("cpu"), (64,), 1, small=True)):
+        task.measure()
 
 
 def test_triton_that_cannot_compile_is_a_failure_with_its_reason(dry, monkeypatch):

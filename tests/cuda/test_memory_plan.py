@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -272,3 +273,37 @@ def test_streamed_blocks_share_page_locked_allocations(block, most):
         assert taken == page_locked_bytes([block] * count) <= allocator.pinned([block] * count)
         assert count < 12 or taken <= 1.16 * block * count
     assert taken <= 1.075 * block * count
+
+
+# ------------------------------------------------------------------ advice
+
+
+def refused(work: Workload, free: float, **settings) -> str:
+    with planner(free, **settings) as plans:
+        try:
+            plans.check(plans.plan(work))
+        except RequestError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("free", "memory"), [(1.5, 1.0), (4.0, 2.0), (24.0, 1.0)])
+@pytest.mark.parametrize("residency", ["auto", "keep"])
+def test_a_larger_budget_is_advised_only_where_the_card_has_as_much(free, memory, residency):
+    work = Workload(16384, 16384, 32)
+    advice = refused(work, free * 1e9, memory=memory, residency=residency)
+    assert "GB are allowed" in advice
+    if set_memory := re.search(r"set memory ([\d.]+)", advice):
+        small = replace(work, width=16, height=16)
+        assert "smaller" in advice
+        assert refused(small, free * 1e9, memory=float(set_memory[1]), residency=residency) == ""
+    else:
+        assert advice.endswith("set residency auto") is (residency == "keep")
+        assert free < 24 or residency == "auto"
+
+
+def test_a_larger_budget_is_no_advice_on_the_host_where_none_was_set():
+    little = {"host": 2e9, "elsewhere": ()}
+    assert "set a larger memory" not in refused(WORK, 6e9, **little)
+    assert "use quantised weights" in refused(WORK, 6e9, **little)
+    assert "set a larger memory" in refused(WORK, 24e9, memory=6.0, **little)

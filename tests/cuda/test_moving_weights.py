@@ -1,5 +1,7 @@
 """Weights on their way to a GPU, when they are loaded and when they are streamed."""
 
+import contextlib
+
 import pytest
 import tiny
 import torch
@@ -185,6 +187,14 @@ def test_blocks_of_every_form_come_and_go(tiny_folder, tmp_path, copied, monkeyp
 
 
 # ------------------------------------------------------------------ what encoding does not read
+
+
+def test_what_stays_in_its_file_is_not_read_ahead(tiny_folder, monkeypatch):
+    encoder, ahead = component(tiny_folder, "text_encoder"), []
+    monkeypatch.setattr(Arrivals, "read_ahead", lambda _, values: contextlib.nullcontext(ahead.extend(values)))
+    late = encoder.late_weights(model := encoder._build())
+    load_weights(model, encoder.checkpoint, torch.float32, CPU, late=late)
+    assert len(ahead) == len(encoder.checkpoint.entries) - len(late) > 0
 
 
 def test_the_last_layer_and_the_embeddings_come_when_they_are_read(tiny_folder):

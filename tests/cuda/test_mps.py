@@ -4,6 +4,7 @@ import loose
 import lora_files
 import numpy as np
 import pytest
+import tiny
 import torch
 from mac import has_kernel, pretend_mac
 from PIL import Image
@@ -15,6 +16,7 @@ from zimage.nn import ggml
 from zimage.nn.attention import attention
 from zimage.nn.packed import PackedLinear
 from zimage.settings.declared import RewriteSettings
+from zimage.vae import AutoencoderKLWan
 
 pytestmark = [pytest.mark.cuda, needs_pretended]
 TWO = ["a cat face on a blue background", "a red apple and a dog face on a white background"]
@@ -136,3 +138,13 @@ def test_the_list_of_kernels_is_read_right():
         assert has_kernel(name), name
     for name in ("_int_mm", "_scaled_mm", "batch_norm_update_stats"):
         assert not has_kernel(name), name
+
+
+def test_no_copy_to_a_mac_is_left_under_way(mac, monkeypatch):
+    """PyTorch there reads the host's memory later, and does not keep it so long."""
+    copies, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: copies.append(k) or to(x, *a, **k))
+    vae = AutoencoderKLWan.from_config(tiny.WAN)
+    vae._statistics(torch.empty((), device="mps"))
+    assert copies
+    assert not any(named.get("non_blocking") for named in copies)

@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def out_of_memory_in(stage: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold what was loaded, and the new error holds them
         raise OutOfMemory(_told(error, stage)) from None
 
 

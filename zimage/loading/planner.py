@@ -50,7 +50,7 @@ class Planner:
     """Knows the sizes of a model's components in their places, and the available memory."""
 
     def __init__(self, model: ModelFiles, places: Mapping[str, Place], settings: LoadSettings):
-        self.settings = settings
+        self.settings, self._places = settings, places
         devices = dict.fromkeys(place.device for place in places.values())
         self._held = {device: _held_bytes(device) for device in devices}
         self._base = {device: _base_bytes(device) for device in devices}
@@ -77,7 +77,7 @@ class Planner:
         limits = {}
         for device in self._base:
             names = [name for name, sizes in self.sizes.items() if sizes.device == device]
-            limits[str(device)] = limit = self._limit(device, sum(loaded.get(name, 0) for name in names))
+            limits[str(device)] = limit = self._limit(device, loaded)
             all_of_them = self._together(names, work, self._keeping_limit(device, limit))
             found = all_of_them or {name: self._accompanied(name, names, work, limit) for name in names}
             kept.update(names if all_of_them else self._staying(found))
@@ -113,13 +113,15 @@ class Planner:
         if not plan.fits:
             fitting = self._largest(plan.work, loaded)
             fields = ("width", "height", "memory") if fitting else ("memory",)
-            raise RequestError(self._refusal(plan, fitting), fields=fields)
-        pinned = max((stage.pinned for name, stage in plan.stages.items() if name not in loaded), default=0)
-        free = available_memory(torch.device("cpu")) if pinned else 0
-        if pinned > free:
+            raise RequestError(self._refusal(plan, fitting, loaded), fields=fields)
+        streamed = [stage for name, stage in plan.stages.items() if stage.pinned and name not in loaded]
+        most = max(streamed, key=lambda stage: stage.pinned, default=None)
+        if most and most.pinned > (free := available_memory(torch.device("cpu"))):
+            larger = _is_allowed(plan, most) and plan.limits[most.device] < self._room(most.device, loaded)
+            advice = "set a larger memory, so that more blocks stay on the GPU" if larger else "use quantised weights"
             raise RequestError(
-                f"streaming needs {pinned / 1e9:.1f} GB page-locked on the host; {free / 1e9:.1f} GB are free; "
-                "set a larger memory, so that more blocks stay on the GPU",
+                f"streaming needs {most.pinned / 1e9:.1f} GB page-locked on the host; {free / 1e9:.1f} GB are free; "
+                + advice,
                 fields=("memory",),
             )
 
@@ -222,10 +224,16 @@ class Planner:
 
     # ------------------------------------------------------------------ limits
 
-    def _limit(self, device: torch.device, copies: int = 0) -> int:
-        """Bytes that may be used on a device: what is free without our own `copies`, or what was allowed."""
-        free = self._held[device] + available_memory(device) + copies
-        return free if self.settings.memory is None else min(free, round(self.settings.memory * 1e9))
+    def _limit(self, device: torch.device, loaded: Mapping[str, int] = NOTHING) -> int:
+        """Bytes that may be used on a device: all that could be, or what was allowed."""
+        room = self._room(device, loaded)
+        return room if self.settings.memory is None else min(room, round(self.settings.memory * 1e9))
+
+    def _room(self, device: torch.device | str, loaded: Mapping[str, int]) -> int:
+        """Bytes that could be used on a device, once what is `loaded` there is released."""
+        place = torch.device(device)
+        copies = sum(loaded.get(name, 0) for name, at in self._places.items() if at.device == place)
+        return self._held[place] + available_memory(place) + copies
 
     def _keeping_limit(self, device: torch.device, limit: int) -> int:
         if device.type != "cpu" or self.settings.memory is not None or self.settings.residency == "keep":
@@ -242,25 +250,32 @@ class Planner:
 
     # ------------------------------------------------------------------ refusing
 
-    def _refusal(self, plan: MemoryPlan, fitting: tuple[int, int] | None) -> str:
+    def _refusal(self, plan: MemoryPlan, fitting: tuple[int, int] | None, loaded: Mapping[str, int]) -> str:
         work, stage, limit = plan.work, plan.tightest, plan.limits[plan.tightest.device]
-        budget, needed = plan.budget, f"{-(-stage.peak // 10**8) / 10:.1f}"
-        allowed = budget is not None and limit == round(budget * 1e9)
-        held = 0 if allowed else self._held[self.sizes[stage.component].device]  # what is free does not include it
-        if fitting:
-            advice = f"choose at most {fitting[0]}×{fitting[1]}" + (f" or set memory {needed}" if allowed else "")
-        elif allowed:
-            advice = f"no size fits: set memory {needed} or more"
-        else:
-            advice = "no size fits: its weights alone are larger"
-        if self.settings.residency == "keep":
-            advice += ", or residency auto"
+        allowed = _is_allowed(plan, stage)
+        held = 0 if allowed else self._held[torch.device(stage.device)]  # what is free does not include it
         return (
             f"{work.width}×{work.height} needs at least {(stage.peak - held) / 1e9:.2f} GB in the "
             f"{stage.title}'s stage; {(limit - held) / 1e9:.2f} GB are "
-            + (f"allowed (memory {budget:g})" if allowed else f"free on {stage.device}")
-            + f"; {advice}"
+            + (f"allowed (memory {plan.budget:g})" if allowed else f"free on {stage.device}")
+            + f"; {self._advice(plan, fitting, loaded)}"
         )
+
+    def _advice(self, plan: MemoryPlan, fitting: tuple[int, int] | None, loaded: Mapping[str, int]) -> str:
+        """What to do about a plan that does not fit: a larger budget only where the device has as much."""
+        stage, auto = plan.tightest, self.settings.residency == "keep"
+        room = self._room(stage.device, loaded) if _is_allowed(plan, stage) else 0
+        if fitting:
+            advice = f"choose at most {fitting[0]}×{fitting[1]}"
+            advice += f" or set memory {_gb(stage.peak)}" if stage.peak <= room else ""
+        elif stage.peak <= room:
+            advice = f"no size fits: set memory {_gb(stage.peak)} or more"
+        else:
+            least = self.plan(replace(plan.work, width=SIZE_MULTIPLE, height=SIZE_MULTIPLE), loaded).tightest.peak
+            if least > room:
+                return "no size fits: its weights alone are larger" + ("; set residency auto" if auto else "")
+            advice = f"no size fits: choose a smaller one and set memory {_gb(least)} or more"
+        return advice + (", or residency auto" if auto else "")
 
     def _largest(self, work: Workload, loaded: Mapping[str, int]) -> tuple[int, int] | None:
         """The largest size of the request's shape that fits."""
@@ -277,6 +292,16 @@ class Planner:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.plan(sized(middle), loaded).fits else (low, middle - 1)
         return (sized(low).width, sized(low).height) if low else None
+
+
+def _is_allowed(plan: MemoryPlan, stage: StagePlan) -> bool:
+    """Whether a stage's limit is the budget, and not what is free."""
+    return plan.budget is not None and plan.limits[stage.device] == round(plan.budget * 1e9)
+
+
+def _gb(size: int) -> str:
+    """A budget in GB that is not below a size."""
+    return f"{-(-size // 10**8) / 10:.1f}"
 
 
 def _window(on_cpu: bool, blocks: list[BlockBytes]) -> int:

@@ -69,7 +69,7 @@ def load_weights(
     if widen_late:
         _widen_linears(model)
     quantised, arrivals = _quantised_keys(model, precision), Arrivals(device)
-    with arrivals.read_ahead(read(key) for key in keys if checkpoint.entries[key].aligned):
+    with arrivals.read_ahead(read(key) for key in keys if checkpoint.entries[key].aligned and key not in late):
         for key in keys:
             value, stays = read(key), (key in away or key in late) and key not in quantised
             if is_packed(value) and stays_packed(value, device.type):

@@ -114,7 +114,8 @@ class AutoencoderKLWan(Autoencoder):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, (16, 1, 1) fp32."""
         stats = torch.tensor((self.config.latents_mean, self.config.latents_std), dtype=torch.float32)
-        center, spread = stats.to(like.device, non_blocking=True)[:, :, None, None]  # nothing waits for the device
+        # Nothing waits for a GPU of NVIDIA's; a Mac's might read the memory after its release (PyTorch issue 189690).
+        center, spread = stats.to(like.device, non_blocking=like.is_cuda)[:, :, None, None]
         return center, spread
 
 
