@@ -3,11 +3,11 @@
 Shapes: C channels, H × W positions. Maps are (1, C, H, W) with the channels innermost; rows may lie apart.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
+from zimage.kernels.group_norm import innermost, sample_map
 from zimage.kernels.rms_norm import plain
 
 TILE = 8192  # values that a program of eight warps holds in registers
@@ -53,7 +53,7 @@ def _kernel(
 
 
 def launch(x, weight, eps, out):
-    x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    x = innermost(x)
     _, C, H, W = x.shape
     block = power_of_two(C)
     step = max(TILE // block, 1)
@@ -62,21 +62,15 @@ def launch(x, weight, eps, out):
     return out
 
 
-def _map(make, C: int, H: int, W: int, apart: int = 0) -> Tensor:
-    """A map (1, C, H, W); with `apart`, every second row of one that is twice as high."""
-    whole = make(1, C, H * (1 + apart), W).contiguous(memory_format=torch.channels_last)
-    return whole[:, :, :: 1 + apart]
-
-
 SPEC = Spec(
     name="channel_norm_silu",
     reference=reference,
     launch=launch,
     inputs=lambda make, apart=0, **sizes: (
-        _map(make, apart=apart, **sizes),
+        sample_map(make, apart=apart, **sizes),
         make(sizes["C"]),
         1e-12,
-        _map(make, **sizes),
+        sample_map(make, **sizes),
     ),
     cases=({"C": 8, "H": 29, "W": 83}, {"C": 96, "H": 5, "W": 9, "apart": 1}, {"C": 384, "H": 3, "W": 13}),
     model={"C": 96, "H": 1024, "W": 1024},

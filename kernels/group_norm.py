@@ -226,7 +226,7 @@ def _tile(channels: int, groups: int, values: int) -> tuple[int, int]:
 
 def launch_put(rows, bias, residual, out, groups):
     _, C, H, W = out.shape
-    rows, residual = _innermost(rows), None if residual is None else _innermost(residual)
+    rows, residual = innermost(rows), None if residual is None else innermost(residual)
     step, block = _tile(C, groups, TILE)
     grid = (-(-H * W // step), -(-C // block))
     moments = torch.empty((3, groups, grid[0]), dtype=torch.float32, device=out.device)
@@ -245,7 +245,7 @@ def launch_merge(moments):
 
 
 def launch_normalise(x, statistics, weight, bias, eps, out):
-    x = _innermost(x)
+    x = innermost(x)
     _, C, H, W = x.shape
     step, block = _tile(C, 0, TILE // 2)  # beside three values per channel
     grid = (-(-H * W // (TILES * step)), -(-C // block))
@@ -255,27 +255,27 @@ def launch_normalise(x, statistics, weight, bias, eps, out):
     return out
 
 
-def _innermost(x: Tensor) -> Tensor:
+def innermost(x: Tensor) -> Tensor:
     """The map with its channels innermost: itself, unless a convolution chose another layout."""
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-def _map(make, C: int, H: int, W: int, apart: int = 0) -> Tensor:
+def sample_map(make, C: int, H: int, W: int, apart: int = 0) -> Tensor:
     """A map (1, C, H, W); with `apart`, every second row of one that is twice as high."""
     whole = make(1, C, H * (1 + apart), W).contiguous(memory_format=torch.channels_last)
     return whole[:, :, :: 1 + apart]
 
 
 def _put_inputs(make, C: int, H: int, W: int, G: int, apart: int = 0, plain: int = 0) -> tuple:
-    rows, out = _map(make, C, H, W), _map(make, C, H, W, apart)
+    rows, out = sample_map(make, C, H, W), sample_map(make, C, H, W, apart)
     if plain:
         return rows, None, None, out, G
-    return rows + 3, make(C), _map(make, C, H, W, apart), out, G
+    return rows + 3, make(C), sample_map(make, C, H, W, apart), out, G
 
 
 def _normalise_inputs(make, C: int, H: int, W: int, G: int, apart: int = 0) -> tuple:
     statistics = torch.stack((make(G).float(), make(G).float().square() + 0.5))
-    return _map(make, C, H, W, apart), statistics, make(C), make(C), 1e-6, _map(make, C, H, W)
+    return sample_map(make, C, H, W, apart), statistics, make(C), make(C), 1e-6, sample_map(make, C, H, W)
 
 
 def _moments_inputs(make, G: int, N: int) -> tuple:

@@ -1,6 +1,6 @@
 """RMS norm of every query and key head, then rotary position embedding on interleaved pairs: the DiT's form.
 
-(Qwen3 rotates halves: see `zimage.text.qwen3`.) Shapes: B batch, L tokens, H heads, D head size.
+(Qwen3 rotates halves: see `qk_norm_rope_halves.py`.) Shapes: B batch, L tokens, H heads, D head size.
 """
 
 import torch

@@ -83,13 +83,13 @@ def turned(tokens: int, dim: int) -> Rotation:
 def run(block: Block, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A block with a neutral modulation in a dtype; fp16 without units, as a plain cast has it."""
     block = copy.deepcopy(block).to(dtype)
-    return block(x.to(dtype), turned(x.shape[1], block.attention.head_dim), None, reach.unmodulated(block))
+    return block(x.to(dtype), turned(x.shape[1], block.attention.head_dim), None, reach.unmodulated(block, torch.device("cpu")))
 
 
 def run_in_units(block: Block, x: torch.Tensor) -> torch.Tensor:
     """As a DiT with `in_half` runs it."""
     block = copy.deepcopy(block).half()
-    neutral = reach.unmodulated(block)
+    neutral = reach.unmodulated(block, torch.device("cpu"))
     units = reach.units([block], [neutral], LOUD)
     modulation = reach.in_units(neutral, units)
     return units.leave(block(units.enter(x), turned(x.shape[1], block.attention.head_dim), None, modulation, units))
@@ -145,7 +145,7 @@ def test_weights_that_fp16_would_round_away_are_refused():
     block = loud_block(384, 3).half()
     block.attention.to_k.weight *= 2.0**-12
     with pytest.raises(RequestError, match="use bf16"):
-        reach.units([block], [reach.unmodulated(block)], 1.0)
+        reach.units([block], [reach.unmodulated(block, torch.device("cpu"))], 1.0)
 
 
 # ------------------------------------------------------------------ whole runs

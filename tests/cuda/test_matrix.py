@@ -39,6 +39,7 @@ FACTORS: dict[str, dict[str, dict]] = {
     "precision": {
         "bf16": {},
         "fp32": {"dtype": "fp32"},
+        "fp16": {"dtype": "fp16"},
         "int8": {"precision": "int8"},
         "fp8": {"precision": "fp8"},
     },
@@ -137,12 +138,12 @@ def draw(files: dict[str, Path], case: Case) -> None:
     assert card.total.launches
 
 
-@pytest.mark.parametrize("case", cases(every_pair=False), ids=named)
+@pytest.mark.parametrize("case", list(cases(every_pair=False)), ids=named)
 def test_each_value(files, case):
     draw(files, case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", cases(every_pair=True), ids=named)
+@pytest.mark.parametrize("case", list(cases(every_pair=True)), ids=named)
 def test_each_pair(files, case):
     draw(files, case)

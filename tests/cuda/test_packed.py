@@ -139,6 +139,6 @@ def test_what_a_card_cannot_widen_is_decoded_while_it_is_loaded(tmp_path):
         dit = opened.load(CARD, torch.bfloat16)
         planned = measure(opened, CARD, torch.bfloat16, False, "bf16", False).weights
         gc.collect()
-        assert type(dit.layers[0].feed_forward.w1) is nn.Linear
+        assert isinstance(dit.layers[0].feed_forward.w1, nn.Linear)
         assert card.live[0] <= 1.01 * planned <= 1.02 * card.live[0]
         assert not step(card, dit, 64).syncs

@@ -165,7 +165,7 @@ class CaptionStream(nn.Module):
         blocks = _blocks_of(self.context_refiner)
         if not self.in_half:
             return PLAIN, [None] * len(blocks)
-        neutral = [reach.unmodulated(block) for block in blocks]
+        neutral = [reach.unmodulated(block, self.cap_pad_token.device) for block in blocks]
         units = reach.units(blocks, neutral, self._caption_reach())
         return units, [reach.in_units(m, units) for m in neutral]
 
@@ -173,7 +173,7 @@ class CaptionStream(nn.Module):
         """The largest value of an embedded caption."""
         norm, linear = self.cap_embedder
         assert isinstance(norm, RMSNorm)
-        (largest,) = reach.largest_of_norms([norm])
+        (largest,) = reach.largest_of_norms([norm], self.cap_pad_token.device)
         return reach.embedded(linear, largest, self.cap_pad_token)
 
     def _embed(self, caption: Tensor, length: int, batch_length: int) -> Tensor:
@@ -256,7 +256,7 @@ class ZImageDiT(CaptionStream):
         """The modulation that holds the activations of all blocks in units."""
         refiner, layers, context = map(_blocks_of, (self.noise_refiner, self.layers, self.context_refiner))
         image = reach.embedded(self.x_embedder, self._patch_norm(), self.x_pad_token)
-        entry = max(image, self._caption_reach() + reach.branches(context))
+        entry = max(image, self._caption_reach() + reach.branches(context, self.x_pad_token.device))
         units = reach.units([*refiner, *layers], [*m.noise_refiner, *m.layers], entry)
         first, then = ([reach.in_units(block, units) for block in part] for part in (m.noise_refiner, m.layers))
         return Modulation(first, then, m.final, units)

@@ -34,7 +34,7 @@ def units(blocks: Sequence[Block], modulations: Sequence[BlockModulation], entry
         inputs += [attention * max(1.0, to_q.row, to_k.row, to_v.whole, to_v.whole * to_out.row)]  # 1: itself
         inputs += [feed_forward * max(1.0, w1.row, w3.row)]
         hidden += [max(1.0, w2.row)]
-    stream = entry + branches(blocks)
+    stream = entry + branches(blocks, device)
     found = Units(_power(stream / LIMIT), _power(max(inputs) / LIMIT), 1 / _power(max(hidden) / LIMIT))
     log.debug("fp16: stream of up to %.3g, inputs up to %.3g, held in %s", stream, max(inputs), found)
     return found
@@ -47,16 +47,16 @@ def in_units(modulation: BlockModulation, units: Units) -> BlockModulation:
     return BlockModulation(m.scale_msa * scale, m.gate_msa * gate, m.scale_mlp * scale, m.gate_mlp * gate)
 
 
-def unmodulated(block: Block) -> BlockModulation:
+def unmodulated(block: Block, device: torch.device) -> BlockModulation:
     """The modulation that changes nothing."""
-    ones = torch.ones_like(block.attention_norm1.weight, dtype=torch.float32)[None, None]
+    ones = torch.ones(1, 1, len(block.attention_norm1.weight), device=device)
     return BlockModulation(ones, ones, ones, ones)
 
 
-def branches(blocks: Sequence[Block]) -> float:
+def branches(blocks: Sequence[Block], device: torch.device) -> float:
     """The most that the branches of these blocks can add to a value of the stream, with gates of at most 1."""
     norms = [norm for block in blocks for norm in (block.attention_norm2, block.ffn_norm2)]
-    return sum(largest_of_norms(norms))
+    return sum(largest_of_norms(norms, device))
 
 
 def embedded(layer: nn.Module, norm: float, pad: Tensor) -> float:
@@ -66,11 +66,14 @@ def embedded(layer: nn.Module, norm: float, pad: Tensor) -> float:
     return gain(layer, pad.device).row * norm + float(torch.maximum(bias.abs().amax(), pad.abs().amax()))
 
 
-def largest_of_norms(norms: Sequence[RMSNorm], scales: Sequence[Tensor] = ()) -> list[float]:
-    """√C · max|weight · scale| of each RMS norm: no value of its output is larger, nor the norm of a whole row."""
+def largest_of_norms(norms: Sequence[RMSNorm], device: torch.device, scales: Sequence[Tensor] = ()) -> list[float]:
+    """√C · max|weight · scale| of each RMS norm: no value of its output is larger, nor the norm of a whole row.
+
+    Worked out on `device`, where the scales are; weights of streamed blocks are still on the host.
+    """
     if not norms:
         return []
-    weights = [norm.weight.float() for norm in norms]
+    weights = [norm.weight.to(device, torch.float32) for norm in norms]
     factors = [w * scale for w, scale in zip(weights, scales, strict=True)] if scales else weights
     largest: list[float] = torch.stack([factor.abs().amax() for factor in factors]).tolist()
     return [math.sqrt(len(norm.weight)) * value for norm, value in zip(norms, largest, strict=True)]
@@ -80,7 +83,7 @@ def _input_norms(blocks: Sequence[Block], modulations: Sequence[BlockModulation]
     """Of every block: the largest norms of a row that enters its attention and its feed-forward network."""
     norms = [norm for block in blocks for norm in (block.attention_norm1, block.ffn_norm1)]
     scales = [scale for m in modulations for scale in (m.scale_msa, m.scale_mlp)]
-    largest = largest_of_norms(norms, scales)
+    largest = largest_of_norms(norms, scales[0].device, scales)
     return list(zip(largest[::2], largest[1::2], strict=True))
 
 

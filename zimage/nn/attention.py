@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage.errors import RequestError, install_hint, quoted
+from zimage.kernels.rms_norm import HALF
 from zimage.settings.declared import ATTENTIONS
 
 log = logging.getLogger("zimage")
@@ -212,7 +213,6 @@ _TORCH = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # the first with units for bf16
 # Then PyTorch's own choice. That contains FlashAttention 2 already, also as xformers has it: these two would add ways
 # to fail and no speed, so they are used only when they are named.

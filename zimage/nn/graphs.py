@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from zimage.errors import one_line
+
 log = logging.getLogger("zimage")
 
 
@@ -97,7 +99,7 @@ def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor], graphs: 
     except RuntimeError as error:  # what waits for the GPU in a capture, say; an error of the GPU comes again
         if "out of memory" in str(error):
             raise
-        log.warning("work that a CUDA graph cannot hold is launched as ever (%s)", str(error).splitlines()[0])
+        log.warning("work that a CUDA graph cannot hold is launched as ever (%s)", one_line(str(error), 200))
         return function
 
 
