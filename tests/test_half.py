@@ -83,7 +83,9 @@ def turned(tokens: int, dim: int) -> Rotation:
 def run(block: Block, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A block with a neutral modulation in a dtype; fp16 without units, as a plain cast has it."""
     block = copy.deepcopy(block).to(dtype)
-    return block(x.to(dtype), turned(x.shape[1], block.attention.head_dim), None, reach.unmodulated(block, torch.device("cpu")))
+    return block(
+        x.to(dtype), turned(x.shape[1], block.attention.head_dim), None, reach.unmodulated(block, torch.device("cpu"))
+    )
 
 
 def run_in_units(block: Block, x: torch.Tensor) -> torch.Tensor:
