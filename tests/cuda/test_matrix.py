@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import loose
 import numpy as np
 import pytest
 import tiny
@@ -60,6 +61,7 @@ FACTORS: dict[str, dict[str, dict]] = {
     },
 }
 SLACK = 100_000_000  # bytes by which this process may grow meanwhile
+BY_COMFY = {"fp8 of ComfyUI", "int8 ConvRot", "int4 ConvRot", "nvfp4", "mxfp8"}  # written by the tool itself
 Case = tuple[str, ...]
 
 
@@ -82,23 +84,37 @@ def cases(every_pair: bool) -> Iterator[Case]:
         yield best
 
 
-def named(case: Case) -> str:
-    return ", ".join(case)
+def parameters(every_pair: bool) -> list:
+    """The cases as pytest takes them."""
+    return [
+        pytest.param(case, id=", ".join(case), marks=loose.COMFY if case[0] in BY_COMFY else ())
+        for case in cases(every_pair)
+    ]
+
+
+class Files(dict):
+    """A model folder, and a DiT of every kind, written when it is first asked for; what is in them does not matter."""
+
+    def __init__(self, folder: Path, states: list[dict]):
+        self.folder, self.dit = folder, states[1]
+        self["plain"] = tiny.write_model(folder / "model", *states, tiny.KL, DIT)
+
+    def __missing__(self, kind: str) -> Path:
+        if kind in GGUF:
+            self[kind] = write_zeros(self.folder / f"{kind}.gguf", writers.renamed("dit", "native", self.dit), kind)
+        else:
+            matrices = {key: value + 1 for key, value in self.dit.items()}
+            tensors = writers.quantised(matrices, SCALED[kind])[0]
+            self[kind] = writers.save(tensors, self.folder / f"{kind}.safetensors")
+        return self[kind]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
-    """A model folder, and a DiT of every kind; what is in them does not matter."""
+def files(tmp_path_factory) -> Files:
     folder = tmp_path_factory.mktemp("kinds")
     modules = (Qwen3.from_config(tiny.QWEN), ZImageDiT.from_config(DIT), AutoencoderKL.from_config(tiny.KL))
     states = [{key: torch.zeros_like(value).bfloat16() for key, value in m.state_dict().items()} for m in modules]
-    found = {"plain": tiny.write_model(folder / "model", *states, tiny.KL, DIT)}
-    matrices = {key: value + 1 for key, value in states[1].items()}
-    for name, quantise in SCALED.items():
-        found[name] = writers.save(writers.quantised(matrices, quantise)[0], folder / f"{name}.safetensors")
-    for kind in GGUF:
-        found[kind] = write_zeros(folder / f"{kind}.gguf", writers.renamed("dit", "native", states[1]), kind)
-    return found
+    return Files(folder, states)
 
 
 def write_zeros(file: Path, state: dict, kind: str) -> Path:
@@ -121,7 +137,7 @@ def write_zeros(file: Path, state: dict, kind: str) -> Path:
     return file
 
 
-def draw(files: dict[str, Path], case: Case) -> None:
+def draw(files: Files, case: Case) -> None:
     kind, precision, place, residency, request = case
     load = {**FACTORS["precision"][precision], **FACTORS["place"][place], **FACTORS["residency"][residency]}
     if kind != "plain":
@@ -138,12 +154,12 @@ def draw(files: dict[str, Path], case: Case) -> None:
     assert card.total.launches
 
 
-@pytest.mark.parametrize("case", list(cases(every_pair=False)), ids=named)
+@pytest.mark.parametrize("case", parameters(every_pair=False))
 def test_each_value(files, case):
     draw(files, case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", list(cases(every_pair=True)), ids=named)
+@pytest.mark.parametrize("case", parameters(every_pair=True))
 def test_each_pair(files, case):
     draw(files, case)

@@ -18,6 +18,10 @@ from zimage.nn.packed import PackedLinear
 from zimage.settings.declared import RewriteSettings
 from zimage.vae import AutoencoderKLWan
 
+BY_COMFY = {
+    "int8": [pytest.param(kind, marks=loose.COMFY) for kind in (loose.int8_convrot, loose.int4_convrot)],
+    "fp8": [pytest.param(kind, marks=loose.COMFY) for kind in (loose.nvfp4, loose.mxfp8)],
+}
 pytestmark = [pytest.mark.cuda, needs_pretended]
 TWO = ["a cat face on a blue background", "a red apple and a dog face on a white background"]
 PICTURE, MASK = (Image.fromarray(np.full((64, 64, 3), 90 + 80 * i, np.uint8)) for i in range(2))
@@ -85,7 +89,7 @@ def folder(states, tmp_path_factory):
     return loose.write_folder(tmp_path_factory.mktemp("loose") / "model", states)
 
 
-@pytest.mark.parametrize("quantise", [loose.int8_convrot, loose.int8_whole, loose.int4_convrot])
+@pytest.mark.parametrize("quantise", [loose.int8_whole, *BY_COMFY["int8"]])
 def test_what_stays_packed_is_widened_there(states, tmp_path, mac, quantise):
     file = loose.save(loose.quantised(states["dit"], quantise)[0], tmp_path / "dit.safetensors")
     one_layer(file)
@@ -110,7 +114,7 @@ def test_every_kind_of_ggml_is_decoded_there(mac, kind):
     assert ggml.GGML(codes, kind).decode().shape == (2, 3 * ggml.NUMBERS[kind])
 
 
-@pytest.mark.parametrize("quantise", [loose.cast_fp8, loose.lightx2v_fp8, loose.nvfp4, loose.mxfp8])
+@pytest.mark.parametrize("quantise", [loose.cast_fp8, loose.lightx2v_fp8, *BY_COMFY["fp8"]])
 def test_fp8_is_refused(states, folder, tmp_path, quantise):
     """PyTorch raises a TypeError when the first tensor of such numbers is brought to a Mac's GPU."""
     file = loose.save(loose.quantised(states["dit"], quantise)[0], tmp_path / "dit.safetensors")

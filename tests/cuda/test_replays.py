@@ -1,5 +1,6 @@
 """Renders from CUDA graphs on a pretended card: nothing in a graph waits, copies or depends on data."""
 
+import loose
 import pytest
 from counted import Card
 from pretended import needs_pretended, pretend
@@ -27,9 +28,9 @@ def test_every_precision(caplog, load):
     assert not [message for message in caplog.messages if "graph" in message]
 
 
-@pytest.mark.parametrize("kind", ["fp8 without scales", "nvfp4", "Q4_K", "Q5_1"])
+@pytest.mark.parametrize("kind", ["fp8 without scales", "Q4_K", "Q5_1", pytest.param("nvfp4", marks=loose.COMFY)])
 def test_packed_files(caplog, files, kind):  # noqa: F811
-    """A graph, or a line that says why there is none."""
     card = rendered(path=files["plain"], dit=files[kind])
     said = [message for message in caplog.messages if "graph" in message]
-    assert len(card.captures) + len(said) == 1
+    assert len(card.captures) == 1
+    assert not said
