@@ -1,4 +1,4 @@
-"""Options of the suite: `--full` adds the tests of full-size models. Kernels run in Triton's interpreter off a GPU.
+"""Options of the suite: `--full` adds full-size models and what takes long. Off a GPU, kernels are interpreted.
 
 Settings of whoever runs the tests are kept away from them.
 """
@@ -43,7 +43,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     reasons = {}
     if not config.getoption("--full"):
-        reasons["full"] = "full-size models are opt-in: --full"
+        reasons["full"] = "full-size models and what takes long are opt-in: --full"
     if "fuzz" not in config.option.markexpr:
         reasons["fuzz"] = "thousands of mutated inputs are opt-in: -m fuzz"
     for item in items:

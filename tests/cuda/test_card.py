@@ -93,6 +93,7 @@ def only(*rows: str) -> list[str]:
     return [word for row in rows for word in ("--only", row)]
 
 
+@pytest.mark.full
 def test_every_row_runs(dry):
     status, output, rows = dry(*SMALL, *only(*ROWS))
     assert status == 0, output
