@@ -75,7 +75,7 @@ def test_adapters(tiny_folder, tmp_path, mac):
 
 
 def test_writing(tiny_folder, mac):
-    list(zimage.ZImage.load(tiny_folder).rewriter.pieces("a cat", RewriteSettings(max_tokens=3)))
+    list(zimage.ZImage.load(tiny_folder).rewriter.pieces("a cat", RewriteSettings(max_tokens=3, rewrite_seed=1)))
     assert {"mm", "addmm"} & mac.ops
 
 
