@@ -209,8 +209,13 @@ def write_gguf(
         else:
             writer.add_tensor(key, data)
             numbers[key] = value
+    finish_gguf(writer)
+    return numbers
+
+
+def finish_gguf(writer: Any) -> None:
+    """Write what a GGUFWriter was given, and close its file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return numbers

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
-from zimage.kernels.group_norm import innermost, sample_map
+from zimage.kernels.group_norm import innermost, places, sample_map
 from zimage.kernels.rms_norm import plain
 
 TILE = 8192  # values that a program of eight warps holds in registers
@@ -39,16 +39,14 @@ def _kernel(
     BLOCK: tl.constexpr,
 ):
     """STEP positions with all their channels."""
-    position = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    row, column = (position // width).to(tl.int64), (position % width).to(tl.int64)
-    channel = tl.arange(0, BLOCK)
-    there = (position < positions)[:, None] & (channel < channels)[None, :]
-    place = (row * x_row + column * x_stride)[:, None] + channel[None, :]
+    first, channel = tl.program_id(0) * STEP, tl.arange(0, BLOCK)
+    there = (first + tl.arange(0, STEP) < positions)[:, None] & (channel < channels)[None, :]
+    place = places(first, positions, width, x_row, x_stride, channel, STEP)
     x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / channels + EPS)
     y = x * inverse[:, None] * weight[None, :]
-    place = (row * out_row + column * out_stride)[:, None] + channel[None, :]
+    place = places(first, positions, width, out_row, out_stride, channel, STEP)
     tl.store(out_ptr + place, (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty), mask=there)
 
 

@@ -96,7 +96,7 @@ def reference_normalise(x, statistics, weight, bias, eps, out):
 
 
 @jit
-def _places(first, positions, width, row_stride, stride, channel, STEP: tl.constexpr):
+def places(first, positions, width, row_stride, stride, channel, STEP: tl.constexpr):
     """Offsets of STEP positions from `first` on in a map: (STEP, channels), int64."""
     position = first + tl.arange(0, STEP)
     rows = (position // width).to(tl.int64) * row_stride + (position % width).to(tl.int64) * stride
@@ -129,15 +129,15 @@ def _put_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     there = (first + tl.arange(0, STEP) < positions)[:, None] & known[None, :]
-    place = _places(first, positions, width, rows_row, rows_stride, channel, STEP)
+    place = places(first, positions, width, rows_row, rows_stride, channel, STEP)
     value = tl.load(rows_ptr + place, mask=there, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         value += tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
-        place = _places(first, positions, width, residual_row, residual_stride, channel, STEP)
+        place = places(first, positions, width, residual_row, residual_stride, channel, STEP)
         value += tl.load(residual_ptr + place, mask=there, other=0.0).to(tl.float32)
     stored = value.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + _places(first, positions, width, out_row, out_stride, channel, STEP), stored, mask=there)
+    tl.store(out_ptr + places(first, positions, width, out_row, out_stride, channel, STEP), stored, mask=there)
     if moments_ptr is not None:
         value = tl.where(there, stored.to(tl.float32), 0.0)
         count = (tl.minimum(positions - first, STEP) * DEPTH).to(tl.float32)
@@ -211,10 +211,10 @@ def _normalise_kernel(
     for i in range(TILES):
         first = (tl.program_id(0) * TILES + i) * STEP
         there = (first + tl.arange(0, STEP) < positions)[:, None] & known[None, :]
-        place = _places(first, positions, width, x_row, x_stride, channel, STEP)
+        place = places(first, positions, width, x_row, x_stride, channel, STEP)
         x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
         y = (x - mean[None, :]) * factor[None, :] + bias[None, :]
-        place = _places(first, positions, width, out_row, out_stride, channel, STEP)
+        place = places(first, positions, width, out_row, out_stride, channel, STEP)
         tl.store(out_ptr + place, (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty), mask=there)
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage.kernels.backend import Spec, bytes_of, capability, choose, enqueue, jit, tl
-from zimage.kernels.scaled_product import GROUP, tile_of
+from zimage.kernels.backend import Spec, bytes_of, capability, choose, jit, tl
+from zimage.kernels.scaled_product import enqueue_tiles, factors, first_factors, tile_of
 from zimage.kernels.tuning import Configuration, quickest
 
 UNIT = 16  # values that a GPU's matrix unit multiplies and adds before it rounds
@@ -67,15 +67,10 @@ def _kernel(
     """One tile of ROWS × COLUMNS results. WHOLE: DEPTH divides K."""
     row, column = tile_of(tl.program_id(0), M, N, GROUP, ROWS, COLUMNS)
     depth = tl.arange(0, DEPTH)
-    x_ptr += (row % M).to(tl.int64)[:, None] * K + depth[None, :]  # beyond the end: rows that are not stored
-    weight_ptr += (column % N).to(tl.int64)[None, :] * K + depth[:, None]
+    x_ptr, weight_ptr = first_factors(x_ptr, weight_ptr, row, column, depth, M, N, K)
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for k in range(0, K, DEPTH):
-        if WHOLE:
-            x, weight = tl.load(x_ptr), tl.load(weight_ptr)
-        else:
-            x = tl.load(x_ptr, mask=depth[None, :] < K - k, other=0.0)
-            weight = tl.load(weight_ptr, mask=depth[:, None] < K - k, other=0.0)
+        x, weight = factors(x_ptr, weight_ptr, depth, K - k, WHOLE)
         sums += tl.dot(x, weight, out_dtype=tl.float16).to(tl.float32)
         x_ptr += DEPTH
         weight_ptr += DEPTH
@@ -93,9 +88,7 @@ def launch_as(c: Configuration, x, weight):
     x, weight = x.contiguous(), weight.contiguous()
     (M, K), N = x.shape, len(weight)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tiles = -(-M // c.rows) * -(-N // c.columns)
-    constants, cut = (K % c.depth == 0, GROUP), (c.rows, c.columns, c.depth)
-    enqueue(_kernel, (tiles,), x, weight, out, M, N, K, *constants, *cut, num_warps=c.warps, num_stages=c.stages)
+    enqueue_tiles(_kernel, c, (x, weight, out), (M, N, K))
     return out
 
 

@@ -3,8 +3,6 @@
 Shapes: B batch, L tokens, C channels.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -108,20 +106,11 @@ SPEC = Spec(
 )
 
 
-def _quantised_spec(name: str, dtype: torch.dtype) -> Spec:
-    return replace(
-        SPEC,
-        name=name,
-        reference=reference_quantised,
-        launch=launch_quantised,
-        inputs=lambda make, **sizes: (*SPEC.inputs(make, **sizes), dtype),
-        least_bytes=lambda x, weight, scale, eps, dtype: (
-            bytes_of(x, weight, scale) + x.numel() + 4 * x.shape[:-1].numel()
-        ),
-        least_capability=quantise.LEAST_CAPABILITY[dtype],
-        levels_of_a_sum=True,
-    )
+def _quantised_spec(dtype: torch.dtype) -> Spec:
+    def least_bytes(x, weight, scale, eps, dtype):
+        return bytes_of(x, weight, scale) + x.numel() + 4 * x.shape[:-1].numel()
+
+    return quantise.quantised_spec(SPEC, dtype, reference_quantised, launch_quantised, least_bytes)
 
 
-INT8_SPEC = _quantised_spec("rms_norm_scale_int8", torch.int8)
-FP8_SPEC = _quantised_spec("rms_norm_scale_fp8", torch.float8_e4m3fn)
+INT8_SPEC, FP8_SPEC = _quantised_spec(torch.int8), _quantised_spec(torch.float8_e4m3fn)

@@ -3,6 +3,8 @@
 Ops whose result is only ever multiplied write it in this form at once: see `norm.py` and `swiglu.py`.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 LEAST_CAPABILITY = {torch.int8: 75, torch.float8_e4m3fn: 89}
 TINY = 1e-12  # the scale of a row of zeros
 
@@ -98,9 +101,29 @@ def warps_of_a_row(block: int) -> int:
     return min(max(block // 512, 4), 16)
 
 
-def _spec(name: str, dtype: torch.dtype) -> Spec:
+def quantised_spec(
+    plain: Spec,
+    dtype: torch.dtype,
+    reference: Callable[..., tuple[Tensor, ...]],
+    launch: Callable[..., tuple[Tensor, ...]],
+    least_bytes: Callable[..., int],
+) -> Spec:
+    """The specification of an op that writes the result of another one quantised; it also takes the dtype."""
+    return replace(
+        plain,
+        name=f"{plain.name}_{NAMES[dtype]}",
+        reference=reference,
+        launch=launch,
+        inputs=lambda make, **sizes: (*plain.inputs(make, **sizes), dtype),
+        least_bytes=least_bytes,
+        least_capability=LEAST_CAPABILITY[dtype],
+        levels_of_a_sum=True,
+    )
+
+
+def _spec(dtype: torch.dtype) -> Spec:
     return Spec(
-        name=name,
+        name=f"quantise_{NAMES[dtype]}",
         reference=reference,
         launch=launch,
         inputs=lambda make, rows, C: (make(rows, C), dtype),
@@ -111,4 +134,4 @@ def _spec(name: str, dtype: torch.dtype) -> Spec:
     )
 
 
-INT8_SPEC, FP8_SPEC = _spec("quantise_int8", torch.int8), _spec("quantise_fp8", torch.float8_e4m3fn)
+INT8_SPEC, FP8_SPEC = map(_spec, LARGEST)

@@ -1,9 +1,12 @@
 """The product of an int8 or fp8 operand and a matrix of the same dtype, with both scales and the bias at its end.
 
+What every product in tiles does is here as well: `tile_of`, `first_factors`, `factors` and `enqueue_tiles`.
+
 Shapes: M rows, N outputs, K columns; x (M, K), weight (N, K), scales (M, 1) and (1, N), bias (N,).
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +68,24 @@ def tile_of(program, M, N, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @jit
+def first_factors(x_ptr, weight_ptr, row, column, depth, M, N, K):
+    """Where the first columns of both factors are, for some rows of x and of the weight."""
+    x_ptr += (row % M).to(tl.int64)[:, None] * K + depth[None, :]  # beyond the end: rows that are not stored
+    return x_ptr, weight_ptr + (column % N).to(tl.int64)[None, :] * K + depth[:, None]
+
+
+@jit
+def factors(x_ptr, weight_ptr, depth, left, WHOLE: tl.constexpr):
+    """Columns of both factors, zeros beyond the `left` that remain. WHOLE: as many are always left."""
+    if WHOLE:
+        x, weight = tl.load(x_ptr), tl.load(weight_ptr)
+    else:
+        x = tl.load(x_ptr, mask=depth[None, :] < left, other=0.0)
+        weight = tl.load(weight_ptr, mask=depth[:, None] < left, other=0.0)
+    return x, weight
+
+
+@jit
 def _kernel(
     x_ptr,
     weight_ptr,
@@ -86,15 +107,10 @@ def _kernel(
     """One tile of ROWS × COLUMNS results. WHOLE: DEPTH divides K."""
     row, column = tile_of(tl.program_id(0), M, N, GROUP, ROWS, COLUMNS)
     depth = tl.arange(0, DEPTH)
-    x_ptr += (row % M).to(tl.int64)[:, None] * K + depth[None, :]  # beyond the end: rows that are not stored
-    weight_ptr += (column % N).to(tl.int64)[None, :] * K + depth[:, None]
+    x_ptr, weight_ptr = first_factors(x_ptr, weight_ptr, row, column, depth, M, N, K)
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.int32 if INTEGER else tl.float32)
     for k in range(0, K, DEPTH):
-        if WHOLE:
-            x, weight = tl.load(x_ptr), tl.load(weight_ptr)
-        else:
-            x = tl.load(x_ptr, mask=depth[None, :] < K - k, other=0.0)
-            weight = tl.load(weight_ptr, mask=depth[:, None] < K - k, other=0.0)
+        x, weight = factors(x_ptr, weight_ptr, depth, K - k, WHOLE)
         # On sm_90, fp8 sums have 14 bits until they are added to others: at most DEPTH products are added up so.
         sums = tl.dot(
             x,
@@ -126,12 +142,19 @@ def launch_as(c: Configuration, rows, row_scale, weight, scale, bias, dtype):
     """Launch with one configuration."""
     (M, K), N = rows.shape, len(weight)
     out = torch.empty((M, N), dtype=dtype, device=rows.device)
-    tiles = -(-M // c.rows) * -(-N // c.columns)
     pointers = rows, weight, out, row_scale, scale, scale if bias is None else bias
-    constants = bias is not None, rows.dtype is torch.int8, K % c.depth == 0, GROUP
-    cut = c.rows, c.columns, c.depth
-    enqueue(_kernel, (tiles,), *pointers, M, N, K, *constants, *cut, num_warps=c.warps, num_stages=c.stages)
+    enqueue_tiles(_kernel, c, pointers, (M, N, K), bias is not None, rows.dtype is torch.int8)
     return out
+
+
+def enqueue_tiles(
+    kernel: Any, c: Configuration, pointers: tuple[Tensor, ...], sizes: tuple[int, int, int], *constants: bool
+) -> None:
+    """Launch a product's kernel, a program for every tile of its M × N results; sizes are M, N and K."""
+    M, N, K = sizes
+    tiles = -(-M // c.rows) * -(-N // c.columns)
+    cut = K % c.depth == 0, GROUP, c.rows, c.columns, c.depth
+    enqueue(kernel, (tiles,), *pointers, *sizes, *constants, *cut, num_warps=c.warps, num_stages=c.stages)
 
 
 def _spec(name: str, dtype: torch.dtype, configurations: tuple[Configuration, ...]) -> Spec:

@@ -1,7 +1,5 @@
 """SwiGLU, the gated activation in the feed-forward layers of both transformers, plain and quantised."""
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,10 +34,11 @@ def reference_quantised(gate, up, dtype):
 
 
 @jit
-def activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride):
+def activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride, UNIT: tl.constexpr):
+    """silu(g) · up / UNIT for g = UNIT · gate, fp32."""
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=present, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=present, other=0.0).to(tl.float32)
-    return gate * tl.sigmoid(gate) * up
+    return gate * tl.sigmoid(gate * UNIT) * up
 
 
 @jit
@@ -47,7 +46,7 @@ def _kernel(gate_ptr, up_ptr, out_ptr, channels, gate_stride, up_stride, BLOCK: 
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = column < channels
-    x = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride)
+    x = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride, 1.0)
     tl.store(out_ptr + row * channels + column, x.to(out_ptr.dtype.element_ty), mask=present)
 
 
@@ -69,7 +68,7 @@ def _quantising_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     present = column < channels
-    x = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride)
+    x = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride, 1.0)
     x, scale = quantised(x, PEAK, SMALLEST, INTEGER)
     tl.store(out_ptr + row * channels + column, x.to(out_ptr.dtype.element_ty), mask=present)
     tl.store(scale_ptr + row, scale)
@@ -105,7 +104,8 @@ def launch_quantised(gate, up, dtype):
     return out, scale
 
 
-def _inputs(make, L: int, C: int, packed: int = 0) -> tuple:
+def gate_and_up(make, L: int, C: int, packed: int = 0) -> tuple:
+    """Two tensors (L, C), or both halves of one."""
     return make(L, 2 * C).chunk(2, dim=-1) if packed else (make(L, C), make(L, C))
 
 
@@ -113,25 +113,18 @@ SPEC = Spec(
     name="swiglu",
     reference=reference,
     launch=launch,
-    inputs=_inputs,
+    inputs=gate_and_up,
     cases=({"L": 3, "C": 40}, {"L": 5, "C": 2056, "packed": 1}, {"L": 1, "C": 4096}),
     model={"L": 4128, "C": 10240},
     least_bytes=lambda gate, up: 3 * bytes_of(gate),
 )
 
 
-def _quantised_spec(name: str, dtype: torch.dtype) -> Spec:
-    return replace(
-        SPEC,
-        name=name,
-        reference=reference_quantised,
-        launch=launch_quantised,
-        inputs=lambda make, **sizes: (*_inputs(make, **sizes), dtype),
-        least_bytes=lambda gate, up, dtype: bytes_of(gate, up) + gate.numel() + 4 * gate.shape[:-1].numel(),
-        least_capability=quantise.LEAST_CAPABILITY[dtype],
-        levels_of_a_sum=True,
-    )
+def _quantised_spec(dtype: torch.dtype) -> Spec:
+    def least_bytes(gate, up, dtype):
+        return bytes_of(gate, up) + gate.numel() + 4 * gate.shape[:-1].numel()
+
+    return quantise.quantised_spec(SPEC, dtype, reference_quantised, launch_quantised, least_bytes)
 
 
-INT8_SPEC = _quantised_spec("swiglu_int8", torch.int8)
-FP8_SPEC = _quantised_spec("swiglu_fp8", torch.float8_e4m3fn)
+INT8_SPEC, FP8_SPEC = _quantised_spec(torch.int8), _quantised_spec(torch.float8_e4m3fn)

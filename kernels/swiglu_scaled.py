@@ -6,8 +6,10 @@ Shapes: L rows, C channels.
 import torch
 from torch import Tensor
 
+from zimage.kernels import swiglu
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, power_of_two, tl
 from zimage.kernels.quantise import empty_operand, warps_of_a_row
+from zimage.kernels.swiglu import activated, gate_and_up
 
 LEAST = 2.0**-40  # of a row's scale: its square is a number too
 
@@ -51,9 +53,7 @@ def _kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     present = column < channels
-    gate = tl.load(gate_ptr + row * gate_stride + column, mask=present, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + column, mask=present, other=0.0).to(tl.float32)
-    hidden = gate * tl.sigmoid(gate * UNIT) * up
+    hidden = activated(gate_ptr, up_ptr, row, column, present, gate_stride, up_stride, UNIT)
     size = tl.maximum(tl.sqrt(tl.sum(hidden * hidden, axis=0)) / NORM, SMALLEST / 2)
     scale = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2
     tl.store(out_ptr + row * channels + column, (hidden * (1 / scale)).to(out_ptr.dtype.element_ty), mask=present)
@@ -73,12 +73,8 @@ SPEC = Spec(
     name="swiglu_scaled",
     reference=reference,
     launch=launch,
-    inputs=lambda make, L, C, packed=0: (
-        *(make(L, 2 * C).chunk(2, dim=-1) if packed else (make(L, C), make(L, C))),
-        0.25,
-        1024.0,
-    ),
-    cases=({"L": 3, "C": 40}, {"L": 5, "C": 2056, "packed": 1}, {"L": 1, "C": 4096}),
-    model={"L": 4128, "C": 10240},
+    inputs=lambda make, **sizes: (*gate_and_up(make, **sizes), 0.25, 1024.0),
+    cases=swiglu.SPEC.cases,
+    model=swiglu.SPEC.model,
     least_bytes=lambda gate, up, unit, norm: 3 * bytes_of(gate) + 4 * len(gate),
 )

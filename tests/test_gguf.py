@@ -79,10 +79,7 @@ def write(file, state, words=None, pre="qwen2", quantised=(), shapes=None, archi
             writer.add_tensor(key, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(key, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    loose.finish_gguf(writer)
     return file
 
 

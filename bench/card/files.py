@@ -179,7 +179,7 @@ def render(bench: Bench) -> Iterator[Task]:
             needs("diffusers")
         unknown = [name for name in settings if name not in LoadSettings.__dataclass_fields__]
         if unknown:
-            raise Absent(f"there is no setting {unknown[0]}")
+            raise Absent(f"this version has no setting {unknown[0]}")
         folder = model_folder(bench)
         if cold:
             drop_from_cache(folder)

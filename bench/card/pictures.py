@@ -69,7 +69,7 @@ def loaded(bench: Bench, settings: Row, model: str | None = None) -> zimage.ZIma
     free(bench.device)
     unknown = [name for name in settings if name not in LoadSettings.__dataclass_fields__]
     if unknown:
-        raise Absent(f"there is no setting {unknown[0]}")
+        raise Absent(f"this version has no setting {unknown[0]}")
     try:
         return zimage.ZImage.load(model, device=str(bench.device), cache_entries=0, **settings)
     except RequestError as error:

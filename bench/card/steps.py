@@ -89,11 +89,11 @@ def _little(bench: Bench, make: Callable[[], Any], graphs: bool) -> Row:
     dit = make()
     if graphs:
         give_graphs("dit", dit, bench.device, "sdpa", streamed=False)
-    return _measured(bench, dit, "bf16", LITTLE)  # a graph keeps its memory: that is no peak
+    return _measured(bench, dit, "bf16", LITTLE)  # without a peak: a graph keeps its memory
 
 
 def _by_cublas(bench: Bench, make: Callable[[], Any]) -> Row:
-    """In the place of our product, as on cards on which that is no quicker."""
+    """PyTorch's product instead of ours, as on cards where ours is not quicker."""
     with mock.patch.object(half_product, "DOUBLE_RATE", ()):
         return _step(bench, make, "fp16", middle(bench))
 

@@ -17,7 +17,7 @@ from bench.card.rows import Row
 from bench.card.worker import Message, Work
 
 COMMAND = [sys.executable, "-m", "bench.card.worker"]
-GRACE = 30.0  # seconds for what is not a row: starting, and freeing what a section held
+GRACE = 30.0  # seconds for work outside rows: starting, and freeing what a section held
 
 
 class Stopped(Exception):

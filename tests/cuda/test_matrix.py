@@ -130,10 +130,7 @@ def write_zeros(file: Path, state: dict, kind: str) -> Path:
             writer.add_tensor(key, np.zeros((rows, columns // numbers * size), np.uint8), raw_dtype=target)
         else:
             writer.add_tensor(key, value.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    writers.finish_gguf(writer)
     return file
 
 

@@ -155,9 +155,9 @@ def component(folder, name: str = "dit") -> Component:
     return Component.open(name, folder / ROWS[name].folder)
 
 
-def on_gpu(device) -> Arrivals:
+def on_gpu(*arguments) -> Arrivals:
     """Loading to a GPU, whose memory is the host's here."""
-    found = Arrivals(device)
+    found = Arrivals(*arguments)
     found.uploads = uploads.Uploads(CPU, AtOnce(), pageable)
     return found
 

@@ -290,10 +290,7 @@ def gguf_of(state: State, file: Path, kind: str = "Q8_0") -> bytes:
             writer.add_tensor(key, gguf.quants.quantize(value.float().numpy(), target), raw_dtype=target)
         else:
             writer.add_tensor(key, value.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    loose.finish_gguf(writer)
     return file.read_bytes()
 
 

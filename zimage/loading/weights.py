@@ -62,34 +62,19 @@ def load_weights(
     is the dtype in which they are used.
     """
     read, keys = checkpoint.reader(), list(_published_shapes(model))
-    kept = late_matrices(model) if widen_late else set()
-    half = half_matrices(model)
     if isinstance(model, Halves):
         model.in_half = dtype is torch.float16
+    arrivals = Arrivals(model, dtype, device, widen_late)
     if widen_late:
         _widen_linears(model)
-    quantised, arrivals = _quantised_keys(model, precision), Arrivals(device)
+    quantised = _quantised_keys(model, precision)
     with arrivals.read_ahead(read(key) for key in keys if checkpoint.entries[key].aligned and key not in late):
         for key in keys:
             value, stays = read(key), (key in away or key in late) and key not in quantised
-            if is_packed(value) and stays_packed(value, device.type):
-                _pack(model, key, arrivals.packed(value, stays))
-            elif is_packed(value):
-                wanted = torch.bfloat16 if widen_late else held_as(key, dtype, half)
-                if stays:
-                    _leave(model, key, decoded(value, wanted, CPU), wanted, late=False)
-                else:
-                    _assign(model, key, decoded(value, wanted, device))
+            if is_packed(value):
+                arrivals.put_packed(key, value, stays)
             elif folded := model.fold(key, value) if isinstance(model, Folds) else (key, value):
-                name, tensor = folded
-                wanted = tensor.dtype if name in kept else held_as(name, dtype, half)
-                if stays:
-                    _leave(model, name, tensor, wanted, name in late)
-                    if wanted is torch.float16:
-                        gain(model.get_submodule(name.removesuffix(".weight")), device)  # while its pages may be read
-                        forget_pages(tensor)
-                else:
-                    _assign(model, name, arrivals.tensor(tensor, value, wanted))
+                arrivals.put(*folded, value, stays, late=folded[0] in late)
             if key in quantised:
                 _quantise(model, key, precision, key in away)
                 _forget(value)
@@ -150,20 +135,43 @@ def _widen_linears(model: nn.Module) -> None:
 
 
 class Arrivals:
-    """Puts what is read from a file onto a device. On the CPU that is a view of the file wherever the dtype agrees."""
+    """Puts what is read from a file into a model, as `dtype` on `device`: views on a CPU, wherever dtypes agree."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, widen_late: bool):
+        self.model, self.dtype, self.device, self.widen_late = model, dtype, device, widen_late
+        self.half, self.kept = half_matrices(model), late_matrices(model) if widen_late else set()
         self.uploads = Uploads(device) if device.type == "cuda" else None
 
-    def tensor(self, tensor: Tensor, mapped: Tensor, dtype: torch.dtype) -> Tensor:
+    def put(self, name: str, tensor: Tensor, mapped: Tensor, stays: bool, late: bool) -> None:
+        """A plain weight, of which `mapped` is the file's part; one that `stays` is left there."""
+        wanted = tensor.dtype if name in self.kept else held_as(name, self.dtype, self.half)
+        if not stays:
+            _assign(self.model, name, self._brought(tensor, mapped, wanted))
+            return
+        _leave(self.model, name, tensor, wanted, late)
+        if wanted is torch.float16:
+            gain(self.model.get_submodule(name.removesuffix(".weight")), self.device)  # while its pages may be read
+            forget_pages(tensor)
+
+    def put_packed(self, key: str, value: Packed, stays: bool) -> None:
+        """A packed matrix, or its numbers where the device cannot widen it later."""
+        if stays_packed(value, self.device.type):
+            _pack(self.model, key, self._brought_packed(value, stays))
+            return
+        wanted = torch.bfloat16 if self.widen_late else held_as(key, self.dtype, self.half)
+        if stays:
+            _leave(self.model, key, decoded(value, wanted, CPU), wanted, late=False)
+        else:
+            _assign(self.model, key, decoded(value, wanted, self.device))
+
+    def _brought(self, tensor: Tensor, mapped: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor as `dtype`; if it was copied, the pages of the `mapped` one that it comes from are let go."""
         placed = self.uploads(tensor, dtype) if self.uploads else _placed(tensor, dtype, self.device)
         if self.uploads or placed.data_ptr() != tensor.data_ptr():
             forget_pages(mapped)
         return placed
 
-    def packed(self, matrix: Packed, stays: bool) -> Packed:
+    def _brought_packed(self, matrix: Packed, stays: bool) -> Packed:
         """A packed matrix; on a GPU one that `stays` on the host says so by its tensors' attribute `wanted`."""
         if self.uploads is None:
             return matrix.to(self.device)

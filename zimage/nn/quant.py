@@ -72,9 +72,10 @@ def _codes(linear: nn.Linear | PackedLinear, dtype: torch.dtype) -> tuple[Tensor
 
 
 def quantise(dit: nn.Module, precision: str, discard: Callable[[Tensor], None] = lambda weight: None) -> None:
-    """Replace the DiT's large Linear layers in place, one after another, so that memory never holds both models.
+    """Replace the large Linear layers of a DiT in memory, one after another, so that memory never holds both models.
 
-    `discard` is called with each plain weight that is no longer needed.
+    One that comes from a file is quantised while it is loaded: see `loading.weights`. `discard` is called with each
+    plain weight that is no longer needed.
     """
     layers = list(quantisable(dit, precision))
     while layers:
@@ -95,13 +96,6 @@ def quantisable(dit: nn.Module, precision: str) -> Iterator[tuple[nn.Module, str
                 continue
             if not (child.in_features % UNITS[precision] or child.out_features % UNITS[precision]):
                 yield module, name, child
-
-
-def quantised_bytes(dit: nn.Module, precision: str, dtype: torch.dtype) -> int:
-    """Bytes of the DiT's weights once quantised; the model may be on meta."""
-    replaced = {id(linear.weight): linear.out_features for _, _, linear in quantisable(dit, precision)}
-    rest = 4 if dtype is torch.float16 else dtype.itemsize  # in fp16, what is no product of a block is fp32
-    return sum(p.numel() + 4 * replaced[id(p)] if id(p) in replaced else p.numel() * rest for p in dit.parameters())
 
 
 def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage.errors import RequestError, quoted
-from zimage.kernels.qk_norm_rope_halves import qk_norm_rope_halves
+from zimage.kernels.qk_norm_rope import qk_norm_rope_halves
 from zimage.kernels.rms_norm import add_rms_norm
 from zimage.kernels.swiglu import swiglu
 from zimage.nn.attention import attention
