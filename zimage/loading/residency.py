@@ -182,7 +182,7 @@ class Residency:
         return others
 
     def _prepared(self, name: str, stage: StagePlan, adapters: Adapters) -> _Loaded:
-        """Load a plain module, then transform it, in this order."""
+        """Load a module, whose matrices are quantised as they come, then transform it, in this order."""
         (device, dtype), row, component = self.places[name], ROWS[name], self.model.components[name]
         sizes = self._sizes[name]
         module = component.load(device, dtype, sizes.widen_late, stage.streamed, sizes.precision)

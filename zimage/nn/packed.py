@@ -204,11 +204,6 @@ def decoded(packed: Packed, dtype: torch.dtype, device: torch.device) -> Tensor:
     return out
 
 
-def widened_bytes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of what is widened at a time of a matrix (out, in) in a product with activations of `dtype`."""
-    return min(shape[0], rows_at_a_time(shape[1], device)) * shape[1] * dtype.itemsize
-
-
 def packed_codes(module: nn.Module) -> list[Tensor]:
     """The codes of a packed layer, on a CPU a view of the file; an empty list for other modules."""
     return [module.packed.codes] if isinstance(module, PackedLinear) else []

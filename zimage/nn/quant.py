@@ -1,4 +1,4 @@
-"""int8 and fp8 matrix products in place of a plain model's Linear layers: a transformation that follows loading.
+"""int8 and fp8 matrix products in place of a plain model's Linear layers, while it is loaded or afterwards.
 
 Weights get one scale per output channel once, activations one per token at every call (W8A8, dynamic):
 
