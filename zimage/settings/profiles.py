@@ -227,6 +227,14 @@ def resolve(
     return Resolved(entries, left_out, config, profile)
 
 
+def laid_over(defaults: Mapping[str, Plain], given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """What is `given` over `defaults`, without those of these that do not go together with it. Raises RequestError."""
+    entries = {name: Entry(value, "default") for name, value in defaults.items()}
+    entries |= {name: Entry(value, "request", 1) for name, value in given.items() if value is not None}
+    _settle(entries, 1)
+    return {name: entry.value for name, entry in entries.items()}
+
+
 def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
     """The profile named here or by ZIMAGE_PROFILE, else `default` where there is one."""
     wanted = named or environ.get(PROFILE)
