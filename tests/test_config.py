@@ -694,7 +694,9 @@ def test_a_thousand_mutated_files_are_understood_or_refused(tmp_path):
             refused.append((str(error), path.read_bytes().count(b"\n") + 1))
             continue
         document = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-        keys = {name: (table | table.get("serve", {})).keys() - {"inherit", "serve"} for name, table in document.items()}
+        keys = {
+            name: (table | table.get("serve", {})).keys() - {"inherit", "serve"} for name, table in document.items()
+        }
         assert {profile: own.keys() for profile, own in found.profiles.items()} == keys
         for profile in found.profiles:
             resolved = resolve({}, None, found, profile, {})  # all checks of the settings together
