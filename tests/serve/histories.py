@@ -49,3 +49,20 @@ def fill(history: History, count: int, prompt=lambda i: f"picture number {i}") -
 
 def ids(page) -> list[str]:
     return [picture.id for picture in page.pictures]
+
+
+def folder(kept):
+    return {p.name: sorted(f.name for f in p.iterdir()) for p in (kept.files.pictures, kept.files.trash)}
+
+
+def consistent(kept):
+    """Every row has its file where it should be, whole, and every file has a row."""
+    with kept.database.reading() as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        rows = db.execute("SELECT id, deleted IS NOT NULL FROM images").fetchall()
+    listed = {"pictures": sorted(f"{id}.png" for id, gone in rows if not gone)}
+    listed["trash"] = sorted(f"{id}.png" for id, gone in rows if gone)
+    assert folder(kept) == listed
+    for id, gone in rows:
+        kept.files.read(id, trashed=bool(gone))
+    return dict(rows)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from histories import START, draw, fill, history, ids, job_id
+from histories import START, consistent, draw, fill, folder, history, ids, job_id
 from PIL import Image
 
 from zimage.errors import RequestError
@@ -28,10 +28,6 @@ def again(kept, **limits):
     """The history after the server was started anew."""
     kept.database.close()
     return history(kept.files.pictures.parent, **limits)
-
-
-def folder(kept):
-    return {p.name: sorted(f.name for f in p.iterdir()) for p in (kept.files.pictures, kept.files.trash)}
 
 
 # ------------------------------------------------------------------ looking
@@ -385,19 +381,6 @@ def test_no_limit_takes_what_has_just_been_drawn(kept):
 
 
 # ------------------------------------------------------------------ the folder is the truth
-
-
-def consistent(kept):
-    """Every row has its file where it should be, whole, and every file has a row."""
-    with kept.database.reading() as db:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        rows = db.execute("SELECT id, deleted IS NOT NULL FROM images").fetchall()
-    listed = {"pictures": sorted(f"{id}.png" for id, gone in rows if not gone)}
-    listed["trash"] = sorted(f"{id}.png" for id, gone in rows if gone)
-    assert folder(kept) == listed
-    for id, gone in rows:
-        kept.files.read(id, trashed=bool(gone))
-    return dict(rows)
 
 
 def rows(kept):

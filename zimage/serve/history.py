@@ -11,7 +11,6 @@ index that missed one (the process ended in between) is put right by `recover`, 
 
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage.errors import RequestError, quoted
-from zimage.serve.database import Database, storing
+from zimage.serve.database import Database
 from zimage.serve.picture_files import ID, LATEST, Picture, PictureFiles, Seen, checked
 from zimage.serve.refusals import NotFound
 
@@ -118,11 +117,8 @@ class History:
 
     def add(self, path: Path, id: str, job: str) -> Picture:
         """Take in a finished PNG, from wherever it lies on the same disk. Raises RequestError for a damaged one."""
-        home = self.files.path(id)
         with self._moving:
-            if path != home:
-                with storing(home):
-                    os.replace(path, home)
+            self.files.take_in(path, id)
             picture = self.files.read(id, job)
             with self.database.writing(synced=False) as db:
                 db.execute(UPSERT, _row(picture, None))

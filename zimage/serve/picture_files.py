@@ -97,6 +97,15 @@ class PictureFiles:
     def in_trash(self, id: str) -> Path:
         return self.trash / f"{checked(id)}.png"
 
+    def take_in(self, path: Path, id: str) -> None:
+        """Give a finished file its place, and have it on the disk before anything is said of it."""
+        home = self.path(id)
+        with storing(home):
+            if path != home:
+                os.replace(path, home)
+            for written in (home, self.pictures):
+                _sync(written)
+
     def throw_away(self, id: str) -> bool:
         """Move a picture to the trash; whether it was there."""
         return _move(self.path(id), self.in_trash(id))
@@ -177,6 +186,14 @@ def checked(id: str) -> str:
     if not ID.fullmatch(id):
         raise NotFound("there is no picture of this id: ids are letters, digits, '-', '_' and '.'")
     return id
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _move(source: Path, target: Path) -> bool:
