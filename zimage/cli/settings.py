@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -10,11 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import Command, given
-from zimage.errors import RequestError, quoted
+from zimage.cli.trust import check_server, check_writing
 from zimage.settings.declared import ALL_SETTINGS, LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
-from zimage.settings.paths import user_path
 from zimage.settings.profiles import Resolved, find_config, is_own_file, read_config, resolve
 
 if TYPE_CHECKING:
@@ -44,8 +42,9 @@ def load_pipeline(resolved: Resolved) -> "ZImage":
         from zimage.pipeline import ZImage
 
     loading = resolved.of(LoadSettings)
+    check_server(resolved, "encoder_url")
     with resolved.naming_sources():
-        _check_writing(resolved, loading.get("cache_folder"))
+        check_writing(resolved, loading.get("cache_folder"))
         return ZImage.load(loading.pop("model", None), **loading)
 
 
@@ -61,13 +60,3 @@ def _nothing_to_collect() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _check_writing(resolved: Resolved, folder: str | None) -> None:
-    """Raise RequestError where a file that merely lies in the current folder has captions written outside of it."""
-    if folder is None or resolved.is_own("cache_folder"):
-        return
-    here = os.path.realpath(".")
-    if os.path.commonpath([os.path.realpath(user_path(folder, "cache_folder")), here]) != here:
-        text = f"cache_folder {quoted(folder)} lies outside of the current folder; pass --cache-folder to use it"
-        raise RequestError(text, fields=("cache_folder",))
