@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import Command, given
-from zimage.cli.trust import check_server, check_writing
-from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.cli.trust import check_folder, check_server
+from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
-from zimage.settings.profiles import Resolved, find_config, is_own_file, read_config, resolve
+from zimage.settings.profiles import EVERY_SETTINGS, Resolved, find_config, is_own_file, read_config, resolve
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
@@ -32,7 +32,7 @@ def resolve_options(options: Mapping[str, Plain], origin: Mapping[str, Plain] | 
     named = options.get("config")
     path = find_config(named)
     config = None if path is None else read_config(path, is_own_file(path, named))
-    values = {name: value for settings in ALL_SETTINGS for name, value in given(options, settings).items()}
+    values = {name: value for settings in EVERY_SETTINGS for name, value in given(options, settings).items()}
     return resolve(values, origin, config, options.get("profile"))
 
 
@@ -44,7 +44,7 @@ def load_pipeline(resolved: Resolved) -> "ZImage":
     loading = resolved.of(LoadSettings)
     check_server(resolved, "encoder_url")
     with resolved.naming_sources():
-        check_writing(resolved, loading.get("cache_folder"))
+        check_folder(resolved, "cache_folder")
         return ZImage.load(loading.pop("model", None), **loading)
 
 

@@ -507,17 +507,20 @@ def split_lora(text: str) -> tuple[str, float]:
 
     What is the name of an existing file or folder as a whole has no scale.
     """
-    if os.path.exists(os.path.expanduser(text)):
-        return text, 1.0
-    path, _, last = text.rpartition(":")
+    return (text, 1.0) if os.path.exists(os.path.expanduser(text)) else split_scale(text)
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """The same, whatever files there are."""
+    name, _, last = text.rpartition(":")
     try:
         scale = float(last)
     except ValueError:
-        path = ""
-    if not path:
+        name = ""
+    if not name:
         return text, 1.0
     check_lora_scale(scale)
-    return path, scale
+    return name, scale
 
 
 def check_lora_scale(scale: object) -> None:

@@ -39,11 +39,17 @@ def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.e
 
 def config_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The folder `zimage` among the user's settings; it may not exist. None for a user without a home folder."""
-    variable = "APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME"
-    if home := environ.get(variable):
-        return user_path(home, variable) / "zimage"
+    return _own_folder("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME", "~/.config", environ)
+
+
+def data_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The same among the user's data."""
+    return _own_folder("LOCALAPPDATA" if sys.platform == "win32" else "XDG_DATA_HOME", "~/.local/share", environ)
+
+
+def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path | None:
     try:
-        return user_path("~/.config", variable) / "zimage"
+        return user_path(environ.get(variable) or usual, variable) / "zimage"
     except RequestError:
         return None
 
