@@ -56,7 +56,7 @@ async def read_object(request: Request) -> dict[str, Plain]:
     if media != JSON:
         raise WrongMedia(f"the body should be {JSON}, not {media or 'without a Content-Type'}")
     body = await request.body()  # as long as the rules of safety let it be
-    return _object(body) if len(body) < LONG else await asyncio.to_thread(_object, body)
+    return parse_object(body) if len(body) < LONG else await asyncio.to_thread(parse_object, body)
 
 
 def media_type(request: Request) -> str:
@@ -64,7 +64,8 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _object(body: bytes) -> dict[str, Plain]:
+def parse_object(body: bytes) -> dict[str, Plain]:
+    """The same of bytes. Raises Malformed, or RequestError for another value."""
     try:
         content = json_value("the body", body, len(body))
     except CheckpointError as error:
