@@ -9,7 +9,7 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.history import UNDO_SECONDS
 from zimage.serve.openapi import MAYBE_TEXT, TEXT, WHOLE, answers, content, listed, record, reference, takes
@@ -36,13 +36,22 @@ EXAMPLE_IMAGE = {
     "settings": {"request": {**EXAMPLE, "width": 1024, "height": 1024, "steps": 8, "guidance": 0.0, "shift": 3.0}},
 }
 PAGE = record("HistoryPage", images=listed(reference("Image")), next=MAYBE_TEXT, total=WHOLE)
-PAGE_EXAMPLE = {"images": [EXAMPLE_IMAGE], "next": "1795801508400000000_20261127-174501-3fa9c2d1-1", "total": 61}
 DELETED = record("Deleted", deleted=listed(TEXT), undo_seconds=WHOLE)
-DELETED_EXAMPLE = {"deleted": [EXAMPLE_IMAGE["id"]], "undo_seconds": UNDO_SECONDS}
 RESTORED = record("Restored", restored=listed(TEXT))
 WANTED = whole("Restoring", {"ids": listed(TEXT)}, needed=("ids",), example={"ids": [EXAMPLE_IMAGE["id"]]})
 SCHEMAS = {str(schema["title"]): schema for schema in (PAGE, DELETED, RESTORED, WANTED)}
 BYTES = {"type": "string", "format": "binary"}
+
+A_PAGE = content(
+    "A page",
+    reference("HistoryPage"),
+    {"images": [EXAMPLE_IMAGE], "next": "1795801508400000000_20261127-174501-3fa9c2d1-1", "total": 61},
+)
+A_PICTURE = content("The picture", reference("Image"), EXAMPLE_IMAGE)
+WHAT_WENT = content(
+    "What was deleted", reference("Deleted"), {"deleted": [EXAMPLE_IMAGE["id"]], "undo_seconds": UNDO_SECONDS}
+)
+WHAT_CAME_BACK = content("What was brought back", reference("Restored"), {"restored": [EXAMPLE_IMAGE["id"]]})
 UNCHANGED: dict[str, Any] = {"description": "The picture that the client has, by If-None-Match, is still the same."}
 
 Id = Annotated[str, Path(description="A picture's id.", examples=[EXAMPLE_IMAGE["id"]])]
@@ -53,36 +62,37 @@ Limit = Annotated[int, Query(description="Pictures of a page.", ge=1, le=200)]
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/api", route_class=FormRoute, tags=["history"])
-    making = asyncio.Semaphore(DRAWN)
+    add_looking(router, service)
+    add_changing(router, service)
+    add_files(router, service)
+    return router
 
-    @router.get("/history", responses=answers(content("A page", reference("HistoryPage"), PAGE_EXAMPLE), 422, 507))
+
+def add_looking(router: APIRouter, service: Service) -> None:
+    @router.get("/history", responses=answers(A_PAGE, 422, 507))
     async def page(q: Words = "", before: Cursor = "", limit: Limit = 50) -> Response:
         """Pictures, newest first."""
         found = await asyncio.to_thread(service.history.page, q, before or None, limit)
         images = [picture.plain() for picture in found.pictures]
         return JSONResponse({"images": images, "next": found.next, "total": found.total})
 
-    described_picture = content("The picture", reference("Image"), EXAMPLE_IMAGE)
-
-    @router.get("/history/{id}", responses=answers(described_picture, 404, 507))
+    @router.get("/history/{id}", responses=answers(A_PICTURE, 404, 507))
     async def entry(id: Id) -> Response:
         """What is known of a picture."""
         return JSONResponse((await asyncio.to_thread(service.history.get, id)).plain())
 
-    deleted = content("What was deleted", reference("Deleted"), DELETED_EXAMPLE)
 
-    @router.delete("/history/{id}", responses=answers(deleted, 404, 507))
-    @router.delete("/images/{id}", responses=answers(deleted, 404, 507), operation_id="delete_image")
+def add_changing(router: APIRouter, service: Service) -> None:
+    @router.delete("/history/{id}", responses=answers(WHAT_WENT, 404, 507))
+    @router.delete("/images/{id}", responses=answers(WHAT_WENT, 404, 507), operation_id="delete_image")
     async def delete(id: Id) -> Response:
         """Delete a picture; it can be restored for ten minutes."""
         gone = await asyncio.to_thread(service.history.delete, [id])
         if not gone:
-            raise NotFound(f"there is no picture {id}")
+            raise NotFound(f"there is no picture {quoted(id)}")
         return told_deleted(gone)
 
-    @router.delete(
-        "/history", responses=answers(content("What was deleted", reference("Deleted"), DELETED_EXAMPLE), 507)
-    )
+    @router.delete("/history", responses=answers(WHAT_WENT, 507))
     async def delete_all() -> Response:
         """Delete every picture; they can be restored for ten minutes."""
         return told_deleted(await asyncio.to_thread(service.history.delete_all))
@@ -92,10 +102,9 @@ def routes(service: Service) -> APIRouter:
             service.streams.tell("", CHANGED, {"deleted": ids})
         return JSONResponse({"deleted": ids, "undo_seconds": UNDO_SECONDS})
 
-    restored = content("What was brought back", reference("Restored"), {"restored": [EXAMPLE_IMAGE["id"]]})
-    pictures = takes("The pictures", json=reference("Restoring"))
+    body = takes("The pictures", json=reference("Restoring"))
 
-    @router.post("/history/restore", responses=answers(restored, 422, 507, body=True), openapi_extra=pictures)
+    @router.post("/history/restore", responses=answers(WHAT_CAME_BACK, 422, 507, body=True), openapi_extra=body)
     async def restore(request: Request) -> Response:
         """Bring deleted pictures back: those of the `ids` that were deleted in the last ten minutes."""
         ids = wanted(await read_object(request))
@@ -104,9 +113,11 @@ def routes(service: Service) -> APIRouter:
             service.streams.tell("", CHANGED, {"restored": back})
         return JSONResponse({"restored": back})
 
-    @router.get(
-        "/images/{id}", responses={**answers(content("The PNG", BYTES, media="image/png"), 404, 507), **UNCHANGED}
-    )
+
+def add_files(router: APIRouter, service: Service) -> None:
+    making = asyncio.Semaphore(DRAWN)
+
+    @router.get("/images/{id}", response_class=Response, responses=file_answers("The PNG", "image/png"))
     async def image(id: Id, request: Request) -> Response:
         """A picture as it was saved, with its settings in it."""
         file = await asyncio.to_thread(service.history.open, id)
@@ -117,7 +128,9 @@ def routes(service: Service) -> APIRouter:
             return Response(status_code=304, headers=headers)
         return StreamingResponse(pieces(file), 200, {**headers, "Content-Length": str(stat.st_size)}, "image/png")
 
-    @router.get("/images/{id}/thumbnail", responses=file_answers("A WebP file", "image/webp"))
+    small_answers = file_answers("A WebP file", "image/webp")
+
+    @router.get("/images/{id}/thumbnail", response_class=Response, responses=small_answers)
     async def thumbnail(id: Id, request: Request) -> Response:
         """A picture with a longer side of at most 320 px."""
         async with making:
@@ -126,8 +139,6 @@ def routes(service: Service) -> APIRouter:
         if is_known(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         return Response(small, 200, headers, "image/webp")
-
-    return router
 
 
 def file_answers(description: str, media: str) -> dict[int | str, dict[str, Any]]:
