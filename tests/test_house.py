@@ -19,8 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"pipeline", "settings", "errors", "version"},
     "__main__": {"cli", "interrupts"},
     "cli": SHARED | {"serve", "pipeline", "render", "loading", "formats", "text", "weights"},
-    "serve": LEAVES | {"events", "pictures", "pipeline", "render", "loading", "formats", "text", "weights"},
-    "pipeline": SHARED | {"render", "loading", "text", "dit", "vae", "weights"},
+    "serve": LEAVES
+    | {"events", "pictures", "pipeline", "captioner", "render", "loading", "formats", "text", "weights"},
+    "pipeline": SHARED | {"captioner", "render", "loading", "text", "dit", "vae", "weights"},
+    "captioner": LEAVES | {"render", "loading", "text", "weights"},
     "render": SHARED | {"loading", "formats", "text", "dit", "vae", "nn", "kernels"},
     "loading": LEAVES | {"formats", "text", "dit", "vae", "nn", "kernels"},
     "text": LEAVES | {"formats", "nn", "kernels", "templates"},

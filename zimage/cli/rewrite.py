@@ -11,7 +11,7 @@ from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
 from zimage.cli.prompts import prompt_argument
 from zimage.cli.settings import configured, load_pipeline, resolve_options
-from zimage.cli.trust import check_rewriter
+from zimage.cli.trust import check_server
 from zimage.errors import RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.profiles import Resolved
@@ -35,7 +35,7 @@ def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **opti
     progress = Progress(quiet or as_json)
     resolved = resolve_options(options)
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
-    check_rewriter(resolved, settings)
+    check_server(resolved, "rewriter_url")
     if resolved.note:
         progress.note(resolved.note)
     pipe = load_pipeline(resolved)
@@ -63,7 +63,7 @@ def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
         raise RequestError(f"{given[0]}: it has no effect without --rewrite; pass that too or leave it out")
     if settings.rewriter is None or (again and "rewriter" not in given):
         return None
-    check_rewriter(resolved, settings)
+    check_server(resolved, "rewriter_url")
     return settings
 
 
@@ -107,5 +107,5 @@ def write(pipe: "ZImage", prompt: str, settings: RewriteSettings, progress: Prog
 
 
 def _warn_of_demo(pipe: "ZImage", settings: RewriteSettings, progress: Progress) -> None:
-    if pipe.is_demo and not settings.rewriter_url:
+    if pipe.is_demo and not (settings.rewriter_url or pipe.settings.encoder_url):
         progress.note("the bundled demo's text encoder was not trained to write; use another model or --rewriter-url")

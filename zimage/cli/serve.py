@@ -9,7 +9,7 @@ import click
 from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.settings import configured, resolve_options
-from zimage.cli.trust import check_folder, check_rewriter, check_serving
+from zimage.cli.trust import check_folder, check_server, check_serving
 from zimage.errors import ZImageError, install_hint
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import fields
@@ -51,7 +51,8 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
 
 def _checked(resolved: Resolved) -> ServeSettings:
     """The server's own settings. Raises RequestError for what a file may not decide that merely lies in the folder."""
-    check_rewriter(resolved, RewriteSettings.from_mapping(resolved.of(RewriteSettings)))
+    for name in ("rewriter_url", "encoder_url"):
+        check_server(resolved, name)
     with resolved.naming_sources():
         check_serving(resolved)
         check_folder(resolved, "cache_folder")

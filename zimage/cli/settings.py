@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import Command, given
-from zimage.cli.trust import check_folder
+from zimage.cli.trust import check_folder, check_server
 from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
@@ -42,6 +42,7 @@ def load_pipeline(resolved: Resolved) -> "ZImage":
         from zimage.pipeline import ZImage
 
     loading = resolved.of(LoadSettings)
+    check_server(resolved, "encoder_url")
     with resolved.naming_sources():
         check_folder(resolved, "cache_folder")
         return ZImage.load(loading.pop("model", None), **loading)

@@ -8,14 +8,14 @@ import logging
 import os
 
 from zimage.errors import RequestError, printable, quoted
-from zimage.settings.declared import RewriteSettings
-from zimage.settings.environment import REWRITER_KEY, rewriter_key
+from zimage.settings.environment import ENCODER_TOKEN, REWRITER_KEY, encoder_token, rewriter_key
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import Resolved
 from zimage.settings.serving import is_loopback
 
 log = logging.getLogger("zimage")
 
+SECRETS = {"rewriter_url": (REWRITER_KEY, rewriter_key), "encoder_url": (ENCODER_TOKEN, encoder_token)}
 KEEPING = ("keep_days", "keep_gb")
 SERVING = {
     "host": "opens the server to other computers",
@@ -25,16 +25,16 @@ SERVING = {
 }
 
 
-def check_rewriter(resolved: Resolved, settings: RewriteSettings) -> None:
-    """Say which server is asked where the user did not name it. Raises RequestError where it would get their key."""
-    if settings.rewriter_url is None or resolved.is_own("rewriter_url"):
+def check_server(resolved: Resolved, name: str) -> None:
+    """Say which server is asked where the user did not name it. Raises RequestError where it would get a secret."""
+    if resolved.is_own(name) or not (value := resolved.entries[name].value):
         return
-    url, source = printable(settings.rewriter_url[:80]), resolved.source("rewriter_url")
-    if rewriter_key() is not None:
+    url, source, (variable, secret) = printable(value[:80]), resolved.source(name), SECRETS[name]
+    if secret() is not None:
         raise RequestError(
-            f"rewriter_url {url} comes from {source}, and {REWRITER_KEY} goes only to a server that you name yourself; "
-            f"to send it there pass --rewriter-url {url}, else unset {REWRITER_KEY}",
-            fields=("rewriter_url",),
+            f"{name} {url} comes from {source}, and {variable} goes only to a server that you name yourself; "
+            f"to send it there pass {_flag(name)} {url}, else unset {variable}",
+            fields=(name,),
         )
     log.warning("prompts are sent to %s, which %s names", url, source)
 

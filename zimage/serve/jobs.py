@@ -21,17 +21,15 @@ from zimage.settings.fields import Plain
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = STATES = ("queued", "running", "done", "failed", "cancelled")
 OPEN, ENDED = (QUEUED, RUNNING), (DONE, FAILED, CANCELLED)
-TABLE = """
-CREATE TABLE jobs (
-    id TEXT PRIMARY KEY, place REAL NOT NULL, state TEXT NOT NULL, form TEXT NOT NULL,
-    created REAL NOT NULL, started REAL, finished REAL,
-    key TEXT UNIQUE, asked TEXT NOT NULL,
-    deaths INTEGER NOT NULL, restarts INTEGER NOT NULL,
-    plain TEXT NOT NULL
-) STRICT;
-CREATE INDEX jobs_by_state ON jobs (state, place);
-CREATE INDEX jobs_by_end ON jobs (finished);
-"""
+STEPS = (
+    """CREATE TABLE jobs (
+        id TEXT PRIMARY KEY, place REAL NOT NULL, state TEXT NOT NULL, form TEXT NOT NULL,
+        created REAL NOT NULL, started REAL, finished REAL, key TEXT UNIQUE, asked TEXT NOT NULL,
+        deaths INTEGER NOT NULL, restarts INTEGER NOT NULL, plain TEXT NOT NULL
+    ) STRICT""",
+    "CREATE INDEX jobs_in_order ON jobs (state, place)",
+    "CREATE INDEX jobs_by_end ON jobs (finished)",
+)
 PLAIN = ("request", "seeds", "job", "rewrite", "rewritten", "uploads", "images", "timings", "notes", "error")
 
 
@@ -84,7 +82,7 @@ class Jobs:
 
     def __init__(self, database: Database):
         self._database = database
-        database.declare("jobs", [TABLE])
+        database.declare("jobs", STEPS)
 
     def add(self, row: JobRow) -> None:
         """Keep a new job, behind all others. Once this returns, it is accepted."""

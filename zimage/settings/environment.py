@@ -12,7 +12,9 @@ from zimage.settings.paths import user_path
 CONFIG = "ZIMAGE_CONFIG"  # the settings file
 PROFILE = "ZIMAGE_PROFILE"  # its profile
 DEBUG = "ZIMAGE_DEBUG"  # show the traceback of a fault of the program itself
-REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # the rewriter's secret key: no setting, so that no file or picture ever holds it
+# Secrets of servers: no settings, so that no file or picture ever holds them.
+REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # for the one that rewrites
+ENCODER_TOKEN = "ZIMAGE_ENCODER_TOKEN"  # for the one that encodes
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -55,6 +57,11 @@ def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path |
 def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:
     """The secret key of the server that rewrites, if there is one."""
     return environ.get(REWRITER_KEY) or None
+
+
+def encoder_token(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The token of the server that encodes, if there is one."""
+    return environ.get(ENCODER_TOKEN) or None
 
 
 def _from_text(name: str, text: str, kind: type) -> Plain:
