@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zimage.serve.metrics import BUCKETS, Histogram, Metrics, family, sample
+from zimage.serve.metrics import BUCKETS, MEDIA_TYPE, Histogram, Metrics, family, sample
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^\\"\n]|\\[\\n"])*)"'
@@ -69,6 +69,33 @@ def test_everything_is_counted():
     assert 0 <= found["zimage_uptime_seconds", ()] < 60
     assert found["zimage_stage_seconds_count", (("stage", "encode"),)] == 2
     assert found["zimage_stage_seconds_sum", (("stage", "denoise"),)] == 4.5
+
+
+def test_workers_on_one_device_are_summed():
+    found = figures(Metrics(), workers=[("cpu", "ready", 1), ("cpu", "ready", 2), ("cpu", "busy", 0)])
+    assert found["zimage_workers", (("device", "cpu"), ("state", "ready"))] == 2
+    assert found["zimage_worker_restarts_total", (("device", "cpu"),)] == 3
+
+
+def test_a_server_answers_them(server):
+    before = figures_of(server)
+    server.draw(prompt="a red circle", seed=1, steps=1)
+    after = figures_of(server)
+    for name, labels in (
+        ("zimage_jobs_total", (("state", "done"),)),
+        ("zimage_pictures_total", ()),
+        ("zimage_stage_seconds_count", (("stage", "denoise"),)),
+    ):
+        assert after[name, labels] == before.get((name, labels), 0) + 1
+    assert after["zimage_requests_total", (("method", "POST"), ("status", "202"))] >= 1
+    assert after["zimage_queue_length", ()] == 0
+    assert sum(value for (name, _), value in after.items() if name == "zimage_workers") == 1
+
+
+def figures_of(server):
+    answer = server.http.get("/metrics")
+    assert answer.headers["content-type"] == MEDIA_TYPE
+    return {key: value for _, samples in parsed(answer.text).values() for key, value in samples.items()}
 
 
 def test_a_new_server_has_figures_too():

@@ -37,7 +37,7 @@ def run(
     """Serve until the process is told to stop. Raises what keeps it from beginning."""
     token = read_token(serving)
     service = Service(Launch(loading, {**drawing, **rewriting}, serving, folder_of(serving)))
-    guard = Guard(serving, Door(token))
+    guard = Guard(serving, Door(token), observe=service.metrics.answered)
     serve(protected(build(service, guard.door), guard), serving, token, _said, lambda: service.stop(serving.grace))
 
 

@@ -38,11 +38,13 @@ class Metrics:
         for stage, seconds in job.timings.items():
             self._stages[stage].add(seconds)
 
-    def text(self, queue: int, running: int, workers: Iterable[tuple[str, str, int]]) -> str:
+    def text(self, queue: int, running: int, workers: Sequence[tuple[str, str, int]]) -> str:
         """All figures; `workers`: device, state and restarts of each."""
-        workers = list(workers)
-        restarts = [({"device": device}, float(count)) for device, _, count in workers]
-        states = [({"device": device, "state": state}, 1.0) for device, state, _ in workers]
+        states, restarts = Counter((device, state) for device, state, _ in workers), Counter[str]()
+        for device, _, count in workers:
+            restarts[device] += count
+        processes = [({"device": d, "state": s}, float(n)) for (d, s), n in states.items()]
+        restarted = [({"device": device}, float(count)) for device, count in restarts.items()]
         requests = [({"method": m, "status": s}, float(n)) for (m, s), n in sorted(self._requests.items())]
         jobs = [({"state": state}, float(count)) for state, count in self._jobs.items()]
         stages = [line for stage, h in self._stages.items() for line in h.lines("zimage_stage_seconds", stage)]
@@ -52,8 +54,8 @@ class Metrics:
             family("zimage_jobs_total", "counter", "Jobs that have ended since the start, by how.", jobs),
             family("zimage_pictures_total", "counter", "Pictures of these jobs.", [({}, self._pictures)]),
             [*heading("zimage_stage_seconds", "histogram", "Seconds that a job spent in a stage."), *stages],
-            family("zimage_workers", "gauge", "Worker processes, by device and state.", states),
-            family("zimage_worker_restarts_total", "counter", "Worker processes started anew.", restarts),
+            family("zimage_workers", "gauge", "Worker processes, by device and state.", processes),
+            family("zimage_worker_restarts_total", "counter", "Worker processes started anew.", restarted),
             family("zimage_requests_total", "counter", "Answers; status 0: the client went before.", requests),
             family("zimage_uptime_seconds", "gauge", "Since the start.", [({}, time.monotonic() - self._begun)]),
         )

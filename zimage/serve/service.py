@@ -21,6 +21,7 @@ from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
 from zimage.serve.history import History
 from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
+from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
 from zimage.serve.stream import END, Message, Streams
 from zimage.serve.uploads import Uploads
@@ -56,11 +57,11 @@ class Service:
         database = self._database = Database(self.folder / "index.sqlite")
         self.jobs_kept, self.streams = Jobs(database), Streams()
         self.history = History(self.folder, database, self.settings.keep_days, self.settings.keep_gb)
-        self.uploads = Uploads(self.folder / "uploads", self.settings)
+        self.uploads, self.metrics = Uploads(self.folder / "uploads", self.settings), Metrics()
         for name in ("states", "captions"):
             (self.folder / name).mkdir(exist_ok=True)
         self.dispatcher = Dispatcher(
-            self.jobs_kept, self.history, self.streams, self.folder / "pictures", self._has_room
+            self.jobs_kept, self.history, self.streams, self.metrics, self.folder / "pictures", self._has_room
         )
         self._keys: dict[str, asyncio.Lock] = {}
         self._accepting = 0
