@@ -7,26 +7,25 @@ What a file is called where it came from is not used: no name from outside ever 
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage.errors import OutputError, RequestError
+from zimage.errors import RequestError
 from zimage.formats.atomic import beside
 from zimage.formats.headers import read_header
 from zimage.pictures.opening import opened
-from zimage.serve.refusals import NoRoom, NotFound, TooLarge
+from zimage.serve.database import storing
+from zimage.serve.refusals import NotFound, TooLarge
 from zimage.settings.serving import ServeSettings
 
 HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 EMBEDDINGS = "embeddings"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Uploads:
     def _keep(self, name: str, content: bytes) -> Upload:
         hash = hashlib.sha256(content).hexdigest()
         path = self.folder / hash
-        with _writing(path):
+        with storing(path):
             with self._turn:  # a sweep would find it too old
                 if path.exists():
                     os.utime(path)
@@ -114,13 +113,3 @@ def _look_at_tensors(name: str, path: Path) -> None:
         problems = read_header(stream, path.stat().st_size).problems
     if problems:
         raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise NoRoom("the disk of the server is full") from error
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
