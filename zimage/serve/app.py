@@ -46,7 +46,7 @@ def run(
     """
     token = read_token(serving)
     service = Service(Launch(loading, defaults, serving, folder_of(serving)))
-    guard = Guard(serving, Door(token))
+    guard = Guard(serving, Door(token), observe=service.metrics.answered)
 
     def tell(url: str) -> None:
         ready(Ready(url, service.about, service.folder))
