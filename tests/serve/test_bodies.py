@@ -37,9 +37,8 @@ def test_values_go_to_whom_they_concern():
     assert (found.lora, found.attachments, found.form) == (("style:0.8",), {"image": b"png", "mask": b"mask"}, "own")
 
 
-def test_null_stays_what_the_client_said():
-    """A server's own default would otherwise be laid under what a client left out on purpose."""
-    assert ask({"template": None}).values == {"template": None}
+def test_null_leaves_open_what_may_be_open():
+    assert ask({"template": None, "steps": None, "rewriter": None}) == ask({})
     assert fields_at_fault({"images": None}) == ("images",)
 
 

@@ -34,7 +34,7 @@ class Asked:
     """One request, as a form translates it.
 
     `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one;
-    what is absent is open, and the server's defaults are laid under it. Prompts are rewritten where `rewriter` is set.
+    what is absent or null is open, and the server's defaults are laid under it. Prompts are rewritten where `rewriter` is set.
     `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings".
     """
 
@@ -57,6 +57,7 @@ def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: s
         raise RequestError(f"{name}: it is in the body and comes as a file too; pass only one of them", fields=(name,))
     request = {name: as_plain(Request.check_one(name, values[name])) for name in REQUEST if name in values}
     rewrite = {name: RewriteSettings.check_one(name, values[name]) for name in REWRITE if name in values}
+    request, rewrite = _without_open(request), _without_open(rewrite)
     check_limits(request, limits)
     files = {**attachments, **{name: from_base64(name, text) for name, text in inline.items()}}
     return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
@@ -109,6 +110,10 @@ def from_base64(name: str, text: Plain) -> bytes:
     if not content:
         raise RequestError(f"{name}: it is empty; pass a file, or leave it out", fields=(name,))
     return content
+
+
+def _without_open(values: Mapping[str, Plain]) -> dict[str, Plain]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_name(name: str) -> None:
