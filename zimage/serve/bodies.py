@@ -85,7 +85,7 @@ async def read_with_files(request: Request) -> tuple[dict[str, Plain], dict[str,
     for name in parts.keys() - {VALUES, *ATTACHMENTS}:
         known = ", ".join((VALUES, *ATTACHMENTS))
         raise RequestError(f"the part {quoted(name)} is not known; use {known}", fields=(name,))
-    return _object(parts.pop(VALUES, b"{}")), parts
+    return parse_object(parts.pop(VALUES, b"{}")), parts
 
 
 def media_type(request: Request) -> str:
