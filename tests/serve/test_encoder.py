@@ -3,9 +3,12 @@
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import zimage
 from zimage.captioner import Captioner
@@ -317,3 +321,40 @@ def test_encoding_for_others_needs_an_encoder_of_ones_own():
         Captioner.load(DEMO, encoder_url="http://127.0.0.1:9")
     assert error.value.fields == ("encoder_url",)
     assert DIT not in Captioner.load(DEMO).places
+
+
+# ---------------------------------------------------------------------- real servers
+
+
+def test_two_machines_draw_what_one_does(new_server, tmp_path, monkeypatch):
+    """A server that only encodes, with its token; one that draws with it; and no server at all."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    secret = "sesame-0123456789-0123456789-0123456789"
+    (tmp_path / "token").write_text(secret)
+    halves = (("text_encoder", "tokenizer"), ("transformer", "vae", "scheduler", "tokenizer"))
+    encoding, drawing = (str(folder_of(tmp_path, *half)) for half in halves)
+    options = ("--device", "cpu", "--dtype", "fp32")
+    there = new_server("--encoder-only", "--model", encoding, "--token-file", str(tmp_path / "token"), *options)
+    there.http.headers["Authorization"] = f"Bearer {secret}"
+    there.start()
+    pair = ("--model", drawing, "--encoder-url", there.url)
+    here = new_server(*pair, *options, name="here", environment={"ZIMAGE_ENCODER_TOKEN": secret}).start()
+    image = here.draw(prompt=PROMPTS[0], **RENDER)["images"][0]
+    picture = Image.open(io.BytesIO(here.http.get(image["url"]).content))
+    alone = zimage.ZImage.load(device="cpu", dtype="fp32").generate(PROMPTS[0], **RENDER).images[0]
+    assert picture.tobytes() == alone.tobytes()
+    assert there.http.post("/api/jobs", json={"prompt": "a"}).status_code == 404
+    there.kill()
+    assert here.draw(prompt=PROMPTS[0], **RENDER)["state"] == "done"
+    failed = here.wait(here.submit(prompt=PROMPTS[1], **RENDER)["id"])
+    assert failed["state"] == "failed"
+    assert "cannot be reached" in failed["error"]["message"]
+    with socket.create_server(("127.0.0.1", there.port)):  # one that never answers
+        waiting, begun = here.submit(prompt=PROMPTS[1], **RENDER), time.monotonic()
+        while here.http.get(f"/api/jobs/{waiting['id']}").json()["stage"] != "encode":
+            assert time.monotonic() - begun < 60
+        begun = time.monotonic()
+        here.http.delete(f"/api/jobs/{waiting['id']}")
+        assert here.wait(waiting["id"])["state"] == "cancelled"
+        assert time.monotonic() - begun < 5  # and not the time-out of two minutes
+    assert secret not in here.said() + there.said() + json.dumps(failed)
