@@ -17,6 +17,7 @@ from zimage.errors import CheckpointError, ConfigFileError, RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.environment import REWRITER_KEY, from_environment, rewriter_key
 from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
+from zimage.settings.serving import ServeSettings
 from zimage.settings.toml_file import TomlFile
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +117,30 @@ attention = "sdpa"
 steps = 4
 guidance = 2.0
 """
+
+
+def test_a_servers_settings_have_a_table_of_their_own_in_each_profile():
+    text = """
+        [default]
+        steps = 4
+        [default.serve]
+        port = 8000
+        data = "pictures"
+        [lab]
+        guidance = 2.0
+        serve.port = 9000
+        [bare]
+        inherit = ""
+        serve = {allow_host = ["draw.example"]}
+    """
+    resolved = resolve({"grace": 5.0}, None, config(text), "lab", {})
+    assert resolved.of(ServeSettings) == {"port": 9000, "data": str(Path("folder/pictures")), "grace": 5.0}
+    assert resolved.of(Request) == {"steps": 4, "guidance": 2.0}
+    assert resolved.source("port") == "zimage.toml [lab.serve] line 9"
+    assert resolved.source("data") == "zimage.toml [default.serve] line 6"
+    assert resolved.source("grace") == "--grace"
+    assert resolve({"port": 1}, None, config(text), "lab", {}).of(ServeSettings)["port"] == 1
+    assert values(text, "bare") == {"allow_host": ["draw.example"]}
 
 
 def test_options_come_before_the_environment_it_before_the_file_that_before_defaults():
@@ -272,7 +297,7 @@ def test_every_setting_that_names_a_file_is_a_path():
     paths = {n for n, f in FIELDS.items() if f.metadata["path"] or f.metadata["attachment"]}
     assert paths == {
         *("model", "dit", "text_encoder", "vae", "tokenizer", "lora", "lora_folder", "templates"),
-        *("cache_folder", "embeddings", "image", "mask"),
+        *("cache_folder", "embeddings", "image", "mask", "token_file", "data"),
     }
 
 
@@ -316,6 +341,18 @@ def test_every_setting_that_names_a_file_is_a_path():
         ("[[default]]\nsteps = 4\n", 1, "default is outside of any profile"),
         ("[default.steps]\na = 4\n", 1, "it should be of type int"),
         ("[default]\nsteps = 4\n[default.layers]\n-2 = 1\n", 3, "there is no setting 'layers'"),
+        ("[a.serve]\nhost = 'x'\nprot = 1\n", 3, "there is no setting 'prot'; did you mean 'port'?"),
+        ("[a]\nserve.host = 'x'\nserve.port = 70000\n", 3, "port 70000 is too large"),
+        ("[a.serve]\nhost = 'x'\n[b]\ninherit = 'a'\n[b.serve]\nport = 'x'\n", 6, "port 'x' is of type str"),
+        ("a.serve.host = 'x'\na.serve.grace = -1\n", 2, "grace -1 is too small"),
+        ("[a]\nserve = {host = 'x', data = ''}\n", 2, "the path is empty"),
+        ("[a]\nserve = 'x'\n", 2, "serve is of type str; it should be a table, [a.serve]"),
+        ("[a]\n[[a.serve]]\nport = 1\n", 2, "serve is of type list; it should be a table, [a.serve]"),
+        ("[serve]\nport = 80\n", 2, "port belongs to a server; put it under [PROFILE.serve]"),
+        ("[a]\nhsot = 'x'\n", 2, "there is no setting 'hsot'"),
+        ("[a.serve]\nsteps = 4\n", 2, "steps does not belong to the server alone; put it under [PROFILE]"),
+        ("[a.serve]\ninherit = 'b'\n", 2, "there is no setting 'inherit'"),
+        ("[a.serve]\nworker = 'cpu'\n", 2, "it should be a list"),
         ("[default]\n[default.layer_weights]\n-2 = 'a'\n", 2, "the weight 'a' of layer -2"),
         ("[default]\nlayer_weights = {-2 = 1, -3 = -1}\n", 2, "add up to 0"),
         ("[default]\nlayer_weights.-2 = 1e400\n", 2, "the weight inf"),
@@ -533,7 +570,7 @@ def test_settings_in_the_examples_comments_are_right_too():
     text = re.sub(r"^# (?=\w+ = |-\d+ = )", "", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     before, layers, after = re.split(r"# (\[default.layer_weights\]\n(?:-.*\n)+)", text)
     active = config(before + after + layers)
-    assert len(active.profiles["default"]) == 12
+    assert len(active.profiles["default"]) == 18
     assert resolve({}, None, active, None, {}).of(Request)["layer_weights"] == {-2: 0.7, -8: 0.3}
 
 
@@ -657,7 +694,9 @@ def test_a_thousand_mutated_files_are_understood_or_refused(tmp_path):
             refused.append((str(error), path.read_bytes().count(b"\n") + 1))
             continue
         document = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-        keys = {profile: table.keys() - {"inherit"} for profile, table in document.items()}
+        keys = {
+            name: (table | table.get("serve", {})).keys() - {"inherit", "serve"} for name, table in document.items()
+        }
         assert {profile: own.keys() for profile, own in found.profiles.items()} == keys
         for profile in found.profiles:
             resolved = resolve({}, None, found, profile, {})  # all checks of the settings together

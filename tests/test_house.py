@@ -18,8 +18,11 @@ SHARED = LEAVES | {"events", "flow", "pictures"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"pipeline", "settings", "errors", "version"},
     "__main__": {"cli", "interrupts"},
-    "cli": SHARED | {"pipeline", "render", "loading", "formats", "text", "weights"},
-    "pipeline": SHARED | {"render", "loading", "text", "dit", "vae", "weights"},
+    "cli": SHARED | {"serve", "pipeline", "render", "loading", "formats", "text", "weights"},
+    "serve": LEAVES
+    | {"events", "pictures", "pipeline", "captioner", "render", "loading", "formats", "text", "weights"},
+    "pipeline": SHARED | {"captioner", "render", "loading", "text", "dit", "vae", "weights"},
+    "captioner": LEAVES | {"render", "loading", "text", "weights"},
     "render": SHARED | {"loading", "formats", "text", "dit", "vae", "nn", "kernels"},
     "loading": LEAVES | {"formats", "text", "dit", "vae", "nn", "kernels"},
     "text": LEAVES | {"formats", "nn", "kernels", "templates"},
@@ -151,6 +154,8 @@ PLANTED = {
     "of a reference library": ("zimage.pipeline", "import diffusers.models"),
     "of a kernel's user": ("zimage.kernels.norm", "from zimage.nn.layers import RMSNorm"),
     "in a room that nobody planned": ("zimage.helpers.misc", "import os"),
+    "a render that knows the server": ("zimage.render.job", "from zimage.serve.jobs import Queue"),
+    "a server that computes by itself": ("zimage.serve.forms.own", "from zimage.dit.model import ZImageDiT"),
     "of the command line": ("zimage.render.rewriting", "from zimage.cli.progress import Progress"),
 }
 

@@ -14,8 +14,10 @@ from PIL import Image
 
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.errors import CheckpointError, RequestError
-from zimage.settings.declared import ALL_SETTINGS, LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import fields, json_schema, parse_weights
+from zimage.settings.profiles import EVERY_SETTINGS, SERVE
+from zimage.settings.serving import ServeSettings
 
 
 def parsed(*arguments):
@@ -31,13 +33,13 @@ def parsed(*arguments):
 
 
 def test_names_are_unique_over_all_settings():
-    names = [name for settings in ALL_SETTINGS for name in settings.names()]
+    names = [name for settings in EVERY_SETTINGS for name in settings.names()]
     assert len(names) == len(set(names))
-    assert not {"config", "profile", "inherit"} & set(names), "these mean something else in files and options"
+    assert not {"config", "profile", "inherit", SERVE} & set(names), "these mean something else in files and options"
 
 
 def test_every_setting_says_what_it_is():
-    for field in (field for settings in ALL_SETTINGS for field, _ in fields(settings)):
+    for field in (field for settings in EVERY_SETTINGS for field, _ in fields(settings)):
         assert field.metadata["help"].endswith("."), field.name
         if field.metadata["attachment"]:
             assert field.metadata["per_call"], field.name
@@ -125,12 +127,13 @@ def test_attachments_are_described_without_their_folder():
     assert Request().to_mapping()["image"] is None
 
 
-@pytest.mark.parametrize("settings", ALL_SETTINGS)
+@pytest.mark.parametrize("settings", EVERY_SETTINGS)
 def test_plain_values_go_through_json_and_back(settings):
     changed = {
         Request: {"prompt": ["a", "b"], "seed": [1, 2], "layer_weights": {-2: 1.0}, "force_think_block": False},
         LoadSettings: {"lora": ["a.safetensors:0.5"], "memory": 8},
         RewriteSettings: {"rewriter": "cinematic", "temperature": 0},
+        ServeSettings: {"port": 80, "worker": ["cpu", "cpu"], "keep_days": 0.5},
     }[settings]
     for instance in (settings(), settings(**changed)):
         assert settings.from_mapping(json.loads(json.dumps(instance.to_mapping()))) == instance
@@ -160,7 +163,7 @@ def test_a_value_is_checked_by_itself_and_in_its_place(settings, name, value, wo
 
 def test_every_bound_is_held():
     """One step past each bound is refused, by the field's name."""
-    for settings in ALL_SETTINGS:
+    for settings in EVERY_SETTINGS:
         for field in dataclasses.fields(settings):
             for bound, past in (("minimum", -1), ("maximum", 1), ("above", 0)):
                 if (limit := field.metadata[bound]) is not None:
@@ -247,7 +250,7 @@ def allowed(schema, value):
     )
 
 
-@pytest.mark.parametrize("settings", ALL_SETTINGS)
+@pytest.mark.parametrize("settings", EVERY_SETTINGS)
 def test_json_schema_has_every_field_as_declared(settings):
     schema = json.loads(json.dumps(json_schema(settings)))
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"

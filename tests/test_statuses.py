@@ -13,6 +13,7 @@ from zimage.cli import main
 
 USAGE = {
     "gen": ["a", "--steps", "0"],
+    "serve": ["--port", "65536"],
     "rewrite": ["a", "--max-tokens", "0"],
     "encode": ["a"],
     "tokens": ["a", "--hidden-layer", "0"],

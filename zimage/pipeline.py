@@ -16,9 +16,8 @@ Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 
 import dataclasses
 import logging
-import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from zimage import flow
+from zimage.captioner import Captioner, checked_settings
 from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.events import Event, Result
@@ -34,15 +34,13 @@ from zimage.loading.devices import Place, choose_places, device_names
 from zimage.loading.files import ModelFiles, load_component, open_model
 from zimage.loading.loras import Loras, LoraUse, bytes_beside
 from zimage.loading.memory import out_of_memory_in
-from zimage.loading.plan import Workload
-from zimage.loading.planner import Planner
+from zimage.loading.plan import MemoryPlan, Workload
 from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
-from zimage.loading.residency import Residency
 from zimage.render import stages
-from zimage.render.conditioning import CachedEncoder, Encoder, LocalEncoder, SavedEmbeddings, Text, Texts, TokenCount
+from zimage.render.conditioning import SavedEmbeddings
 from zimage.render.defaults import find_shift, usual_side
 from zimage.render.job import Job, decide
-from zimage.render.rewriting import Rewrite, Rewriter
+from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.state import RenderState
 from zimage.settings.declared import (
     SIZE_MULTIPLE,
@@ -50,15 +48,9 @@ from zimage.settings.declared import (
     TILE_OVERLAP,
     LoadSettings,
     Request,
-    RewriteSettings,
-    TextSettings,
     split_lora,
 )
-from zimage.settings.environment import from_environment
-from zimage.settings.paths import user_path
 from zimage.text import Qwen3
-from zimage.text.cache import EmbeddingCache
-from zimage.text.templates import user_folder
 from zimage.version import __version__
 from zimage.weights import DEMO
 
@@ -68,24 +60,16 @@ __all__ = ["Event", "Job", "Result", "ZImage", "load_component"]
 log = logging.getLogger("zimage")
 
 
-class ZImage:
+class ZImage(Captioner):
     """A model, loaded when it is first needed. May be used from several threads at once."""
 
     def __init__(self, model: ModelFiles, places: Mapping[str, Place], settings: LoadSettings):
-        self.model, self.places, self.settings = model, places, settings
+        super().__init__(model, places, settings, RemoteEncoder.of(model, places[DIT], settings))
         self.device, self.dtype = places[DIT]
-        self.planner = Planner(model, places, settings)
-        self.residency = Residency(model, places, settings, self.planner.sizes)
         self.lora = Loras(model.components[DIT], self.residency, (settings.lora_skip,) if settings.lora_skip else ())
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
-        templates = user_path(settings.templates, "templates") if settings.templates else user_folder()
-        self.texts = Texts(model, templates)
-        folder = user_path(settings.cache_folder, "cache_folder") if settings.cache_folder else None
-        self.cache = EmbeddingCache(settings.cache_entries, folder)
-        self.encoder: Encoder = CachedEncoder(LocalEncoder(model, self.residency), self.cache)
         self._prepared: WeakSet[Job] = WeakSet()
-        self.rewriter = Rewriter(model.tokenizer, self.residency, self.texts, self.planner)
 
     @classmethod
     def load(
@@ -99,28 +83,18 @@ class ZImage:
 
         Everything is checked here (configs, keys, shapes, tokenizer), weights are read when a stage first runs.
         Further keywords are the fields of LoadSettings, which says what each does: loose files (dit, text_encoder,
-        vae, tokenizer, variant), devices of single components, attention, precision, compile, memory, residency, lora.
+        vae, tokenizer, variant), devices of single components, attention, precision, compile, memory, residency, lora,
+        an encoder on another machine (encoder_url), in whose place no weights of a text encoder need be here.
         What is not given is taken from the environment's variables where these are set (but ZIMAGE_MODEL, which is the
         command line's). `device` and `dtype` of the pipeline are the DiT's. Raises CheckpointError or RequestError.
         """
-        plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
-        given = {name: value for name, value in plain.items() if value is not None}
-        variables = {name: value for name, value in from_environment(LoadSettings).items() if name != "model"}
-        checked = LoadSettings.from_mapping({**variables, "device": device, **given})
-        model = open_model(path, checked, default=DEMO)
-        return cls(model, choose_places(model.components, checked, dtype), checked)
+        checked = checked_settings(device, settings)
+        elsewhere = (TEXT_ENCODER,) if checked.encoder_url else ()
+        model = open_model(path, checked, default=DEMO, elsewhere=elsewhere)
+        here = [name for name in model.components if name not in elsewhere]
+        return cls(model, choose_places(here, checked, dtype), checked)
 
     # ------------------------------------------------------------------ components
-
-    @property
-    def is_demo(self) -> bool:
-        """Whether this is the small model that comes along."""
-        return self.model.origin == DEMO
-
-    @property
-    def loaded(self) -> tuple[str, ...]:
-        """Names of the components that are in memory now."""
-        return self.residency.loaded
 
     @property
     def text_encoder(self) -> Qwen3:
@@ -136,11 +110,10 @@ class ZImage:
         """AutoencoderKL or AutoencoderKLWan."""
         return self._component(VAE)
 
-    def release(self, *names: str) -> None:
-        """Let go of loaded components (all, when none is named); they load again when next used."""
-        self.residency.release(*names)
-
     def _component(self, name: str) -> Any:
+        if name not in self.places:
+            text = f"the {ROWS[name].title} is on another machine ({self.settings.encoder_url}); leave out encoder_url"
+            raise RequestError(text, fields=("encoder_url",))
         with self._components().use(name) as module:
             return module
 
@@ -153,42 +126,10 @@ class ZImage:
         work = dataclasses.replace(work, loras=bytes_beside(adapters, self.dtype))
         return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters)
 
+    def _encoding_plan(self, tokens: int) -> MemoryPlan:
+        return self._components().plan
+
     # ------------------------------------------------------------------ stages
-
-    def tokenize(self, prompt: str, **text: Any) -> list[int]:
-        """Token ids of the formatted prompt. Keywords are the fields of TextSettings."""
-        return list(self.texts.tokenize(self.texts.parts(TextSettings.from_mapping(text)).format(prompt)))
-
-    def count_tokens(self, prompt: str, **text: Any) -> TokenCount:
-        """How long a prompt is and what will become of it. Keywords are the fields of TextSettings."""
-        return self.texts.count(prompt, TextSettings.from_mapping(text))
-
-    def encode(self, prompts: str | Sequence[str], **text: Any) -> list[Tensor]:
-        """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone.
-
-        Keywords are the fields of TextSettings: chat parts, template, layers, long_prompt. Raises RequestError.
-        """
-        settings = TextSettings.from_mapping(text)
-        parts = self.texts.parts(settings)
-        formatted = [parts.format(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        texts = [Text(one, self.texts.tokenize(one), settings.layers) for one in formatted]
-        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), settings.long_prompt)
-        return [self._caption(one, settings.long_prompt) for one in texts]
-
-    def _caption(self, text: Text, long_prompt: str) -> Tensor:
-        caption = self.encoder.known(text)
-        if caption is None:
-            with out_of_memory_in(ROWS[TEXT_ENCODER].title):
-                caption = self.encoder.encode(text, self._components().plan)
-        return self.texts.shorten(caption, long_prompt).to(self.places[TEXT_ENCODER].device)
-
-    def rewrite(self, prompt: str, **settings: Any) -> Rewrite:
-        """A fuller prompt, written by the text encoder's own weights or by a server; to be encoded like any other.
-
-        Keywords are the fields of RewriteSettings. Raises RequestError, RemoteError, or RewriteError where no prompt
-        came of it. To see it written, iterate over `rewriter.pieces`.
-        """
-        return _exhausted(self.rewriter.pieces(prompt, RewriteSettings.from_mapping(settings)))
 
     def denoise(
         self,
@@ -355,12 +296,3 @@ class ZImage:
         longest = self.model.config(DIT).axes_lens[1] * SIZE_MULTIPLE
         if side > longest:
             log.warning("a side of %d px is past the %d px the model was trained for", side, longest)
-
-
-def _exhausted(pieces: Generator[Any, None, Rewrite]) -> Rewrite:
-    """What a generator returns in the end."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as finished:
-            return finished.value

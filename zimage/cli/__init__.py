@@ -15,6 +15,7 @@ from zimage.cli.gen import gen
 from zimage.cli.info import info
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
+from zimage.cli.serve import serve
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, tokens
 from zimage.cli.weights import weights
@@ -61,7 +62,7 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, rewrite, encode, tokens, templates, config, info, weights):
+for command in (gen, serve, rewrite, encode, tokens, templates, config, info, weights):
     cli.add_command(command)
 
 

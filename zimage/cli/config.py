@@ -12,8 +12,7 @@ from zimage.cli.options import Command, Group, GroupedCommand, options_of
 from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.errors import ConfigFileError
-from zimage.settings.declared import ALL_SETTINGS
-from zimage.settings.profiles import EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
+from zimage.settings.profiles import EVERY_SETTINGS, EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
 
 CREATE_ONE = "create one with: zimage config example > zimage.toml"
 
@@ -25,7 +24,7 @@ def config() -> None:
 
 def every_setting(command: Command) -> Command:
     """A decorator that adds the options of all settings."""
-    for settings in reversed(ALL_SETTINGS):
+    for settings in reversed(EVERY_SETTINGS):
         command = options_of(settings, skip=("prompt",))(command)
     return command
 
@@ -91,7 +90,7 @@ def _facts(resolved: Resolved) -> dict[str, object]:
 def _values(resolved: Resolved) -> dict[str, object]:
     """Every setting's value; those of a single call only where they were passed."""
     values: dict[str, object] = {}
-    for settings in ALL_SETTINGS:
+    for settings in EVERY_SETTINGS:
         values |= settings.from_mapping(resolved.of(settings)).to_mapping()
     return {n: v for n, v in values.items() if n in resolved.entries or not FIELDS[n].metadata["per_call"]}
 

@@ -1,7 +1,6 @@
 """`rewrite`: a short idea becomes a full prompt, and how `gen` does the same before it renders."""
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING
 
 import click
@@ -12,18 +11,15 @@ from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
 from zimage.cli.prompts import prompt_argument
 from zimage.cli.settings import configured, load_pipeline, resolve_options
-from zimage.errors import RequestError, printable
+from zimage.cli.trust import check_server
+from zimage.errors import RequestError
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
-from zimage.settings.environment import REWRITER_KEY, rewriter_key
 from zimage.settings.profiles import Resolved
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
     from zimage.render.job import Job
     from zimage.render.rewriting import Rewrite
-
-
-log = logging.getLogger("zimage")
 
 
 @click.command(cls=GroupedCommand)
@@ -39,7 +35,7 @@ def rewrite(prompt: str, show_thinking: bool, as_json: bool, quiet: bool, **opti
     progress = Progress(quiet or as_json)
     resolved = resolve_options(options)
     settings = RewriteSettings.from_mapping(resolved.of(RewriteSettings))
-    _check_server(resolved, settings)
+    check_server(resolved, "rewriter_url")
     if resolved.note:
         progress.note(resolved.note)
     pipe = load_pipeline(resolved)
@@ -67,25 +63,8 @@ def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
         raise RequestError(f"{given[0]}: it has no effect without --rewrite; pass that too or leave it out")
     if settings.rewriter is None or (again and "rewriter" not in given):
         return None
-    _check_server(resolved, settings)
+    check_server(resolved, "rewriter_url")
     return settings
-
-
-def _check_server(resolved: Resolved, settings: RewriteSettings) -> None:
-    """Say which server is asked where the user did not name it. Raises RequestError where it would get the user's key.
-
-    A `zimage.toml` comes with whatever is unpacked or cloned: it should not decide who is sent a key.
-    """
-    if settings.rewriter_url is None or resolved.is_own("rewriter_url"):
-        return
-    url, source = printable(settings.rewriter_url[:80]), resolved.source("rewriter_url")
-    if rewriter_key() is not None:
-        raise RequestError(
-            f"rewriter_url {url} comes from {source}, and {REWRITER_KEY} goes only to a server that you name yourself; "
-            f"to send it there pass --rewriter-url {url}, else unset {REWRITER_KEY}",
-            fields=("rewriter_url",),
-        )
-    log.warning("prompts are sent to %s, which %s names", url, source)
 
 
 def prepared(
@@ -128,5 +107,5 @@ def write(pipe: "ZImage", prompt: str, settings: RewriteSettings, progress: Prog
 
 
 def _warn_of_demo(pipe: "ZImage", settings: RewriteSettings, progress: Progress) -> None:
-    if pipe.is_demo and not settings.rewriter_url:
+    if pipe.is_demo and not (settings.rewriter_url or pipe.settings.encoder_url):
         progress.note("the bundled demo's text encoder was not trained to write; use another model or --rewriter-url")

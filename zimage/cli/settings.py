@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli.options import Command, given
-from zimage.errors import RequestError, quoted
-from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.cli.trust import check_folder, check_server
+from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
-from zimage.settings.paths import user_path
-from zimage.settings.profiles import Resolved, find_config, is_own_file, read_config, resolve
+from zimage.settings.profiles import EVERY_SETTINGS, Resolved, find_config, is_own_file, read_config, resolve
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
@@ -34,7 +32,7 @@ def resolve_options(options: Mapping[str, Plain], origin: Mapping[str, Plain] | 
     named = options.get("config")
     path = find_config(named)
     config = None if path is None else read_config(path, is_own_file(path, named))
-    values = {name: value for settings in ALL_SETTINGS for name, value in given(options, settings).items()}
+    values = {name: value for settings in EVERY_SETTINGS for name, value in given(options, settings).items()}
     return resolve(values, origin, config, options.get("profile"))
 
 
@@ -44,8 +42,9 @@ def load_pipeline(resolved: Resolved) -> "ZImage":
         from zimage.pipeline import ZImage
 
     loading = resolved.of(LoadSettings)
+    check_server(resolved, "encoder_url")
     with resolved.naming_sources():
-        _check_writing(resolved, loading.get("cache_folder"))
+        check_folder(resolved, "cache_folder")
         return ZImage.load(loading.pop("model", None), **loading)
 
 
@@ -61,13 +60,3 @@ def _nothing_to_collect() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _check_writing(resolved: Resolved, folder: str | None) -> None:
-    """Raise RequestError where a file that merely lies in the current folder has captions written outside of it."""
-    if folder is None or resolved.is_own("cache_folder"):
-        return
-    here = os.path.realpath(".")
-    if os.path.commonpath([os.path.realpath(user_path(folder, "cache_folder")), here]) != here:
-        text = f"cache_folder {quoted(folder)} lies outside of the current folder; pass --cache-folder to use it"
-        raise RequestError(text, fields=("cache_folder",))

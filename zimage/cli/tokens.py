@@ -57,13 +57,12 @@ def encode(prompt: str, output: Path, **options: object) -> None:
         raise RequestError(f"output {output.name!r} should end in .safetensors")
     pipe, text = _opened(options)
     request = {"prompt": prompt, **pipe.texts.filled(TextSettings.from_mapping(text)).to_mapping()}
-    from zimage.loading.registry import TEXT_ENCODER
     from zimage.text.embeddings import save_embeddings
 
     (caption,) = pipe.encode(prompt, **text)
     if output.exists():
         terminal.note(f"replacing {output}")
-    save_embeddings(output, caption, request, pipe.model.components[TEXT_ENCODER].checkpoint.fingerprint())
+    save_embeddings(output, caption, request, pipe.captions_from.fingerprint)
     terminal.saved(os.fspath(output))
     terminal.note(f"{len(caption)} tokens × {caption.shape[1]}, {str(caption.dtype).removeprefix('torch.')}")
 

@@ -95,6 +95,11 @@ def components_in(file: Path) -> list[str]:
     return list(recognise(_opened_alone(file)))
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether `path` is a file, or a component folder with weights and not only what describes them."""
+    return path.is_file() or any(path.glob("*.safetensors"))
+
+
 def _opened_alone(file: Path) -> dict[str, Stored]:
     """The tensors of a file that is not one of several."""
     shard = SHARD.fullmatch(file.name)

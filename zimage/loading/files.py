@@ -1,7 +1,7 @@
 """The components of a model in their files: found, checked alone and against one another, loaded on request."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zimage.errors import CheckpointError, RequestError, quoted
-from zimage.formats.checkpoint import Checkpoint, components_in
+from zimage.formats.checkpoint import Checkpoint, components_in, holds_weights
 from zimage.formats.hub_cache import repository
 from zimage.formats.json_text import read_json
 from zimage.formats.unsupported import check_config
@@ -40,6 +40,7 @@ from zimage.text import Tokenizer
 
 log = logging.getLogger("zimage")
 
+NOTHING: Mapping[str, Any] = {}
 VARIANTS = {"turbo": 3.0, "base": 6.0}  # the schedule's shift, which loose files do not carry
 
 
@@ -185,15 +186,21 @@ class ModelFiles:
         tokenizer: Tokenizer,
         shift: float | None,
         assumptions: Sequence[str] = (),
+        absent: Mapping[str, Any] = NOTHING,
     ):
+        """`absent`: the architecture of each component that is on another machine, or None where no config says it."""
         self.origin, self.components, self.tokenizer, self.shift = origin, components, tokenizer, shift
+        self._absent = absent
         loose = [name for name, component in components.items() if component.checkpoint.origin.is_file()]
         self.assumptions = [*(ASSUMED[name] for name in loose if name in ASSUMED), *assumptions]
         self._check_agreement()
 
     @classmethod
-    def of_folder(cls, folder: Path) -> "ModelFiles":
-        """A folder in the published layout. Raises CheckpointError or ConfigError."""
+    def of_folder(cls, folder: Path, elsewhere: Collection[str] = ()) -> "ModelFiles":
+        """A folder in the published layout; the weights of components `elsewhere` need not be in it.
+
+        Raises CheckpointError or ConfigError.
+        """
         if (folder / "config.json").is_file() and not (folder / ROWS[DIT].folder).is_dir():
             text = f"{folder} is the folder of one component; pass it as dit, text_encoder or vae"
             raise CheckpointError(text, fields=("model",))
@@ -201,25 +208,32 @@ class ModelFiles:
             names = ", ".join(ROWS[name].folder for name in REQUIRED)
             raise CheckpointError(f"{folder} is not a model folder: it holds none of {names}", fields=("model",))
         tokenizer, shift = Tokenizer.load(folder / "tokenizer"), read_shift(folder)
-        components = {name: Component.open(name, folder / ROWS[name].folder) for name in REQUIRED}
-        return cls(folder, components, tokenizer, shift)
+        components, absent = _opened({name: folder / ROWS[name].folder for name in REQUIRED}, elsewhere)
+        return cls(folder, components, tokenizer, shift, absent=absent)
 
     @classmethod
     def of_components(
-        cls, paths: Mapping[str, Path], tokenizer: Path | None, variant: str | None, folder: Path | None = None
+        cls,
+        paths: Mapping[str, Path],
+        tokenizer: Path | None,
+        variant: str | None,
+        folder: Path | None = None,
+        elsewhere: Collection[str] = (),
     ) -> "ModelFiles":
-        """Loose files or component folders, one for each that is required.
+        """Loose files or component folders, one for each that is required and not `elsewhere`.
 
         What a model `folder` holds counts for all that they do not replace: tokenizer and schedule, too.
         """
-        for name in REQUIRED:
+        needed = [name for name in REQUIRED if name not in elsewhere]
+        for name in needed:
             if name not in paths:
-                text = f"{name} is missing: pass {', '.join(REQUIRED)} together, or a whole model"
+                text = f"{name} is missing: pass {', '.join(needed)} together, or a whole model"
                 raise RequestError(text, fields=(name,))
-        components = {name: Component.open(name, paths[name]) for name in REQUIRED}
-        found = Tokenizer.load(tokenizer or find_tokenizer(paths[TEXT_ENCODER], folder))
-        shift, lines = _schedule(paths[DIT], variant, folder)
-        return cls(paths[DIT], components, found, shift, lines)
+        components, absent = _opened(paths, elsewhere)
+        origin = paths[DIT if DIT in components else TEXT_ENCODER]
+        found = Tokenizer.load(tokenizer or find_tokenizer(paths.get(TEXT_ENCODER, origin), folder))
+        shift, lines = _schedule(origin, variant, folder) if DIT in components else (None, [])
+        return cls(origin, components, found, shift, lines, absent)
 
     @property
     def name(self) -> str:
@@ -239,19 +253,21 @@ class ModelFiles:
         return self.components[name].skeleton
 
     def config(self, name: str) -> Any:
-        """A component's architecture."""
-        return self.components[name].skeleton.config
+        """A component's architecture; None of one on another machine that no config here describes."""
+        return self.components[name].skeleton.config if name in self.components else self._absent.get(name)
 
     def _check_agreement(self) -> None:
         """Components of different models may each be whole and still not fit together."""
         encoder, dit, vae = (self.config(name) for name in (TEXT_ENCODER, DIT, VAE))
         pairs = (
-            ("the DiT's caption width", dit.cap_feat_dim, "the text encoder's width", encoder.hidden_size),
-            ("the DiT's latent channels", dit.in_channels, "the VAE's", vae.latent_channels),
+            ("the DiT's caption width", dit, "cap_feat_dim", "the text encoder's width", encoder, "hidden_size"),
+            ("the DiT's latent channels", dit, "in_channels", "the VAE's", vae, "latent_channels"),
         )
-        for ours, wanted, theirs, found in pairs:
-            if wanted != found:
+        for ours, one, its, theirs, other, others in pairs:
+            if one and other and (wanted := getattr(one, its)) != (found := getattr(other, others)):
                 raise CheckpointError(f"{self.origin}: {ours} ({wanted}) must equal {theirs} ({found})")
+        if encoder is None:
+            return
         if self.tokenizer.vocab_size > encoder.vocab_size:
             raise CheckpointError(
                 f"{self.origin}: the tokenizer's {self.tokenizer.vocab_size} entries exceed "
@@ -260,22 +276,44 @@ class ModelFiles:
         self.tokenizer.limit(encoder.vocab_size)  # a vocabulary may have gaps
 
 
-def open_model(path: str | Path | None, settings: LoadSettings, default: Path) -> ModelFiles:
+def open_model(
+    path: str | Path | None, settings: LoadSettings, default: Path, elsewhere: Collection[str] = ()
+) -> ModelFiles:
     """Open a folder or an all-in-one file, with the settings' components in place of its own, or these alone.
 
-    `default` is opened if neither is given. Raises CheckpointError, ConfigError or RequestError.
+    `default` is opened if neither is given. The weights of components `elsewhere` need not be here. Raises
+    CheckpointError, ConfigError or RequestError.
     """
     named = {name: user_path(value, name) for name in REQUIRED if (value := getattr(settings, name))}
     tokenizer = user_path(settings.tokenizer, "tokenizer") if settings.tokenizer else None
     if path is None and named:
-        return ModelFiles.of_components(named, tokenizer, settings.variant)
+        return ModelFiles.of_components(named, tokenizer, settings.variant, elsewhere=elsewhere)
     path = find_model(user_path(default if path is None else path, "model"))
     if path.is_file():
-        return ModelFiles.of_components(dict.fromkeys(components_in(path), path) | named, tokenizer, settings.variant)
+        inside = dict.fromkeys(components_in(path), path)
+        return ModelFiles.of_components(inside | named, tokenizer, settings.variant, elsewhere=elsewhere)
     if not (named or tokenizer or settings.variant):
-        return ModelFiles.of_folder(path)
+        return ModelFiles.of_folder(path, elsewhere)
     own = {name: path / ROWS[name].folder for name in REQUIRED}
-    return ModelFiles.of_components(own | named, tokenizer, settings.variant, path)
+    return ModelFiles.of_components(own | named, tokenizer, settings.variant, path, elsewhere)
+
+
+def _opened(paths: Mapping[str, Path], elsewhere: Collection[str]) -> tuple[dict[str, Component], dict[str, Any]]:
+    """The components, and the architectures of those `elsewhere` whose weights are not at these paths."""
+    absent = [name for name in elsewhere if name not in paths or not holds_weights(paths[name])]
+    components = {name: Component.open(name, paths[name]) for name in REQUIRED if name not in absent}
+    return components, {name: _described(name, paths[name]) for name in absent if name in paths}
+
+
+def _described(name: str, folder: Path) -> Any:
+    """The architecture that a folder without weights describes, if it describes one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    check_config(path, config)
+    with on_meta(), naming(path):
+        return ROWS[name].build(config).config
 
 
 def _schedule(dit: Path, variant: str | None, folder: Path | None) -> tuple[float | None, list[str]]:

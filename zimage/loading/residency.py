@@ -26,7 +26,7 @@ from zimage.loading.graphs import give_graphs
 from zimage.loading.loras import Adapters, bring
 from zimage.loading.memory import out_of_memory_in, release_cached
 from zimage.loading.plan import MemoryPlan, StagePlan
-from zimage.loading.registry import DIT, ROWS
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER
 from zimage.loading.sizes import ComponentSizes
 from zimage.loading.streaming import bytes_on, resident_weights, stop_streaming, stream, streamed_blocks
 from zimage.nn.attention import choose_attention, head_size, use_attention
@@ -49,7 +49,7 @@ class _Loaded:
 
 
 class Residency:
-    """Owns what is loaded; `attention` names the backend of the DiT."""
+    """Owns what is loaded; `attention` names the backend of the DiT, or of the text encoder where that is alone."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class Residency:
     ):
         self.model, self.places, self.settings, self._sizes = model, places, settings, sizes
         # A named backend is meant for the DiT; components on another device use what runs there.
-        attention = settings.attention or "auto"
+        attention, main = settings.attention or "auto", DIT if DIT in places else TEXT_ENCODER
         wanted = {
             name: (
-                attention if place == places[DIT] else "auto",
+                attention if place == places[main] else "auto",
                 *place,
                 head,
                 ROWS[name].transformed and settings.compile,
@@ -71,9 +71,10 @@ class Residency:
             for name, place in places.items()
             if (head := head_size(model.skeleton(name)))
         }
-        chosen = {how: choose_attention(*how) for how in dict.fromkeys((wanted[DIT], *wanted.values()))}  # each once
-        self.attention, self._attend = chosen[wanted[DIT]][0], {name: chosen[how][1] for name, how in wanted.items()}
-        check_precision(settings.precision, *places[DIT])
+        chosen = {how: choose_attention(*how) for how in dict.fromkeys((wanted[main], *wanted.values()))}  # each once
+        self.attention, self._attend = chosen[wanted[main]][0], {name: chosen[how][1] for name, how in wanted.items()}
+        if DIT in places:
+            check_precision(settings.precision, *places[DIT])
         for name, place in places.items():
             _check_numbers(model.components[name], place.device)
         self._held: dict[str, _Loaded] = {}

@@ -5,11 +5,12 @@ at; people bring the seven that are listed here.
 """
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -50,6 +51,13 @@ def opened(path: Source) -> Iterator[Image.Image]:
         yield image
 
 
+@contextlib.contextmanager
+def opened_bytes(name: str, data: bytes) -> Iterator[Image.Image]:
+    """The same for the bytes of a file that came otherwise, which errors call `name`."""
+    with _named_faults(name), _opened(io.BytesIO(data)) as image:
+        yield image
+
+
 def exif_tags(image: Image.Image) -> dict[int, Any]:
     """EXIF's tags in one table; empty where they are damaged, as in other programs: the pixels may be sound."""
     try:
@@ -80,7 +88,7 @@ def _named_faults(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(path: Source) -> Iterator[Image.Image]:
+def _opened(path: Source | BinaryIO) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         # Pillow warns of damage that it can pass over, with its own files' paths, and of sizes that are allowed here.
         warnings.filterwarnings("ignore", module=r"PIL\.")

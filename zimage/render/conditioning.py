@@ -68,7 +68,8 @@ class Texts:
 
     def __init__(self, model: ModelFiles, folder: Path | None):
         self._model, self._folder = model, folder
-        self.limit: int = model.config(DIT).max_caption_tokens
+        dit = model.config(DIT)
+        self.limit: int = dit.max_caption_tokens if dit else MAX_TEXT_TOKENS
 
     @cached_property
     def templates(self) -> Templates:
@@ -76,7 +77,7 @@ class Texts:
 
     def parts(self, text: TextSettings) -> ChatParts:
         """The chat parts that are given, and where they are left open the template's. Raises RequestError."""
-        self._check_layers(text.layers)
+        self.check_layers(text.layers)
         template = self.templates.get(text.template) if text.template else Template("", "", "")
         thinking = either(text.thinking_content, template.thinking_content)
         block = either(text.force_think_block, bool(thinking or template.add_think_block))
@@ -114,8 +115,12 @@ class Texts:
         """The caption as `long_prompt` wants it."""
         return compress(caption, self.limit, long_prompt)
 
-    def _check_layers(self, layers: Weights) -> None:
-        states = self._model.config(TEXT_ENCODER).num_hidden_layers + 1
+    def check_layers(self, layers: Weights) -> None:
+        """Raise RequestError for layers that the text encoder does not have."""
+        config = self._model.config(TEXT_ENCODER)
+        if config is None:  # it is on another machine, which knows
+            return
+        states = config.num_hidden_layers + 1
         for layer in layers:
             if layer < -states:
                 raise RequestError(
@@ -167,11 +172,16 @@ class LocalEncoder:
             return finite(encoder.blend(ids, text.layers)[0], "the text encoder", encoder)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Files are read for it, so only once."""
+        return self._model.components[TEXT_ENCODER].checkpoint.fingerprint()
+
+    @cached_property
     def identity(self) -> dict[str, str]:
-        """All that the bits of a caption depend on besides the text; files are read for it, so only once."""
+        """All that the bits of a caption depend on besides the text."""
         place, checkpoint = self._residency.places[TEXT_ENCODER], self._model.components[TEXT_ENCODER].checkpoint
         return {
-            "encoder": checkpoint.fingerprint(),
+            "encoder": self.fingerprint,
             "dtype": str(place.dtype),
             "files": checkpoint.stamp(),
             "device": place.device.type,
@@ -195,6 +205,10 @@ class SavedEmbeddings:
 
 class Identified(Encoder, Protocol):
     """An encoder that can tell its captions from those of others."""
+
+    @property
+    def fingerprint(self) -> str:
+        """That of its weights; "" as long as it is not known."""
 
     @property
     def identity(self) -> Mapping[str, str]: ...

@@ -5,7 +5,7 @@ from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
-from zimage.loading.registry import TEXT_ENCODER, VAE
+from zimage.loading.registry import DIT, VAE
 from zimage.pictures.image import InputPicture, nearest_side, open_image, open_mask
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import STRENGTH, Request
@@ -59,7 +59,7 @@ def usual_side(model: ModelFiles) -> int:
 
 def _opened(request: Request, model: ModelFiles) -> dict[str, Any]:
     image, mask, embeddings = request.image, request.mask, request.embeddings
-    width = model.config(TEXT_ENCODER).hidden_size
+    width = model.config(DIT).cap_feat_dim
     return {
         "image": None if image is None else InputPicture.of(image, open_image),
         "mask": None if mask is None else InputPicture.of(mask, open_mask),

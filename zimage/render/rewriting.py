@@ -1,4 +1,4 @@
-"""Prompts rewritten before they are drawn, by the text encoder's own weights or by a server.
+"""Prompts rewritten before they are drawn, by the text encoder's own weights, here or elsewhere, or by a chat server.
 
 prompt ─ rewriter's template, chat format ─→ text ─ write ─→ thoughts and answer ─ split ─→ prompt
 """
@@ -16,6 +16,7 @@ from zimage.loading.planner import Planner
 from zimage.loading.registry import ROWS, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.render.conditioning import Texts
+from zimage.render.remote_encoder import RemoteEncoder
 from zimage.settings.declared import Request, RewriteSettings
 from zimage.settings.environment import rewriter_key
 from zimage.text.chat import format_chat
@@ -43,8 +44,16 @@ class Rewrite:
 class Rewriter:
     """Rewrites prompts for a pipeline."""
 
-    def __init__(self, tokenizer: Tokenizer, residency: Residency, texts: Texts, planner: Planner):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        residency: Residency,
+        texts: Texts,
+        planner: Planner,
+        remote: RemoteEncoder | None = None,
+    ):
         self._tokenizer, self._residency, self._texts, self._planner = tokenizer, residency, texts, planner
+        self._remote = remote
 
     def pieces(self, prompt: str, settings: RewriteSettings) -> Generator[str, None, Rewrite]:
         """Yield the text as it is written, thoughts included; returns the result. Closing the generator cancels.
@@ -54,6 +63,10 @@ class Rewriter:
         Request.check_one("prompt", prompt)
         template = self.template(settings)
         seed = secrets.randbelow(2**32) if settings.rewrite_seed is None else settings.rewrite_seed
+        if self._remote is not None and not settings.rewriter_url:
+            answer, thinking = self._remote.rewrite(prompt, settings, seed, template.name)
+            yield answer
+            return Rewrite(answer, thinking, prompt, template.name, seed)
         write = self._ask if settings.rewriter_url else self._write
         text = yield from write(prompt, template, settings, seed)
         from zimage.text.generate import split_thinking
@@ -71,7 +84,7 @@ class Rewriter:
 
     def template(self, settings: RewriteSettings) -> Template:
         """The rewriter that is named, else the usual one. Raises RequestError."""
-        template = self._texts.templates.get(settings.rewriter or DEFAULT)
+        template = self._texts.templates.get(settings.rewriter or DEFAULT, "rewriter")
         if template.category != REWRITER:
             known = ", ".join(t.name for t in self._texts.templates.list(REWRITER))
             raise RequestError(

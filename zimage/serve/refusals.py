@@ -20,6 +20,12 @@ class Refusal(ZImageError):
         return type(self)(text, fields=self.fields, retry_after=self.retry_after)
 
 
+class Malformed(Refusal):
+    """A body that is not what its media type says."""
+
+    status = 400
+
+
 class NotFound(Refusal):
     """There is nothing of this name."""
 
@@ -36,6 +42,12 @@ class TooLarge(Refusal):
     """More bytes or pixels than are accepted."""
 
     status = 413
+
+
+class WrongMedia(Refusal):
+    """A body of another media type than those that are read."""
+
+    status = 415
 
 
 class TooMany(Refusal):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from zimage.errors import RequestError, quoted
-from zimage.settings.environment import REWRITER_KEY
+from zimage.settings.environment import ENCODER_TOKEN, REWRITER_KEY
 from zimage.settings.fields import Attachment, Settings, Weights, check_fields, setting
 
 
@@ -44,6 +44,8 @@ MAX_LORA_SCALE = 100.0
 LORA_PARTS = ("text_encoder",)
 MAX_TOKENS = 512
 REWRITER_TIMEOUT = 120.0  # seconds
+ENCODER_TIMEOUT = 60.0  # seconds
+ENCODER_FORMS = ("zimage", "hidden_states")
 MAX_TIMEOUT = 86_400  # seconds
 
 
@@ -297,6 +299,35 @@ class LoadSettings(Settings):
     variant: str | None = setting(
         None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"
     )
+    encoder_url: str | None = setting(
+        None,
+        "Server on another machine, such as `zimage serve --encoder-only`, that encodes prompts and rewrites them; the "
+        f"text encoder's weights need not be here. Its token is read from {ENCODER_TOKEN}.",
+        group="Encoder",
+        metavar="URL",
+        env="ZIMAGE_ENCODER_URL",
+    )
+    encoder_form: str = setting(
+        ENCODER_FORMS[0],
+        "What the server speaks: zimage, or hidden_states (POST /v1/hidden_states, which encodes only).",
+        choices=ENCODER_FORMS,
+        group="Encoder",
+    )
+    encoder_model: str = setting("default", "Name of the model on a server of hidden_states.", group="Encoder")
+    encoder_dtype: str | None = setting(
+        None,
+        "Dtype in which the server's text encoder computes; one that computes in another is refused. Default: that in "
+        "which it would compute here.",
+        choices=DTYPES,
+        group="Encoder",
+    )
+    encoder_timeout: float = setting(
+        ENCODER_TIMEOUT,
+        "Seconds to wait for the captions of a prompt, all tries together.",
+        group="Encoder",
+        above=0,
+        maximum=MAX_TIMEOUT,
+    )
     device: str = setting("auto", "Device: auto, cpu, cuda, cuda:N or mps.", group="Machine")
     text_encoder_device: str | None = setting(
         None, "Device of the text encoder. Default: as --device.", group="Machine"
@@ -476,17 +507,20 @@ def split_lora(text: str) -> tuple[str, float]:
 
     What is the name of an existing file or folder as a whole has no scale.
     """
-    if os.path.exists(os.path.expanduser(text)):
-        return text, 1.0
-    path, _, last = text.rpartition(":")
+    return (text, 1.0) if os.path.exists(os.path.expanduser(text)) else split_scale(text)
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """The same, whatever files there are."""
+    name, _, last = text.rpartition(":")
     try:
         scale = float(last)
     except ValueError:
-        path = ""
-    if not path:
+        name = ""
+    if not name:
         return text, 1.0
     check_lora_scale(scale)
-    return path, scale
+    return name, scale
 
 
 def check_lora_scale(scale: object) -> None:

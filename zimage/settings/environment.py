@@ -12,7 +12,9 @@ from zimage.settings.paths import user_path
 CONFIG = "ZIMAGE_CONFIG"  # the settings file
 PROFILE = "ZIMAGE_PROFILE"  # its profile
 DEBUG = "ZIMAGE_DEBUG"  # show the traceback of a fault of the program itself
-REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # the rewriter's secret key: no setting, so that no file or picture ever holds it
+# Secrets of servers: no settings, so that no file or picture ever holds them.
+REWRITER_KEY = "ZIMAGE_REWRITER_KEY"  # for the one that rewrites
+ENCODER_TOKEN = "ZIMAGE_ENCODER_TOKEN"  # for the one that encodes
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -37,11 +39,17 @@ def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.e
 
 def config_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The folder `zimage` among the user's settings; it may not exist. None for a user without a home folder."""
-    variable = "APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME"
-    if home := environ.get(variable):
-        return user_path(home, variable) / "zimage"
+    return _own_folder("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME", "~/.config", environ)
+
+
+def data_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The same among the user's data."""
+    return _own_folder("LOCALAPPDATA" if sys.platform == "win32" else "XDG_DATA_HOME", "~/.local/share", environ)
+
+
+def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path | None:
     try:
-        return user_path("~/.config", variable) / "zimage"
+        return user_path(environ.get(variable) or usual, variable) / "zimage"
     except RequestError:
         return None
 
@@ -49,6 +57,11 @@ def config_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
 def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:
     """The secret key of the server that rewrites, if there is one."""
     return environ.get(REWRITER_KEY) or None
+
+
+def encoder_token(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The token of the server that encodes, if there is one."""
+    return environ.get(ENCODER_TOKEN) or None
 
 
 def _from_text(name: str, text: str, kind: type) -> Plain:

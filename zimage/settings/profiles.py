@@ -3,6 +3,9 @@
     [default]
     model = "Z-Image-Turbo"     # a setting's name and its value; paths are relative to the file
 
+    [default.serve]             # how a server runs: the settings of `serving`, which have a table of their own
+    port = 8080
+
     [low_vram]                  # inherits from [default], or from [NAME] with inherit = "NAME", or not at all with ""
     memory = 8
 
@@ -23,14 +26,17 @@ from zimage.settings.declared import ALL_SETTINGS
 from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.paths import user_path
+from zimage.settings.serving import ServeSettings
 from zimage.settings.toml_file import TomlFile, read_text
 
 EXAMPLE = Path(__file__).with_name("config.toml.example")
 FILE_NAME = "zimage.toml"
 PICTURE = "picture"
 MAX_INHERITED = 32  # profiles, one above the other
-OWNERS: dict[str, type[Settings]] = {name: settings for settings in ALL_SETTINGS for name in settings.names()}
-FIELDS = {field.name: field for settings in ALL_SETTINGS for field, _ in fields(settings)}
+SERVE = "serve"  # the table within a profile that holds the server's own settings
+EVERY_SETTINGS: tuple[type[Settings], ...] = (*ALL_SETTINGS, ServeSettings)
+OWNERS: dict[str, type[Settings]] = {name: settings for settings in EVERY_SETTINGS for name in settings.names()}
+FIELDS = {field.name: field for settings in EVERY_SETTINGS for field, _ in fields(settings)}
 
 
 @dataclass(frozen=True)
@@ -143,16 +149,20 @@ class Config:
         return named or None
 
     def _entries(self, profile: str, table: Mapping[str, Plain]) -> dict[str, Entry]:
-        entries = {}
-        for name, value in table.items():
-            if name == "inherit":
-                continue
-            source = f"{self.path.name} [{profile}] line {self._file.line(profile, name)}"
-            try:
-                entries[name] = Entry(_from_file(name, value, self.path.parent), source, own=self._own)
-            except RequestError as error:
-                raise self._file.fault(str(error), profile, name, fields=error.fields) from None
-        return entries
+        own = {name: value for name, value in table.items() if name not in ("inherit", SERVE)}
+        entries = {name: self._entry(name, value, profile) for name, value in own.items()}
+        serve = table.get(SERVE, {})
+        if not isinstance(serve, dict):
+            text = f"{SERVE} is of type {type(serve).__name__}; it should be a table, [{profile}.{SERVE}]"
+            raise self._file.fault(text, profile, SERVE)
+        return entries | {name: self._entry(name, value, profile, SERVE) for name, value in serve.items()}
+
+    def _entry(self, name: str, value: Plain, *table: str) -> Entry:
+        source = f"{self.path.name} [{'.'.join(table)}] line {self._file.line(*table, name)}"
+        try:
+            return Entry(_from_file(name, value, self.path.parent, table[1:] == (SERVE,)), source, own=self._own)
+        except RequestError as error:
+            raise self._file.fault(str(error), *table, name, fields=error.fields) from None
 
     def _check_together(self, profile: str) -> None:
         """A setting may need one of another source, but may not contradict one in the same file."""
@@ -162,7 +172,7 @@ class Config:
             if error is None:
                 whole[name] = entry
             elif error.fields == (name,):
-                raise self._file.fault(str(error), profile, name, fields=error.fields)
+                raise self._file.fault(str(error), profile, *_table(name), name, fields=error.fields)
         if error := _error_of(whole):
             name = next((name for name in error.fields if name in own), "")
             raise self._file.fault(str(error), profile, name, fields=error.fields)
@@ -227,6 +237,14 @@ def resolve(
     return Resolved(entries, left_out, config, profile)
 
 
+def laid_over(defaults: Mapping[str, Plain], given: Mapping[str, Plain]) -> dict[str, Plain]:
+    """What is `given` over `defaults`, without those of these that do not go together with it. Raises RequestError."""
+    entries = {name: Entry(value, "default") for name, value in defaults.items()}
+    entries |= {name: Entry(value, "request", 1) for name, value in given.items() if value is not None}
+    _settle(entries, 1)
+    return {name: entry.value for name, entry in entries.items()}
+
+
 def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
     """The profile named here or by ZIMAGE_PROFILE, else `default` where there is one."""
     wanted = named or environ.get(PROFILE)
@@ -261,14 +279,17 @@ def _checked(values: Mapping[str, Plain], source: Callable[[str], str]) -> dict[
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
-    values = {name: value for settings in ALL_SETTINGS for name, value in from_environment(settings, environ).items()}
+    values = {name: value for settings in EVERY_SETTINGS for name, value in from_environment(settings, environ).items()}
     return {name: Entry(value, FIELDS[name].metadata["env"]) for name, value in values.items()}
 
 
-def _from_file(name: str, value: Plain, folder: Path) -> Plain:
-    if name not in OWNERS:
-        known = [known for known in OWNERS if not FIELDS[known].metadata["per_call"]]
-        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, [*known, 'inherit'])}", fields=(name,))
+def _table(name: str) -> tuple[str, ...]:
+    """The table within a profile in which a setting stands, if it is one of its own."""
+    return (SERVE,) if OWNERS.get(name) is ServeSettings else ()
+
+
+def _from_file(name: str, value: Plain, folder: Path, of_server: bool) -> Plain:
+    _check_place(name, of_server)
     if FIELDS[name].metadata["per_call"]:
         text = f"{name} belongs to a single call; pass it there and remove it from the file"
         raise RequestError(text, fields=(name,))
@@ -278,6 +299,19 @@ def _from_file(name: str, value: Plain, folder: Path) -> Plain:
     if not FIELDS[name].metadata["path"]:
         return value
     return [_path(name, text, folder) for text in value] if isinstance(value, list) else _path(name, value, folder)
+
+
+def _check_place(name: str, of_server: bool) -> None:
+    """Raise RequestError for a name that is not a setting, or whose place is the other table of a profile."""
+    if name not in OWNERS:
+        known = [known for known in OWNERS if bool(_table(known)) == of_server]
+        known = [known for known in known if not FIELDS[known].metadata["per_call"]]
+        known += [] if of_server else ["inherit", SERVE]
+        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, known)}", fields=(name,))
+    if _table(name) and not of_server:
+        raise RequestError(f"{name} belongs to a server; put it under [PROFILE.{SERVE}]", fields=(name,))
+    if of_server and not _table(name):
+        raise RequestError(f"{name} does not belong to the server alone; put it under [PROFILE]", fields=(name,))
 
 
 def _path(name: str, text: str, folder: Path) -> str:
@@ -308,7 +342,7 @@ def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]
 def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
     """What the settings' own checks say about values together."""
     try:
-        for settings in ALL_SETTINGS:
+        for settings in EVERY_SETTINGS:
             values = {name: entry.value for name, entry in entries.items() if OWNERS[name] is settings}
             if values:
                 settings.from_mapping(values)

@@ -120,10 +120,12 @@ def _statements(path: Path, text: str) -> Iterator[tuple[int, str]]:
         yield line, text[begin:]
 
 
-def _key_paths(table: dict[str, Plain]) -> list[tuple[str, ...]]:
-    """The paths of keys down to the second level, each after the one that it lies in."""
+def _key_paths(table: dict[str, Plain], levels: int = 3) -> list[tuple[str, ...]]:
+    """The paths of keys down to the third level, each after the one that it lies in."""
+    if levels == 0:
+        return []
     inner = {key: value if isinstance(value, dict) else {} for key, value in table.items()}
-    return [path for key, value in inner.items() for path in [(key,), *((key, name) for name in value)]]
+    return [(key, *path) for key, value in inner.items() for path in [(), *_key_paths(value, levels - 1)]]
 
 
 def _syntax_fault(path: Path, last: int, error: Exception) -> ConfigFileError:

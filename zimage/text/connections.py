@@ -17,6 +17,13 @@ TICK = 0.1  # seconds between two looks at what has come
 GRACE = 0.5  # seconds that a thread gets to end once its connections are shut down; looking up a name may take longer
 
 
+def pause_for(seconds: float) -> None:
+    """Sleep, and see now and then whether another thread has interrupted this one: sleep itself would not wake up."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(TICK, left))
+
+
 class Connections:
     """The connections of an HTTP client, as far as its requests carry `trace` as the extension of that name."""
 

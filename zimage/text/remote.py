@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from zimage.errors import CheckpointError, RemoteError, RequestError
 from zimage.formats.json_text import json_value
 from zimage.settings.declared import Sampling
-from zimage.text.connections import Connections
+from zimage.text.connections import Connections, pause_for
 
 if TYPE_CHECKING:
     import httpx
@@ -28,6 +28,7 @@ BUSY = 429
 MAX_ANSWER = 4_000_000  # bytes
 QUOTED = 1 << 16  # bytes of a body that an error may quote
 SHOWN = 400  # characters of an error, which may quote the server
+CHAT = "/v1/chat/completions"
 EXTENSIONS = ("top_k", "min_p")  # vLLM's and llama.cpp's, which stricter servers refuse
 
 
@@ -58,12 +59,12 @@ def complete(
     return _content(call, answer)
 
 
-def endpoint(url: str) -> str:
-    """The address of chat completions on the server `url`. Raises RequestError."""
-    base = checked_url(url)
-    if base.endswith("/chat/completions"):
+def endpoint(url: str, path: str = CHAT) -> str:
+    """The address of a page, by default of chat completions, on the server `url`. Raises RequestError."""
+    base, page = checked_url(url), path.removeprefix("/v1")
+    if base.endswith(page):
         return base
-    return base + ("/chat/completions" if base.endswith("/v1") else "/v1/chat/completions")
+    return base + (page if base.endswith("/v1") else path)
 
 
 def checked_url(url: str) -> str:
@@ -119,17 +120,24 @@ class Answer:
 class Call:
     """A call to the server at `address`, with a deadline `timeout` seconds from now over all its tries and questions.
 
-    `key` is sent to this address only and never shown; an answer may have `limit` bytes. Raises RequestError,
-    and RemoteError without httpx.
+    `key` is sent to this address only and never shown; messages call it `secret`. An answer may have `limit` bytes.
+    Raises RequestError, and RemoteError without httpx.
     """
 
-    def __init__(self, address: str, key: str | None = None, timeout: float = 120.0, limit: int = MAX_ANSWER):
+    def __init__(
+        self,
+        address: str,
+        key: str | None = None,
+        timeout: float = 120.0,
+        limit: int = MAX_ANSWER,
+        secret: str = "api_key",
+    ):
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-            raise RequestError("api_key is empty or holds characters that no key has (spaces around it, line ends)")
+            raise RequestError(f"{secret} is empty or holds characters that no key has (spaces around it, line ends)")
         if not 0 < timeout <= 86_400:  # nor NaN
             raise RequestError(f"timeout {timeout} should be above 0 and at most 86400 seconds")
         _need_httpx()
-        self.address, self.key, self.timeout, self.limit = address, key, timeout, limit
+        self.address, self.key, self.timeout, self.limit, self.secret = address, key, timeout, limit, secret
         self._deadline = time.monotonic() + timeout
 
     def ask(self, method: str, content: object = None, headers: Mapping[str, str] | None = None) -> Answer:
@@ -150,8 +158,15 @@ class Call:
             except ConnectionError as error:
                 if not self._has_left(pause):
                     raise self.error(f"cannot be reached: {error}") from None
-            time.sleep(pause)
+            pause_for(pause)
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def accepted(self, content: object) -> Answer:
+        """What the server answers to a POST, where it does what it is asked. Raises RemoteError."""
+        answer = self.ask("POST", content)
+        if answer.status != 200:
+            raise self.refused(answer)
+        return answer
 
     def error(self, what: str) -> RemoteError:
         """The server's address and `what`, on one line, fit to be shown."""
@@ -163,7 +178,7 @@ class Call:
         """What a status means, and what the server says about it, except about a key, which it may quote."""
         status, said = answer.status, _quoted(answer.body)
         if status in (401, 403):
-            return self.error(f"refused the key ({status}); check api_key")
+            return self.error(f"refused the key ({status}); check {self.secret}")
         if status == 404:
             return self.error(f"does not know this page or model (404){said}")
         return self.error(f"answered with status {status}{said}")

@@ -1,0 +1,159 @@
+"""The half of a pipeline that needs no pixels: texts, their tokens and captions, and the rewriting of prompts.
+
+    prompts ─ template, chat parts, tokenizer ─→ texts ─ encoder, with a cache in front ─→ captions
+
+`ZImage` is one that also draws. By itself it needs the text encoder and the tokenizer of a model, and nothing else of
+its files: a server that encodes for other machines is made of it.
+"""
+
+import logging
+import os
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from zimage.errors import RequestError
+from zimage.loading.devices import Place, choose_places
+from zimage.loading.files import ModelFiles, open_model
+from zimage.loading.memory import out_of_memory_in
+from zimage.loading.plan import MemoryPlan, Workload
+from zimage.loading.planner import Planner
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.residency import Residency
+from zimage.render.conditioning import CachedEncoder, Encoder, Identified, LocalEncoder, Text, Texts, TokenCount
+from zimage.render.remote_encoder import RemoteEncoder
+from zimage.render.rewriting import Rewrite, Rewriter
+from zimage.settings.declared import SIZE_MULTIPLE, LoadSettings, RewriteSettings, TextSettings
+from zimage.settings.environment import from_environment
+from zimage.settings.paths import user_path
+from zimage.text.cache import EmbeddingCache
+from zimage.text.templates import user_folder
+from zimage.weights import DEMO
+
+log = logging.getLogger("zimage")
+R = TypeVar("R")
+
+
+class Captioner:
+    """Encodes and rewrites prompts, here or on another machine. May be used from several threads at once."""
+
+    def __init__(
+        self,
+        model: ModelFiles,
+        places: Mapping[str, Place],
+        settings: LoadSettings,
+        remote: RemoteEncoder | None = None,
+    ):
+        """`remote` takes the place of the model's own text encoder, which then has no place here."""
+        self.model, self.places, self.settings = model, places, settings
+        self.planner = Planner(model, places, settings)
+        self.residency = Residency(model, places, settings, self.planner.sizes)
+        self.texts = Texts(model, user_path(settings.templates, "templates") if settings.templates else user_folder())
+        self.captions_from: Identified = remote or LocalEncoder(model, self.residency)
+        self.cache = EmbeddingCache(settings.cache_entries, _cache_folder(settings, remote))
+        self.encoder: Encoder = CachedEncoder(self.captions_from, self.cache)
+        self.rewriter = Rewriter(model.tokenizer, self.residency, self.texts, self.planner, remote)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        **settings: Any,
+    ) -> "Captioner":
+        """Open the text encoder of a model folder, an all-in-one file or a loose file; without `path`, the demo's.
+
+        The arguments are those of `ZImage.load`. DiT and VAE may be absent. Raises CheckpointError or RequestError.
+        """
+        checked = checked_settings(device, settings)
+        if checked.encoder_url:
+            text = "encoder_url: what only encodes needs a text encoder of its own; leave it out"
+            raise RequestError(text, fields=("encoder_url",))
+        model = open_model(path, checked, default=DEMO, elsewhere=(DIT, VAE))
+        return cls(model, choose_places([TEXT_ENCODER], checked, dtype), checked)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the small model that comes along."""
+        return self.model.origin == DEMO
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the components that are in memory now."""
+        return self.residency.loaded
+
+    def release(self, *names: str) -> None:
+        """Let go of loaded components (all, when none is named); they load again when next used."""
+        self.residency.release(*names)
+
+    def tokenize(self, prompt: str, **text: Any) -> list[int]:
+        """Token ids of the formatted prompt. Keywords are the fields of TextSettings."""
+        return list(self.texts.tokenize(self.texts.parts(TextSettings.from_mapping(text)).format(prompt)))
+
+    def count_tokens(self, prompt: str, **text: Any) -> TokenCount:
+        """How long a prompt is and what will become of it. Keywords are the fields of TextSettings."""
+        return self.texts.count(prompt, TextSettings.from_mapping(text))
+
+    def encode(self, prompts: str | Sequence[str], **text: Any) -> list[Tensor]:
+        """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone.
+
+        Keywords are the fields of TextSettings: chat parts, template, layers, long_prompt. Raises RequestError, and
+        RemoteError where another machine encodes.
+        """
+        settings = TextSettings.from_mapping(text)
+        parts = self.texts.parts(settings)
+        formatted = [parts.format(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        texts = [Text(one, self.texts.tokenize(one), settings.layers) for one in formatted]
+        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), settings.long_prompt)
+        return [self.texts.shorten(self.caption(one), settings.long_prompt) for one in texts]
+
+    def caption(self, text: Text) -> Tensor:
+        """The caption (L, caption width) of a text, all its tokens, where the text encoder is; from elsewhere, here."""
+        caption = self.encoder.known(text)
+        if caption is None:
+            with out_of_memory_in(ROWS[TEXT_ENCODER].title):
+                caption = self.encoder.encode(text, self._encoding_plan(len(text.ids)))
+        return caption.to(self.places[TEXT_ENCODER].device) if TEXT_ENCODER in self.places else caption
+
+    def rewrite(self, prompt: str, **settings: Any) -> Rewrite:
+        """A fuller prompt, written by the text encoder's own weights or by a server; to be encoded like any other.
+
+        Keywords are the fields of RewriteSettings. Raises RequestError, RemoteError, or RewriteError where no prompt
+        came of it. To see it written, iterate over `rewriter.pieces`.
+        """
+        return exhausted(self.rewriter.pieces(prompt, RewriteSettings.from_mapping(settings)))
+
+    def _encoding_plan(self, tokens: int) -> MemoryPlan:
+        return self.planner.plan(Workload(SIZE_MULTIPLE, SIZE_MULTIPLE, tokens, tile_mode="off"), self.residency.copies)
+
+
+def checked_settings(device: str, settings: Mapping[str, Any]) -> LoadSettings:
+    """LoadSettings of keywords, over those of the environment (but ZIMAGE_MODEL, which is the command line's)."""
+    plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in settings.items()}
+    given = {name: value for name, value in plain.items() if value is not None}
+    variables = {name: value for name, value in from_environment(LoadSettings).items() if name != "model"}
+    return LoadSettings.from_mapping({**variables, "device": device, **given})
+
+
+def exhausted(pieces: Generator[Any, None, R]) -> R:
+    """What a generator returns in the end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as finished:
+            result: R = finished.value
+            return result
+
+
+def _cache_folder(settings: LoadSettings, remote: RemoteEncoder | None) -> Path | None:
+    """Where captions are kept between runs: not those of an encoder that may be another one in the next run."""
+    if not settings.cache_folder:
+        return None
+    if remote is None or remote.is_verified:
+        return user_path(settings.cache_folder, "cache_folder")
+    log.warning("captions are kept in memory only: which text encoder the server holds is not known beforehand")
+    return None

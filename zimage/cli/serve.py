@@ -1,0 +1,65 @@
+"""`serve`: the server and its page; what it loads and draws is set by the options of `gen`."""
+
+import importlib
+import importlib.util
+import logging
+
+import click
+
+from zimage.cli import terminal
+from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.settings import configured, resolve_options
+from zimage.cli.trust import check_folder, check_server, check_serving
+from zimage.errors import ZImageError, install_hint
+from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.fields import fields
+from zimage.settings.profiles import Resolved
+from zimage.settings.serving import ServeSettings
+
+PACKAGES = ("fastapi", "uvicorn", "python_multipart")
+PER_CALL = tuple(field.name for field, _ in fields(Request) if field.metadata["per_call"])
+
+
+@click.command(cls=GroupedCommand)
+@configured
+@click.option("--reindex", is_flag=True, help="Make the index of the history anew from the pictures, and exit.")
+@options_of(ServeSettings)
+@options_of(Request, skip=PER_CALL)
+@options_of(RewriteSettings)
+@options_of(LoadSettings)
+@click.option("-v", "--verbose", is_flag=True, help="Print more of what the server does.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
+    """Start a server with a page, jobs over HTTP, and the forms of OpenAI and AUTOMATIC1111.
+
+    Settings of pictures are the defaults of requests. Ctrl-C and SIGTERM stop the server once its running job has
+    ended or its state is saved.
+    """
+    logging.getLogger("zimage").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    resolved = resolve_options(options)
+    serving = _checked(resolved)
+    if resolved.note and not quiet:
+        terminal.note(resolved.note)
+    _need_packages()
+    app = importlib.import_module("zimage.serve.app")
+    with resolved.naming_sources():
+        if reindex:
+            app.reindex(serving)
+        else:
+            app.run(resolved.of(LoadSettings), resolved.of(Request), resolved.of(RewriteSettings), serving)
+
+
+def _checked(resolved: Resolved) -> ServeSettings:
+    """The server's own settings. Raises RequestError for what a file may not decide that merely lies in the folder."""
+    for name in ("rewriter_url", "encoder_url"):
+        check_server(resolved, name)
+    with resolved.naming_sources():
+        check_serving(resolved)
+        check_folder(resolved, "cache_folder")
+        return ServeSettings.from_mapping(resolved.of(ServeSettings))
+
+
+def _need_packages() -> None:
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        told = f"a server needs {' and '.join(missing)}, of the extra `serve`"
+        raise ZImageError(f"{told}; run: {install_hint('serve')}")

@@ -1,0 +1,123 @@
+"""What a client asks for, whatever the form: split into what the pipeline is told, within the limits of the server.
+
+    values of a body, files that came with it ─→ Asked: request | rewrite | lora | attachments
+
+A request names no paths and no servers. LoRAs and templates go by their names, pictures and embeddings come as bytes,
+and where prompts are sent to be rewritten stands in the settings of the server alone.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from zimage.errors import RequestError, quoted
+from zimage.settings.declared import Request, RewriteSettings, split_scale
+from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
+from zimage.settings.serving import ServeSettings
+
+ATTACHMENTS = tuple(f.name for f, _ in fields(Request) if f.metadata["attachment"])
+REQUEST = tuple(name for name in Request.names() if name not in ATTACHMENTS)
+OPERATORS = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # a request that sets these sends prompts elsewhere
+REWRITE = tuple(name for name in RewriteSettings.names() if name not in OPERATORS)
+LORA = "lora"
+NAMES = (*REQUEST, *ATTACHMENTS, *REWRITE, LORA)
+MOST_LORAS = 32
+LONGEST_NAME = 255  # characters of a file's name
+PLACE = re.compile(r"[/\\:]|^\.")  # what makes a name a place
+DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, as a form translates it.
+
+    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one;
+    what is absent or null is open, and the server's defaults are laid under it. Prompts are rewritten where `rewriter` is set.
+    `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings".
+    """
+
+    values: Mapping[str, Plain]
+    rewrite: Mapping[str, Plain] = field(default_factory=dict)
+    lora: Sequence[str] = ()
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+    form: str = "own"
+
+
+def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: str, limits: ServeSettings) -> Asked:
+    """What these values ask for. Raises RequestError with the fields at fault.
+
+    Attachments stand among the values in base64 or as data URLs, or come beside them as files.
+    """
+    for name in values:
+        _check_name(name)
+    inline = {name: values[name] for name in ATTACHMENTS if values.get(name) is not None}
+    for name in inline.keys() & attachments.keys():
+        raise RequestError(f"{name}: it is in the body and comes as a file too; pass only one of them", fields=(name,))
+    request = {name: as_plain(Request.check_one(name, values[name])) for name in REQUEST if name in values}
+    rewrite = {name: RewriteSettings.check_one(name, values[name]) for name in REWRITE if name in values}
+    request, rewrite = _without_open(request), _without_open(rewrite)
+    check_limits(request, limits)
+    files = {**attachments, **{name: from_base64(name, text) for name, text in inline.items()}}
+    return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
+
+
+def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
+    """Raise RequestError for more than the server draws in one job. Values that are still open pass."""
+    width, height = values.get("width"), values.get("height")
+    if (width or 1) * (height or 1) > limits.max_pixels:
+        sides = {"width": width, "height": height}
+        text = f"a picture of {' × '.join(str(side) for side in sides.values() if side)} px is too large"
+        named = [name for name, side in sides.items() if side]
+        raise RequestError(f"{' and '.join(named)}: {text}; the limit is {limits.max_pixels:,} pixels", fields=named)
+    if (values.get("steps") or 0) > limits.max_steps:
+        text = f"steps {values['steps']} is too large; this server takes at most {limits.max_steps}"
+        raise RequestError(text, fields=("steps",))
+    prompt, images = values.get("prompt", ""), values.get("images", 1)
+    count = images * (len(prompt) if isinstance(prompt, list) else 1)
+    if count > limits.max_images:
+        named = ["images"] if images > 1 else ["prompt"]
+        text = f"{count} pictures are too many; this server draws at most {limits.max_images} in one job"
+        raise RequestError(f"{named[0]}: {text}", fields=named)
+
+
+def lora_names(value: Plain) -> tuple[str, ...]:
+    """NAME or NAME:SCALE, or a list of these, as they are. Raises RequestError for anything else, also for paths."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"lora {quoted(value)} should be a list of NAME or NAME:SCALE", fields=(LORA,))
+    if len(texts) > MOST_LORAS:
+        raise RequestError(f"lora: {len(texts)} are too many; at most {MOST_LORAS} can be used", fields=(LORA,))
+    for text in texts:
+        check_text(LORA, text, LONGEST_NAME)
+        name, _ = split_scale(text)
+        if not name or PLACE.search(name):
+            raise RequestError(f"lora {quoted(text)} should be NAME or NAME:SCALE, not a path", fields=(LORA,))
+    return tuple(texts)
+
+
+def from_base64(name: str, text: Plain) -> bytes:
+    """The bytes that base64 or a data URL holds. Raises RequestError."""
+    wrong = f"{name}: it should be a file in base64 or a data URL; paths and addresses are not read"
+    if not isinstance(text, str) or not text.isascii():
+        raise RequestError(wrong, fields=(name,))
+    start = found.end() if (found := DATA_URL.match(text)) else 0
+    try:
+        content = base64.b64decode("".join(text[start:].split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError(wrong, fields=(name,)) from None
+    if not content:
+        raise RequestError(f"{name}: it is empty; pass a file, or leave it out", fields=(name,))
+    return content
+
+
+def _without_open(values: Mapping[str, Plain]) -> dict[str, Plain]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_name(name: str) -> None:
+    if name in OPERATORS:
+        raise RequestError(f"{name}: only the server's own settings can set it; leave it out", fields=(name,))
+    if name not in NAMES:
+        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, NAMES)}", fields=(name,))

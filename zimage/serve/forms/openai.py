@@ -1,0 +1,303 @@
+"""OpenAI's images API, as its own package, chat programs and agents speak it: generations, edits, streams, models.
+
+    JSON or parts ─ openai_request ─→ Asked ─ submit ─→ job ─→ pictures in base64 or as links | events of a stream
+
+Everything that our own form can set may stand beside the API's own fields (`extra_body` in the package).
+"""
+
+import asyncio
+import base64
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from zimage.errors import RequestError, ZImageError
+from zimage.pictures.files import encoded
+from zimage.pictures.opening import opened_bytes
+from zimage.serve.answers import OPENAI, error_body, error_status
+from zimage.serve.asking import ATTACHMENTS, Asked, asked
+from zimage.serve.bodies import FormRoute, read_object, read_parts
+from zimage.serve.forms.openai_request import (
+    OWN_NAME,
+    ModelNotFound,
+    Standard,
+    from_parts,
+    in_their_words,
+    is_known,
+    opaque_mask,
+    translated,
+)
+from zimage.serve.forms.own import failed, stream, until_the_end
+from zimage.serve.service import Service
+from zimage.serve.view import JobView
+from zimage.settings.declared import SIZE_MULTIPLE, TextSettings
+from zimage.settings.fields import Plain
+
+GENERATION, EDIT = "image_generation", "image_edit"  # what a stream's events begin with
+PICTURES = ("image", "image[]")
+QUALITY = "high"  # what every picture is called that was not asked for as "low"
+
+
+class Route(FormRoute):
+    """Errors with the codes that the API's clients tell apart."""
+
+    def told(self, path: str, status: int, error: ZImageError) -> dict[str, Plain]:
+        body = error_body(path, status, str(error), error.fields)
+        if isinstance(error, ModelNotFound):
+            body["error"]["code"] = "model_not_found"
+        return body
+
+
+@dataclass
+class Wanted:
+    """A request, translated: what to draw, and how to answer."""
+
+    standard: Standard
+    asked: Asked
+    kind: str = GENERATION
+    tokens: int = 0
+    names: set[str] = field(default_factory=set)
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", route_class=Route, tags=["OpenAI"])
+    begun = int(time.time())
+
+    @router.post("/images/generations")
+    async def generate(request: Request) -> Response:
+        """Draw pictures from a prompt."""
+        values = await read_object(request)
+        return await answer(service, request, wanted(service, values, {}, GENERATION))
+
+    @router.post("/images/edits")
+    async def edit(request: Request) -> Response:
+        """Draw a picture anew from another one, everywhere or where the mask is transparent."""
+        values, files = await read_edit(request, service)
+        return await answer(service, request, wanted(service, values, files, EDIT))
+
+    @router.get("/models")
+    async def models() -> Response:
+        """The loaded model."""
+        return JSONResponse({"object": "list", "data": [model_card(service, begun)]})
+
+    @router.get("/models/{id:path}")
+    async def model(id: str) -> Response:
+        """The loaded model, by its name."""
+        check_model(service, id)
+        return JSONResponse(model_card(service, begun))
+
+    return router
+
+
+# ---------------------------------------------------------------------- requests
+
+
+def wanted(service: Service, values: dict[str, Plain], files: dict[str, bytes], kind: str) -> Wanted:
+    """What a body asks for. Raises RequestError and ModelNotFound."""
+    steps = service.launch.defaults.get("steps") or service.about.defaults["steps"]
+    standard, request = translated(values, steps)
+    check_model(service, standard.model)
+    with in_their_words(values):
+        return Wanted(standard, asked(request, files, "openai", service.settings), kind, names=set(values))
+
+
+async def read_edit(request: Request, service: Service) -> tuple[dict[str, Plain], dict[str, bytes]]:
+    """Values and files of an edit, its mask in our convention. Raises RequestError, Malformed, WrongMedia, TooLarge."""
+    texts: dict[str, list[str]] = {}
+    files: dict[str, bytes] = {}
+    for part in await read_parts(request):
+        name = "image" if part.name in PICTURES else part.name
+        if part.filename is None:
+            texts.setdefault(name, []).append(part.text)
+        elif name not in ATTACHMENTS:
+            raise RequestError(f"{name}: no file of this name is used", fields=(name,))
+        elif name in files:
+            raise RequestError(f"{name}: only one can be used; pass one", fields=(name,))
+        else:
+            files[name] = part.content
+    values = from_parts(texts)
+    if "image" not in files:
+        raise RequestError("image: a file is needed", fields=("image",))
+    if "mask" in files:
+        most = service.settings.max_decoded
+        files["mask"] = await asyncio.to_thread(opaque_mask, files["mask"], files["image"], most)
+    return values, files
+
+
+def check_model(service: Service, name: str) -> None:
+    """Raise ModelNotFound where a client asks for another model than the loaded one."""
+    loaded = service.about.model["name"]
+    if not is_known(name, loaded):
+        raise ModelNotFound(f"model {name!r} is not loaded; this server has {loaded!r}", fields=("model",))
+
+
+def model_card(service: Service, begun: int) -> dict[str, Plain]:
+    return {"id": service.about.model["name"], "object": "model", "created": begun, "owned_by": OWN_NAME}
+
+
+# ---------------------------------------------------------------------- answers
+
+
+async def answer(service: Service, request: Request, want: Wanted) -> Response:
+    """Draw, and answer with the pictures or with the stream of their events."""
+    key = request.headers.get("idempotency-key")
+    with in_their_words(want.names):
+        want.tokens = await text_tokens(service, want.asked)
+        view = await service.submit(want.asked, key)
+    if want.standard.stream:
+        return stream(Told(service, want, view).messages())
+    with in_their_words(want.names):
+        view = await until_the_end(service, view, request)
+    data = [await datum(service, request, want.standard, view, image) for image in view.images]
+    size = f"{view.images[0]['width']}x{view.images[0]['height']}"
+    told = {"created": int(view.created), "data": data, "size": size, **manner(want.standard)}
+    return JSONResponse({**told, "background": "opaque", "usage": usage(want, view.images)})
+
+
+async def text_tokens(service: Service, ask: Asked) -> int:
+    """Tokens of the prompt with its chat parts; embeddings have no text to count."""
+    if "embeddings" in ask.attachments:
+        return 0
+    text = {name: ask.values[name] for name in TextSettings.names() if name in ask.values}
+    told = await service.ask("tokens", prompt=ask.values.get("prompt", ""), text=text)
+    return int(told["tokens"])
+
+
+async def datum(
+    service: Service, request: Request, standard: Standard, view: JobView, image: dict[str, Plain]
+) -> dict[str, Plain]:
+    """One picture of an answer, with its seed."""
+    revised = {"revised_prompt": image["prompt"]} if view.rewritten else {}
+    if standard.response_format == "url":
+        return {"url": str(request.base_url).rstrip("/") + image["url"], "seed": image["seed"], **revised}
+    return {"b64_json": await finished_picture(service, standard, image), "seed": image["seed"], **revised}
+
+
+async def finished_picture(service: Service, standard: Standard, image: dict[str, Plain]) -> str:
+    """A picture of the history in the format that was asked for, its settings in it, as base64."""
+
+    def convert() -> str:
+        content = service.history.file(image["id"]).read_bytes()
+        if standard.output_format != "png":
+            content = in_format(content, standard, image["settings"])
+        return base64.b64encode(content).decode()
+
+    return await asyncio.to_thread(convert)
+
+
+def in_format(content: bytes, standard: Standard, settings: dict[str, Plain] | None) -> bytes:
+    """A picture file in another format, with the settings that draw it, if there are any."""
+    with opened_bytes("the picture", content) as picture:
+        return encoded(picture, standard.output_format.upper(), settings, standard.output_compression)
+
+
+def manner(standard: Standard) -> dict[str, str]:
+    """What an answer and each event repeat of the request."""
+    return {"output_format": standard.output_format, "quality": "low" if standard.is_low else QUALITY}
+
+
+def usage(want: Wanted, images: list[dict[str, Plain]]) -> dict[str, Plain]:
+    """The tokens that the DiT has read and written: the prompt's, and one for each 16 × 16 pixels of a picture."""
+    drawn = [image["width"] * image["height"] // SIZE_MULTIPLE**2 for image in images]
+    begun = drawn[0] if "image" in want.asked.attachments else 0
+    return {
+        "input_tokens": want.tokens + begun,
+        "input_tokens_details": {"text_tokens": want.tokens, "image_tokens": begun},
+        "output_tokens": sum(drawn),
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": sum(drawn)},
+        "total_tokens": want.tokens + begun + sum(drawn),
+    }
+
+
+# ---------------------------------------------------------------------- streams
+
+
+class Told:
+    """A job as the API's stream tells it: some previews of each picture, then the picture; last of all an error."""
+
+    def __init__(self, service: Service, want: Wanted, view: JobView):
+        self._service, self._want, self._view = service, want, view
+        self._partials = Partials(want.standard.partial_images)
+        self._done: set[str] = set()
+
+    async def messages(self) -> AsyncIterator[Message]:
+        """Closed before the job has ended, it cancels it: the client has gone."""
+        ended = False
+        try:
+            async for message in self._service.watch(self._view.id):
+                ended = message.event == END
+                for event, data in await self._translated(message.event, message.data):
+                    yield Message(0, "", event, data)
+            ended = True  # or the server stops: the job goes on when it starts again
+        finally:
+            if not ended:
+                give_up(self._service, self._view.id)
+
+    async def _translated(self, event: str, data: dict[str, Plain]) -> list[tuple[str, dict[str, Plain]]]:
+        if event == "progress" and data["stage"] == DRAWING:
+            self._partials.advance(data["index"], data["step"], data["total"])
+        elif event == "preview" and (number := self._partials.due(data["index"])) is not None:
+            return [await self._partial(number, data)]
+        elif event == "image":
+            return [await self._completed(data["image"])]
+        elif event == END:
+            missed = [image for image in data["images"] if image["id"] not in self._done]
+            return [*[await self._completed(image) for image in missed], *self._faults(data)]
+        return []
+
+    async def _partial(self, number: int, preview: dict[str, Plain]) -> tuple[str, dict[str, Plain]]:
+        content = base64.b64decode(preview["image"].partition(",")[2])
+        picture = await asyncio.to_thread(in_format, content, self._want.standard, None)
+        told = self._told(f"{self._want.kind}.partial_image", picture, preview)
+        return told["type"], {**told, "partial_image_index": number}
+
+    async def _completed(self, image: dict[str, Plain]) -> tuple[str, dict[str, Plain]]:
+        self._done.add(image["id"])
+        picture = await finished_picture(self._service, self._want.standard, image)
+        told = self._told(f"{self._want.kind}.completed", picture, image)
+        return told["type"], {**told, "seed": image["seed"], "usage": usage(self._want, [image])}
+
+    def _told(self, kind: str, picture: bytes | str, sides: dict[str, Plain]) -> dict[str, Plain]:
+        text = picture if isinstance(picture, str) else base64.b64encode(picture).decode()
+        request = self._view.request
+        told = {"type": kind, "b64_json": text, "created_at": int(time.time()), "background": "opaque"}
+        return {**told, "size": f"{request['width']}x{request['height']}", **manner(self._want.standard)}
+
+    def _faults(self, data: dict[str, Plain]) -> list[tuple[str, dict[str, Plain]]]:
+        """The API's package raises an error for data with the key `error`."""
+        if data["state"] == DONE:
+            return []
+        try:
+            with in_their_words(self._want.names):
+                raise outcome(data)
+        except ZImageError as error:
+            body = error_body(OPENAI, error_status(OPENAI, error), str(error), error.fields)
+            return [("error", {"type": "error", **body})]
+
+
+class Partials:
+    """Which previews are passed on: so many of each picture, spread evenly over its steps."""
+
+    def __init__(self, wanted: int):
+        self._wanted, self._step, self._total = wanted, 0, 1
+        self._sent: dict[int, int] = {}
+        self._passed: dict[int, int] = {}
+
+    def advance(self, index: int, step: int, total: int) -> None:
+        """A step of picture `index` is done."""
+        self._step, self._total = step, total
+
+    def due(self, index: int) -> int | None:
+        """The number of the preview that a picture has now, from 0, if it is to be passed on."""
+        places = (math.ceil(self._total * (k + 1) / (self._wanted + 1)) for k in range(self._wanted))
+        passed = sum(place <= self._step for place in places)
+        if passed <= self._passed.get(index, 0):
+            return None
+        self._passed[index] = passed
+        number = self._sent.get(index, 0)
+        self._sent[index] = number + 1
+        return number

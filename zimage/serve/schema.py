@@ -1,0 +1,137 @@
+"""What requests may hold, as JSON Schema made from the one declaration: for the description of the forms and the page.
+
+A declared field that is added appears in every body here, and so in OpenAPI, in the page's form and in the clients.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from zimage.serve.asking import ATTACHMENTS, LORA, MOST_LORAS, REQUEST, REWRITE
+from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
+from zimage.settings.fields import Plain, Settings, json_schema
+from zimage.settings.serving import ServeSettings
+from zimage.version import __version__
+
+Schema = dict[str, Plain]
+
+SQUARES = (512, 768, 1024, 1280)
+LANDSCAPES = ((1024, 768), (1280, 720), (1024, 576), (1152, 896), (1216, 832))
+PRESETS = [*((side, side) for side in SQUARES), *LANDSCAPES, *((height, width) for width, height in LANDSCAPES)]
+UPLOADED = {
+    "image": "Picture to start from, instead of pure noise",
+    "mask": "Mask of the image: white areas are repainted",
+    "embeddings": "Caption embeddings that save-embeddings gave, in place of a prompt",
+}
+EXAMPLE = {"prompt": "a lighthouse at dusk, waves, warm light in the window", "seed": 42}
+PROMPT: Schema = {"type": "string", "description": "What to draw."}
+LORA_SCHEMA: Schema = {
+    "description": "LoRAs of the server by name, each as NAME or NAME:SCALE.",
+    "type": ["array", "null"],
+    "items": {"type": "string"},
+    "maxItems": MOST_LORAS,
+    "default": None,
+    "x-group": "Model",
+}
+
+
+class About(Protocol):
+    """What is told of a worker's model."""
+
+    model: Mapping[str, Plain]
+    defaults: Mapping[str, Plain]
+    token_limit: int
+    dtype: str
+    device: str
+
+
+def described(about: About, settings: ServeSettings, defaults: Mapping[str, Plain], loras: Sequence[str]) -> Schema:
+    """What a page needs to ask for pictures: fields, defaults, limits, the model.
+
+    `defaults` are the server's own, and come before the model's.
+    """
+    return {
+        "request": drawing_schema(settings),
+        "rewrite": rewriting_schema(),
+        "lora": {"names": list(loras)},
+        "defaults": {**about.defaults, **{name: value for name, value in defaults.items() if value is not None}},
+        "limits": limits(settings, about.token_limit),
+        "model": {"name": about.model["name"], "is_demo": about.model["is_demo"]},
+        "dtype": about.dtype,
+        "device": about.device,
+        "presets": [list(size) for size in PRESETS],
+        "version": __version__,
+    }
+
+
+def limits(settings: ServeSettings, token_limit: int) -> dict[str, int]:
+    """The most that one job may have."""
+    return {
+        "max_pixels": settings.max_pixels,
+        "max_images": settings.max_images,
+        "max_steps": settings.max_steps,
+        "max_upload_bytes": settings.max_upload << 20,
+        "max_decoded_pixels": settings.max_decoded,
+        "size_multiple": SIZE_MULTIPLE,
+        "max_side": MAX_SIDE,
+        "token_limit": token_limit,
+    }
+
+
+def drawing_schema(settings: ServeSettings) -> Schema:
+    """JSON Schema of Request, with this server's limits and attachments as they come over the network."""
+    schema = json_schema(Request)
+    fields = {**schema["properties"], **{name: attachment_schema(name) for name in ATTACHMENTS}}
+    fields["steps"] = {**fields["steps"], "maximum": min(fields["steps"]["maximum"], settings.max_steps)}
+    fields["images"] = {**fields["images"], "maximum": min(fields["images"]["maximum"], settings.max_images)}
+    return {**schema, "properties": fields}
+
+
+def rewriting_schema() -> Schema:
+    """JSON Schema of RewriteSettings, as far as a request may set them."""
+    schema = json_schema(RewriteSettings)
+    return {**schema, "properties": {name: schema["properties"][name] for name in REWRITE}}
+
+
+def attachment_schema(name: str) -> Schema:
+    """A file inside a JSON body."""
+    field = json_schema(Request)["properties"][name]
+    return {**field, "contentEncoding": "base64", "description": f"{UPLOADED[name]}: base64 or a data URL."}
+
+
+def own_fields(settings: ServeSettings) -> dict[str, Schema]:
+    """Everything that a request for pictures may set under our own names."""
+    drawing, rewriting = drawing_schema(settings)["properties"], rewriting_schema()["properties"]
+    return {**drawing, **rewriting, LORA: LORA_SCHEMA}
+
+
+def drawing_body(settings: ServeSettings) -> Schema:
+    """The body of a request for pictures in our own form."""
+    return whole("Drawing", own_fields(settings), example=EXAMPLE)
+
+
+def drawing_parts(body: Schema) -> Schema:
+    """The same as multipart: the values as JSON in one part, files in others."""
+    files = {name: {"type": "string", "format": "binary", "description": f"{UPLOADED[name]}."} for name in ATTACHMENTS}
+    request = {**body, "contentMediaType": "application/json"}
+    return whole("DrawingParts", {"request": request, **files}, needed=("request",))
+
+
+def text_body(title: str, extra: Sequence[type[Settings]] = ()) -> Schema:
+    """The body of a question on one prompt: with the settings of texts, or with others in their place."""
+    settings = extra or (TextSettings,)
+    fields = {name: field for one in settings for name, field in json_schema(one)["properties"].items()}
+    allowed = {name: field for name, field in fields.items() if name in (*REQUEST, *REWRITE)}
+    return whole(title, {"prompt": PROMPT, **allowed}, needed=("prompt",), example={"prompt": EXAMPLE["prompt"]})
+
+
+def whole(
+    title: str,
+    properties: Mapping[str, Schema],
+    needed: Sequence[str] = (),
+    example: Mapping[str, Plain] | None = None,
+    others: bool = False,
+) -> Schema:
+    """The schema of an object; with `others`, of one that may hold more than what is named."""
+    schema: Schema = {**({"title": title} if title else {}), "type": "object", "properties": dict(properties)}
+    required = {"required": list(needed)} if needed else {}
+    return {**schema, **required, "additionalProperties": others, **({"example": dict(example)} if example else {})}

@@ -1,0 +1,320 @@
+"""What the forms call: a request in, a job out; its events, its end, its pictures.
+
+Asked ─ submit: defaults laid under, uploads kept, LoRAs found, prepared by a worker ─→ a row in the database ─→ queue
+"""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage.errors import RequestError, quoted
+from zimage.serve.asking import Asked, check_limits
+from zimage.serve.database import Database
+from zimage.serve.dispatch import Dispatcher, Task
+from zimage.serve.history import History
+from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
+from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
+from zimage.serve.stream import END, Message, Streams
+from zimage.serve.uploads import Uploads
+from zimage.serve.view import JobView
+from zimage.serve.workers import BUSY, READY, Worker
+from zimage.settings.declared import Request, RewriteSettings, split_scale
+from zimage.settings.fields import Plain, nearest
+from zimage.settings.profiles import laid_over
+from zimage.settings.serving import ServeSettings
+from zimage.version import __version__
+
+LORA_ENDING = ".safetensors"
+LONGEST_KEY = 255
+SWEEP = 3600.0  # seconds between two looks for what is not needed any more
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a server is started with: settings of loading, defaults of requests and of rewriting, its own."""
+
+    loading: Mapping[str, Plain]
+    defaults: Mapping[str, Plain]
+    serving: ServeSettings
+    data: Path
+
+
+@dataclass(frozen=True)
+class About:
+    """What a worker told of its model."""
+
+    model: Mapping[str, Plain]
+    defaults: Mapping[str, Plain]
+    token_limit: int
+    dtype: str
+    device: str
+    notes: list[str]
+
+
+class Service:
+    """The server behind the forms; used in the event loop."""
+
+    def __init__(self, launch: Launch):
+        self.launch, self.settings, self.folder = launch, launch.serving, launch.data
+        self.begun = time.time()
+        database = self._database = Database(self.folder / "index.sqlite")
+        self.jobs_kept, self.streams = Jobs(database), Streams()
+        self.history = History(self.folder, database, self.settings.keep_days, self.settings.keep_gb)
+        self.uploads = Uploads(self.folder / "uploads", self.settings)
+        for name in ("states", "captions"):
+            (self.folder / name).mkdir(exist_ok=True)
+        self.dispatcher = Dispatcher(
+            self.jobs_kept, self.history, self.streams, self.folder / "pictures", self._has_room
+        )
+        self._keys: dict[str, asyncio.Lock] = {}
+        self._accepting = 0
+        self._sweeper: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------ beginning and end
+
+    async def start(self) -> None:
+        """Take up the queue, and wait until a worker has opened the model. Raises what keeps it from that."""
+        waiting = await asyncio.to_thread(self.jobs_kept.waiting)
+        start = {"op": "start", "loading": dict(self.launch.loading), "data": str(self.folder)}
+        devices = list(self.settings.worker or [""])
+        self.dispatcher.start(devices, {**start, "encoder_only": self.settings.encoder_only}, waiting)
+        await self._worker().ready()
+        self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
+
+    async def stop(self, seconds: float) -> None:
+        """Let running jobs end or keep their state; the queue stays for the next start."""
+        if self._sweeper:
+            self._sweeper.cancel()
+        await self.dispatcher.stop(seconds)
+        await asyncio.to_thread(self._database.close)
+
+    @property
+    def about(self) -> About:
+        """Raises Unavailable while no worker has opened the model."""
+        known = next((worker.about for worker in self.dispatcher.workers if worker.about), None)
+        if known is None:
+            raise Unavailable("the model is still loading; try again", retry_after=5)
+        return About(**known)
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """The LoRAs that requests may name: files in the configured folder, by their names without the ending."""
+        folder = self.launch.loading.get("lora_folder")
+        found = Path(folder).expanduser().rglob(f"*{LORA_ENDING}") if folder else ()
+        return {path.stem: path for path in sorted(found, reverse=True)}
+
+    # ------------------------------------------------------------------ jobs
+
+    async def submit(self, asked: Asked, key: str | None = None) -> JobView:
+        """Accept a request: once this returns, it is done whatever happens to the server.
+
+        The same `key` gives the same job. Raises RequestError, CheckpointError for damaged files, or a Refusal.
+        """
+        if key is None:
+            return await self._accept(asked, None)
+        if not 0 < len(key) <= LONGEST_KEY or not key.isascii() or not key.isprintable():
+            raise RequestError(f"Idempotency-Key should be 1 to {LONGEST_KEY} printable ASCII characters")
+        async with self._alone(key):
+            known = await asyncio.to_thread(self.jobs_kept.by_key, key)
+            if known is None:
+                return await self._accept(asked, key)
+        if known.asked != _digest(asked):
+            raise RequestError("Idempotency-Key: it came with another request before; use a new one")
+        return await self.job(known.id)
+
+    async def job(self, id: str) -> JobView:
+        """Raises NotFound."""
+        if row := self.dispatcher.rows.get(id):
+            return self.dispatcher.view(row)
+        if view := self.dispatcher.ended(id):
+            return view
+        kept = await asyncio.to_thread(self.jobs_kept.get, id)
+        if kept is None:
+            raise NotFound(f"there is no job {quoted(id)}")
+        return await asyncio.to_thread(self._ended_view, kept)
+
+    async def jobs(self, states: Collection[str] = (), limit: int = 100) -> list[JobView]:
+        """Running ones, then waiting ones in their order, then the latest that have ended. Raises RequestError."""
+        for state in states:
+            if state not in STATES:
+                raise RequestError(f"state {quoted(state)}: {nearest(state, STATES)}", fields=("state",))
+        rows = self.dispatcher.rows
+        order = [*(id for id, row in rows.items() if row.state != QUEUED), *self.dispatcher.queue]
+        found = [self.dispatcher.view(rows[id]) for id in order if not states or rows[id].state in states]
+        wanted = [state for state in ENDED if not states or state in states]
+        if wanted and len(found) < limit:
+            ended = await asyncio.to_thread(self.jobs_kept.ended, wanted, limit - len(found))
+            found += await asyncio.to_thread(lambda: [self._ended_view(row) for row in ended])
+        return found[:limit]
+
+    async def finished(self, id: str) -> JobView:
+        """Wait until a job has ended. Raises NotFound."""
+        await self.dispatcher.over(id)
+        return await self.job(id)
+
+    async def watch(self, id: str, after: str = "") -> AsyncIterator[Message]:
+        """A job's events from `after` on, until it has ended. Raises NotFound."""
+        view = await self.job(id)
+        if view.state in ENDED and not after:
+            yield self.streams.snapshot(view.plain())
+        if view.state in ENDED:
+            yield self.streams.snapshot(view.plain(), END)
+            return
+        async for message in self.streams.of_job(id, after, lambda: self._now(id)):
+            yield message
+
+    async def watch_all(self, after: str = "") -> AsyncIterator[Message]:
+        """The events of all jobs, for ever."""
+
+        def whole() -> list[dict[str, Plain]]:
+            return [self.dispatcher.view(row).plain() for row in self.dispatcher.rows.values()]
+
+        async for message in self.streams.of_all(after, whole):
+            yield message
+
+    async def cancel(self, id: str) -> JobView:
+        """Raises NotFound, or Conflict for one that had ended."""
+        await self.job(id)
+        await self.dispatcher.cancel(id)
+        return await self.job(id)
+
+    async def move(self, id: str, position: int) -> JobView:
+        """Put a waiting job at a place in the queue. Raises NotFound, Conflict."""
+        await self.job(id)
+        return self.dispatcher.move(id, position)
+
+    # ------------------------------------------------------------------ questions
+
+    async def ask(self, op: str, **plain: Plain) -> dict[str, Plain]:
+        """A quick question to a worker. Raises as the pipeline does, or Unavailable."""
+        return await self._worker().ask(op, **plain)
+
+    async def compute(self, op: str, **asked: Plain) -> dict[str, Plain]:
+        """Short work that goes before the queue: "encode" or "rewrite". Raises as the pipeline does."""
+        if self.dispatcher.stopping:
+            raise Unavailable("the server is stopping", retry_after=30)
+        id = new_id()
+        path = self.folder / "captions" / f"{id}{LORA_ENDING}"
+        message = {"op": "compute", "id": id, "what": op, "asked": asked, "path": str(path)}
+        return await self.dispatcher.compute(Task(id, message))
+
+    def health(self) -> dict[str, Plain]:
+        """Whether it can draw, and what its workers do."""
+        workers = self.dispatcher.workers
+        told = [{"device": w.device_name, "state": w.state, "job": w.task, "restarts": w.restarts} for w in workers]
+        ready = any(worker.state in (READY, BUSY) for worker in workers)
+        status = "stopping" if self.dispatcher.stopping else "ok" if ready else "starting"
+        return {
+            "status": "degraded" if status == "ok" and self.dispatcher.full else status,
+            "version": __version__,
+            "uptime": round(time.time() - self.begun, 1),
+            "queue": len(self.dispatcher.queue),
+            "running": sum(worker.state == BUSY for worker in workers),
+            "workers": told,
+        }
+
+    # ------------------------------------------------------------------ accepting
+
+    async def _accept(self, asked: Asked, key: str | None) -> JobView:
+        self._accepting += 1
+        try:
+            self._admit()
+            row = await self._prepared(asked, key)
+            await asyncio.to_thread(self.jobs_kept.add, row)
+        finally:
+            self._accepting -= 1
+        return self.dispatcher.add(row)
+
+    def _admit(self) -> None:
+        """Raise a Refusal where no further job can be taken."""
+        if self.dispatcher.stopping:
+            raise Unavailable("the server is stopping; try again later", retry_after=30)
+        if len(self.dispatcher.queue) + self._accepting > self.settings.max_queue:
+            raise TooMany(f"{len(self.dispatcher.queue)} jobs are waiting; try again later", retry_after=10)
+        if self.dispatcher.full or not self._has_room():
+            raise NoRoom(f"less than {self.settings.min_free} MB are free on the server's disk; no new jobs are taken")
+
+    async def _prepared(self, asked: Asked, key: str | None) -> JobRow:
+        uploads = {name: await self.uploads.keep(name, data) for name, data in asked.attachments.items()}
+        files = {name: str(upload.path) for name, upload in uploads.items()}
+        values = laid_over(self.launch.defaults, {**asked.values, **asked.rewrite, **files})
+        request = {name: value for name, value in values.items() if name in Request.names()}
+        rewrite = {name: value for name, value in values.items() if name in RewriteSettings.names()}
+        wanted = rewrite if rewrite.get("rewriter") else None
+        id, lora = new_id(), self._found(asked.lora)
+        told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
+        check_limits(told["request"], self.settings)
+        row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
+        row.uploads, row.notes = [upload.hash for upload in uploads.values()], told["notes"]
+        return row
+
+    def _found(self, names: Collection[str]) -> list[dict[str, Plain]] | None:
+        """LoRAs by the names that a request has for them; None where it names none."""
+        if not names:
+            return None
+        known, found = self.loras, []
+        for text in names:
+            name, scale = split_scale(text)
+            path = known.get(name.removesuffix(LORA_ENDING))
+            if path is None:
+                raise RequestError(
+                    f"lora {quoted(name)} is not on this server; {nearest(name, known)}", fields=("lora",)
+                )
+            found.append({"name": path.name, "scale": scale, "path": str(path)})
+        return found
+
+    @asynccontextmanager
+    async def _alone(self, key: str) -> AsyncIterator[None]:
+        """Two requests with one key: the second waits for the first."""
+        lock = self._keys.setdefault(key, asyncio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._keys.pop(key, None)
+
+    # ------------------------------------------------------------------ the rest
+
+    def _worker(self) -> Worker:
+        """The one that answers questions: the first that is ready, else the first."""
+        workers = self.dispatcher.workers
+        return next((worker for worker in workers if worker.state in (READY, BUSY)), workers[0])
+
+    def _now(self, id: str) -> dict[str, Plain]:
+        row = self.dispatcher.rows.get(id)
+        view = self.dispatcher.view(row) if row else self.dispatcher.ended(id)
+        return view.plain() if view else {}
+
+    def _ended_view(self, row: JobRow) -> JobView:
+        from zimage.serve.view import Progress
+
+        images = [picture.plain() for picture in self.history.of_job(row.id)] if row.state == DONE or row.images else []
+        return JobView.of(row, Progress(), None, images)
+
+    def _has_room(self) -> bool:
+        return shutil.disk_usage(self.folder).free >= self.settings.min_free * 10**6
+
+    async def _sweep(self) -> None:
+        """Now and then remove what is not needed any more, and what is past the limits that were set."""
+        while True:
+            used = uploads_of(self.dispatcher.rows.values())
+            await asyncio.to_thread(self.uploads.sweep, used, SWEEP)
+            await asyncio.to_thread(self.history.tidy)
+            if self.settings.keep_days:
+                await asyncio.to_thread(self.jobs_kept.forget, time.time() - 86_400 * self.settings.keep_days)
+            await asyncio.sleep(SWEEP)
+
+
+def _digest(asked: Asked) -> str:
+    """What tells two requests apart."""
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in asked.attachments.items()}
+    plain: list[Any] = [dict(asked.values), dict(asked.rewrite), list(asked.lora), files]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""The server's side of its worker processes: started, asked, restarted when they die.
+
+A worker that dies takes down what it was doing and nothing else: its owner hears of it, and a new process is started,
+each time a little later. One that cannot even open the model says why, and at the start of a server that ends it.
+"""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zimage.errors import CheckpointError, RequestError, ZImageError
+from zimage.serve.channel import Message, packed, read_async
+from zimage.serve.refusals import Unavailable
+
+log = logging.getLogger("zimage.serve")
+
+COMMAND = (sys.executable, "-m", "zimage.serve.worker")
+PAUSES = (0.0, 1.0, 3.0, 10.0, 30.0)  # seconds before the first, second … restart in a row
+STEADY = 60.0  # seconds after which a process counts as a sound one
+PATIENCE = 30.0  # seconds that a question may wait for its answer
+STARTING, READY, BUSY, STOPPED = "starting", "ready", "busy", "stopped"
+Hear = Callable[["Worker", Message], None]
+
+
+class Worker:
+    """One worker process after another, all for the same device.
+
+    `hear` gets each message that is no answer, and {"on": "died"} when a process has ended; `task` is what it does.
+    """
+
+    def __init__(self, device: str, start: Mapping[str, Any], hear: Hear):
+        self.device, self.task, self.restarts, self.about = device, "", 0, dict[str, Any]()
+        self._start, self._hear = start, hear
+        self._process: asyncio.subprocess.Process | None = None
+        self._answers: dict[int, asyncio.Future[Message]] = {}
+        self._asked = self._in_a_row = 0
+        self._is_ready = asyncio.Event()
+        self._stopping = False
+        self._keeper: asyncio.Task[None] | None = None
+        self.refusal: ZImageError | None = None
+
+    @property
+    def device_name(self) -> str:
+        """As the process calls it, once it runs."""
+        return str(self.about.get("device", self.device))
+
+    @property
+    def state(self) -> str:
+        if self._stopping:
+            return STOPPED
+        return STARTING if not self._is_ready.is_set() else BUSY if self.task else READY
+
+    def start(self) -> None:
+        self._keeper = asyncio.create_task(self._keep(), name=f"worker on {self.device}")
+
+    async def ready(self, seconds: float | None = None) -> None:
+        """Wait until it can be asked. Raises what made it refuse to start, or Unavailable after some seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._is_ready.wait()
+        except TimeoutError:
+            raise Unavailable("the model is still loading; try again", retry_after=5) from None
+        if self.refusal:
+            raise self.refusal
+
+    def send(self, message: Message) -> None:
+        """Where the process has just died, the message goes nowhere, as if the process had died a moment later."""
+        if self._process and self._process.stdin and not self._process.stdin.is_closing():
+            self._process.stdin.write(packed(message))
+
+    async def ask(self, op: str, **plain: Any) -> Message:
+        """A quick question, asked again where the process dies over it. Raises as the pipeline does, or Unavailable."""
+        for _ in range(2):
+            await self.ready(PATIENCE)
+            try:
+                return _told(await self._ask({"op": op, **plain}))
+            except ConnectionError:
+                continue
+        raise Unavailable("the worker ended over this question twice; try something else", retry_after=5)
+
+    async def _ask(self, question: Message) -> Message:
+        self._asked += 1
+        number = self._asked
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self.send({**question, "re": number})
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await answer
+        except TimeoutError:
+            raise Unavailable("the worker is too busy to answer; try again", retry_after=5) from None
+        finally:
+            self._answers.pop(number, None)
+
+    async def stop(self, seconds: float = 0.0) -> None:
+        """End the process, after it had some seconds to end its task."""
+        self._stopping = True
+        process = self._process
+        if process and process.stdin:
+            process.stdin.close()
+            try:
+                async with asyncio.timeout(max(seconds, 0.5)):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+        if self._keeper:
+            await self._keeper
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+
+    # ------------------------------------------------------------------ one process after another
+
+    async def _keep(self) -> None:
+        while not self._stopping:
+            begun = time.monotonic()
+            await self._live()
+            if self._stopping or self.refusal:
+                return
+            self._in_a_row = 1 if time.monotonic() - begun > STEADY else self._in_a_row + 1
+            self.restarts += 1
+            pause = PAUSES[min(self._in_a_row, len(PAUSES)) - 1]
+            log.warning("the worker on %s ended unexpectedly; it is started again", self.device)
+            await asyncio.sleep(pause)
+
+    async def _live(self) -> None:
+        """One process, from its start to its end."""
+        pipe = asyncio.subprocess.PIPE
+        # A session of its own: Ctrl-C in the server's terminal is the server's to deal with.
+        process = self._process = await asyncio.create_subprocess_exec(
+            *COMMAND, stdin=pipe, stdout=pipe, start_new_session=True, limit=1 << 20
+        )
+        assert process.stdout is not None
+        self.send(dict(self._start))
+        while (message := await read_async(process.stdout)) is not None:
+            self._take(message)
+        await process.wait()
+        self._is_ready.clear()
+        if self.refusal:
+            self._is_ready.set()  # for those who wait for it
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError())
+        self._hear(self, {"on": "died", "status": process.returncode})
+
+    def _take(self, message: Message) -> None:
+        match message["on"]:
+            case "answer":
+                answer = self._answers.get(message["re"])
+                if answer and not answer.done():
+                    answer.set_result(message)
+            case "ready":
+                self.about = message["about"]
+                self._is_ready.set()
+                self._hear(self, message)
+            case "refused":
+                self.refusal = raised(message["error"])
+            case _:
+                self._hear(self, message)
+
+
+def _told(answer: Message) -> Message:
+    if "error" in answer:
+        raise raised(answer["error"])
+    return {**answer["answer"], "notes": answer["notes"]}
+
+
+def raised(error: Mapping[str, Any]) -> ZImageError:
+    """An error that a worker sent, as the server raises it."""
+    kind: type[ZImageError] = {"request": RequestError, "CheckpointError": CheckpointError}.get(
+        error["kind"], ZImageError
+    )
+    return kind(error["message"], fields=error["fields"])
