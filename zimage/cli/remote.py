@@ -19,6 +19,7 @@ from zimage.cli.progress import counted
 from zimage.errors import CheckpointError, RemoteError, RequestError, ZImageError, quoted
 from zimage.formats.files import read_file
 from zimage.formats.json_text import json_object
+from zimage.serve.asking import OPERATORS
 from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import Hint, Plain, as_plain, fields
 from zimage.settings.paths import user_path
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from zimage.cli.client import Client
 
 JOBS = "/api/jobs"
-OPERATORS = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # of rewriting: where the server has it done
 LARGEST_UPLOAD = 1 << 30  # bytes: as much as any server can be told to take
 SPARE = 1 << 24  # bytes of a picture beside its pixels
 GOODBYE = 3.0  # seconds for cancelling a job on the way out
@@ -51,6 +51,7 @@ RECORD: dict[str, Hint] = {
     "lora": list[dict[str, Any]],
     "version": str,
 }
+REWRITTEN: dict[str, Hint] = {"rewriter": str, "seed": int}
 LORA: dict[str, Hint] = {"name": str, "scale": float, "hash": str}
 IMAGE: dict[str, Hint] = {"id": str, **SIZE, "settings": RECORD}
 PROGRESS: dict[str, Hint] = dict.fromkeys(("step", "total", "index", "count"), int) | {"stage": str}
@@ -292,4 +293,4 @@ def _introduction(job: Record, url: str) -> Iterator[str]:
     yield from job["notes"]
     prompt = job["request"]["prompt"]
     for rewrite, text in zip(job["rewritten"], prompt if isinstance(prompt, list) else [prompt], strict=False):
-        yield rewriting_told(rewrite, text)
+        yield rewriting_told(_checked(REWRITTEN, "what was rewritten", rewrite), text)
