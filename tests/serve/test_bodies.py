@@ -13,6 +13,7 @@ from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.openapi import answers, content, describe, takes
 from zimage.serve.refusals import NotFound, TooMany
 from zimage.serve.schema import PRESETS, described, drawing_body, drawing_parts, text_body
+from zimage.serve.service import About
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 from zimage.settings.serving import ServeSettings
 
@@ -228,16 +229,15 @@ def test_a_client_that_is_gone_is_no_fault():
 # ---------------------------------------------------------------------- the description
 
 
-class About:
-    model = {"name": "demo", "fingerprint": "f", "is_demo": True}  # noqa: RUF012
-    defaults = {"width": 128, "height": 128, "steps": 8, "guidance": 0.0, "shift": 3.0}  # noqa: RUF012
-    token_limit, dtype, device = 512, "bfloat16", "cpu"
+MODEL = {"name": "demo", "fingerprint": "f", "is_demo": True}
+DEFAULTS = {"width": 128, "height": 128, "steps": 8, "guidance": 0.0, "shift": 3.0}
+ABOUT = About(MODEL, DEFAULTS, 512, "bfloat16", "cpu", [])
 
 
 def test_the_schema_tells_all_that_a_page_needs():
-    found = described(About(), LIMITS, {"steps": 6, "template": None}, ["style"])
+    found = described(ABOUT, LIMITS, {"steps": 6, "template": None}, ["style"])
     assert set(found["request"]["properties"]) | set(found["rewrite"]["properties"]) | {"lora"} == set(NAMES)
-    assert found["defaults"] == {**About.defaults, "steps": 6}
+    assert found["defaults"] == {**DEFAULTS, "steps": 6}
     assert found["request"]["properties"]["steps"]["maximum"] == found["limits"]["max_steps"] == 50
     assert found["request"]["properties"]["images"]["maximum"] == 4
     assert found["lora"] == {"names": ["style"]}

@@ -33,8 +33,9 @@ DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 class Asked:
     """One request, as a form translates it.
 
-    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one;
-    what is absent or null is open, and the server's defaults are laid under it. Prompts are rewritten where `rewriter` is set.
+    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one.
+    What is absent or null is open, and the server's defaults are laid under it; prompts are rewritten where `rewriter`
+    is set then.
     `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings".
     """
 

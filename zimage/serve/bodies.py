@@ -11,16 +11,14 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from zimage.errors import CheckpointError, RequestError, ZImageError, quoted
+from zimage.errors import CheckpointError, RequestError, ZImageError
 from zimage.formats.json_text import json_value
 from zimage.serve.answers import error_body, error_headers, error_status
-from zimage.serve.asking import ATTACHMENTS
 from zimage.serve.multipart import Part, parts_of
 from zimage.serve.refusals import Malformed, WrongMedia
 from zimage.settings.fields import Plain
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
-VALUES = "request"  # the part of a multipart body that holds the values
 LONG = 1 << 16  # bytes of JSON that are parsed beside the event loop
 GONE = 499  # nobody reads it: the client has closed the connection
 
@@ -59,7 +57,7 @@ async def read_object(request: Request) -> dict[str, Plain]:
     if media != JSON:
         raise WrongMedia(f"the body should be {JSON}, not {media or 'without a Content-Type'}")
     body = await request.body()  # as long as the rules of safety let it be
-    return _object(body) if len(body) < LONG else await asyncio.to_thread(_object, body)
+    return parse_object(body) if len(body) < LONG else await asyncio.to_thread(parse_object, body)
 
 
 async def read_parts(request: Request) -> list[Part]:
@@ -70,30 +68,13 @@ async def read_parts(request: Request) -> list[Part]:
     return parts_of(request.headers["content-type"], await request.body())
 
 
-async def read_with_files(request: Request) -> tuple[dict[str, Plain], dict[str, bytes]]:
-    """Values and files: a JSON body has no files, and a multipart one its values as JSON in the part `request`.
-
-    Raises WrongMedia, Malformed, or RequestError for parts that nothing is made of.
-    """
-    if media_type(request) != MULTIPART:
-        return await read_object(request), {}
-    parts: dict[str, bytes] = {}
-    for part in await read_parts(request):
-        if part.name in parts:
-            raise RequestError(f"{part.name}: it comes twice; pass it once", fields=(part.name,))
-        parts[part.name] = part.content
-    for name in parts.keys() - {VALUES, *ATTACHMENTS}:
-        known = ", ".join((VALUES, *ATTACHMENTS))
-        raise RequestError(f"the part {quoted(name)} is not known; use {known}", fields=(name,))
-    return _object(parts.pop(VALUES, b"{}")), parts
-
-
 def media_type(request: Request) -> str:
     """The type of a body, without its parameters; empty where none is named."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _object(body: bytes) -> dict[str, Plain]:
+def parse_object(body: bytes) -> dict[str, Plain]:
+    """The same of bytes. Raises Malformed, or RequestError for another value."""
     try:
         content = json_value("the body", body, len(body))
     except CheckpointError as error:

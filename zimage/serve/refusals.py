@@ -56,6 +56,10 @@ class TooMany(Refusal):
     status = 429
 
 
+class Failed(Refusal):
+    """A job that failed for a reason that does not lie in its request."""
+
+
 class Unavailable(Refusal):
     """The server is stopping, or no worker is ready."""
 

@@ -1,6 +1,6 @@
 """A request in the form of OpenAI's images API, translated: its own fields, and every field of ours beside them.
 
-    n → images, size → width × height, quality "low" → half the steps; a mask's transparent areas → white ones
+n → images, size → width × height, quality "low" → half the steps; a mask's transparent areas → white ones
 """
 
 import io
@@ -15,8 +15,10 @@ from zimage.errors import RequestError, quoted
 from zimage.pictures.opening import opened_bytes
 from zimage.serve.asking import NAMES
 from zimage.serve.refusals import NotFound, TooLarge
+from zimage.serve.schema import EXAMPLE, PROMPT, Schema, own_fields, whole
 from zimage.settings.declared import Request, RewriteSettings
-from zimage.settings.fields import Plain, Settings, check_fields, fields, setting
+from zimage.settings.fields import Plain, Settings, check_fields, fields, json_schema, setting
+from zimage.settings.serving import ServeSettings
 
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 FORMATS = ("png", "webp", "jpeg")
@@ -24,6 +26,7 @@ SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 OWN_NAME = "zimage"
 # Clients that cannot be told another model send one of these by themselves; nobody takes us for them.
 USUAL_NAMES = re.compile(r"(?:chatgpt-image|gpt-image|dall-e)-[0-9a-z.-]{1,40}")
+FILE: Schema = {"type": "string", "format": "binary"}
 OPAQUE = 128  # the first of 256 levels at which a mask's pixel stays
 INSTEAD = {"images": "n", "width": "size", "height": "size"}  # how the API calls what we call otherwise
 
@@ -33,7 +36,9 @@ class Standard(Settings):
     """The fields of the API itself, beside `prompt` and the files. Raises RequestError."""
 
     model: str = setting(
-        "", "The loaded model's name, or a usual name of OpenAI's image models; anything else is not found.", longest=255
+        "",
+        "The loaded model's name, or the name of one of OpenAI's image models; no other is found.",
+        longest=255,
     )
     n: int = setting(1, "Number of pictures.", minimum=1, maximum=10)
     size: str = setting(
@@ -49,9 +54,7 @@ class Standard(Settings):
     )
     background: str = setting("auto", "Pictures are opaque.", choices=("auto", "opaque"))
     stream: bool = setting(False, "Answer with server-sent events.")
-    partial_images: int = setting(
-        0, "Previews of each picture while it is drawn; for a stream.", minimum=0, maximum=3
-    )
+    partial_images: int = setting(0, "Previews of each picture while it is drawn; for a stream.", minimum=0, maximum=3)
     moderation: str = setting("auto", "Accepted; nothing is moderated here.", choices=("auto", "low"))
     style: str | None = setting(None, "Accepted; the prompt says the style here.", choices=("vivid", "natural"))
     input_fidelity: str | None = setting(None, "Accepted; set `strength` here.", choices=("high", "low"))
@@ -73,6 +76,16 @@ class Standard(Settings):
     @property
     def is_low(self) -> bool:
         return self.quality == "low"
+
+
+def bodies(settings: ServeSettings) -> dict[str, Schema]:
+    """What the two requests hold, by title: the API's fields and ours."""
+    standard, own = json_schema(Standard)["properties"], own_fields(settings)
+    fields = {"prompt": PROMPT, **standard, **{name: own[name] for name in own.keys() - {"prompt"}}}
+    files = {"image": {**FILE, "description": "Picture to start from."}}
+    files["mask"] = {**FILE, "description": "PNG of the image's size: transparent areas are repainted."}
+    generation = whole("OpenAIGeneration", fields, ("prompt",), {**EXAMPLE, "size": "1024x1024", "quality": "high"})
+    return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
 
 
 class ModelNotFound(NotFound):
@@ -147,7 +160,7 @@ def opaque_mask(data: bytes, picture: bytes, most_pixels: int) -> bytes:
             sizes = f"{mask.width} × {mask.height} px and the image {size[0]} × {size[1]}"
             raise RequestError(f"mask: it has {sizes}; pass one of the same size", fields=("mask", "image"))
         alpha = mask.convert("RGBA").getchannel("A") if mask.has_transparency_data else Image.new("L", size, 255)
-    if alpha.getextrema()[0] >= OPAQUE:
+    if not any(alpha.histogram()[:OPAQUE]):
         text = "mask: no pixel of it is transparent; make those transparent that are to be repainted"
         raise RequestError(text, fields=("mask",))
     buffer = io.BytesIO()
