@@ -56,6 +56,13 @@ def test_a_step_that_fails_leaves_its_owner_as_it_was(database):
     database.declare("things", [THINGS, "ALTER TABLE things ADD COLUMN size INTEGER"])
 
 
+def test_a_step_may_be_several_statements_of_any_kind(database):
+    trigger = "CREATE TRIGGER t AFTER INSERT ON a BEGIN INSERT INTO b VALUES (new.x || ';'); DELETE FROM a; END"
+    database.declare("others", [f"CREATE TABLE a (x); CREATE TABLE b (x);\n{trigger};\n", "DROP TABLE a"])
+    with database.reading() as db:
+        assert db.execute("SELECT name FROM sqlite_schema WHERE name IN ('a', 'b', 't')").fetchall() == [("b",)]
+
+
 def test_tables_of_a_newer_version_are_refused(database):
     with pytest.raises(OutputError, match="newer version"):
         database.declare("things", [])

@@ -440,11 +440,20 @@ def test_ten_thousand_strange_files_do_not_fill_the_log(kept, caplog):
 
 HOSTILE = {
     "half a character": '{"request": {"prompt": "a \\ud800 cat", "seed": 1}}',
-    "a prompt that is a list": '{"request": {"prompt": ["a"], "seed": [1]}}',
-    "a prompt that is a tree": '{"request": {"prompt": {"a": 1}, "seed": null}}',
-    "nothing in it": '{"request": {}}',
-    "zero bytes": '{"request": {"prompt": "a\\u0000b"}}',
+    "half a character in a name": '{"request": {"prompt": "a", "seed": 1}, "\\udfff": 1}',
+    "zero bytes": '{"request": {"prompt": "a\\u0000b", "seed": 1}}',
 }
+NONE = (
+    '{"request": {"prompt": "a", "seed": 1, "shift": NaN}}',
+    '{"request": {"prompt": "a", "seed": 1, "shift": 1e999}}',
+    '{"request": {"prompt": "a"}}',
+    '{"request": {"prompt": ["a"], "seed": 1}}',
+    '{"request": {"prompt": "a", "seed": "1"}}',
+    '{"request": []}',
+    "{",
+    "[1]",
+    '{"a": 1}',
+)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -459,9 +468,7 @@ def test_settings_of_any_kind_can_be_answered(kept, kind):
     json.dumps(picture.plain(), ensure_ascii=False, allow_nan=False).encode()
 
 
-@pytest.mark.parametrize(
-    "text", ['{"request": {"prompt": "a", "seed": NaN}}', '{"request": []}', "{", "[1]", '{"a": 1}']
-)
+@pytest.mark.parametrize("text", NONE)
 def test_settings_that_are_none_are_left_alone(kept, text, caplog):
     from PIL.PngImagePlugin import PngInfo
 

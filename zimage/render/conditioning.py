@@ -77,7 +77,7 @@ class Texts:
 
     def parts(self, text: TextSettings) -> ChatParts:
         """The chat parts that are given, and where they are left open the template's. Raises RequestError."""
-        self._check_layers(text.layers)
+        self.check_layers(text.layers)
         template = self.templates.get(text.template) if text.template else Template("", "", "")
         thinking = either(text.thinking_content, template.thinking_content)
         block = either(text.force_think_block, bool(thinking or template.add_think_block))
@@ -115,7 +115,8 @@ class Texts:
         """The caption as `long_prompt` wants it."""
         return compress(caption, self.limit, long_prompt)
 
-    def _check_layers(self, layers: Weights) -> None:
+    def check_layers(self, layers: Weights) -> None:
+        """Raise RequestError for layers that the text encoder does not have."""
         config = self._model.config(TEXT_ENCODER)
         if config is None:  # it is on another machine, which knows
             return

@@ -84,7 +84,7 @@ class Rewriter:
 
     def template(self, settings: RewriteSettings) -> Template:
         """The rewriter that is named, else the usual one. Raises RequestError."""
-        template = self._texts.templates.get(settings.rewriter or DEFAULT)
+        template = self._texts.templates.get(settings.rewriter or DEFAULT, "rewriter")
         if template.category != REWRITER:
             known = ", ".join(t.name for t in self._texts.templates.list(REWRITER))
             raise RequestError(

@@ -10,11 +10,13 @@ from fastapi import FastAPI
 from zimage.errors import RequestError
 from zimage.serve.database import Database
 from zimage.serve.door import Door
-from zimage.serve.forms import own
+from zimage.serve.forms import history, meta, own
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
+from zimage.serve.openapi import describe
 from zimage.serve.safety import protected
+from zimage.serve.schema import drawing_body, drawing_parts
 from zimage.serve.service import Launch, Service
 from zimage.serve.token import read_token
 from zimage.settings.environment import data_folder
@@ -68,6 +70,8 @@ def build(service: Service) -> FastAPI:
 
     off = {"docs_url": None, "redoc_url": None}
     app = FastAPI(title="zimage", version=__version__, lifespan=life, redirect_slashes=False, **off)
-    for form in (own,):
+    for form in (own, history, meta):
         app.include_router(form.routes(service))
+    bodies = {"Drawing": drawing_body(service.settings)}
+    describe(app, {**bodies, "DrawingParts": drawing_parts(bodies["Drawing"]), **history.SCHEMAS})
     return app

@@ -16,6 +16,7 @@ import errno
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from zimage.errors import OutputError, RequestError
@@ -50,15 +51,15 @@ class Database:
     def declare(self, owner: str, steps: Sequence[str]) -> None:
         """Bring the tables of an owner up to date: run those of the `steps` that this file has not seen.
 
-        Each is one statement. They are never changed, only added to. Raises OutputError where a newer version has
-        written the file.
+        Each is one or more statements. They are never changed, only added to. Raises OutputError where a newer version
+        has written the file.
         """
         with self.writing() as db:
             done = (db.execute("SELECT version FROM owners WHERE name = ?", (owner,)).fetchone() or (0,))[0]
             if done > len(steps):
                 raise OutputError(f"{self.path} was written by a newer version of zimage; use that one")
-            for step in steps[done:]:
-                db.execute(step)
+            for statement in chain.from_iterable(map(_statements, steps[done:])):
+                db.execute(statement)
             if done < len(steps):  # a full disk lets a server start that has nothing to write
                 db.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (owner, len(steps)))
 
@@ -124,6 +125,16 @@ def storing(path: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise NoRoom(f"the disk with {path} is full or fails: {error.strerror}; make room and try again") from error
         raise OutputError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+
+
+def _statements(script: str) -> Iterator[str]:
+    """SQL, statement by statement: SQLite's own way to run several would end the transaction."""
+    statement = ""
+    for piece in script.split(";"):
+        statement += piece + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
 
 
 def _held(folder: Path) -> Lock:

@@ -1,6 +1,6 @@
 """Jobs on their way through the workers: who runs what, what is told of it, and what is kept.
 
-    add ─→ queue ─→ a worker that is free ─→ its messages ─→ streams (at once) ─→ the database and the history (in order)
+    add ─→ queue ─→ a free worker ─→ its messages ─→ streams (at once) ─→ the database and the history (in order)
 
 All of this runs in the event loop; what touches the disk runs in threads. What cannot be written, since the disk is
 full, is tried again until it can, and nothing new is begun meanwhile.
@@ -46,9 +46,7 @@ class Task:
 class Dispatcher:
     """The queue at work. `full` is true while the disk does not take what must be kept."""
 
-    def __init__(
-        self, jobs: Jobs, history: History, streams: Streams, pictures: Path, has_room: Callable[[], bool]
-    ):
+    def __init__(self, jobs: Jobs, history: History, streams: Streams, pictures: Path, has_room: Callable[[], bool]):
         self.jobs, self.history, self.streams, self._pictures = jobs, history, streams, pictures
         self._has_room = has_room
         self.workers: list[Worker] = []
@@ -265,9 +263,8 @@ class Dispatcher:
 
     def _died(self, worker: Worker) -> None:
         id, worker.task = worker.task, ""
-        if task := self._under_way.pop(id, None):
-            if not task.result.done():
-                task.result.set_exception(Unavailable("the worker ended over this; try again", retry_after=5))
+        if (task := self._under_way.pop(id, None)) and not task.result.done():
+            task.result.set_exception(Unavailable("the worker ended over this; try again", retry_after=5))
         row = self.rows.get(id)
         if row is None or self.stopping:
             return

@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from zimage.errors import RequestError, quoted
 from zimage.serve.database import Database
@@ -108,6 +108,13 @@ class History:
     def file(self, id: str) -> Path:
         """The PNG of a picture. Raises NotFound."""
         return self.files.path(self.get(id).id)
+
+    def open(self, id: str) -> BinaryIO:
+        """The PNG of a picture, open: it can be read to its end, whatever becomes of it. Raises NotFound."""
+        try:
+            return self.file(id).open("rb")
+        except FileNotFoundError:
+            raise NotFound(f"picture {id} is not there any more") from None
 
     def thumbnail(self, id: str) -> bytes:
         """A picture in WebP, its longer side at most 320 px; made when it is first wanted. Raises NotFound."""

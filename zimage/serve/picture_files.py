@@ -48,13 +48,13 @@ class Picture:
 
     @property
     def prompt(self) -> str:
-        prompt = self.settings["request"].get("prompt")
-        return prompt if isinstance(prompt, str) else ""
+        prompt: str = self.settings["request"]["prompt"]
+        return prompt
 
     @property
-    def seed(self) -> int | None:
-        seed = self.settings["request"].get("seed")
-        return seed if isinstance(seed, int) else None
+    def seed(self) -> int:
+        seed: int = self.settings["request"]["seed"]
+        return seed
 
     def plain(self) -> dict[str, Any]:
         """As the server's answers hold it."""
@@ -213,12 +213,14 @@ def _entries(place: Path) -> Iterator[os.DirEntry[str]]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The metadata as any client can take it: text that UTF-8 can hold, numbers that JSON has."""
+    record = read_metadata(path)
+    prompt, seed = (record["request"].get(name) for name in ("prompt", "seed"))
+    if not isinstance(prompt, str) or not isinstance(seed, int):
+        raise RequestError(f"{path}: its settings lack a prompt or a seed; pass a picture as it was saved")
     try:
-        text = json.dumps(read_metadata(path), ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{path}: its settings hold a number that is not one; save it anew") from error
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise RequestError(f"{path}: its settings hold NaN or Infinity; pass a picture as it was saved") from None
     settings: dict[str, Any] = json.loads(text.encode("utf-8", "replace"))
     return settings
 

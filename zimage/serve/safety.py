@@ -65,7 +65,7 @@ class SecurityHeaders:
 
 
 class LastNet:
-    """A fault of the server itself is answered like any error, and told in the log without what was asked."""
+    """A fault of the program is answered like any error, and told in the log; a client hears nothing of it."""
 
     def __init__(self, app: ASGIApp, guard: Guard):
         self.app = app

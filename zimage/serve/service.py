@@ -1,6 +1,6 @@
 """What the forms call: a request in, a job out; its events, its end, its pictures.
 
-    Asked ─ submit: defaults laid under, uploads kept, LoRAs found, prepared by a worker ─→ a row in the database ─→ queue
+Asked ─ submit: defaults laid under, uploads kept, LoRAs found, prepared by a worker ─→ a row in the database ─→ queue
 """
 
 import asyncio
@@ -24,11 +24,12 @@ from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
 from zimage.serve.stream import END, Message, Streams
 from zimage.serve.uploads import Uploads
 from zimage.serve.view import JobView
-from zimage.serve.workers import Worker
+from zimage.serve.workers import BUSY, READY, Worker
 from zimage.settings.declared import Request, RewriteSettings, split_scale
 from zimage.settings.fields import Plain, nearest
 from zimage.settings.profiles import laid_over
 from zimage.settings.serving import ServeSettings
+from zimage.version import __version__
 
 LORA_ENDING = ".safetensors"
 LONGEST_KEY = 255
@@ -204,6 +205,21 @@ class Service:
         message = {"op": "compute", "id": id, "what": op, "asked": asked, "path": str(path)}
         return await self.dispatcher.compute(Task(id, message))
 
+    def health(self) -> dict[str, Plain]:
+        """Whether it can draw, and what its workers do."""
+        workers = self.dispatcher.workers
+        told = [{"device": w.device_name, "state": w.state, "job": w.task, "restarts": w.restarts} for w in workers]
+        ready = any(worker.state in (READY, BUSY) for worker in workers)
+        status = "stopping" if self.dispatcher.stopping else "ok" if ready else "starting"
+        return {
+            "status": "degraded" if status == "ok" and self.dispatcher.full else status,
+            "version": __version__,
+            "uptime": round(time.time() - self.begun, 1),
+            "queue": len(self.dispatcher.queue),
+            "running": sum(worker.state == BUSY for worker in workers),
+            "workers": told,
+        }
+
     # ------------------------------------------------------------------ accepting
 
     async def _accept(self, asked: Asked, key: str | None) -> JobView:
@@ -248,7 +264,9 @@ class Service:
             name, scale = split_scale(text)
             path = known.get(name.removesuffix(LORA_ENDING))
             if path is None:
-                raise RequestError(f"lora {quoted(name)} is not on this server; {nearest(name, known)}", fields=("lora",))
+                raise RequestError(
+                    f"lora {quoted(name)} is not on this server; {nearest(name, known)}", fields=("lora",)
+                )
             found.append({"name": path.name, "scale": scale, "path": str(path)})
         return found
 
@@ -268,7 +286,7 @@ class Service:
     def _worker(self) -> Worker:
         """The one that answers questions: the first that is ready, else the first."""
         workers = self.dispatcher.workers
-        return next((worker for worker in workers if worker.state in ("ready", "busy")), workers[0])
+        return next((worker for worker in workers if worker.state in (READY, BUSY)), workers[0])
 
     def _now(self, id: str) -> dict[str, Plain]:
         row = self.dispatcher.rows.get(id)

@@ -70,9 +70,7 @@ class JobView:
     def of(cls, row: JobRow, progress: Progress, position: int | None, images: list[dict[str, Plain]]) -> "JobView":
         kept = ("id", "state", "created", "started", "finished", "request", "seeds", "timings", "rewritten", "error")
         values = {name: getattr(row, name) for name in kept}
-        return cls(
-            **values, **progress.plain(), kind=row.form, notes=list(row.notes), position=position, images=images
-        )
+        return cls(**values, **progress.plain(), kind=row.form, notes=list(row.notes), position=position, images=images)
 
     def plain(self) -> dict[str, Plain]:
         """As JSON has it."""

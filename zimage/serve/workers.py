@@ -43,6 +43,11 @@ class Worker:
         self.refusal: ZImageError | None = None
 
     @property
+    def device_name(self) -> str:
+        """As the process calls it, once it runs."""
+        return str(self.about.get("device", self.device))
+
+    @property
     def state(self) -> str:
         if self._stopping:
             return STOPPED

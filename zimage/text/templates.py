@@ -102,12 +102,14 @@ class Templates:
         """Raises RequestError if the folder cannot be read, TemplateError if two of its files have the same name."""
         return cls(_files(FOLDER), _files(user_folder) if user_folder else {})
 
-    def get(self, name: str) -> Template:
-        """The template with this name; only its file is read. Raises RequestError suggesting the nearest names."""
+    def get(self, name: str, field: str = "template") -> Template:
+        """The template with this name; only its file is read.
+
+        Raises RequestError that suggests the nearest names; `field` is the setting that has named it.
+        """
         if name not in self._paths:
-            raise RequestError(
-                f"there is no template {quoted(name)}; {_nearest(name, self._paths, 'zimage templates list')}"
-            )
+            near = _nearest(name, self._paths, "zimage templates list")
+            raise RequestError(f"there is no template {quoted(name)}; {near}", fields=(field,))
         if name not in self._read:
             self._read[name] = read_template(self._paths[name])
         return self._read[name]

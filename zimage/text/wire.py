@@ -27,7 +27,6 @@ from zimage.formats.stored import FLOATS
 from zimage.settings.fields import Plain, Weights, as_plain
 
 FORMAT, VERSION = "zimage-captions", "1"
-MEDIA_TYPE = "application/vnd.safetensors"
 ROOM = 1 << 16  # bytes of an answer beside its values: headers, metadata, names
 
 

@@ -7,43 +7,71 @@ from typing import Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from zimage.errors import RequestError, ZImageError
-from zimage.serve.asking import Asked, asked
-from zimage.serve.bodies import FormRoute, read_object
+from zimage.errors import RequestError, ZImageError, quoted
+from zimage.serve.asking import ATTACHMENTS, Asked, asked
+from zimage.serve.bodies import FormRoute, media_type, parse_object, read_object
 from zimage.serve.jobs import CANCELLED, DONE
-from zimage.serve.refusals import Conflict, Unavailable
+from zimage.serve.multipart import parts_of
+from zimage.serve.openapi import (
+    EVENTS,
+    EXAMPLE_JOB,
+    PARTS,
+    TEXT,
+    WHOLE,
+    answers,
+    content,
+    listed,
+    record,
+    reference,
+    takes,
+)
+from zimage.serve.refusals import Conflict, Malformed, Unavailable
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
-from zimage.serve.uploads import read_parts
 from zimage.serve.view import JobView
+from zimage.settings.fields import nearest
 
-EVENTS = "text/event-stream"
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-MULTIPART = "multipart/form-data"
+REQUEST = "request"  # the part of a multipart body that holds the values
+JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
+JOBS = content("The jobs.", record("Jobs", jobs=listed(reference("Job"))), {"jobs": [EXAMPLE_JOB]})
+STREAM = content("Server-sent events: job, position, progress, preview, image, end.", TEXT, media=EVENTS)
+PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
+PLACE = record("Place", position={**WHOLE, "minimum": 0, "examples": [0]})
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/api", route_class=FormRoute, tags=["jobs"])
+    drawing = takes("What to draw.", json=reference("Drawing"), parts=reference("DrawingParts"))
 
-    @router.post("/jobs", status_code=202)
+    @router.post(
+        "/jobs",
+        status_code=202,
+        openapi_extra=drawing,
+        responses=answers(JOB, 422, 507, status=202, body=True),
+    )
     async def submit(request: Request) -> Response:
         """Queue a request for pictures."""
         key = request.headers.get("idempotency-key")
         view = await service.submit(await read_asked(request, service), key)
         return JSONResponse(view.plain(), 202, {"Location": f"/api/jobs/{view.id}"})
 
-    @router.get("/jobs")
+    @router.get("/jobs", responses=answers(JOBS, 422))
     async def jobs(state: str = "", limit: int = Query(100, ge=1, le=1000)) -> Response:
         """Running jobs, then waiting ones in their order, then the latest that have ended."""
         views = await service.jobs([one for one in state.split(",") if one], limit)
         return JSONResponse({"jobs": [view.plain() for view in views]})
 
-    @router.get("/jobs/{id}")
+    @router.get("/jobs/{id}", responses=answers(JOB, 404))
     async def job(id: str) -> Response:
         """A job as it is now."""
         return JSONResponse((await service.job(id)).plain())
 
-    @router.patch("/jobs/{id}")
+    @router.patch(
+        "/jobs/{id}",
+        openapi_extra=takes("The jobs that are to stay before it.", json=PLACE),
+        responses=answers(JOB, 404, 409, 422, body=True),
+    )
     async def move(id: str, request: Request) -> Response:
         """Move a waiting job to another place in the queue."""
         position = (await read_object(request)).get("position")
@@ -51,23 +79,27 @@ def routes(service: Service) -> APIRouter:
             raise RequestError("position should be a whole number from 0", fields=("position",))
         return JSONResponse((await service.move(id, position)).plain())
 
-    @router.delete("/jobs/{id}")
+    @router.delete("/jobs/{id}", responses=answers(JOB, 404, 409))
     async def cancel(id: str) -> Response:
         """Cancel a job, also in the middle of a step. The pictures that it has drawn stay."""
         return JSONResponse((await service.cancel(id)).plain())
 
-    @router.get("/jobs/{id}/events")
+    @router.get("/jobs/{id}/events", responses=answers(STREAM, 404))
     async def events(id: str, request: Request) -> Response:
         """A job's events until it has ended; Last-Event-ID takes them up again."""
         await service.job(id)
         return stream(service.watch(id, request.headers.get("last-event-id", "")))
 
-    @router.get("/events")
+    @router.get("/events", responses=answers(STREAM))
     async def all_events(request: Request) -> Response:
         """The events of all jobs, for ever."""
         return stream(service.watch_all(request.headers.get("last-event-id", "")))
 
-    @router.post("/generate")
+    @router.post(
+        "/generate",
+        openapi_extra=drawing,
+        responses=answers(PICTURE, 409, 422, 507, body=True),
+    )
     async def generate(request: Request) -> Response:
         """Draw one picture and wait for it. A client that goes away cancels it."""
         view = await service.submit(one_picture(await read_asked(request, service)))
@@ -82,10 +114,15 @@ def routes(service: Service) -> APIRouter:
 
 async def read_asked(request: Request, service: Service) -> Asked:
     """A request for pictures as JSON, or as multipart with the JSON in the part `request` and files in others."""
-    if request.headers.get("content-type", "").lower().startswith(MULTIPART):
-        values, files = await read_parts(request, service.settings)
-    else:
-        values, files = await read_object(request), {}
+    if media_type(request) != PARTS:
+        return asked(await read_object(request), {}, "own", service.settings)
+    parts = parts_of(request.headers["content-type"], await request.body())
+    if twice := [part.name for i, part in enumerate(parts) if part.name in [other.name for other in parts[:i]]]:
+        raise Malformed(f"the part {twice[0][:80]!r} comes twice")
+    files = {part.name: part.content for part in parts if part.name != REQUEST}
+    if unknown := [name for name in files if name not in ATTACHMENTS]:
+        raise RequestError(f"there is no part {quoted(unknown[0])}; {nearest(unknown[0], ATTACHMENTS)}")
+    values = next((parse_object(part.content) for part in parts if part.name == REQUEST), {})
     return asked(values, files, "own", service.settings)
 
 

@@ -1,0 +1,226 @@
+"""Files from requests: looked at before they are decoded, kept once, and swept when nobody needs them."""
+
+import asyncio
+import errno
+import hashlib
+import io
+import json
+import os
+import struct
+import time
+import zlib
+
+import pytest
+from PIL import Image
+
+from zimage.errors import OutputError, RequestError
+from zimage.serve import uploads as module
+from zimage.serve.refusals import NoRoom, NotFound, TooLarge
+from zimage.serve.uploads import Uploads
+from zimage.settings.serving import ServeSettings
+
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+
+
+def picture(format="PNG", size=(40, 30)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(stream, format)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def uploads(tmp_path):
+    return Uploads(tmp_path / "uploads", ServeSettings(max_decoded=1200, max_upload=1))
+
+
+def keep(uploads, content, name="image"):
+    return asyncio.run(uploads.keep(name, content))
+
+
+def tensors(metadata=None, size=8):
+    entry = {"embeddings": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, size]}}
+    header = json.dumps(entry | ({"__metadata__": metadata} if metadata else {})).encode()
+    return struct.pack("<Q", len(header)) + header + b"\0" * 8
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_picture_is_kept_under_the_hash_of_its_bytes(uploads, format):
+    content = picture(format)
+    upload = keep(uploads, content)
+    assert upload.hash == hashlib.sha256(content).hexdigest()
+    assert upload.path.read_bytes() == content
+    assert uploads.path_of(upload.hash) == upload.path
+    assert keep(uploads, content, "mask") == upload
+    assert os.listdir(uploads.folder) == [upload.hash]
+
+
+def test_embeddings_are_kept_by_their_header(uploads):
+    upload = keep(uploads, tensors({"format": "x"}), "embeddings")
+    assert upload.path.read_bytes() == tensors({"format": "x"})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(uploads, format, monkeypatch):
+    content = picture(format, (40, 31))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(TooLarge, match="image is 40 × 31 px; at most 1,200 pixels are decoded") as caught:
+        keep(uploads, content)
+    assert caught.value.fields == ("image",)
+    assert os.listdir(uploads.folder) == []
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_claiming(width, height, *more):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def gif_claiming(width, height):
+    return (
+        b"GIF89a"
+        + struct.pack("<HH", width, height)
+        + b"\x80\0\0"
+        + b"\0" * 6
+        + b"\x2c"
+        + struct.pack("<HHHH", 0, 0, width, height)
+        + b"\0\x02\x02\x44\x01\0;"
+    )
+
+
+def tiff_claiming(width, height):
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 1)]
+    return (
+        b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags) + b"\0" * 4
+    )
+
+
+def webp_claiming(width, height):
+    extended = struct.pack("<I", 0) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    body = b"WEBPVP8X" + struct.pack("<I", len(extended)) + extended
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+BOMBS = {
+    "PNG": png_claiming(60_000, 60_000),
+    "PNG of all pixels there are": png_claiming(2**31 - 1, 2**31 - 1),
+    "PNG with 100 MB of text": png_claiming(40, 30, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10**8))),
+    "PNG with 100 MB of profile": png_claiming(40, 30, chunk(b"iCCP", b"a\0\0" + zlib.compress(b"a" * 10**8))),
+    "GIF": gif_claiming(65_535, 65_535),
+    "TIFF": tiff_claiming(100_000, 100_000),
+    "WebP": webp_claiming(16_383, 16_383),
+    "BMP": b"BM"
+    + struct.pack("<IHHI", 60, 0, 0, 54)
+    + struct.pack("<IiiHHIIiiII", 40, 50_000, 50_000, 1, 24, *[0] * 6),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_costs_nothing(uploads, kind):
+    start = time.process_time()
+    with pytest.raises((RequestError, TooLarge)) as caught:
+        keep(uploads, BOMBS[kind])
+    assert time.process_time() - start < 1
+    assert caught.value.fields == ("image",)
+    assert os.listdir(uploads.folder) == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_without_its_limits_a_bomb_would_be_kept(uploads, kind, monkeypatch):
+    """They do it, and not some damage of these files."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    uploads._most_pixels = 10**11
+    assert keep(uploads, BOMBS[kind]).path.exists()
+
+
+NO_PICTURES = {
+    "text": b"hello",
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+    "a truncated PNG": picture()[:20],
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+def test_what_is_not_a_picture_is_refused_without_naming_the_folder(uploads, kind):
+    with pytest.raises(RequestError) as caught:
+        keep(uploads, NO_PICTURES[kind], "mask")
+    assert str(caught.value).startswith("mask cannot be read as a picture")
+    assert str(uploads.folder) not in str(caught.value)
+    assert caught.value.fields == ("mask",)
+
+
+@pytest.mark.parametrize(
+    "content", [b"x", tensors()[:-1], tensors(size=9), b"PK\x03\x04" + b"\0" * 30, b"\xff" * 8 + b"{}"]
+)
+def test_what_is_not_safetensors_is_refused(uploads, content):
+    with pytest.raises(RequestError, match=r"^embeddings is not a whole safetensors file") as caught:
+        keep(uploads, content, "embeddings")
+    assert caught.value.fields == ("embeddings",)
+    assert os.listdir(uploads.folder) == []
+
+
+def test_size_is_looked_at_first(uploads, monkeypatch):
+    monkeypatch.setattr(module.hashlib, "sha256", lambda content: pytest.fail("it was read"))
+    with pytest.raises(TooLarge, match="1 MiB") as caught:
+        keep(uploads, b"a" * (1 << 20) + b"b")
+    assert caught.value.fields == ("image",)
+    with pytest.raises(RequestError, match="image: it is empty"):
+        keep(uploads, b"")
+
+
+@pytest.mark.parametrize(
+    "hash",
+    ["", "..", "../index.sqlite", "a" * 64, "A" * 64, "/etc/passwd", "0" * 63 + "\n", "0" * 65, "0" * 64 + "/.."],
+)
+def test_only_the_hash_of_a_kept_file_leads_anywhere(uploads, hash):
+    (uploads.folder.parent / "index.sqlite").touch()
+    with pytest.raises(NotFound):
+        uploads.path_of(hash)
+
+
+def test_sweeping_removes_what_is_old_and_unused(uploads):
+    used, old, new = (keep(uploads, picture(size=(20 + i, 20))) for i in range(3))
+    (uploads.folder / ".left-behind").touch()
+    for name in (used.hash, old.hash, ".left-behind"):
+        os.utime(uploads.folder / name, (1, 1))
+    assert uploads.sweep({used.hash}, older_than=60) == 2
+    assert set(os.listdir(uploads.folder)) == {used.hash, new.hash}
+
+
+def test_what_is_sent_again_is_new_again(uploads):
+    upload = keep(uploads, picture())
+    os.utime(upload.path, (1, 1))
+    keep(uploads, picture())
+    assert uploads.sweep(set(), older_than=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOSPC, NoRoom), (errno.EDQUOT, NoRoom), (errno.EACCES, OutputError)]
+)
+def test_a_disk_that_does_not_take_it_leaves_nothing(uploads, monkeypatch, number, error):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.os, "replace", fail)
+    with pytest.raises(error):
+        keep(uploads, picture())
+    assert os.listdir(uploads.folder) == []
+
+
+def test_the_loop_goes_on_meanwhile(uploads, monkeypatch):
+    monkeypatch.setattr(Uploads, "_look", lambda self, name, path: time.sleep(0.2))
+
+    async def run():
+        task = asyncio.create_task(uploads.keep("image", picture()))
+        ticks = 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks
+
+    assert asyncio.run(run()) >= 5

@@ -1,0 +1,104 @@
+"""What a worker does with texts to be encoded: a file in the form that was asked for, which the server sends as it is.
+
+captions       for zimage on another machine: texts as they are formatted there, and the ids that they have there
+hidden_states  for programs that speak POST /v1/hidden_states: JSON with float32
+embeddings     for people: a prompt and settings of its text, as a file for `gen --embeddings`
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from zimage.captioner import Captioner
+from zimage.errors import RequestError
+from zimage.loading.registry import TEXT_ENCODER
+from zimage.render.conditioning import Text
+from zimage.settings.declared import MAX_TEXT_TOKENS, TextSettings
+from zimage.settings.fields import Plain, Weights
+from zimage.text.embeddings import caption_hash, save_embeddings
+from zimage.text.wire import dtype_name, ids_hash, packed, to_base64
+
+Answer = dict[str, Plain]
+
+
+def encode(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
+    """Write what `asked["form"]` names, embeddings by default, to `path` (.safetensors); the rest of `asked`:
+
+    captions       texts: [{"text", "ids"}], layers, dtype
+    hidden_states  input: [text, …], single, model, layer, max_length, encoding_format
+    embeddings     prompt, text: fields of TextSettings
+
+    Returns its path, and the tokens, shapes, dtype and hashes of the captions: of embeddings one each, else lists.
+    Raises RequestError.
+    """
+    return FORMS[asked.get("form", "embeddings")](pipe, asked, path)
+
+
+def _embeddings(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
+    settings = TextSettings.from_mapping(asked["text"])
+    (caption,) = pipe.encode(asked["prompt"], **asked["text"])
+    request = {"prompt": asked["prompt"], **pipe.texts.filled(settings).to_mapping()}
+    save_embeddings(path, caption, request, pipe.captions_from.fingerprint)
+    told = _told(path, [caption])
+    return {**told, **{name: told[name][0] for name in ("tokens", "shape", "hash")}}
+
+
+def _captions(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
+    """The bits that were computed, of texts that both sides read as the same tokens."""
+    texts = _texts(pipe, [one["text"] for one in asked["texts"]], asked["layers"])
+    if (here := dtype_name(pipe.places[TEXT_ENCODER].dtype)) != asked["dtype"]:
+        told = f"dtype: the text encoder here computes in {here}, not {asked['dtype']}"
+        raise RequestError(f"{told}; set encoder_dtype there, or dtype here", fields=("dtype",))
+    for text, one in zip(texts, asked["texts"], strict=True):
+        if ids_hash(text.ids) != one["ids"]:
+            told = f"the tokenizer here makes {len(text.ids)} other tokens of it; open the same model on both machines"
+            raise RequestError(f"ids: {told}", fields=("ids",))
+    captions = [pipe.caption(text) for text in texts]
+    path.write_bytes(packed(captions, texts[0].layers, pipe.captions_from.fingerprint))
+    return _told(path, captions)
+
+
+def _hidden_states(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
+    """Of a single text, or of several in lists. No token looks ahead, so the first ones stay as they are."""
+    texts = _texts(pipe, asked["input"], {asked["layer"]: 1.0})
+    captions = [pipe.caption(text)[: asked["max_length"]] for text in texts]
+    states = [to_base64(c) if asked["encoding_format"] == "base64" else c.float().tolist() for c in captions]
+    told = _told(path, captions)
+    answer = {"hidden_states": states, "shape": told["shape"]}
+    if asked["single"]:
+        answer = {name: value[0] for name, value in answer.items()}
+    answer |= {"dtype": "float32", "layer": asked["layer"], "model": pipe.model.name}
+    answer |= {"encoding_format": asked["encoding_format"], "fingerprint": pipe.captions_from.fingerprint}
+    path.write_text(json.dumps(answer))
+    return told
+
+
+def _texts(pipe: Captioner, formatted: Sequence[str], layers: Plain) -> list[Text]:
+    """As the text encoder here reads them. Raises RequestError."""
+    if TEXT_ENCODER not in pipe.places:
+        raise RequestError("the text encoder of this server is on another machine; ask that one")
+    weights: Weights = TextSettings.check_one("layer_weights", layers)
+    pipe.texts.check_layers(weights)
+    texts = [Text(one, pipe.texts.tokenize(one), weights) for one in formatted]
+    if (tokens := sum(len(text.ids) for text in texts)) > MAX_TEXT_TOKENS:
+        raise RequestError(f"the texts have {tokens:,} tokens together; they may have {MAX_TEXT_TOKENS:,}")
+    return texts
+
+
+def _told(path: Path, captions: Sequence[Tensor]) -> Answer:
+    return {
+        "path": str(path),
+        "tokens": [len(caption) for caption in captions],
+        "shape": [list(caption.shape) for caption in captions],
+        "dtype": dtype_name(captions[0].dtype),
+        "hash": [caption_hash(caption) for caption in captions],
+    }
+
+
+FORMS: Mapping[str, Callable[[Captioner, Mapping[str, Plain], Path], Answer]] = {
+    "captions": _captions,
+    "hidden_states": _hidden_states,
+    "embeddings": _embeddings,
+}

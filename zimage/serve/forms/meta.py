@@ -1,0 +1,60 @@
+"""What a client may know of the server: whether it lives, what it draws, and the page's files."""
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from zimage.serve.bodies import FormRoute
+from zimage.serve.openapi import RECORD, SECONDS, TEXT, WHOLE, answers, content, listed, record
+from zimage.serve.refusals import NotFound
+from zimage.serve.schema import described
+from zimage.serve.service import Service
+
+PAGE = Path(__file__).parents[1] / "page"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+UNCHANGED = {"Cache-Control": "no-cache"}  # asked for anew, and sent only where it has changed
+WORKER = record("", device=TEXT, state={"enum": ["starting", "ready", "busy", "stopped"]}, job=TEXT, restarts=WHOLE)
+HEALTH = record(
+    "Health",
+    status={"enum": ["ok", "starting", "stopping", "degraded"]},
+    version=TEXT,
+    uptime=SECONDS,
+    queue=WHOLE,
+    running=WHOLE,
+    workers=listed(WORKER),
+)
+SCHEMA = record("Schema", others=True, request=RECORD, rewrite=RECORD, lora=RECORD, defaults=RECORD, limits=RECORD)
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=FormRoute, tags=["server"])
+
+    @router.get("/health", responses=answers(content("How it is.", HEALTH)))
+    async def health() -> Response:
+        """Whether the server lives, and what its workers do."""
+        return JSONResponse(service.health())
+
+    @router.get("/api/schema", responses=answers(content("Fields, defaults, limits, the model.", SCHEMA)))
+    async def schema() -> Response:
+        """Everything that a request may set, with bounds and defaults, and what the model is."""
+        launch = service.launch
+        return JSONResponse(described(service.about, launch.serving, launch.defaults, list(service.loras)))
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return _file("index.html")
+
+    @router.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        return _file(name)
+
+    return router
+
+
+def _file(name: str) -> Response:
+    """A file of the page, of those that there are."""
+    known = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES}
+    if name not in known:
+        raise NotFound(f"the page has no {name[:80]!r}")
+    return FileResponse(known[name], media_type=TYPES[known[name].suffix], headers=UNCHANGED)

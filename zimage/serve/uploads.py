@@ -1,0 +1,126 @@
+"""Files that came with requests: looked at before anything decodes them, and kept under the hash of their bytes.
+
+    uploads/SHA-256     whole files, each once, however often it is sent
+
+What a file is called where it came from is not used: no name from outside ever reaches the file system.
+"""
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage.errors import OutputError, RequestError
+from zimage.formats.atomic import beside
+from zimage.formats.headers import read_header
+from zimage.pictures.opening import opened
+from zimage.serve.refusals import NoRoom, NotFound, TooLarge
+from zimage.settings.serving import ServeSettings
+
+HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+EMBEDDINGS = "embeddings"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A kept file."""
+
+    hash: str
+    path: Path
+
+
+class Uploads:
+    """The folder of the files; any thread may use it."""
+
+    def __init__(self, folder: Path, settings: ServeSettings):
+        self.folder, self._most_pixels, self._most_bytes = folder, settings.max_decoded, settings.max_upload << 20
+        self._turn = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    async def keep(self, name: str, content: bytes) -> Upload:
+        """Check and keep what was sent as the attachment `name`, outside of the event loop.
+
+        Raises RequestError or TooLarge with the field's name, NoRoom, or OutputError.
+        """
+        if not content:
+            raise RequestError(f"{name}: it is empty; pass a file, or leave it out", fields=(name,))
+        if len(content) > self._most_bytes:
+            raise TooLarge(f"{name}: an upload may have {self._most_bytes >> 20} MiB", fields=(name,))
+        return await asyncio.to_thread(self._keep, name, content)
+
+    def path_of(self, hash: str) -> Path:
+        """The file of a hash. Raises NotFound, also for what is not a hash."""
+        path = self.folder / hash if HASH.fullmatch(hash) else None
+        if path is None or not path.is_file():
+            raise NotFound("there is no such upload")
+        return path
+
+    def sweep(self, used: Collection[str], older_than: float) -> int:
+        """Remove files that no job needs and that were last sent so many seconds ago; returns how many."""
+        before, removed = time.time() - older_than, 0
+        with os.scandir(self.folder) as entries:
+            names = [entry.name for entry in entries if entry.name not in used]
+        for name in names:
+            with self._turn, contextlib.suppress(FileNotFoundError):
+                if os.stat(self.folder / name).st_mtime < before:
+                    os.unlink(self.folder / name)
+                    removed += 1
+        return removed
+
+    def _keep(self, name: str, content: bytes) -> Upload:
+        hash = hashlib.sha256(content).hexdigest()
+        path = self.folder / hash
+        with _writing(path):
+            with self._turn:  # a sweep would find it too old
+                if path.exists():
+                    os.utime(path)
+                    return Upload(hash, path)
+            with beside(path) as temporary:
+                temporary.write_bytes(content)
+                self._look(name, temporary)
+                os.replace(temporary, path)
+        return Upload(hash, path)
+
+    def _look(self, name: str, path: Path) -> None:
+        """Raise RequestError or TooLarge for a file that should not be opened any further."""
+        look = _look_at_tensors if name == EMBEDDINGS else self._look_at_picture
+        try:
+            look(name, path)
+        except TooLarge:
+            raise
+        except RequestError as error:  # of the file's own name in this folder nobody should hear
+            raise RequestError(str(error).replace(str(path), name), fields=(name,)) from None
+
+    def _look_at_picture(self, name: str, path: Path) -> None:
+        """Its header names its size; a small file can stand for any number of pixels."""
+        with opened(path) as picture:
+            pixels = picture.width * picture.height
+        if pixels > self._most_pixels:
+            size = f"{picture.width} × {picture.height} px"
+            raise TooLarge(f"{name} is {size}; at most {self._most_pixels:,} pixels are decoded", fields=(name,))
+
+
+def _look_at_tensors(name: str, path: Path) -> None:
+    """The header of a safetensors file; the worker reads the values."""
+    with path.open("rb") as stream:
+        problems = read_header(stream, path.stat().st_size).problems
+    if problems:
+        raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise NoRoom("the disk of the server is full") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
