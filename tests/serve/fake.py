@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from PIL import Image
 
 from zimage.pictures.files import save
+from zimage.serve.about import About
 from zimage.serve.asking import Asked
 from zimage.serve.refusals import Conflict, NotFound
-from zimage.serve.service import About, Launch
+from zimage.serve.service import Launch
 from zimage.serve.stream import Message
 from zimage.serve.view import JobView
 from zimage.settings.declared import Request

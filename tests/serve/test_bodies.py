@@ -8,12 +8,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.testclient import TestClient
 
 from zimage.errors import RequestError
+from zimage.serve.about import About
 from zimage.serve.asking import NAMES, asked, check_limits, from_base64
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.openapi import answers, content, describe, takes
 from zimage.serve.refusals import NotFound, TooMany
 from zimage.serve.schema import PRESETS, described, drawing_body, drawing_parts, text_body
-from zimage.serve.service import About
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 from zimage.settings.serving import ServeSettings
 

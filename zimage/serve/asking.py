@@ -9,7 +9,8 @@ and where prompts are sent to be rewritten stands in the settings of the server 
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from zimage.errors import RequestError, quoted
@@ -62,6 +63,17 @@ def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: s
     check_limits(request, limits)
     files = {**attachments, **{name: from_base64(name, text) for name, text in inline.items()}}
     return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
+
+
+@contextmanager
+def named_as(instead: Mapping[str, str], given: Collection[str]) -> Iterator[None]:
+    """Errors on what a client has set under its own name go by that name: ours → theirs, where theirs was `given`."""
+    try:
+        yield
+    except RequestError as error:
+        named = [instead[name] if instead.get(name) in given else name for name in error.fields]
+        text = str(error) if named == list(error.fields) else f"{named[0]}: {error}"
+        raise RequestError(text, fields=dict.fromkeys(named)) from error
 
 
 def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:

@@ -11,14 +11,16 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from zimage.errors import CheckpointError, RequestError, ZImageError
+from zimage.errors import CheckpointError, RequestError, ZImageError, quoted
 from zimage.formats.json_text import json_value
 from zimage.serve.answers import error_body, error_headers, error_status
+from zimage.serve.asking import ATTACHMENTS
 from zimage.serve.multipart import Part, parts_of
 from zimage.serve.refusals import Malformed, WrongMedia
 from zimage.settings.fields import Plain
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
+VALUES = "request"  # the part of a multipart body that holds the values
 LONG = 1 << 16  # bytes of JSON that are parsed beside the event loop
 GONE = 499  # nobody reads it: the client has closed the connection
 
@@ -29,6 +31,10 @@ class FormRoute(APIRoute):
     def told(self, path: str, status: int, error: ZImageError) -> dict[str, Plain]:
         """The body of the answer to an error."""
         return error_body(path, status, str(error), error.fields)
+
+    def headers(self, error: ZImageError) -> dict[str, str]:
+        """What the answer to an error says beside its body."""
+        return error_headers(error)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Awaitable[Response]] = super().get_route_handler()
@@ -48,7 +54,7 @@ class FormRoute(APIRoute):
     def _refused(self, request: Request, error: ZImageError) -> Response:
         path = request.scope["path"]
         status = error_status(path, error)
-        return JSONResponse(self.told(path, status, error), status, error_headers(error))
+        return JSONResponse(self.told(path, status, error), status, self.headers(error))
 
 
 async def read_object(request: Request) -> dict[str, Plain]:
@@ -66,6 +72,24 @@ async def read_parts(request: Request) -> list[Part]:
     if media != MULTIPART:
         raise WrongMedia(f"the body should be {MULTIPART}, not {media or 'without a Content-Type'}")
     return parts_of(request.headers["content-type"], await request.body())
+
+
+async def read_with_files(request: Request) -> tuple[dict[str, Plain], dict[str, bytes]]:
+    """Values and files: a JSON body has no files, and a multipart one its values as JSON in the part `request`.
+
+    Raises WrongMedia, Malformed, or RequestError for parts that nothing is made of.
+    """
+    if media_type(request) != MULTIPART:
+        return await read_object(request), {}
+    parts: dict[str, bytes] = {}
+    for part in await read_parts(request):
+        if part.name in parts:
+            raise RequestError(f"{part.name}: it comes twice; pass it once", fields=(part.name,))
+        parts[part.name] = part.content
+    for name in parts.keys() - {VALUES, *ATTACHMENTS}:
+        known = ", ".join((VALUES, *ATTACHMENTS))
+        raise RequestError(f"the part {quoted(name)} is not known; use {known}", fields=(name,))
+    return parse_object(parts.pop(VALUES, b"{}")), parts
 
 
 def media_type(request: Request) -> str:

@@ -5,8 +5,8 @@ A declared field that is added appears in every body here, and so in OpenAPI, in
 
 from collections.abc import Mapping, Sequence
 
+from zimage.serve.about import About
 from zimage.serve.asking import ATTACHMENTS, LORA, MOST_LORAS, REQUEST, REWRITE
-from zimage.serve.service import About
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain, Settings, json_schema
 from zimage.settings.serving import ServeSettings

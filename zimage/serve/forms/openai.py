@@ -19,21 +19,22 @@ from zimage.errors import RequestError, ZImageError
 from zimage.pictures.files import encoded
 from zimage.pictures.opening import opened_bytes
 from zimage.serve.answers import OPENAI, error_body, error_status
-from zimage.serve.asking import ATTACHMENTS, Asked, asked
+from zimage.serve.asking import ATTACHMENTS, Asked, asked, named_as
 from zimage.serve.bodies import FormRoute, read_object, read_parts
 from zimage.serve.forms.openai_request import (
+    INSTEAD,
     OWN_NAME,
     ModelNotFound,
     Standard,
     bodies,
     from_parts,
-    in_their_words,
     is_known,
     opaque_mask,
     translated,
 )
 from zimage.serve.forms.waiting import give_up, stream, unfinished, until_the_end
 from zimage.serve.openapi import EVENTS, TEXT, WHOLE, answers, content, listed, record, reference, takes
+from zimage.serve.refusals import Conflict, Failed
 from zimage.serve.schema import Schema, whole
 from zimage.serve.service import Service
 from zimage.serve.stream import END, PREVIEW, Message
@@ -73,13 +74,17 @@ QUALITY = "high"  # what every picture is called that was not asked for as "low"
 
 
 class Route(FormRoute):
-    """Errors with the codes that the API's clients tell apart."""
+    """Errors as the API's clients tell them apart: by codes, and by whether to try the same again."""
 
     def told(self, path: str, status: int, error: ZImageError) -> dict[str, Plain]:
         body = error_body(path, status, str(error), error.fields)
         if isinstance(error, ModelNotFound):
             body["error"]["code"] = "model_not_found"
         return body
+
+    def headers(self, error: ZImageError) -> dict[str, str]:
+        again = {"x-should-retry": "false"} if isinstance(error, Failed | Conflict) else {}
+        return {**super().headers(error), **again}
 
 
 @dataclass
@@ -144,7 +149,7 @@ def wanted(service: Service, values: dict[str, Plain], files: dict[str, bytes], 
     steps = service.launch.defaults.get("steps") or service.about.defaults["steps"]
     standard, request = translated(values, steps)
     check_model(service, standard.model)
-    with in_their_words(values):
+    with named_as(INSTEAD, values):
         return Wanted(standard, asked(request, files, "openai", service.settings), kind, names=set(values))
 
 
@@ -188,12 +193,12 @@ def model_card(service: Service, begun: int) -> dict[str, Plain]:
 async def answer(service: Service, request: Request, want: Wanted) -> Response:
     """Draw, and answer with the pictures or with the stream of their events."""
     key = request.headers.get("idempotency-key")
-    with in_their_words(want.names):
+    with named_as(INSTEAD, want.names):
         want.tokens = await text_tokens(service, want.asked)
         view = await service.submit(want.asked, key)
     if want.standard.stream:
         return stream(Told(service, want, view).messages())
-    with in_their_words(want.names):
+    with named_as(INSTEAD, want.names):
         view = await until_the_end(service, view, request)
         if fault := unfinished(view):
             raise fault
@@ -314,7 +319,7 @@ class Told:
     def _faults(self, data: dict[str, Plain]) -> list[tuple[str, dict[str, Plain]]]:
         """The API's package raises an error for data with the key `error`."""
         try:
-            with in_their_words(self._want.names):
+            with named_as(INSTEAD, self._want.names):
                 if fault := unfinished(JobView(**data)):
                     raise fault
         except ZImageError as error:

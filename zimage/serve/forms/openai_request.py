@@ -5,8 +5,7 @@ n → images, size → width × height, quality "low" → half the steps; a mask
 
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -111,17 +110,6 @@ def translated(values: Mapping[str, Plain], usual_steps: int) -> tuple[Standard,
     if standard.is_low:
         request.setdefault("steps", max(1, usual_steps // 2))
     return standard, request
-
-
-@contextmanager
-def in_their_words(given: Collection[str]) -> Iterator[None]:
-    """Errors on what the client has set under the API's own name go by that name."""
-    try:
-        yield
-    except RequestError as error:
-        named = [INSTEAD[name] if INSTEAD.get(name) in given else name for name in error.fields]
-        text = str(error) if named == list(error.fields) else f"{named[0]}: {error}"
-        raise RequestError(text, fields=dict.fromkeys(named)) from error
 
 
 def is_known(model: str, loaded: str) -> bool:
