@@ -4,13 +4,17 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from zimage.errors import RequestError
+from zimage.serve.answers import error_body
 from zimage.serve.database import Database
 from zimage.serve.door import Door
-from zimage.serve.forms import history, meta, own
+from zimage.serve.forms import encoder, hidden_states, history, meta, own, session
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
@@ -23,7 +27,6 @@ from zimage.settings.environment import data_folder
 from zimage.settings.fields import Plain
 from zimage.settings.paths import user_path
 from zimage.settings.serving import ServeSettings
-from zimage.version import __version__
 
 log = logging.getLogger("zimage.serve")
 
@@ -35,7 +38,7 @@ def run(
     token = read_token(serving)
     service = Service(Launch(loading, {**drawing, **rewriting}, serving, folder_of(serving)))
     guard = Guard(serving, Door(token))
-    serve(protected(build(service), guard), serving, token, _said, lambda: service.stop(serving.grace))
+    serve(protected(build(service, guard.door), guard), serving, token, _said, lambda: service.stop(serving.grace))
 
 
 def _said(url: str) -> None:
@@ -60,7 +63,7 @@ def folder_of(serving: ServeSettings) -> Path:
     return folder.absolute()
 
 
-def build(service: Service) -> FastAPI:
+def build(service: Service, door: Door) -> FastAPI:
     """The forms, as an ASGI app without the rules of safety."""
 
     @asynccontextmanager
@@ -68,10 +71,24 @@ def build(service: Service) -> FastAPI:
         await service.start()
         yield
 
-    off = {"docs_url": None, "redoc_url": None}
-    app = FastAPI(title="zimage", version=__version__, lifespan=life, redirect_slashes=False, **off)
-    for form in (own, history, meta):
+    handlers: dict[Any, Any] = {HTTPException: _unknown, Exception: _failed}
+    app = FastAPI(lifespan=life, exception_handlers=handlers, redirect_slashes=False, docs_url=None, redoc_url=None)
+    forms = (encoder, hidden_states, meta)
+    for form in forms if service.settings.encoder_only else (own, history, *forms):
         app.include_router(form.routes(service))
+    app.include_router(session.routes(door))
     bodies = {"Drawing": drawing_body(service.settings)}
     describe(app, {**bodies, "DrawingParts": drawing_parts(bodies["Drawing"]), **history.SCHEMAS})
     return app
+
+
+async def _unknown(request: Request, error: HTTPException) -> Response:
+    """No such path, or no such method on it."""
+    text = f"{request.method} {request.url.path[:80]!r} is not something that this server does"
+    return JSONResponse(error_body(request.url.path, error.status_code, text), error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A fault of the program; the log tells where."""
+    text = "the server failed at this; its log says more"
+    return JSONResponse(error_body(request.url.path, 500, text), 500)

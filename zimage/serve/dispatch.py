@@ -244,8 +244,8 @@ class Dispatcher:
             return
         error = message.get("error")
         row.timings = message.get("timings", {})
-        told = error and {"message": error["message"], "fields": error["fields"]}
-        unwritten = bool(error) and error["kind"] == "OutputError" and row.id not in self._cancelling
+        told = {"message": error["message"], "fields": error["fields"]} if error else None
+        unwritten = bool(error and error["kind"] == "OutputError") and row.id not in self._cancelling
         self._unwritten[row.id] += unwritten
         if unwritten and self._unwritten[row.id] <= MOST_UNWRITTEN:
             self.full = True
@@ -316,7 +316,7 @@ class Dispatcher:
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
         for known in (self.rows, self._progress, self._images, self._unwritten):
-            known.pop(row.id, None)  # type: ignore[attr-defined]
+            known.pop(row.id, None)
         self._cancelling.discard(row.id)
         if row.id in self.queue:
             self.queue.remove(row.id)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import RequestError, quoted
+from zimage.serve.about import About
 from zimage.serve.asking import Asked, check_limits
 from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
@@ -44,18 +45,6 @@ class Launch:
     defaults: Mapping[str, Plain]
     serving: ServeSettings
     data: Path
-
-
-@dataclass(frozen=True)
-class About:
-    """What a worker told of its model."""
-
-    model: Mapping[str, Plain]
-    defaults: Mapping[str, Plain]
-    token_limit: int
-    dtype: str
-    device: str
-    notes: list[str]
 
 
 class Service:
