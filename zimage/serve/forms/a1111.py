@@ -183,7 +183,7 @@ async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Re
     with named_as(INSTEAD, sent):
         wanted = translated(sent, usual, model)
         ask = asked(await _with_mask(service, wanted), {}, FORM, service.settings)
-        view = await service.submit(ask, request.headers.get("idempotency-key"))
+        view = await service.submit(ask)
         view = await until_the_end(service, view, request)
     ignored = wanted.ignored
     if view.state == CANCELLED and view.images:

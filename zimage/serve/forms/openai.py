@@ -197,9 +197,9 @@ async def answer(service: Service, request: Request, want: Wanted) -> Response:
         want.tokens = await text_tokens(service, want.asked)
         view = await service.submit(want.asked, key)
     if want.standard.stream:
-        return stream(Told(service, want, view).messages())
+        return stream(Told(service, want, view, keep=key is not None).messages())
     with named_as(INSTEAD, want.names):
-        view = await until_the_end(service, view, request)
+        view = await until_the_end(service, view, request, keep=key is not None)
         if fault := unfinished(view):
             raise fault
     data = [await datum(service, request, want.standard, view, image) for image in view.images]
@@ -269,13 +269,13 @@ def usage(want: Wanted, images: list[dict[str, Plain]]) -> dict[str, Plain]:
 class Told:
     """A job as the API's stream tells it: some previews of each picture, then the picture; last of all an error."""
 
-    def __init__(self, service: Service, want: Wanted, view: JobView):
-        self._service, self._want, self._view = service, want, view
+    def __init__(self, service: Service, want: Wanted, view: JobView, keep: bool):
+        self._service, self._want, self._view, self._keep = service, want, view, keep
         self._partials = Partials(want.standard.partial_images)
         self._done: set[str] = set()
 
     async def messages(self) -> AsyncIterator[Message]:
-        """Closed before the job has ended, it cancels it: the client has gone."""
+        """Closed before the job has ended, since the client has gone, it cancels it, unless it is to `keep`."""
         ended = False
         try:
             async for message in self._service.watch(self._view.id):
@@ -284,7 +284,7 @@ class Told:
                     yield Message(0, "", event, data)
             ended = True  # or the server stops: the job goes on when it starts again
         finally:
-            if not ended:
+            if not (ended or self._keep):
                 give_up(self._service, self._view.id)
 
     async def _translated(self, event: str, data: dict[str, Plain]) -> list[tuple[str, dict[str, Plain]]]:

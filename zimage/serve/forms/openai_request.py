@@ -14,7 +14,7 @@ from zimage.errors import RequestError, quoted
 from zimage.pictures.opening import opened_bytes
 from zimage.serve.asking import NAMES
 from zimage.serve.refusals import NotFound, TooLarge
-from zimage.serve.schema import EXAMPLE, PROMPT, Schema, own_fields, whole
+from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
 from zimage.settings.declared import Request, RewriteSettings
 from zimage.settings.fields import Plain, Settings, check_fields, fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
@@ -25,7 +25,6 @@ SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 OWN_NAME = "zimage"
 # Clients that cannot be told another model send one of these by themselves; nobody takes us for them.
 USUAL_NAMES = re.compile(r"(?:chatgpt-image|gpt-image|dall-e)-[0-9a-z.-]{1,40}")
-FILE: Schema = {"type": "string", "format": "binary"}
 OPAQUE = 128  # the first of 256 levels at which a mask's pixel stays
 INSTEAD = {"images": "n", "width": "size", "height": "size"}  # how the API calls what we call otherwise
 

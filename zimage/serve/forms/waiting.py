@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from zimage.errors import RequestError, ZImageError
 from zimage.serve.jobs import CANCELLED, DONE
@@ -19,16 +20,23 @@ UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _cancelling: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
 
-async def until_the_end(service: Service, view: JobView, request: Request) -> JobView:
-    """The job once it has ended, however it did; cancelled where the client goes away before that."""
+async def until_the_end(service: Service, view: JobView, request: Request, keep: bool = False) -> JobView:
+    """The job once it has ended, however it did.
+
+    Raises ClientDisconnect where the client goes away before that; then the job is cancelled, unless it is to `keep`
+    for a client that can ask for it again.
+    """
     ending = asyncio.ensure_future(service.finished(view.id))
     leaving = asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait([ending, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not ending.done():
+        if ending.done():
+            return ending.result()
+        if not keep:
             give_up(service, view.id)
-        return await ending
+        raise ClientDisconnect
     finally:
+        ending.cancel()
         leaving.cancel()
 
 
