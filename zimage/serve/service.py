@@ -23,7 +23,7 @@ from zimage.serve.history import History
 from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
 from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
-from zimage.serve.stream import END, Message, Streams
+from zimage.serve.stream import END, PREVIEW, Message, Streams
 from zimage.serve.uploads import Uploads, named
 from zimage.serve.view import JobView
 from zimage.serve.workers import BUSY, READY, Worker
@@ -161,6 +161,10 @@ class Service:
             return
         async for message in self.streams.of_job(id, after, lambda: self._now(id)):
             yield message
+
+    def preview(self, id: str) -> dict[str, Plain] | None:
+        """The last preview of a job, as its event has it; None where there was none."""
+        return self.streams.latest(id, PREVIEW)
 
     async def watch_all(self, after: str = "") -> AsyncIterator[Message]:
         """The events of all jobs, for ever."""
