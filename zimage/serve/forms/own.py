@@ -14,6 +14,7 @@ from zimage.serve.jobs import CANCELLED, DONE
 from zimage.serve.openapi import (
     EVENTS,
     EXAMPLE_JOB,
+    JSON,
     TEXT,
     WHOLE,
     answers,
@@ -31,7 +32,13 @@ from zimage.serve.view import JobView
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
 JOBS = content("The jobs.", record("Jobs", jobs=listed(reference("Job"))), {"jobs": [EXAMPLE_JOB]})
-STREAM = content("Server-sent events: job, position, progress, preview, image, end.", TEXT, media=EVENTS)
+EVENT = record(
+    "Event",
+    id={**TEXT, "description": "What Last-Event-ID takes up again."},
+    event={"enum": ["job", "position", "progress", "preview", "image", "end", "queue", "history"]},
+    data={**TEXT, "contentMediaType": JSON, "description": "JSON, with the job's id as `job` where it is of one."},
+)
+STREAM = content("Server-sent events.", EVENT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
 PLACE = record("Place", position={**WHOLE, "minimum": 0, "examples": [0]})
 
