@@ -96,7 +96,8 @@ class Studio:
                 self._prepared[question["id"]] = job
                 while len(self._prepared) > KEPT:
                     self._prepared.popitem(last=False)
-        return {"job": job.to_dict(), "request": _shown(job), "seeds": list(job.seeds)}
+        tokens = max(*job.token_counts, *map(len, job.token_ids.values()), 0)
+        return {"job": job.to_dict(), "request": _shown(job), "seeds": list(job.seeds), "tokens": tokens}
 
     def _job(self, task: Message) -> Job:
         with self._lock:

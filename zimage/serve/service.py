@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from zimage.errors import RequestError, quoted
 from zimage.serve.about import About
-from zimage.serve.asking import Asked, check_limits
+from zimage.serve.asking import Asked, check_limits, check_tokens
 from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
 from zimage.serve.history import History
@@ -248,6 +248,7 @@ class Service:
         with named({path: name for name, path in files.items()} | {str(one["path"]): "lora" for one in lora or ()}):
             told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
         check_limits(told["request"], self.settings)
+        check_tokens(told["tokens"], "embeddings" if "embeddings" in files else "prompt", self.settings)
         row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
         row.uploads, row.notes = [upload.hash for upload in uploads.values()], told["notes"]
         return row
