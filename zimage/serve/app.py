@@ -1,16 +1,16 @@
 """The server put together: the service, the forms on it, the rules before them, and the socket."""
 
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from zimage.errors import RequestError
+from zimage.serve.about import About
 from zimage.serve.answers import error_body
 from zimage.serve.database import Database
 from zimage.serve.door import Door
@@ -28,21 +28,30 @@ from zimage.settings.fields import Plain
 from zimage.settings.paths import user_path
 from zimage.settings.serving import ServeSettings
 
-log = logging.getLogger("zimage.serve")
+
+class Ready(NamedTuple):
+    """A server that takes requests now: its address, its model, the folder that it keeps."""
+
+    url: str
+    about: About
+    folder: Path
 
 
 def run(
-    loading: Mapping[str, Plain], drawing: Mapping[str, Plain], rewriting: Mapping[str, Plain], serving: ServeSettings
+    loading: Mapping[str, Plain], defaults: Mapping[str, Plain], serving: ServeSettings, ready: Callable[[Ready], None]
 ) -> None:
-    """Serve until the process is told to stop. Raises what keeps it from beginning."""
+    """Serve until the process is told to stop; `ready` is called once. Raises what keeps it from beginning.
+
+    `defaults` are what requests leave open, of pictures and of rewriting.
+    """
     token = read_token(serving)
-    service = Service(Launch(loading, {**drawing, **rewriting}, serving, folder_of(serving)))
-    guard = Guard(serving, Door(token))
-    serve(protected(build(service, guard.door), guard), serving, token, _said, lambda: service.stop(serving.grace))
+    service = Service(Launch(loading, defaults, serving, folder_of(serving)))
+    guard = Guard(serving, Door(token), observe=service.metrics.answered)
 
+    def tell(url: str) -> None:
+        ready(Ready(url, service.about, service.folder))
 
-def _said(url: str) -> None:
-    log.info("%s", url)
+    serve(protected(build(service, guard.door), guard), serving, token, tell, lambda: service.stop(serving.grace))
 
 
 def reindex(serving: ServeSettings) -> None:

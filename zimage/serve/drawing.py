@@ -16,6 +16,7 @@ from zimage import interrupts
 from zimage.captioner import Captioner
 from zimage.errors import OutputError, RequestError, ZImageError
 from zimage.events import Event
+from zimage.formats.lock import Lock
 from zimage.formats.lora import content_hash
 from zimage.loading.loras import LoraUse
 from zimage.loading.registry import DIT, TEXT_ENCODER
@@ -23,7 +24,7 @@ from zimage.pictures.files import save
 from zimage.pipeline import ZImage
 from zimage.render.job import Job
 from zimage.render.rewriting import Rewrite
-from zimage.render.state import RenderState, StateFile, load_state
+from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
 from zimage.settings.declared import Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain
@@ -33,6 +34,7 @@ Check = Callable[[], None]  # raises where the task was cancelled
 Send = Callable[[Message], None]
 
 KEPT = 64  # jobs that are prepared and not run yet, with their opened pictures
+DYING = 10.0  # seconds that a killed process may take to end
 STATE_AFTER = 1.0  # seconds after which a job's state is kept: what takes less is sooner drawn anew
 
 
@@ -155,7 +157,8 @@ class Drawing:
         self.pictures = studio.folder / "pictures"
         self.state_path = studio.folder / "states" / f"{id}.safetensors"
         self.timings: dict[str, float] = {}
-        self.state, self.kept = RenderState(), self._begun()
+        self.state = RenderState()
+        self.kept = self._begun()
         self._refused_state = False
 
     def run(self, check: Check) -> Message:
@@ -209,11 +212,12 @@ class Drawing:
         if not self.state_path.exists():
             return None
         try:
+            lock = _released(self.state_path)
             state, record = load_state(self.state_path)
             self.pipe.check_state(state, self.job)
             drawn = [self._path(i).exists() for i in range(state.decoded)]
             state.decoded = drawn.index(False) if False in drawn else state.decoded
-            kept = StateFile(self.state_path, record, state)
+            kept = StateFile(self.state_path, record, state, lock)
         except ZImageError as error:
             log.warning("the job starts anew: %s", error)
             self.state_path.unlink(missing_ok=True)
@@ -232,6 +236,18 @@ class Drawing:
             except (OutputError, RequestError) as error:
                 log.warning("%s; the render goes on without", error)
                 self._refused_state = True
+
+
+def _released(path: Path) -> Lock:
+    """The lock of a state, once the process that began the job has ended, which takes a moment. Raises RequestError."""
+    end = time.monotonic() + DYING
+    while True:
+        try:
+            return hold(path)
+        except RequestError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def _uses(loras: Sequence[Mapping[str, Plain]] | None) -> list[LoraUse] | None:
