@@ -42,6 +42,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from zimage import interrupts
 from zimage.errors import CheckpointError, NonFiniteError
 from zimage.events import Event
 from zimage.formats.atomic import beside
@@ -228,7 +229,7 @@ class Previews:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._change:
+        with interrupts.held(), self._change:
             self._over = True
             self._change.notify()
         self._thread.join()
@@ -247,7 +248,7 @@ class Previews:
         if event.stage != "denoise" or event.latents is None or self._noted is None:
             return
         begun, self._noted = self._noted, None
-        ready = torch.cuda.current_stream(event.latents.device).record_event() if event.latents.is_cuda else None
+        ready = _marked(event.latents.device)
         levels = begun.sigmas[begun.step], begun.sigmas[begun.step + 1]
         with self._change:
             self._waiting = _Step(event, begun.latents[:1], event.latents[:1], *levels, ready)
@@ -284,6 +285,15 @@ class Previews:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             return latents.float().cpu().numpy()
+
+
+def _marked(device: torch.device) -> torch.cuda.Event | None:
+    """On a GPU, what tells when all that it has been told so far is done."""
+    if device.type != "cuda":
+        return None
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(device))
+    return ready
 
 
 def clean(
