@@ -11,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-import fake
+import fake_server as fake
 import pytest
-from fake import CUT, ID, serving, usual
+from fake_server import CUT, ID, serving, usual
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from PIL import Image
 

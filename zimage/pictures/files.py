@@ -5,6 +5,7 @@ introduced. PNG keeps both in text chunks, JPEG and WebP in EXIF: the JSON as th
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ from zimage.settings.fields import Plain
 
 LONGEST_JPEG_EXIF = 65_533  # bytes: one segment
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+QUALITY = 95  # of JPEG and WebP, unless another is wanted
 LONGEST_SIDE = {"WEBP": 16_383}  # px that a format can hold, where a picture may have more
 
 
@@ -59,19 +61,35 @@ def save(image: Image.Image | bytes, path: Path, metadata: Mapping[str, Plain], 
             if isinstance(image, bytes) and kind == "PNG":
                 stream.write(image)
             else:
-                _opened(image).save(stream, kind, **_save_options(kind, metadata))
+                _opened(image).save(stream, kind, **_save_options(kind, metadata, QUALITY))
         if replace:
             os.replace(temporary, real)
             return path
         return _publish(temporary, path)
 
 
+def encoded(image: Image.Image, kind: str, metadata: Mapping[str, Plain] | None, quality: int = QUALITY) -> bytes:
+    """A file of the format that Pillow calls so; without `metadata` it carries none. Raises RequestError."""
+    check_holds(kind, *image.size)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": quality} if metadata is None else _save_options(kind, metadata, quality)))
+    return buffer.getvalue()
+
+
 def check_savable(path: Path, width: int, height: int) -> None:
     """Raise RequestError where the format of a name could not hold a picture of this size."""
-    kind, side = file_format(path), max(width, height)
-    longest = LONGEST_SIDE.get(kind)
+    kind = file_format(path)
+    try:
+        check_holds(kind, width, height)
+    except RequestError as error:
+        raise error.with_text(f"output {path.name!r}: {error}; use .png") from None
+
+
+def check_holds(kind: str, width: int, height: int) -> None:
+    """Raise RequestError where a format cannot hold a picture of this size."""
+    longest, side = LONGEST_SIDE.get(kind), max(width, height)
     if longest is not None and side > longest:
-        raise RequestError(f"output {path.name!r}: a side of {side} px does not fit into {kind}; use .png")
+        raise RequestError(f"a side of {side} px does not fit into {kind}")
 
 
 def read_metadata(path: Path) -> dict[str, Plain]:
@@ -118,14 +136,14 @@ def _own_record(path: Path, texts: Texts) -> dict[str, Plain] | None:
     return record if isinstance(record.get("request"), dict) else None
 
 
-def _save_options(kind: str, metadata: Mapping[str, Plain]) -> dict[str, Plain]:
+def _save_options(kind: str, metadata: Mapping[str, Plain], quality: int) -> dict[str, Plain]:
     text = json.dumps(metadata, ensure_ascii=False)
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text(METADATA_KEY, text)
         chunks.add_text(PARAMETERS_KEY, parameters_text(metadata))
         return {"pnginfo": chunks}
-    return {"exif": _exif(kind, metadata), "quality": 95}
+    return {"exif": _exif(kind, metadata), "quality": quality}
 
 
 def _exif(kind: str, metadata: Mapping[str, Plain]) -> Image.Exif:

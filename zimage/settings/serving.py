@@ -62,6 +62,13 @@ class ServeSettings(Settings):
     )
     max_images: int = setting(16, "Pictures that one job may draw.", group="Limits", minimum=1, maximum=10_000)
     max_steps: int = setting(200, "Steps that one job may ask for.", group="Limits", minimum=1, maximum=1000)
+    max_tokens: int = setting(
+        4096,
+        "Tokens that one prompt of a job, or its embeddings, may have.",
+        group="Limits",
+        minimum=64,
+        maximum=1_000_000,
+    )
     max_upload: int = setting(32, "MiB of a request with its uploads.", group="Limits", minimum=1, maximum=1024)
     max_decoded: int = setting(
         64_000_000,
