@@ -38,8 +38,8 @@ def test_a_block_runs(server, tmp_path, block):
 
 
 def test_every_operation_is_shown(server):
-    """By its path, as far as that is fixed: a new one needs a line."""
+    """By its path, as far as that is fixed, or the end of one of AUTOMATIC1111's: a new one needs a line."""
     paths = server.http.get("/openapi.json").json()["paths"]
     text = README.read_text(encoding="utf-8")
     pieces = {piece.rstrip("/") for path in paths for piece in re.split(r"\{.*?\}", path)}
-    assert not [piece for piece in pieces if piece not in text]
+    assert not [piece for piece in pieces if piece.removeprefix("/sdapi/v1/") not in text]
