@@ -76,7 +76,9 @@ class Service:
         await asyncio.to_thread(self._clear, {f"{row.id}{ENDING}" for row in waiting})
         start = {"op": "start", "loading": dict(self.launch.loading), "data": str(self.folder)}
         devices = list(self.settings.worker or [""])
-        self.dispatcher.start(devices, {**start, "encoder_only": self.settings.encoder_only}, waiting)
+        self.dispatcher.start(
+            devices, {**start, **{name: getattr(self.settings, name) for name in ("encoder_only", "previews")}}, waiting
+        )
         await self._worker().ready()
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
