@@ -22,6 +22,7 @@ from zimage.settings.fields import Plain
 JSON, MULTIPART = "application/json", "multipart/form-data"
 VALUES = "request"  # the part of a multipart body that holds the values
 LONG = 1 << 16  # bytes of JSON that are parsed beside the event loop
+MOST_VALUES = 100_000  # in JSON: Python's parser holds up every other thread meanwhile; commas of prompts count as well
 GONE = 499  # nobody reads it: the client has closed the connection
 
 
@@ -31,6 +32,10 @@ class FormRoute(APIRoute):
     def told(self, path: str, status: int, error: ZImageError) -> dict[str, Plain]:
         """The body of the answer to an error."""
         return error_body(path, status, str(error), error.fields)
+
+    def headers(self, error: ZImageError) -> dict[str, str]:
+        """What the answer to an error says beside its body."""
+        return error_headers(error)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Awaitable[Response]] = super().get_route_handler()
@@ -50,7 +55,7 @@ class FormRoute(APIRoute):
     def _refused(self, request: Request, error: ZImageError) -> Response:
         path = request.scope["path"]
         status = error_status(path, error)
-        return JSONResponse(self.told(path, status, error), status, error_headers(error))
+        return JSONResponse(self.told(path, status, error), status, self.headers(error))
 
 
 async def read_object(request: Request) -> dict[str, Plain]:
@@ -85,7 +90,7 @@ async def read_with_files(request: Request) -> tuple[dict[str, Plain], dict[str,
     for name in parts.keys() - {VALUES, *ATTACHMENTS}:
         known = ", ".join((VALUES, *ATTACHMENTS))
         raise RequestError(f"the part {quoted(name)} is not known; use {known}", fields=(name,))
-    return parse_object(parts.pop(VALUES, b"{}")), parts
+    return await asyncio.to_thread(parse_object, parts.pop(VALUES, b"{}")), parts
 
 
 def media_type(request: Request) -> str:
@@ -95,6 +100,8 @@ def media_type(request: Request) -> str:
 
 def parse_object(body: bytes) -> dict[str, Plain]:
     """The same of bytes. Raises Malformed, or RequestError for another value."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise Malformed(f"the body has more than {MOST_VALUES:,} values")
     try:
         content = json_value("the body", body, len(body))
     except CheckpointError as error:
