@@ -9,7 +9,8 @@ and where prompts are sent to be rewritten stands in the settings of the server 
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from zimage.errors import RequestError, quoted
@@ -33,8 +34,9 @@ DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 class Asked:
     """One request, as a form translates it.
 
-    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one;
-    what is absent or null is open, and the server's defaults are laid under it. Prompts are rewritten where `rewriter` is set.
+    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one.
+    What is absent or null is open, and the server's defaults are laid under it; prompts are rewritten where `rewriter`
+    is set then.
     `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings".
     """
 
@@ -61,6 +63,17 @@ def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: s
     check_limits(request, limits)
     files = {**attachments, **{name: from_base64(name, text) for name, text in inline.items()}}
     return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
+
+
+@contextmanager
+def named_as(instead: Mapping[str, str], given: Collection[str]) -> Iterator[None]:
+    """Errors on what a client has set under its own name go by that name: ours → theirs, where theirs was `given`."""
+    try:
+        yield
+    except RequestError as error:
+        named = [instead[name] if instead.get(name) in given else name for name in error.fields]
+        text = str(error) if named == list(error.fields) else f"{named[0]}: {error}"
+        raise RequestError(text, fields=dict.fromkeys(named)) from error
 
 
 def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:

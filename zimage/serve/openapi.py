@@ -36,6 +36,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     429: ("200 jobs are waiting; try again later", ()),
     431: ("the header is too long", ()),
     500: ("the render failed: the device ran out of memory", ()),
+    502: ("the server at the rewriter_url cannot be reached", ()),
     503: ("the server is stopping", ()),
     507: ("the disk is full; make room and try again", ()),
 }

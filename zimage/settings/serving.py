@@ -3,7 +3,6 @@
 What a server loads and draws is set by the settings of `declared`, as everywhere.
 """
 
-import ipaddress
 from dataclasses import dataclass
 
 from zimage.settings.fields import Settings, check_fields, setting
@@ -106,11 +105,3 @@ class ServeSettings(Settings):
 
     def __post_init__(self):
         check_fields(self)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this computer reaches what listens there. Other names than localhost may mean any address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
