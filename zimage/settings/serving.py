@@ -63,7 +63,7 @@ class ServeSettings(Settings):
     )
     max_images: int = setting(16, "Pictures that one job may draw.", group="Limits", minimum=1, maximum=10_000)
     max_steps: int = setting(200, "Steps that one job may ask for.", group="Limits", minimum=1, maximum=1000)
-    max_text_tokens: int = setting(
+    max_prompt_tokens: int = setting(
         4096,
         "Tokens that one prompt of a job, or its embeddings, may have.",
         group="Limits",
