@@ -19,13 +19,14 @@ from zimage.serve.openapi import (
     reference,
     takes,
 )
+from zimage.serve.schema import whole
 from zimage.serve.service import Service
 
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
 JOBS = content("The jobs.", record("Jobs", jobs=listed(reference("Job"))), {"jobs": [EXAMPLE_JOB]})
 STREAM = content("Server-sent events: job, position, progress, preview, image, end.", TEXT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
-PLACE = record("Place", position={**WHOLE, "minimum": 0, "examples": [0]})
+PLACE = whole("Place", {"position": {**WHOLE, "minimum": 0}}, ("position",), example={"position": 0})
 
 
 def routes(service: Service) -> APIRouter:
