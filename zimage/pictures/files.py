@@ -19,7 +19,7 @@ from zimage.formats.atomic import beside, destination, take
 from zimage.formats.json_text import json_object
 from zimage.pictures.comfyui import parse_graph
 from zimage.pictures.foreign import taken
-from zimage.pictures.opening import EXIF_IFD
+from zimage.pictures.opening import EXIF_IFD, opened_bytes
 from zimage.pictures.parameters import parameters_text, parse_parameters
 from zimage.pictures.texts import (
     EXIF_COMMENT,
@@ -47,8 +47,10 @@ def file_format(path: Path) -> str:
         raise RequestError(f"output {path.name!r} should end in one of {', '.join(FORMATS)}") from None
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
+def save(image: Image.Image | bytes, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
     """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number.
+
+    The bytes of a PNG that carries its metadata already are kept as they are where the name asks for a PNG.
 
     A symbolic link that is replaced stays: the file behind it is. Raises OSError, RequestError where something else
     than a file has the name, and ValueError where the format cannot hold the picture.
@@ -56,7 +58,10 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace:
     kind, real = file_format(path), destination(path) if replace else path
     with beside(real) as temporary:
         with temporary.open("xb") as stream:
-            image.save(stream, kind, **_save_options(kind, metadata, QUALITY))
+            if isinstance(image, bytes) and kind == "PNG":
+                stream.write(image)
+            else:
+                _opened(image).save(stream, kind, **_save_options(kind, metadata, QUALITY))
         if replace:
             os.replace(temporary, real)
             return path
@@ -110,6 +115,14 @@ def read_settings(path: Path) -> tuple[dict[str, Plain], str]:
         raise RequestError(f"{path} carries no settings of a render; pass a picture as it was saved by {forms}")
     request, note = taken(str(path), found)
     return {"request": request}, note
+
+
+def _opened(image: Image.Image | bytes) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    with opened_bytes("the picture", image) as picture:
+        picture.load()
+    return picture
 
 
 def _own_record(path: Path, texts: Texts) -> dict[str, Plain] | None:

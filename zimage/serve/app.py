@@ -18,7 +18,7 @@ from zimage.serve.forms import a1111, encoder, hidden_states, history, meta, ope
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
-from zimage.serve.openapi import describe
+from zimage.serve.openapi import describe, methods_of
 from zimage.serve.safety import protected
 from zimage.serve.schema import drawing_body, drawing_parts
 from zimage.serve.service import Launch, Service
@@ -94,8 +94,10 @@ def build(service: Service, door: Door) -> FastAPI:
 
 async def _unknown(request: Request, error: HTTPException) -> Response:
     """No such path, or no such method on it."""
-    text = f"{request.method} {request.url.path[:80]!r} is not something that this server does"
-    return JSONResponse(error_body(request.url.path, error.status_code, text), error.status_code, error.headers)
+    path, status = request.url.path, error.status_code
+    text = f"{request.method} {path[:80]!r} is not something that this server does"
+    known = methods_of(request.app, path) if status == 405 else ""
+    return JSONResponse(error_body(path, status, text), status, {"Allow": known} if known else error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

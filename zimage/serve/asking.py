@@ -95,6 +95,17 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
         raise RequestError(f"{named[0]}: {text}", fields=named)
 
 
+def check_tokens(count: int, name: str, limits: ServeSettings) -> None:
+    """Raise RequestError for the longest prompt, or embeddings, of more tokens than the server takes.
+
+    The time of a step grows with their square.
+    """
+    if count > limits.max_text_tokens:
+        raise RequestError(
+            f"{name}: it has {count:,} tokens; this server takes at most {limits.max_text_tokens:,}", fields=(name,)
+        )
+
+
 def lora_names(value: Plain) -> tuple[str, ...]:
     """NAME or NAME:SCALE, or a list of these, as they are. Raises RequestError for anything else, also for paths."""
     texts = [] if value is None else [value] if isinstance(value, str) else value

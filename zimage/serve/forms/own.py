@@ -10,6 +10,7 @@ from zimage.serve.forms.waiting import stream, unfinished, until_the_end
 from zimage.serve.openapi import (
     EVENTS,
     EXAMPLE_JOB,
+    JSON,
     TEXT,
     WHOLE,
     answers,
@@ -24,7 +25,13 @@ from zimage.serve.service import Service
 
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
 JOBS = content("The jobs.", record("Jobs", jobs=listed(reference("Job"))), {"jobs": [EXAMPLE_JOB]})
-STREAM = content("Server-sent events: job, position, progress, preview, image, end.", TEXT, media=EVENTS)
+EVENT = record(
+    "Event",
+    id={**TEXT, "description": "What Last-Event-ID takes up again."},
+    event={"enum": ["job", "position", "progress", "preview", "image", "end", "queue", "history"]},
+    data={**TEXT, "contentMediaType": JSON, "description": "JSON, with the job's id as `job` where it is of one."},
+)
+STREAM = content("Server-sent events.", EVENT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
 PLACE = whole("Place", {"position": {**WHOLE, "minimum": 0}}, ("position",), example={"position": 0})
 
