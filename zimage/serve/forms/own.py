@@ -23,6 +23,7 @@ from zimage.serve.openapi import (
     reference,
     takes,
 )
+from zimage.serve.schema import whole
 from zimage.serve.service import Service
 
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
@@ -35,7 +36,7 @@ EVENT = record(
 )
 STREAM = content("Server-sent events.", EVENT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
-PLACE = record("Place", position={**WHOLE, "minimum": 0, "examples": [0]})
+PLACE = whole("Place", {"position": {**WHOLE, "minimum": 0}}, ("position",), example={"position": 0})
 
 
 def routes(service: Service) -> APIRouter:
