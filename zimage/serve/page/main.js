@@ -254,9 +254,5 @@ class Page {
 }
 
 api.onUnauthorised(signIn);
-try {
-  await new Page(await api.schema()).start();
-} catch (error) {
-  toast(error.message, { isFault: true });
-  throw error;
-}
+window.addEventListener("unhandledrejection", ({ reason }) => toast(reason.message, { isFault: true }));
+await new Page(await api.schema()).start();
