@@ -38,10 +38,9 @@ def test_options_and_a_profile_are_sorted_by_what_they_set(app, tmp_path, capsys
     text = '[default]\nsteps = 3\nmodel = "m"\ntop_k = 5\n[default.serve]\nport = 8000\nmax_images = 2\n'
     write(tmp_path / "project" / "zimage.toml", text)
     assert main(["serve", "--port", "0", "--rewrite", "rewrite-photo", "--device", "cpu", "--seed", "4"]) == 0
-    loading, defaults, rewriting, serving = app.started[0]
+    loading, defaults, serving, _ = app.started[0]
     assert loading == {"model": "m", "device": "cpu"}
-    assert defaults == {"steps": 3, "seed": 4}
-    assert rewriting == {"top_k": 5, "rewriter": "rewrite-photo"}
+    assert defaults == {"steps": 3, "seed": 4, "top_k": 5, "rewriter": "rewrite-photo"}
     assert serving == ServeSettings(port=0, max_images=2)
     assert capsys.readouterr().err == "settings: zimage.toml [default]\n"
 
@@ -101,13 +100,13 @@ def test_a_folders_file_decides_what_stays_in_the_folder(app, tmp_path):
     text = '[default.serve]\nhost = "::1"\ndata = "pictures"\nkeep_days = 3\nport = 1\n'
     write(tmp_path / "project" / "zimage.toml", text)
     assert main(["serve"]) == 0
-    assert app.started[0][3] == ServeSettings(host="::1", data="pictures", keep_days=3, port=1)
+    assert app.started[0][2] == ServeSettings(host="::1", data="pictures", keep_days=3, port=1)
 
 
 def test_an_option_outranks_the_folders_file(app, tmp_path):
     write(tmp_path / "project" / "zimage.toml", '[default.serve]\nhost = "0.0.0.0"\nkeep_days = 1\n')
     assert main(["serve", "--host", "127.0.0.1", "--keep-days", "9"]) == 0
-    assert app.started[0][3] == ServeSettings(keep_days=9)
+    assert app.started[0][2] == ServeSettings(keep_days=9)
 
 
 @pytest.mark.parametrize(

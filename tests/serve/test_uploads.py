@@ -13,10 +13,10 @@ import zlib
 import pytest
 from PIL import Image
 
-from zimage.errors import OutputError, RequestError
+from zimage.errors import CheckpointError, OutputError, RequestError
 from zimage.serve import uploads as module
 from zimage.serve.refusals import NoRoom, NotFound, TooLarge
-from zimage.serve.uploads import Uploads
+from zimage.serve.uploads import Uploads, named
 from zimage.settings.serving import ServeSettings
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
@@ -52,6 +52,25 @@ def test_a_picture_is_kept_under_the_hash_of_its_bytes(uploads, format):
     assert uploads.path_of(upload.hash) == upload.path
     assert keep(uploads, content, "mask") == upload
     assert os.listdir(uploads.folder) == [upload.hash]
+
+
+def test_errors_on_files_name_the_field_and_not_the_folder(uploads):
+    path = str(keep(uploads, tensors(), "embeddings").path)
+    for error in (CheckpointError(f"{path}: 1 of 2 tokens contain NaN"), RequestError(f"{path}: no", fields=("mask",))):
+        with pytest.raises(RequestError) as caught, named({path: "embeddings"}):
+            raise error
+        assert str(caught.value) == str(error).replace(path, "embeddings")
+        assert caught.value.fields == (error.fields or ("embeddings",))
+    with pytest.raises(CheckpointError, match="another"), named({path: "embeddings"}):
+        raise CheckpointError("another file")
+
+
+def test_what_is_kept_as_one_thing_is_looked_at_as_another(uploads):
+    keep(uploads, picture())
+    with pytest.raises(RequestError, match="embeddings is not a whole safetensors file") as caught:
+        keep(uploads, picture(), "embeddings")
+    assert str(uploads.folder) not in str(caught.value)
+    assert len(os.listdir(uploads.folder)) == 1
 
 
 def test_embeddings_are_kept_by_their_header(uploads):

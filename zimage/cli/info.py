@@ -101,6 +101,8 @@ def _print(facts: dict[str, Plain]) -> None:
             f"{c['name']:14}{c['class']:26}{c['tensors']:>8}{c['parameters']:>16,}{_size(c['disk_bytes']):>10}  "
             f"{c['stored']:18}{_size(c['memory_bytes']):>10}"
         )
+    if facts["encoder_url"]:
+        terminal.out(f"text_encoder  on another machine: {facts['encoder_url']}")
     terminal.out(f"vocabulary    {facts['vocabulary']:,} tokens; captions up to {facts['caption_tokens']:,} tokens")
     for line in facts["assumptions"]:
         terminal.out(f"assumed       {line}")
@@ -117,13 +119,15 @@ def _print(facts: dict[str, Plain]) -> None:
 
 def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
     """All that `info` prints, as plain values; the plan for a picture of `size`, where one is given."""
-    components = [_describe_component(c, pipe) for c in pipe.model.components.values()]
+    here = [component for name, component in pipe.model.components.items() if name in pipe.places]
+    components = [_describe_component(component, pipe) for component in here]
     known_shift = pipe.model.shift is not None
     request = _job(pipe, {}).request
     return {
         "name": pipe.model.name,
         "fingerprint": pipe.model.fingerprint,
         "components": components,
+        "encoder_url": pipe.settings.encoder_url,
         "assumptions": pipe.model.assumptions,
         "vocabulary": pipe.model.tokenizer.vocab_size,
         "caption_tokens": pipe.texts.limit,

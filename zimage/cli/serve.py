@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from zimage.settings.declared import LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import fields
 from zimage.settings.profiles import Resolved
 from zimage.settings.serving import ServeSettings
+
+if TYPE_CHECKING:
+    from zimage.serve.app import Ready
 
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
 PER_CALL = tuple(field.name for field, _ in fields(Request) if field.metadata["per_call"])
@@ -46,7 +50,19 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
         if reindex:
             app.reindex(serving)
         else:
-            app.run(resolved.of(LoadSettings), resolved.of(Request), resolved.of(RewriteSettings), serving)
+            defaults = {**resolved.of(Request), **resolved.of(RewriteSettings)}
+            app.run(resolved.of(LoadSettings), defaults, serving, lambda ready: _introduce(ready, quiet))
+
+
+def _introduce(ready: "Ready", quiet: bool) -> None:
+    """The address on standard output, where a script can take it from; what people want to know besides."""
+    about = ready.about
+    if not quiet:
+        terminal.note(f"{about.model['name']} on {about.device} ({about.dtype}); everything is kept in {ready.folder}")
+        for line in about.notes:
+            terminal.note(line)
+        terminal.note("Ctrl-C stops the server")
+    terminal.out(ready.url)
 
 
 def _checked(resolved: Resolved) -> ServeSettings:

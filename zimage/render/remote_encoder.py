@@ -21,7 +21,7 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.render.conditioning import Text
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import LONGEST_TEXT, LoadSettings, RewriteSettings
 from zimage.settings.environment import ENCODER_TOKEN, encoder_token
 from zimage.settings.fields import Plain, as_plain, check_text
 from zimage.text.remote import MAX_ANSWER, Call, checked_url, endpoint
@@ -84,14 +84,12 @@ class RemoteEncoder:
         body = call.accepted({**own, "prompt": prompt, "rewriter": rewriter, "rewrite_seed": seed}).body
         try:
             answer = json_object("the answer", body, MAX_ANSWER)
-            written, thinking = answer.get("prompt"), answer.get("thinking")
-            Request.check_one("prompt", written)
-            check_text("thinking", thinking or "")
+            written, thinking = (_text(name, answer.get(name)) for name in ("prompt", "thinking"))
         except (CheckpointError, RequestError):
-            written = None
-        if not isinstance(written, str) or not written:
+            written = ""
+        if not written:
             raise call.error("answered with something other than a rewritten prompt")
-        return written, thinking or ""
+        return written, thinking
 
     def _captions(self, text: Text, wanted: Wanted) -> Tensor:
         call = self._call(CAPTIONS, self._settings.encoder_timeout, wanted.values * wanted.dtype.itemsize + ROOM)
@@ -127,6 +125,14 @@ class RemoteEncoder:
 
     def _call(self, path: str, timeout: float, limit: int) -> Call:
         return Call(endpoint(self._url, path), encoder_token(), timeout, limit, ENCODER_TOKEN)
+
+
+def _text(name: str, value: Plain) -> str:
+    """Raises RequestError for what is not text, or endless."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is not text", fields=(name,))
+    check_text(name, value, LONGEST_TEXT)
+    return value
 
 
 def _checked(url: str | None) -> str:

@@ -1,16 +1,20 @@
 """The server put together: the service, the forms on it, the rules before them, and the socket."""
 
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from zimage.errors import RequestError
+from zimage.serve.about import About
+from zimage.serve.answers import error_body
 from zimage.serve.database import Database
 from zimage.serve.door import Door
-from zimage.serve.forms import history, meta, own
+from zimage.serve.forms import encoder, hidden_states, history, meta, own, session
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
@@ -23,23 +27,31 @@ from zimage.settings.environment import data_folder
 from zimage.settings.fields import Plain
 from zimage.settings.paths import user_path
 from zimage.settings.serving import ServeSettings
-from zimage.version import __version__
 
-log = logging.getLogger("zimage.serve")
+
+class Ready(NamedTuple):
+    """A server that takes requests now: its address, its model, the folder that it keeps."""
+
+    url: str
+    about: About
+    folder: Path
 
 
 def run(
-    loading: Mapping[str, Plain], drawing: Mapping[str, Plain], rewriting: Mapping[str, Plain], serving: ServeSettings
+    loading: Mapping[str, Plain], defaults: Mapping[str, Plain], serving: ServeSettings, ready: Callable[[Ready], None]
 ) -> None:
-    """Serve until the process is told to stop. Raises what keeps it from beginning."""
+    """Serve until the process is told to stop; `ready` is called once. Raises what keeps it from beginning.
+
+    `defaults` are what requests leave open, of pictures and of rewriting.
+    """
     token = read_token(serving)
-    service = Service(Launch(loading, {**drawing, **rewriting}, serving, folder_of(serving)))
-    guard = Guard(serving, Door(token))
-    serve(protected(build(service), guard), serving, token, _said, lambda: service.stop(serving.grace))
+    service = Service(Launch(loading, defaults, serving, folder_of(serving)))
+    guard = Guard(serving, Door(token), observe=service.metrics.answered)
 
+    def tell(url: str) -> None:
+        ready(Ready(url, service.about, service.folder))
 
-def _said(url: str) -> None:
-    log.info("%s", url)
+    serve(protected(build(service, guard.door), guard), serving, token, tell, lambda: service.stop(serving.grace))
 
 
 def reindex(serving: ServeSettings) -> None:
@@ -60,7 +72,7 @@ def folder_of(serving: ServeSettings) -> Path:
     return folder.absolute()
 
 
-def build(service: Service) -> FastAPI:
+def build(service: Service, door: Door) -> FastAPI:
     """The forms, as an ASGI app without the rules of safety."""
 
     @asynccontextmanager
@@ -68,10 +80,24 @@ def build(service: Service) -> FastAPI:
         await service.start()
         yield
 
-    off = {"docs_url": None, "redoc_url": None}
-    app = FastAPI(title="zimage", version=__version__, lifespan=life, redirect_slashes=False, **off)
-    for form in (own, history, meta):
+    handlers: dict[Any, Any] = {HTTPException: _unknown, Exception: _failed}
+    app = FastAPI(lifespan=life, exception_handlers=handlers, redirect_slashes=False, docs_url=None, redoc_url=None)
+    forms = (encoder, hidden_states, meta)
+    for form in forms if service.settings.encoder_only else (own, history, *forms):
         app.include_router(form.routes(service))
+    app.include_router(session.routes(door))
     bodies = {"Drawing": drawing_body(service.settings)}
     describe(app, {**bodies, "DrawingParts": drawing_parts(bodies["Drawing"]), **history.SCHEMAS})
     return app
+
+
+async def _unknown(request: Request, error: HTTPException) -> Response:
+    """No such path, or no such method on it."""
+    text = f"{request.method} {request.url.path[:80]!r} is not something that this server does"
+    return JSONResponse(error_body(request.url.path, error.status_code, text), error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A fault of the program; the log tells where."""
+    text = "the server failed at this; its log says more"
+    return JSONResponse(error_body(request.url.path, 500, text), 500)

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from zimage.errors import ZImageError
 from zimage.serve.channel import Message
 from zimage.serve.history import History
-from zimage.serve.jobs import CANCELLED, DONE, ENDED, FAILED, QUEUED, RUNNING, JobRow, Jobs
+from zimage.serve.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, JobRow, Jobs
+from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import Conflict, NoRoom, Unavailable
 from zimage.serve.stream import END, JOB, POSITION, QUEUE, Streams
 from zimage.serve.view import JobView, Progress
@@ -46,14 +47,21 @@ class Task:
 class Dispatcher:
     """The queue at work. `full` is true while the disk does not take what must be kept."""
 
-    def __init__(self, jobs: Jobs, history: History, streams: Streams, pictures: Path, has_room: Callable[[], bool]):
+    def __init__(
+        self,
+        jobs: Jobs,
+        history: History,
+        streams: Streams,
+        metrics: Metrics,
+        pictures: Path,
+        has_room: Callable[[], bool],
+    ):
         self.jobs, self.history, self.streams, self._pictures = jobs, history, streams, pictures
-        self._has_room = has_room
+        self._metrics, self._has_room = metrics, has_room
         self.workers: list[Worker] = []
         self.rows: dict[str, JobRow] = {}
         self.queue: list[str] = []
         self.full = self.stopping = False
-        self.counted: dict[str, int] = dict.fromkeys(ENDED, 0)
         self._progress: dict[str, Progress] = {}
         self._images: dict[str, list[dict[str, Any]]] = {}
         self._tasks: deque[Task] = deque()
@@ -244,8 +252,8 @@ class Dispatcher:
             return
         error = message.get("error")
         row.timings = message.get("timings", {})
-        told = error and {"message": error["message"], "fields": error["fields"]}
-        unwritten = bool(error) and error["kind"] == "OutputError" and row.id not in self._cancelling
+        told = {"message": error["message"], "fields": error["fields"]} if error else None
+        unwritten = bool(error and error["kind"] == "OutputError") and row.id not in self._cancelling
         self._unwritten[row.id] += unwritten
         if unwritten and self._unwritten[row.id] <= MOST_UNWRITTEN:
             self.full = True
@@ -310,13 +318,13 @@ class Dispatcher:
         row.job = row.rewrite = None
         if state == DONE:
             self._progress[row.id] = Progress()
-        self.counted[state] += 1
         view = self.view(row)
+        self._metrics.ended(view)
         self._ended[row.id] = view
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
         for known in (self.rows, self._progress, self._images, self._unwritten):
-            known.pop(row.id, None)  # type: ignore[attr-defined]
+            known.pop(row.id, None)
         self._cancelling.discard(row.id)
         if row.id in self.queue:
             self.queue.remove(row.id)

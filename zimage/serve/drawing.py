@@ -13,15 +13,18 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from zimage import interrupts
+from zimage.captioner import Captioner
 from zimage.errors import OutputError, RequestError, ZImageError
 from zimage.events import Event
+from zimage.formats.lock import Lock
 from zimage.formats.lora import content_hash
 from zimage.loading.loras import LoraUse
+from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.pictures.files import save
 from zimage.pipeline import ZImage
 from zimage.render.job import Job
 from zimage.render.rewriting import Rewrite
-from zimage.render.state import RenderState, StateFile, load_state
+from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
 from zimage.settings.declared import Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain
@@ -31,32 +34,43 @@ Check = Callable[[], None]  # raises where the task was cancelled
 Send = Callable[[Message], None]
 
 KEPT = 64  # jobs that are prepared and not run yet, with their opened pictures
+DYING = 10.0  # seconds that a killed process may take to end
 STATE_AFTER = 1.0  # seconds after which a job's state is kept: what takes less is sooner drawn anew
 
 
 class Studio:
-    """A worker's pipeline."""
+    """A worker's pipeline; of a server that only encodes, the half without pictures."""
 
     def __init__(self, start: Message, send: Send):
         loading = dict(start["loading"])
-        self.pipe = ZImage.load(loading.pop("model", None), **loading)
+        kind = Captioner if start["encoder_only"] else ZImage
+        self.captioner: Captioner = kind.load(loading.pop("model", None), **loading)
         self.send, self.folder = send, Path(start["data"])
         self._prepared: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
 
     def about(self) -> Message:
         """What forms and pages tell of the model."""
-        pipe = self.pipe
-        usual = pipe.prepare(Request(prompt=""), must_fit=False).request
-        defaults = {name: getattr(usual, name) for name in ("width", "height", "steps", "guidance", "shift")}
+        pipe, defaults = self.captioner, {}
+        if isinstance(pipe, ZImage):
+            usual = pipe.prepare(Request(prompt=""), must_fit=False).request
+            defaults = {name: getattr(usual, name) for name in ("width", "height", "steps", "guidance", "shift")}
+        device, dtype = pipe.places.get(DIT) or pipe.places[TEXT_ENCODER]
         return {
             "model": {"name": pipe.model.name, "fingerprint": pipe.model.fingerprint, "is_demo": pipe.is_demo},
             "defaults": defaults,
             "token_limit": pipe.texts.limit,
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "device": str(pipe.device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
             "notes": list(pipe.model.assumptions),
         }
+
+    @property
+    def pipe(self) -> ZImage:
+        """Raises RequestError where there is none that draws."""
+        if not isinstance(self.captioner, ZImage):
+            raise RequestError("this server only encodes; ask one that draws")
+        return self.captioner
 
     # ------------------------------------------------------------------ questions, in the second thread
 
@@ -65,8 +79,8 @@ class Studio:
         if question["op"] == "prepare":
             return self._prepare(question, idle)
         text = TextSettings.from_mapping(question["text"])
-        formatted = self.pipe.texts.parts(text).format(question["prompt"])
-        return {"text": formatted, **self.pipe.texts.count(question["prompt"], text)._asdict()}
+        texts = self.captioner.texts
+        return {"text": texts.parts(text).format(question["prompt"]), **texts.count(question["prompt"], text)._asdict()}
 
     def _prepare(self, question: Message, idle: bool) -> Message:
         """The job of a request. What does not fit in memory beside a render that runs is tried when its turn comes."""
@@ -105,7 +119,7 @@ class Studio:
         from zimage.serve.encoding import encode
 
         if task["what"] == "encode":
-            return {"result": encode(self.pipe, task["asked"], Path(task["path"]))}
+            return {"result": encode(self.captioner, task["asked"], Path(task["path"]))}
         settings = RewriteSettings.from_mapping(task["asked"]["settings"])
         result = self._written(task["id"], task["asked"]["prompt"], settings, check)
         return {"result": {"prompt": result.prompt, "thinking": result.thinking, **result.describe()}}
@@ -123,7 +137,7 @@ class Studio:
         return job, rewritten
 
     def _written(self, task: str, prompt: str, settings: RewriteSettings, check: Check) -> Rewrite:
-        pieces, count = self.pipe.rewriter.pieces(prompt, settings), 0
+        pieces, count = self.captioner.rewriter.pieces(prompt, settings), 0
         while True:
             self.send({"on": "progress", "id": task, "stage": "rewrite", "step": count, "total": settings.max_tokens})
             try:
@@ -143,7 +157,8 @@ class Drawing:
         self.pictures = studio.folder / "pictures"
         self.state_path = studio.folder / "states" / f"{id}.safetensors"
         self.timings: dict[str, float] = {}
-        self.state, self.kept = RenderState(), self._begun()
+        self.state = RenderState()
+        self.kept = self._begun()
         self._refused_state = False
 
     def run(self, check: Check) -> Message:
@@ -197,11 +212,12 @@ class Drawing:
         if not self.state_path.exists():
             return None
         try:
+            lock = _released(self.state_path)
             state, record = load_state(self.state_path)
             self.pipe.check_state(state, self.job)
             drawn = [self._path(i).exists() for i in range(state.decoded)]
             state.decoded = drawn.index(False) if False in drawn else state.decoded
-            kept = StateFile(self.state_path, record, state)
+            kept = StateFile(self.state_path, record, state, lock)
         except ZImageError as error:
             log.warning("the job starts anew: %s", error)
             self.state_path.unlink(missing_ok=True)
@@ -220,6 +236,18 @@ class Drawing:
             except (OutputError, RequestError) as error:
                 log.warning("%s; the render goes on without", error)
                 self._refused_state = True
+
+
+def _released(path: Path) -> Lock:
+    """The lock of a state, once the process that began the job has ended, which takes a moment. Raises RequestError."""
+    end = time.monotonic() + DYING
+    while True:
+        try:
+            return hold(path)
+        except RequestError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def _uses(loras: Sequence[Mapping[str, Plain]] | None) -> list[LoraUse] | None:

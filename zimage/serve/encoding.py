@@ -6,7 +6,8 @@ embeddings     for people: a prompt and settings of its text, as a file for `gen
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -47,7 +48,8 @@ def _embeddings(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answ
 
 def _captions(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
     """The bits that were computed, of texts that both sides read as the same tokens."""
-    texts = _texts(pipe, [one["text"] for one in asked["texts"]], asked["layers"])
+    layers: Weights = TextSettings.check_one("layer_weights", asked["layers"])
+    texts = _read(pipe, [one["text"] for one in asked["texts"]], layers, ("texts", "layers"))
     if (here := dtype_name(pipe.places[TEXT_ENCODER].dtype)) != asked["dtype"]:
         told = f"dtype: the text encoder here computes in {here}, not {asked['dtype']}"
         raise RequestError(f"{told}; set encoder_dtype there, or dtype here", fields=("dtype",))
@@ -56,13 +58,13 @@ def _captions(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer
             told = f"the tokenizer here makes {len(text.ids)} other tokens of it; open the same model on both machines"
             raise RequestError(f"ids: {told}", fields=("ids",))
     captions = [pipe.caption(text) for text in texts]
-    path.write_bytes(packed(captions, texts[0].layers, pipe.captions_from.fingerprint))
+    path.write_bytes(packed(captions, layers, pipe.captions_from.fingerprint))
     return _told(path, captions)
 
 
 def _hidden_states(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
     """Of a single text, or of several in lists. No token looks ahead, so the first ones stay as they are."""
-    texts = _texts(pipe, asked["input"], {asked["layer"]: 1.0})
+    texts = _read(pipe, asked["input"], {asked["layer"]: 1.0}, ("input", "layer"))
     captions = [pipe.caption(text)[: asked["max_length"]] for text in texts]
     states = [to_base64(c) if asked["encoding_format"] == "base64" else c.float().tolist() for c in captions]
     told = _told(path, captions)
@@ -75,16 +77,27 @@ def _hidden_states(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> A
     return told
 
 
-def _texts(pipe: Captioner, formatted: Sequence[str], layers: Plain) -> list[Text]:
-    """As the text encoder here reads them. Raises RequestError."""
+def _read(pipe: Captioner, formatted: Sequence[str], layers: Weights, fields: tuple[str, str]) -> list[Text]:
+    """Texts as the text encoder here reads them; `fields` name texts and layers. Raises RequestError."""
     if TEXT_ENCODER not in pipe.places:
         raise RequestError("the text encoder of this server is on another machine; ask that one")
-    weights: Weights = TextSettings.check_one("layer_weights", layers)
-    pipe.texts.check_layers(weights)
-    texts = [Text(one, pipe.texts.tokenize(one), weights) for one in formatted]
-    if (tokens := sum(len(text.ids) for text in texts)) > MAX_TEXT_TOKENS:
-        raise RequestError(f"the texts have {tokens:,} tokens together; they may have {MAX_TEXT_TOKENS:,}")
+    for_texts, for_layers = fields
+    with _naming(for_layers):
+        pipe.texts.check_layers(layers)
+    with _naming(for_texts):
+        texts = [Text(one, pipe.texts.tokenize(one), layers) for one in formatted]
+        if (tokens := sum(len(text.ids) for text in texts)) > MAX_TEXT_TOKENS:
+            raise RequestError(f"they have {tokens:,} tokens together; they may have {MAX_TEXT_TOKENS:,}")
     return texts
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Errors name the field as it is called here."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{field}: {error}", fields=(field,)) from None
 
 
 def _told(path: Path, captions: Sequence[Tensor]) -> Answer:

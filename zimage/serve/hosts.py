@@ -78,7 +78,7 @@ def is_address(host: str) -> bool:
 
 def is_unspecified(host: str) -> bool:
     """Whether it stands for all addresses of a computer."""
-    return host == "" or (is_address(host) and ipaddress.ip_address(host).is_unspecified)
+    return is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
 def is_loopback(host: str) -> bool:

@@ -50,8 +50,8 @@ class Limits:
 
     header_timeout: float
     connections: int
-    linger: float = LINGER
-    stalled: float = STALLED
+    linger: float
+    stalled: float
 
 
 class Connection(H11Protocol):
@@ -245,7 +245,7 @@ def most_connections() -> int:
 def _config(app: ASGIApp, settings: ServeSettings) -> Config:
     """uvicorn without logs of its own: `safety` writes a line per request, and tells of faults."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    limits = Limits(settings.header_timeout, most_connections())
+    limits = Limits(settings.header_timeout, most_connections(), LINGER, STALLED)
     return Config(
         app,
         http=cast(type[asyncio.Protocol], functools.partial(Connection, limits=limits)),

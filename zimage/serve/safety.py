@@ -6,6 +6,7 @@ a header may take, and what happens to bodies that nobody reads, is for `listeni
 
 import asyncio
 import logging
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ SECURITY_HEADERS: tuple[Header, ...] = (
 NO_STORE: Header = (b"cache-control", b"no-store")
 CLOSE: Header = (b"connection", b"close")
 MOST_HEADERS, LONGEST_HEAD, LONGEST_PATH = 64, 16 << 10, 2048  # headers, their bytes, bytes of a path
+STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # controls, and what is a slash on Windows
 SLOWEST = 1024  # bytes a second that a body must have on average once its first pause is used up
 FREE, SESSION, HEALTH = ("/", "/health", "/api/session"), "/api/session", "/health"
 SAFE = ("GET", "HEAD")
@@ -122,7 +124,7 @@ class PlainPath(Check):
     def fault(self, scope: Scope, headers: Headers) -> Fault | None:
         path = scope["path"]
         climbs = {".", ".."} & set(path.split("/"))
-        if not path.startswith("/") or "\\" in path or climbs or not path.isprintable():
+        if not path.startswith("/") or climbs or STEERING.search(path):
             return Fault(400, "the path cannot be used; it should be plain, such as /api/jobs")
         return None
 

@@ -4,8 +4,8 @@ A declared field that is added appears in every body here, and so in OpenAPI, in
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
+from zimage.serve.about import About
 from zimage.serve.asking import ATTACHMENTS, LORA, MOST_LORAS, REQUEST, REWRITE
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain, Settings, json_schema
@@ -32,16 +32,6 @@ LORA_SCHEMA: Schema = {
     "default": None,
     "x-group": "Model",
 }
-
-
-class About(Protocol):
-    """What is told of a worker's model."""
-
-    model: Mapping[str, Plain]
-    defaults: Mapping[str, Plain]
-    token_limit: int
-    dtype: str
-    device: str
 
 
 def described(about: About, settings: ServeSettings, defaults: Mapping[str, Plain], loras: Sequence[str]) -> Schema:

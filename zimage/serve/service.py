@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from zimage.errors import RequestError, quoted
+from zimage.serve.about import About
 from zimage.serve.asking import Asked, check_limits
 from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
 from zimage.serve.history import History
 from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
+from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
 from zimage.serve.stream import END, Message, Streams
-from zimage.serve.uploads import Uploads
+from zimage.serve.uploads import Uploads, named
 from zimage.serve.view import JobView
 from zimage.serve.workers import BUSY, READY, Worker
 from zimage.settings.declared import Request, RewriteSettings, split_scale
@@ -46,18 +48,6 @@ class Launch:
     data: Path
 
 
-@dataclass(frozen=True)
-class About:
-    """What a worker told of its model."""
-
-    model: Mapping[str, Plain]
-    defaults: Mapping[str, Plain]
-    token_limit: int
-    dtype: str
-    device: str
-    notes: list[str]
-
-
 class Service:
     """The server behind the forms; used in the event loop."""
 
@@ -67,11 +57,11 @@ class Service:
         database = self._database = Database(self.folder / "index.sqlite")
         self.jobs_kept, self.streams = Jobs(database), Streams()
         self.history = History(self.folder, database, self.settings.keep_days, self.settings.keep_gb)
-        self.uploads = Uploads(self.folder / "uploads", self.settings)
+        self.uploads, self.metrics = Uploads(self.folder / "uploads", self.settings), Metrics()
         for name in ("states", "captions"):
             (self.folder / name).mkdir(exist_ok=True)
         self.dispatcher = Dispatcher(
-            self.jobs_kept, self.history, self.streams, self.folder / "pictures", self._has_room
+            self.jobs_kept, self.history, self.streams, self.metrics, self.folder / "pictures", self._has_room
         )
         self._keys: dict[str, asyncio.Lock] = {}
         self._accepting = 0
@@ -249,7 +239,8 @@ class Service:
         rewrite = {name: value for name, value in values.items() if name in RewriteSettings.names()}
         wanted = rewrite if rewrite.get("rewriter") else None
         id, lora = new_id(), self._found(asked.lora)
-        told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
+        with named({path: name for name, path in files.items()} | {str(one["path"]): "lora" for one in lora or ()}):
+            told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
         check_limits(told["request"], self.settings)
         row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
         row.uploads, row.notes = [upload.hash for upload in uploads.values()], told["notes"]

@@ -161,7 +161,7 @@ async def as_text(messages: AsyncIterator[Message]) -> AsyncIterator[str]:
     try:
         yield ": zimage\n\n"
         while True:
-            waiting = waiting or asyncio.ensure_future(anext(source))  # type: ignore[arg-type]
+            waiting = waiting or asyncio.ensure_future(anext(source))
             done, _ = await asyncio.wait([waiting], timeout=SILENCE)
             if not done:
                 yield ": still here\n\n"

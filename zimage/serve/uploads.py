@@ -7,26 +7,25 @@ What a file is called where it came from is not used: no name from outside ever 
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage.errors import OutputError, RequestError
+from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import beside
 from zimage.formats.headers import read_header
 from zimage.pictures.opening import opened
-from zimage.serve.refusals import NoRoom, NotFound, TooLarge
+from zimage.serve.database import storing
+from zimage.serve.refusals import NotFound, TooLarge
 from zimage.settings.serving import ServeSettings
 
 HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 EMBEDDINGS = "embeddings"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,14 @@ class Uploads:
     def _keep(self, name: str, content: bytes) -> Upload:
         hash = hashlib.sha256(content).hexdigest()
         path = self.folder / hash
-        with _writing(path):
+        with storing(path):
             with self._turn:  # a sweep would find it too old
-                if path.exists():
+                known = path.exists()
+                if known:
                     os.utime(path)
-                    return Upload(hash, path)
+            if known:  # perhaps as something else: the same bytes may come as a picture and as embeddings
+                self._look(name, path)
+                return Upload(hash, path)
             with beside(path) as temporary:
                 temporary.write_bytes(content)
                 self._look(name, temporary)
@@ -92,12 +94,8 @@ class Uploads:
     def _look(self, name: str, path: Path) -> None:
         """Raise RequestError or TooLarge for a file that should not be opened any further."""
         look = _look_at_tensors if name == EMBEDDINGS else self._look_at_picture
-        try:
+        with named({str(path): name}):
             look(name, path)
-        except TooLarge:
-            raise
-        except RequestError as error:  # of the file's own name in this folder nobody should hear
-            raise RequestError(str(error).replace(str(path), name), fields=(name,)) from None
 
     def _look_at_picture(self, name: str, path: Path) -> None:
         """Its header names its size; a small file can stand for any number of pixels."""
@@ -108,19 +106,27 @@ class Uploads:
             raise TooLarge(f"{name} is {size}; at most {self._most_pixels:,} pixels are decoded", fields=(name,))
 
 
+@contextlib.contextmanager
+def named(places: Mapping[str, str]) -> Iterator[None]:
+    """Let errors call files by the fields that they came in, or were named in, and not by their paths here.
+
+    `places`: path → field. A file that cannot be used is then a fault of the request.
+    """
+    try:
+        yield
+    except (RequestError, CheckpointError) as error:
+        text = str(error)
+        found = [field for path, field in places.items() if path in text]
+        if not found:
+            raise
+        for path, field in places.items():
+            text = text.replace(path, field)
+        raise RequestError(text, fields=error.fields or found) from None
+
+
 def _look_at_tensors(name: str, path: Path) -> None:
     """The header of a safetensors file; the worker reads the values."""
     with path.open("rb") as stream:
         problems = read_header(stream, path.stat().st_size).problems
     if problems:
-        raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise NoRoom("the disk of the server is full") from error
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})", fields=(name,))

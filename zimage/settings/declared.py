@@ -44,7 +44,7 @@ MAX_LORA_SCALE = 100.0
 LORA_PARTS = ("text_encoder",)
 MAX_TOKENS = 512
 REWRITER_TIMEOUT = 120.0  # seconds
-ENCODER_TIMEOUT = 60.0  # seconds
+ENCODER_TIMEOUT = 120.0  # seconds
 ENCODER_FORMS = ("zimage", "hidden_states")
 MAX_TIMEOUT = 86_400  # seconds
 
@@ -421,6 +421,9 @@ class LoadSettings(Settings):
 
     def __post_init__(self):
         check_fields(self)
+        if self.encoder_url and self.text_encoder_device:
+            text = "text_encoder_device: the text encoder is on another machine; leave it out, or the encoder_url"
+            raise RequestError(text, fields=("text_encoder_device", "encoder_url"))
         for text in self.lora or []:
             split_lora(text)
 

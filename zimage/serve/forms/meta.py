@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from zimage.serve.bodies import FormRoute
+from zimage.serve.metrics import MEDIA_TYPE
 from zimage.serve.openapi import RECORD, SECONDS, TEXT, WHOLE, answers, content, listed, record
 from zimage.serve.refusals import NotFound
 from zimage.serve.schema import described
@@ -34,6 +35,14 @@ def routes(service: Service) -> APIRouter:
     async def health() -> Response:
         """Whether the server lives, and what its workers do."""
         return JSONResponse(service.health())
+
+    @router.get("/metrics", responses=answers(content("Figures.", TEXT, media="text/plain")))
+    async def metrics() -> Response:
+        """Figures in the text form of Prometheus."""
+        health = service.health()
+        workers = [(worker["device"], worker["state"], worker["restarts"]) for worker in health["workers"]]
+        text = service.metrics.text(health["queue"], health["running"], workers)
+        return Response(text, media_type=MEDIA_TYPE)
 
     @router.get("/api/schema", responses=answers(content("Fields, defaults, limits, the model.", SCHEMA)))
     async def schema() -> Response:

@@ -1,6 +1,6 @@
 """A request in the form of OpenAI's images API, translated: its own fields, and every field of ours beside them.
 
-    n → images, size → width × height, quality "low" → half the steps; a mask's transparent areas → white ones
+n → images, size → width × height, quality "low" → half the steps; a mask's transparent areas → white ones
 """
 
 import io
@@ -33,7 +33,9 @@ class Standard(Settings):
     """The fields of the API itself, beside `prompt` and the files. Raises RequestError."""
 
     model: str = setting(
-        "", "The loaded model's name, or a usual name of OpenAI's image models; anything else is not found.", longest=255
+        "",
+        "The loaded model's name, or a usual name of OpenAI's image models; anything else is not found.",
+        longest=255,
     )
     n: int = setting(1, "Number of pictures.", minimum=1, maximum=10)
     size: str = setting(
@@ -49,9 +51,7 @@ class Standard(Settings):
     )
     background: str = setting("auto", "Pictures are opaque.", choices=("auto", "opaque"))
     stream: bool = setting(False, "Answer with server-sent events.")
-    partial_images: int = setting(
-        0, "Previews of each picture while it is drawn; for a stream.", minimum=0, maximum=3
-    )
+    partial_images: int = setting(0, "Previews of each picture while it is drawn; for a stream.", minimum=0, maximum=3)
     moderation: str = setting("auto", "Accepted; nothing is moderated here.", choices=("auto", "low"))
     style: str | None = setting(None, "Accepted; the prompt says the style here.", choices=("vivid", "natural"))
     input_fidelity: str | None = setting(None, "Accepted; set `strength` here.", choices=("high", "low"))

@@ -7,15 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from zimage.errors import RequestError, ZImageError, quoted
-from zimage.serve.asking import ATTACHMENTS, Asked, asked
-from zimage.serve.bodies import FormRoute, media_type, parse_object, read_object
+from zimage.errors import RequestError, ZImageError
+from zimage.serve.asking import Asked, asked
+from zimage.serve.bodies import FormRoute, read_object, read_with_files
 from zimage.serve.jobs import CANCELLED, DONE
-from zimage.serve.multipart import parts_of
 from zimage.serve.openapi import (
     EVENTS,
     EXAMPLE_JOB,
-    PARTS,
     TEXT,
     WHOLE,
     answers,
@@ -25,14 +23,12 @@ from zimage.serve.openapi import (
     reference,
     takes,
 )
-from zimage.serve.refusals import Conflict, Malformed, Unavailable
+from zimage.serve.refusals import Conflict, Unavailable
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
-from zimage.settings.fields import nearest
 
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-REQUEST = "request"  # the part of a multipart body that holds the values
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
 JOBS = content("The jobs.", record("Jobs", jobs=listed(reference("Job"))), {"jobs": [EXAMPLE_JOB]})
 STREAM = content("Server-sent events: job, position, progress, preview, image, end.", TEXT, media=EVENTS)
@@ -113,16 +109,8 @@ def routes(service: Service) -> APIRouter:
 
 
 async def read_asked(request: Request, service: Service) -> Asked:
-    """A request for pictures as JSON, or as multipart with the JSON in the part `request` and files in others."""
-    if media_type(request) != PARTS:
-        return asked(await read_object(request), {}, "own", service.settings)
-    parts = parts_of(request.headers["content-type"], await request.body())
-    if twice := [part.name for i, part in enumerate(parts) if part.name in [other.name for other in parts[:i]]]:
-        raise Malformed(f"the part {twice[0][:80]!r} comes twice")
-    files = {part.name: part.content for part in parts if part.name != REQUEST}
-    if unknown := [name for name in files if name not in ATTACHMENTS]:
-        raise RequestError(f"there is no part {quoted(unknown[0])}; {nearest(unknown[0], ATTACHMENTS)}")
-    values = next((parse_object(part.content) for part in parts if part.name == REQUEST), {})
+    """A request for pictures, as JSON or in parts."""
+    values, files = await read_with_files(request)
     return asked(values, files, "own", service.settings)
 
 

@@ -8,6 +8,7 @@ from zimage.errors import CheckpointError
 from zimage.formats.json_text import json_object
 from zimage.serve.answers import error_body
 from zimage.serve.door import Door, no_cookie
+from zimage.serve.openapi import answers, takes
 
 LONGEST = 4096  # bytes of a body
 EXAMPLE = {"token": "the token that the server was started with"}
@@ -17,14 +18,19 @@ BODY = {
     "properties": {"token": {"type": "string", "description": "The server's token."}},
     "example": EXAMPLE,
 }
-REQUEST = {"requestBody": {"required": True, "content": {"application/json": {"schema": BODY}}}}
+DONE = {"description": "There is nothing to say."}
 
 
 def routes(door: Door) -> APIRouter:
     """`/api/session`; the rule `FewTries` of `safety` counts what is answered with 401 here."""
     router = APIRouter(tags=["session"])
 
-    @router.post("/api/session", status_code=204, openapi_extra=REQUEST, responses=_answers(400, 401, 429))
+    @router.post(
+        "/api/session",
+        status_code=204,
+        openapi_extra=takes("The token.", json=BODY),
+        responses=answers(DONE, 422, status=204, body=True),
+    )
     async def begin(request: Request) -> Response:
         """Exchange the token for a cookie."""
         try:
@@ -36,7 +42,7 @@ def routes(door: Door) -> APIRouter:
         secure = request.headers.get("origin", "").startswith("https:") or request.url.scheme == "https"
         return Response(status_code=204, headers={"Set-Cookie": door.cookie(secure)} if door.is_locked else None)
 
-    @router.delete("/api/session", status_code=204)
+    @router.delete("/api/session", status_code=204, responses=answers(DONE, status=204))
     async def end() -> Response:
         """Forget the cookie."""
         return Response(status_code=204, headers={"Set-Cookie": no_cookie()})
@@ -47,7 +53,3 @@ def routes(door: Door) -> APIRouter:
 def _refused(status: int, message: str) -> Response:
     body = json.dumps(error_body("/api/session", status, message))
     return Response(body, status, media_type="application/json")
-
-
-def _answers(*statuses: int) -> dict[int | str, dict[str, str]]:
-    return {status: {"description": "An error"} for status in statuses}
