@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from browsing import PHONE, chromium, drop, sent_jobs, until, window, write
+from browsing import JOBS, PHONE, chromium, drop, sent_jobs, until, window, write
 from PIL import Image
 from running import Server
 
@@ -57,7 +57,11 @@ def submitted(page) -> dict:
     """Press Render; the values that were sent."""
     before = len(sent_jobs(page))
     page.click("#render")
-    until(page, "(n) => window.sent.filter(({ url, method }) => url === '/api/jobs' && method === 'POST').length > n", before)
+    until(
+        page,
+        "(n) => window.sent.filter(({ url, method }) => url === '/api/jobs' && method === 'POST').length > n",
+        before,
+    )
     until(page, "() => !document.querySelector('#render').hasAttribute('aria-busy')")
     return json.loads(sent_jobs(page)[-1]["request"])
 
@@ -268,15 +272,15 @@ def test_a_mask_is_painted_with_the_mouse(page, square):
     page.click("#mask-done")
     submitted(page)
     mask = mask_of(page)
-    assert mask.size == (128, 64)
-    shades = [mask.convert("L").getpixel(point) for point in ((32, 32), (96, 32), (32, 4), (4, 60))]
+    assert mask.size == (1024, 512)  # finer than the small picture
+    shades = [mask.convert("L").getpixel(point) for point in ((256, 256), (768, 256), (256, 32), (32, 480))]
     assert shades == [255, 0, 0, 0]
     page.click("#open-painter")
     page.click("#mask-undo")  # the erasing
     page.click("#mask-invert")
     page.click("#mask-done")
     submitted(page)
-    assert [mask_of(page).convert("L").getpixel(point) for point in ((32, 32), (96, 32), (32, 4))] == [0, 0, 255]
+    assert [mask_of(page).convert("L").getpixel(point) for point in ((256, 256), (768, 256), (256, 32))] == [0, 0, 255]
     page.click("#open-painter")
     page.click("#mask-clear")
     page.click("#mask-done")
@@ -294,8 +298,8 @@ def test_a_mask_is_painted_with_keys(page, square):
     page.keyboard.press(" ")
     page.click("#mask-done")
     submitted(page)
-    assert mask_of(page).convert("L").getpixel((66, 32)) == 255
-    assert mask_of(page).convert("L").getpixel((4, 4)) == 0
+    assert mask_of(page).convert("L").getpixel((520, 256)) == 255
+    assert mask_of(page).convert("L").getpixel((32, 32)) == 0
 
 
 def test_tokens_are_counted_and_coloured(page):
