@@ -7,8 +7,8 @@ import tiny
 import zimage
 from zimage.dit import ZImageDiT
 from zimage.errors import RemoteError, RequestError, RewriteError
-from zimage.render.rewriting import DEFAULT, _unquoted
-from zimage.settings.declared import RewriteSettings
+from zimage.render.rewriting import _unquoted
+from zimage.settings.declared import DEFAULT_REWRITER, RewriteSettings
 from zimage.text import Qwen3, generate
 from zimage.vae import AutoencoderKL
 
@@ -46,7 +46,7 @@ def test_the_encoders_own_weights_write(writer):
     one, two = (pipe.rewrite("a cat", **SHORT) for _ in range(2))
     assert one == two
     assert one.prompt
-    assert one.describe() == {"original": "a cat", "rewriter": DEFAULT, "seed": 5}
+    assert one.describe() == {"original": "a cat", "rewriter": DEFAULT_REWRITER, "seed": 5}
     others = [
         pipe.rewrite("a cat", **{**SHORT, **change}).prompt
         for change in ({"rewrite_seed": 9}, {"rewriter": "rewrite-photo"}, {"temperature": 0.0}, {"max_tokens": 3})
@@ -69,7 +69,7 @@ def test_later_stages_are_not_planned_as_for_writing(writer):
 def test_the_chat_has_the_rewriters_words_and_a_closed_think_block(pipe, says):
     asked = says("A fine cat.")
     assert pipe.rewrite("a cat").prompt == "A fine cat."
-    system = pipe.texts.templates.get(DEFAULT).system_prompt
+    system = pipe.texts.templates.get(DEFAULT_REWRITER).system_prompt
     head = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
     pipe.rewrite("a cat", rewrite_thinking=True)
     assert asked == [head + "<think>\n\n</think>\n\n", head]

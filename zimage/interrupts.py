@@ -92,11 +92,11 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling(consequence: str) -> Iterator[None]:
-    """What an interrupt inside leaves behind, to be said to the user."""
+    """What an interrupt inside leaves behind, to be said to the user, unless something inside has said it."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        interrupt.args = (consequence,)
+        interrupt.args = interrupt.args or (consequence,)
         raise
 
 

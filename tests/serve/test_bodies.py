@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.testclient import TestClient
 
 from zimage.errors import RequestError
+from zimage.serve.about import About
 from zimage.serve.asking import NAMES, asked, check_limits, from_base64
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.openapi import answers, content, describe, takes
@@ -228,16 +229,15 @@ def test_a_client_that_is_gone_is_no_fault():
 # ---------------------------------------------------------------------- the description
 
 
-class About:
-    model = {"name": "demo", "fingerprint": "f", "is_demo": True}  # noqa: RUF012
-    defaults = {"width": 128, "height": 128, "steps": 8, "guidance": 0.0, "shift": 3.0}  # noqa: RUF012
-    token_limit, dtype, device = 512, "bfloat16", "cpu"
+MODEL = {"name": "demo", "fingerprint": "f", "is_demo": True}
+DEFAULTS = {"width": 128, "height": 128, "steps": 8, "guidance": 0.0, "shift": 3.0}
+ABOUT = About(MODEL, DEFAULTS, 512, "bfloat16", "cpu", [])
 
 
 def test_the_schema_tells_all_that_a_page_needs():
-    found = described(About(), LIMITS, {"steps": 6, "template": None}, ["style"])
+    found = described(ABOUT, LIMITS, {"steps": 6, "template": None}, ["style"])
     assert set(found["request"]["properties"]) | set(found["rewrite"]["properties"]) | {"lora"} == set(NAMES)
-    assert found["defaults"] == {**About.defaults, "steps": 6}
+    assert found["defaults"] == {**DEFAULTS, "steps": 6}
     assert found["request"]["properties"]["steps"]["maximum"] == found["limits"]["max_steps"] == 50
     assert found["request"]["properties"]["images"]["maximum"] == 4
     assert found["lora"] == {"names": ["style"]}

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from histories import consistent, draw, fill, history, ids
 
-from zimage.serve.refusals import NoRoom
+from zimage.serve.refusals import NoRoom, NotFound
 
 BUSY = """
 import random, sys
@@ -82,6 +84,47 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(tmp_path, rounds):
         expected |= {id: bool(gone) for id, gone in found.items()}
         kept.database.close()
     assert changes > 10 * rounds
+
+
+def test_threads_find_and_change_at_once(tmp_path):
+    """What one thread added and nobody deleted is on every page that another reads, and none is told twice."""
+    kept, faults = history(tmp_path), []
+
+    def add(name):
+        for i in range(25):
+            id = f"{name}-{i}"
+            kept.add(draw(kept.files.path(id), f"a cat by {name}"), id, "")
+            kept.get(id)
+
+    def delete_and_restore(name):
+        for _ in range(25):
+            gone = kept.delete([picture.id for picture in kept.page(limit=5).pictures])
+            assert kept.restore(gone) == gone
+
+    def read(name):
+        for _ in range(50):
+            found = ids(kept.page("cat", limit=200))
+            assert len(found) == len(set(found))
+            if found:
+                with suppress(NotFound):  # deleted meanwhile
+                    kept.open(found[0]).close()
+                    kept.thumbnail(found[0])
+
+    def guarded(work, name):
+        try:
+            work(name)
+        except BaseException as error:
+            faults.append(error)
+
+    works = [*[add] * 3, delete_and_restore, delete_and_restore, read, read]
+    threads = [Thread(target=guarded, args=(work, f"t{i}")) for i, work in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert sorted(consistent(kept).items()) == sorted((f"t{i}-{k}", 0) for i in range(3) for k in range(25))
+    kept.database.close()
 
 
 @pytest.fixture

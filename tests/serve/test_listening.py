@@ -290,6 +290,19 @@ def test_ordinary_requests_are_answered(server):
     assert b"\r\nserver: " not in server.get().lower()
 
 
+def test_a_body_follows_its_header_at_once(server):
+    """And not once the client has acknowledged the header, 40 ms later (Nagle's algorithm)."""
+    waits = []
+    with server.connect() as client:
+        for _ in range(20):
+            client.sendall(server.head())
+            answer, start = client.recv(1 << 16), time.monotonic()
+            while not answer.endswith(b"0\r\n\r\n"):
+                answer += client.recv(1 << 16)
+            waits.append(time.monotonic() - start)
+    assert sorted(waits)[10] < 0.02
+
+
 def test_garbage_while_an_answer_runs_ends_it_quietly(server):
     with server.connect() as client:
         client.sendall(server.head("/events", "POST", "1.1", "Transfer-Encoding: chunked"))

@@ -29,7 +29,7 @@ def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     origin, note = read_settings(source)
     if foreign := [name for name in origin["request"] if name not in Request.names()]:
         raise RequestError(f"{source} sets {foreign[0]!r}, which is not a setting of a picture; remove it there")
-    _check_values(source, origin["request"])
+    check_values(source, origin["request"])
     for name in FILES:
         before = origin["request"].get(name)
         if before and given.get(name) is None:
@@ -40,8 +40,8 @@ def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     return {**origin, "request": request, "files": files, "note": note}
 
 
-def _check_values(source: Path, request: Record) -> None:
-    """Raise RequestError, which names the picture, for a value that a setting does not take."""
+def check_values(source: Path | str, request: Record) -> None:
+    """Raise RequestError, which names the picture `source`, for a value that a setting does not take."""
     for name, value in request.items():
         try:
             if name in FILES:
@@ -86,6 +86,16 @@ def with_loras(source: Path | None, origin: Record, given: Mapping[str, Plain], 
     return replace(resolved, entries={**resolved.entries, "lora": Entry(texts, PICTURE)})
 
 
+def with_lora_names(source: Path | None, origin: Record, given: Mapping[str, Plain], resolved: Resolved) -> Resolved:
+    """The same for a server, which finds LoRAs by their names: a settings file names files of this computer."""
+    if given.get("lora"):
+        return resolved
+    entries = {name: entry for name, entry in resolved.entries.items() if name != "lora"}
+    if loras := [] if source is None else _loras_of(source, origin):
+        entries["lora"] = Entry([f"{lora['name']}:{lora['scale']}" for lora in loras], PICTURE)
+    return replace(resolved, entries=entries)
+
+
 def _loras_of(source: Path, origin: Record) -> list[Record]:
     loras = origin.get("lora") or []
     wanted = {"name": str, "hash": str, "scale": int | float}
@@ -98,10 +108,10 @@ def _loras_of(source: Path, origin: Record) -> list[Record]:
 def warn_of_differences(origin: Record, now: Record) -> None:
     """The same pixels need the same model, files, dtype, device and versions."""
     then = {name: origin.get(name) for name in FACTS} | origin.get("files", {})
-    current = now | {name: now["request"][name] for name in FILES}
+    current = now | {name: now["request"].get(name) for name in FILES}
     for name, before in then.items():
-        if before is not None and _identity(before) != _identity(current[name]):
-            terminal.note(f"warning: {name} was {plain(before)}, now {plain(current[name])}: pixels may differ")
+        if before is not None and _identity(before) != _identity(after := current.get(name)):
+            terminal.note(f"warning: {name} was {plain(before)}, now {plain(after)}: pixels may differ")
     if origin.get("request", {}).get("batch_size", 1) > 1:
         terminal.note("warning: the picture was rendered in a batch, which affects its bits: pixels may differ")
 

@@ -36,8 +36,12 @@ class Progress:
 
             self.show(f"loading the {ROWS[event.detail].title}")
             return
-        place = f" ({event.index + 1} of {event.count})" if event.count > 1 else ""
-        self.show(f"{event.stage}{place} {_bar(event.step, event.total)} {event.step}/{event.total}")
+        self.at(event.stage, event.step, event.total, event.index, event.count)
+
+    def at(self, stage: str, step: int, total: int, index: int, count: int) -> None:
+        """How far a stage is, of one of several images."""
+        place = f" ({index + 1} of {count})" if count > 1 else ""
+        self.show(f"{stage}{place} {_bar(step, total)} {step}/{total}")
 
     def finished(self, saved: Record) -> None:
         if not self.names:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zimage.cli import terminal
+from zimage.cli.drawing import rewriting_told
 from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.plan import show_plan
 from zimage.cli.progress import Progress
@@ -61,10 +62,7 @@ def check_rewriting(resolved: Resolved, again: bool) -> RewriteSettings | None:
     given = [name for name in resolved.of(RewriteSettings) if resolved.source(name).startswith("--")]
     if settings.rewriter is None and given:
         raise RequestError(f"{given[0]}: it has no effect without --rewrite; pass that too or leave it out")
-    if settings.rewriter is None or (again and "rewriter" not in given):
-        return None
-    check_server(resolved, "rewriter_url")
-    return settings
+    return None if settings.rewriter is None or (again and "rewriter" not in given) else settings
 
 
 def prepared(
@@ -86,7 +84,7 @@ def prepared(
     _warn_of_demo(pipe, settings, progress)
     results = [write(pipe, prompt, settings, progress) for prompt in request.prompts]
     for result in results:
-        progress.note(f"rewritten ({result.rewriter}, seed {result.seed}): {result.prompt}")
+        progress.note(rewriting_told(result.describe(), result.prompt))
     prompts = [result.prompt for result in results]
     prompt = prompts if isinstance(request.prompt, list) else prompts[0]
     return pipe.prepare(dataclasses.replace(job.request, prompt=prompt)), results

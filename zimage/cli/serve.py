@@ -1,6 +1,5 @@
 """`serve`: the server and its page; what it loads and draws is set by the options of `gen`."""
 
-import importlib
 import importlib.util
 import logging
 from typing import TYPE_CHECKING
@@ -45,7 +44,8 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
     if resolved.note and not quiet:
         terminal.note(resolved.note)
     _need_packages()
-    app = importlib.import_module("zimage.serve.app")
+    from zimage.serve import app
+
     with resolved.naming_sources():
         if reindex:
             app.reindex(serving)

@@ -53,7 +53,7 @@ class Target:
             request = record["request"]
             check_savable(self.folder / self._name(request, i), request["width"], request["height"])
 
-    def save(self, image: "Image", metadata: Record, index: int) -> Path:
+    def save(self, image: "Image | bytes", metadata: Record, index: int) -> Path:
         """Save a picture where it belongs, else where it can be saved. Raises OutputError where that is nowhere."""
         from zimage.pictures.files import save
 
@@ -119,7 +119,7 @@ def holds(path: Path, metadata: Record) -> bool:
         return False
 
 
-def _rescued(image: "Image", path: Path, metadata: Record, ending: str, reason: str) -> Path:
+def _rescued(image: "Image | bytes", path: Path, metadata: Record, ending: str, reason: str) -> Path:
     import tempfile
 
     from zimage.formats.atomic import cut

@@ -11,7 +11,6 @@ from zimage.errors import RequestError, printable, quoted
 from zimage.settings.environment import ENCODER_TOKEN, REWRITER_KEY, encoder_token, rewriter_key
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import Resolved
-from zimage.settings.serving import is_loopback
 
 log = logging.getLogger("zimage")
 
@@ -48,6 +47,8 @@ def check_folder(resolved: Resolved, name: str) -> None:
 
 def check_serving(resolved: Resolved) -> None:
     """Raise RequestError where such a file opens the server to others, or has pictures of the user deleted."""
+    from zimage.serve.hosts import is_loopback
+
     check_folder(resolved, "data")
     for name, does in SERVING.items():
         if resolved.is_own(name) or (name == "host" and is_loopback(resolved.entries[name].value)):

@@ -5,6 +5,7 @@ introduced. PNG keeps both in text chunks, JPEG and WebP in EXIF: the JSON as th
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from zimage.formats.atomic import beside, destination, take
 from zimage.formats.json_text import json_object
 from zimage.pictures.comfyui import parse_graph
 from zimage.pictures.foreign import taken
-from zimage.pictures.opening import EXIF_IFD
+from zimage.pictures.opening import EXIF_IFD, opened_bytes
 from zimage.pictures.parameters import parameters_text, parse_parameters
 from zimage.pictures.texts import (
     EXIF_COMMENT,
@@ -34,6 +35,7 @@ from zimage.settings.fields import Plain
 
 LONGEST_JPEG_EXIF = 65_533  # bytes: one segment
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+QUALITY = 95  # of JPEG and WebP, unless another is wanted
 LONGEST_SIDE = {"WEBP": 16_383}  # px that a format can hold, where a picture may have more
 
 
@@ -45,8 +47,10 @@ def file_format(path: Path) -> str:
         raise RequestError(f"output {path.name!r} should end in one of {', '.join(FORMATS)}") from None
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
+def save(image: Image.Image | bytes, path: Path, metadata: Mapping[str, Plain], replace: bool) -> Path:
     """Write `image` whole or not at all, and return where: with `replace` false a taken name gets a number.
+
+    The bytes of a PNG that carries its metadata already are kept as they are where the name asks for a PNG.
 
     A symbolic link that is replaced stays: the file behind it is. Raises OSError, RequestError where something else
     than a file has the name, and ValueError where the format cannot hold the picture.
@@ -54,19 +58,38 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, Plain], replace:
     kind, real = file_format(path), destination(path) if replace else path
     with beside(real) as temporary:
         with temporary.open("xb") as stream:
-            image.save(stream, kind, **_save_options(kind, metadata))
+            if isinstance(image, bytes) and kind == "PNG":
+                stream.write(image)
+            else:
+                _opened(image).save(stream, kind, **_save_options(kind, metadata, QUALITY))
         if replace:
             os.replace(temporary, real)
             return path
         return _publish(temporary, path)
 
 
+def encoded(image: Image.Image, kind: str, metadata: Mapping[str, Plain] | None, quality: int = QUALITY) -> bytes:
+    """A file of the format that Pillow calls so; without `metadata` it carries none. Raises RequestError."""
+    check_holds(kind, *image.size)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": quality} if metadata is None else _save_options(kind, metadata, quality)))
+    return buffer.getvalue()
+
+
 def check_savable(path: Path, width: int, height: int) -> None:
     """Raise RequestError where the format of a name could not hold a picture of this size."""
-    kind, side = file_format(path), max(width, height)
-    longest = LONGEST_SIDE.get(kind)
+    kind = file_format(path)
+    try:
+        check_holds(kind, width, height)
+    except RequestError as error:
+        raise error.with_text(f"output {path.name!r}: {error}; use .png") from None
+
+
+def check_holds(kind: str, width: int, height: int) -> None:
+    """Raise RequestError where a format cannot hold a picture of this size."""
+    longest, side = LONGEST_SIDE.get(kind), max(width, height)
     if longest is not None and side > longest:
-        raise RequestError(f"output {path.name!r}: a side of {side} px does not fit into {kind}; use .png")
+        raise RequestError(f"a side of {side} px does not fit into {kind}")
 
 
 def read_metadata(path: Path) -> dict[str, Plain]:
@@ -94,6 +117,14 @@ def read_settings(path: Path) -> tuple[dict[str, Plain], str]:
     return {"request": request}, note
 
 
+def _opened(image: Image.Image | bytes) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    with opened_bytes("the picture", image) as picture:
+        picture.load()
+    return picture
+
+
 def _own_record(path: Path, texts: Texts) -> dict[str, Plain] | None:
     """Our own settings, or None where a picture has none; a damaged text under our own name is an error."""
     if not texts.settings:
@@ -105,14 +136,14 @@ def _own_record(path: Path, texts: Texts) -> dict[str, Plain] | None:
     return record if isinstance(record.get("request"), dict) else None
 
 
-def _save_options(kind: str, metadata: Mapping[str, Plain]) -> dict[str, Plain]:
+def _save_options(kind: str, metadata: Mapping[str, Plain], quality: int) -> dict[str, Plain]:
     text = json.dumps(metadata, ensure_ascii=False)
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text(METADATA_KEY, text)
         chunks.add_text(PARAMETERS_KEY, parameters_text(metadata))
         return {"pnginfo": chunks}
-    return {"exif": _exif(kind, metadata), "quality": 95}
+    return {"exif": _exif(kind, metadata), "quality": quality}
 
 
 def _exif(kind: str, metadata: Mapping[str, Plain]) -> Image.Exif:

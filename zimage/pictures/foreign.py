@@ -65,8 +65,13 @@ def _in_our_terms(values: dict[str, Plain]) -> dict[str, Plain]:
     """CFG as guidance, and sides at the nearest multiple."""
     ours = {key: value for key, value in values.items() if key != CFG}
     if CFG in values:
-        ours["guidance"] = max(round(values[CFG] - 1, 6), 0.0)
+        ours["guidance"] = guidance_of(values[CFG])
     return ours | {side: nearest_side(ours[side]) for side in ("width", "height") if ours.get(side, 0) > 0}
+
+
+def guidance_of(cfg: float) -> float:
+    """Guidance counts from 0, and other programs' CFG from 1; below that it is off as well."""
+    return max(round(cfg - 1, 6), 0.0)
 
 
 def _left(found: Found) -> list[str]:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from zimage.errors import RequestError
@@ -63,6 +62,7 @@ def to_pil(images: "Tensor") -> list[Image.Image]:
 
 def from_pil(image: Image.Image) -> "Tensor":
     """A PIL image → (1, 3, H, W) fp32 tensor in [−1, 1], in the reference's order of rounding."""
+    import numpy as np
     import torch
 
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
@@ -71,6 +71,7 @@ def from_pil(image: Image.Image) -> "Tensor":
 
 def mask_tensor(mask: Image.Image, width: int, height: int) -> "Tensor":
     """A mask → (1, 1, H, W) fp32 of zeros and ones: brought to the size by `fit`, then cut at one half."""
+    import numpy as np
     import torch
 
     levels = np.asarray(fit(mask.convert("L"), width, height))
@@ -159,6 +160,8 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         raise RequestError(f"{name} has LAB colours, which are not read; save it with RGB colours")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
+    import numpy as np
+
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise RequestError(f"{name} has 32-bit pixels, whose range is unknown; save it with 8 or 16 bits")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from zimage.errors import CheckpointError, RequestError
+from zimage.errors import CheckpointError, RequestError, ZImageError
 from zimage.formats.files import require_file
 from zimage.settings.declared import MAX_SIDE
 
@@ -53,9 +53,12 @@ def opened(path: Source) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def opened_bytes(name: str, data: bytes) -> Iterator[Image.Image]:
-    """The same for the bytes of a file that came otherwise, which errors call `name`."""
-    with _named_faults(name), _opened(io.BytesIO(data)) as image:
-        yield image
+    """The same for the bytes of a file that came in the field `name`, which errors name."""
+    try:
+        with _named_faults(name), _opened(io.BytesIO(data)) as image:
+            yield image
+    except RequestError as error:
+        raise RequestError(str(error), fields=error.fields or (name,)) from error
 
 
 def exif_tags(image: Image.Image) -> dict[int, Any]:
@@ -72,7 +75,7 @@ def _named_faults(name: str) -> Iterator[None]:
     """Turn whatever Pillow raises into a RequestError that names the picture."""
     try:
         yield
-    except RequestError:
+    except ZImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{name} is too large: it has more than {MOST_PIXELS:,} pixels") from error

@@ -36,11 +36,16 @@ class Texts:
 def read_texts(path: Path) -> Texts:
     """The texts of a picture file. Raises RequestError where it is none, or where a text is too long."""
     with opened(path) as image:
-        found = _texts(_in_chunks(image)) or _texts(_in_exif(image))
-        found = found or _texts(_in_chunks(image))  # looking for EXIF has read the chunks behind the pixels
+        return picture_texts(image, str(path))
+
+
+def picture_texts(image: Image.Image, name: str) -> Texts:
+    """The same of an open picture, which errors call `name`."""
+    found = _texts(_in_chunks(image)) or _texts(_in_exif(image))
+    found = found or _texts(_in_chunks(image))  # looking for EXIF has read the chunks behind the pixels
     for key, text in found.items():
         if len(text) > (most := LIMITS[key]):
-            raise RequestError(f"{path}: its text {key!r} has {len(text):,} characters; at most {most:,} are read")
+            raise RequestError(f"{name}: its text {key!r} has {len(text):,} characters; at most {most:,} are read")
     return Texts(*(found.get(key, "") for key in LIMITS))
 
 

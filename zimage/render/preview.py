@@ -10,8 +10,9 @@
 **Factors.** A VAE's latents are close to colours in another basis, so that 16 → 3 factors and a bias show most of a
 picture. They are fitted by least squares on the VAE itself, on two kinds of pairs: smooth random latents, decoded, and
 smooth random pictures, encoded. Latents of the first kind go in all directions, those of the second lie where pictures
-do. On eight renders of the demo the mean error to the decoded picture is 11.9 of 255 levels with both kinds, 12.8 and
-12.2 with one alone, 10.4 with factors that are fitted on these renders themselves, and 58 for grey.
+do. On eight renders of the demo the mean error to the decoded picture is 12.5 of 255 levels with both kinds, 14.0 and
+12.9 with one alone, 11.2 with factors that are fitted on these renders themselves, and 63 for grey
+(`pytest --full tests/test_preview.py`).
 
 **The clean picture.** At noise level σ the latents are x = (1 − σ)·x₀ + σ·ε, and their velocity is v = ε − x₀, so that
 x₀ = x − σ·v. A step goes from x at σ to x′ = x + (σ′ − σ)·v, hence v = (x′ − x) / (σ′ − σ) and, at its end,
@@ -42,6 +43,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from zimage import interrupts
 from zimage.errors import CheckpointError, NonFiniteError
 from zimage.events import Event
 from zimage.formats.atomic import beside
@@ -83,22 +85,29 @@ class Factors:
 # ------------------------------------------------------------------ fitting
 
 
-@torch.no_grad()
 def fit(vae: Any, device: torch.device) -> Factors:
     """The factors of an autoencoder, AutoencoderKL or AutoencoderKLWan, on the device that it is on.
 
     The same ones each time, up to the device's rounding. Raises NonFiniteError for a damaged one.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    factor = vae.spatial_factor
+    return least_squares(*pairs(vae, device))
+
+
+@torch.no_grad()
+def pairs(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, h, w) and the mean colours of their cells (B, 3, h, w): SAMPLES decoded, then as many encoded."""
+    generator, factor = torch.Generator("cpu").manual_seed(0), vae.spatial_factor
     latents = list(smooth(vae.config.latent_channels, SIDE, LATENT_FALL, generator).split(1))
     colours = SPREAD * torch.randn((SAMPLES, 3, 1, 1), generator=generator)
     pictures = torch.tanh(smooth(3, SIDE * factor, PICTURE_FALL, generator) + colours).split(1)
     drawn = [vae.decode(one.to(device)).cpu() for one in latents]
     latents += [vae.encode(one.to(device)).cpu() for one in pictures]
+    return torch.cat(latents), F.avg_pool2d(torch.cat([*drawn, *pictures]), factor)
 
-    means = F.avg_pool2d(torch.cat([*drawn, *pictures]), factor)
-    x, y = _columns(torch.cat(latents)), _columns(means)
+
+def least_squares(latents: Tensor, colours: Tensor) -> Factors:
+    """The factors that come nearest to the colours (B, 3, h, w) of latents (B, C, h, w). Raises NonFiniteError."""
+    x, y = _columns(latents), _columns(colours)
     if not (x.isfinite().all() and y.isfinite().all()):
         raise NonFiniteError("the VAE makes NaN or infinity of smooth latents or pictures; it allows no previews")
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], dim=1).double(), y.double()).solution
@@ -228,7 +237,7 @@ class Previews:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._change:
+        with interrupts.held(), self._change:
             self._over = True
             self._change.notify()
         self._thread.join()
@@ -247,7 +256,7 @@ class Previews:
         if event.stage != "denoise" or event.latents is None or self._noted is None:
             return
         begun, self._noted = self._noted, None
-        ready = torch.cuda.current_stream(event.latents.device).record_event() if event.latents.is_cuda else None
+        ready = _marked(event.latents.device)
         levels = begun.sigmas[begun.step], begun.sigmas[begun.step + 1]
         with self._change:
             self._waiting = _Step(event, begun.latents[:1], event.latents[:1], *levels, ready)
@@ -284,6 +293,15 @@ class Previews:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             return latents.float().cpu().numpy()
+
+
+def _marked(device: torch.device) -> torch.cuda.Event | None:
+    """On a GPU, what tells when all that it has been told so far is done."""
+    if device.type != "cuda":
+        return None
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(device))
+    return ready
 
 
 def clean(

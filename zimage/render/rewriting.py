@@ -17,13 +17,11 @@ from zimage.loading.registry import ROWS, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.render.conditioning import Texts
 from zimage.render.remote_encoder import RemoteEncoder
-from zimage.settings.declared import Request, RewriteSettings
+from zimage.settings.declared import DEFAULT_REWRITER, Request, RewriteSettings
 from zimage.settings.environment import rewriter_key
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
 from zimage.text.tokenizer import Tokenizer
-
-DEFAULT = "rewrite-expand"
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Rewriter:
 
     def template(self, settings: RewriteSettings) -> Template:
         """The rewriter that is named, else the usual one. Raises RequestError."""
-        template = self._texts.templates.get(settings.rewriter or DEFAULT, "rewriter")
+        template = self._texts.templates.get(settings.rewriter or DEFAULT_REWRITER, "rewriter")
         if template.category != REWRITER:
             known = ", ".join(t.name for t in self._texts.templates.list(REWRITER))
             raise RequestError(

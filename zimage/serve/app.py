@@ -14,11 +14,11 @@ from zimage.serve.about import About
 from zimage.serve.answers import error_body
 from zimage.serve.database import Database
 from zimage.serve.door import Door
-from zimage.serve.forms import encoder, hidden_states, history, meta, own, session
+from zimage.serve.forms import a1111, encoder, hidden_states, history, meta, openai, own, session, texts
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
-from zimage.serve.openapi import describe
+from zimage.serve.openapi import describe, methods_of
 from zimage.serve.safety import protected
 from zimage.serve.schema import drawing_body, drawing_parts
 from zimage.serve.service import Launch, Service
@@ -82,19 +82,22 @@ def build(service: Service, door: Door) -> FastAPI:
 
     handlers: dict[Any, Any] = {HTTPException: _unknown, Exception: _failed}
     app = FastAPI(lifespan=life, exception_handlers=handlers, redirect_slashes=False, docs_url=None, redoc_url=None)
-    forms = (encoder, hidden_states, meta)
-    for form in forms if service.settings.encoder_only else (own, history, *forms):
+    forms = (encoder, hidden_states, texts, meta)
+    for form in forms if service.settings.encoder_only else (own, history, openai, a1111, *forms):
         app.include_router(form.routes(service))
     app.include_router(session.routes(door))
     bodies = {"Drawing": drawing_body(service.settings)}
-    describe(app, {**bodies, "DrawingParts": drawing_parts(bodies["Drawing"]), **history.SCHEMAS})
+    others = {**history.SCHEMAS, **openai.schemas(service.settings), **a1111.schemas(service.settings)}
+    describe(app, {**bodies, "DrawingParts": drawing_parts(bodies["Drawing"]), **others})
     return app
 
 
 async def _unknown(request: Request, error: HTTPException) -> Response:
     """No such path, or no such method on it."""
-    text = f"{request.method} {request.url.path[:80]!r} is not something that this server does"
-    return JSONResponse(error_body(request.url.path, error.status_code, text), error.status_code, error.headers)
+    path, status = request.url.path, error.status_code
+    text = f"{request.method} {path[:80]!r} is not something that this server does"
+    known = methods_of(request.app, path) if status == 405 else ""
+    return JSONResponse(error_body(path, status, text), status, {"Allow": known} if known else error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

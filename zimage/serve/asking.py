@@ -9,7 +9,8 @@ and where prompts are sent to be rewritten stands in the settings of the server 
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from zimage.errors import RequestError, quoted
@@ -33,8 +34,9 @@ DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 class Asked:
     """One request, as a form translates it.
 
-    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one;
-    what is absent or null is open, and the server's defaults are laid under it. Prompts are rewritten where `rewriter` is set.
+    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one.
+    What is absent or null is open, and the server's defaults are laid under it; prompts are rewritten where `rewriter`
+    is set then.
     `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings".
     """
 
@@ -63,6 +65,17 @@ def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: s
     return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
 
 
+@contextmanager
+def named_as(instead: Mapping[str, str], given: Collection[str]) -> Iterator[None]:
+    """Errors on what a client has set under its own name go by that name: ours → theirs, where theirs was `given`."""
+    try:
+        yield
+    except RequestError as error:
+        named = [instead[name] if instead.get(name) in given else name for name in error.fields]
+        text = str(error) if named == list(error.fields) else f"{named[0]}: {error}"
+        raise RequestError(text, fields=dict.fromkeys(named)) from error
+
+
 def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
     """Raise RequestError for more than the server draws in one job. Values that are still open pass."""
     width, height = values.get("width"), values.get("height")
@@ -80,6 +93,17 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
         named = ["images"] if images > 1 else ["prompt"]
         text = f"{count} pictures are too many; this server draws at most {limits.max_images} in one job"
         raise RequestError(f"{named[0]}: {text}", fields=named)
+
+
+def check_tokens(count: int, name: str, limits: ServeSettings) -> None:
+    """Raise RequestError for the longest prompt, or embeddings, of more tokens than the server takes.
+
+    The time of a step grows with their square.
+    """
+    if count > limits.max_tokens:
+        raise RequestError(
+            f"{name}: it has {count:,} tokens; this server takes at most {limits.max_tokens:,}", fields=(name,)
+        )
 
 
 def lora_names(value: Plain) -> tuple[str, ...]:

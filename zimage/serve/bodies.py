@@ -33,6 +33,10 @@ class FormRoute(APIRoute):
         """The body of the answer to an error."""
         return error_body(path, status, str(error), error.fields)
 
+    def headers(self, error: ZImageError) -> dict[str, str]:
+        """What the answer to an error says beside its body."""
+        return error_headers(error)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Awaitable[Response]] = super().get_route_handler()
 
@@ -51,7 +55,7 @@ class FormRoute(APIRoute):
     def _refused(self, request: Request, error: ZImageError) -> Response:
         path = request.scope["path"]
         status = error_status(path, error)
-        return JSONResponse(self.told(path, status, error), status, error_headers(error))
+        return JSONResponse(self.told(path, status, error), status, self.headers(error))
 
 
 async def read_object(request: Request) -> dict[str, Plain]:

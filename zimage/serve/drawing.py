@@ -96,7 +96,8 @@ class Studio:
                 self._prepared[question["id"]] = job
                 while len(self._prepared) > KEPT:
                     self._prepared.popitem(last=False)
-        return {"job": job.to_dict(), "request": _shown(job), "seeds": list(job.seeds)}
+        tokens = max(*job.token_counts, *map(len, job.token_ids.values()), 0)
+        return {"job": job.to_dict(), "request": _shown(job), "seeds": list(job.seeds), "tokens": tokens}
 
     def _job(self, task: Message) -> Job:
         with self._lock:
@@ -164,17 +165,22 @@ class Drawing:
     def run(self, check: Check) -> Message:
         """Draw what is not drawn yet. A cancel comes through in the middle of a step, but not while weights move."""
         begun = last = time.monotonic()
-        with ExitStack() as moving:
-            for event in self.pipe.run(self.job, self.state):
-                check()
-                self.timings[event.stage] = self.timings.get(event.stage, 0.0) + time.monotonic() - last
-                if event.stage == "load":
-                    moving.close() if event.step else moving.enter_context(interrupts.held())
-                self._take(event)
-                last = time.monotonic()
-                self._keep(event, last - begun)
-        if self.kept:
-            self.kept.remove()
+        try:
+            with ExitStack() as moving:
+                for event in self.pipe.run(self.job, self.state):
+                    check()
+                    self.timings[event.stage] = self.timings.get(event.stage, 0.0) + time.monotonic() - last
+                    if event.stage == "load":
+                        moving.close() if event.step else moving.enter_context(interrupts.held())
+                    self._take(event)
+                    last = time.monotonic()
+                    self._keep(event, last - begun)
+        except OutputError:
+            raise  # once there is room, the job goes on from its state
+        except BaseException:
+            self._forget()
+            raise
+        self._forget()
         return {"timings": {stage: round(seconds, 4) for stage, seconds in self.timings.items()}}
 
     def _take(self, event: Event) -> None:
@@ -226,6 +232,11 @@ class Drawing:
             self._tell(index)  # the server may have gone before it heard of them
         self.state = state
         return kept
+
+    def _forget(self) -> None:
+        """The job has ended for good."""
+        if self.kept:
+            self.kept.remove()
 
     def _keep(self, event: Event, seconds: float) -> None:
         if self.kept:

@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any, BinaryIO, NamedTuple
 
 from zimage.errors import RequestError, quoted
@@ -88,22 +89,19 @@ class History:
         A cursor names a place, not a number: what comes and goes meanwhile moves nothing. Raises RequestError.
         """
         words, place = _words(q), _place(before)
-        match = "".join(" AND instr(words, ?)" for _ in words)
+        after = "AND (created, id) < (?, ?) ORDER BY created DESC, id DESC LIMIT ?"
+        found = f"SELECT {COLUMNS} {LIVE}{_having(words)} {after}"
         with self.database.reading() as db:
-            (total,) = db.execute(f"SELECT count(*) {LIVE}{match}", words).fetchone()
-            found = f"SELECT {COLUMNS} {LIVE}{match} AND (created, id) < (?, ?) ORDER BY created DESC, id DESC LIMIT ?"
             rows = db.execute(found, (*words, *place, limit + 1)).fetchall()
-        pictures = [_picture(row) for row in rows[:limit]]
-        more = len(rows) > limit
+            whole = before is None and len(rows) <= limit
+            total = len(rows) if whole else _count(db, words)
+        pictures, more = [_picture(row) for row in rows[:limit]], len(rows) > limit
         return Page(pictures, f"{pictures[-1].created}_{pictures[-1].id}" if more else None, total)
 
     def total(self, q: str = "") -> int:
         """How many pictures have every word of `q` in their prompts."""
-        words = _words(q)
-        match = "".join(" AND instr(words, ?)" for _ in words)
         with self.database.reading() as db:
-            count: int = db.execute(f"SELECT count(*) {LIVE}{match}", words).fetchone()[0]
-        return count
+            return _count(db, _words(q))
 
     def file(self, id: str) -> Path:
         """The PNG of a picture. Raises NotFound."""
@@ -277,6 +275,15 @@ def _row(picture: Picture, deleted: float | None) -> tuple[object, ...]:
 def _picture(row: Sequence[Any]) -> Picture:
     id, job, created, size, width, height, settings = row
     return Picture(id, job, created, size, width, height, json.loads(settings))
+
+
+def _having(words: Sequence[str]) -> str:
+    return " AND instr(words, ?)" * len(words)
+
+
+def _count(db: Connection, words: Sequence[str]) -> int:
+    count: int = db.execute(f"SELECT count(*) {LIVE}{_having(words)}", words).fetchone()[0]
+    return count
 
 
 def _words(q: str) -> list[str]:

@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from sqlite3 import Connection
 from typing import Any
 
 from zimage.serve.database import Database
@@ -89,13 +88,12 @@ class Jobs:
         with self._database.writing() as db:
             (last,) = db.execute("SELECT coalesce(max(place), 0) FROM jobs").fetchone()
             row.place = last + 1
-            _put(db, row)
+            db.execute(ADD, _values(row))
 
     def put(self, *rows: JobRow) -> None:
         """Keep what has become of jobs."""
         with self._database.writing() as db:
-            for row in rows:
-                _put(db, row)
+            db.executemany(PUT, map(_values, rows))
 
     def get(self, id: str) -> JobRow | None:
         with self._database.reading() as db:
@@ -133,12 +131,14 @@ def uploads_of(rows: Iterable[JobRow]) -> set[str]:
 
 COLUMNS = ("id", "place", "state", "form", "created", "started", "finished", "key", "asked", "deaths", "restarts")
 SELECT = f"SELECT {', '.join(COLUMNS)}, plain FROM jobs"
-PUT = f"INSERT OR REPLACE INTO jobs ({', '.join(COLUMNS)}, plain) VALUES ({', '.join('?' * (len(COLUMNS) + 1))})"
+ADD = f"INSERT INTO jobs ({', '.join(COLUMNS)}, plain) VALUES ({', '.join('?' * (len(COLUMNS) + 1))})"
+PUT = f"{ADD} ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in (*COLUMNS, 'plain'))}"
 
 
-def _put(db: Connection, row: JobRow) -> None:
-    plain = json.dumps({name: getattr(row, name) for name in PLAIN}, ensure_ascii=False, separators=(",", ":"))
-    db.execute(PUT, (*(getattr(row, name) for name in COLUMNS), plain))
+def _values(row: JobRow) -> tuple[Any, ...]:
+    plain = {name: getattr(row, name) for name in PLAIN}
+    text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+    return (*(getattr(row, name) for name in COLUMNS), text)
 
 
 def _first(found: Iterable[tuple[Any, ...]]) -> JobRow | None:

@@ -3,6 +3,7 @@
 Bodies are read by the forms themselves and described here: what a field may be is declared once, in `zimage.settings`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     429: ("200 jobs are waiting; try again later", ()),
     431: ("the header is too long", ()),
     500: ("the render failed: the device ran out of memory", ()),
+    502: ("the server at the rewriter_url cannot be reached", ()),
     503: ("the server is stopping", ()),
     507: ("the disk is full; make room and try again", ()),
 }
@@ -155,6 +157,17 @@ def takes(description: str, **bodies: Schema) -> dict[str, Plain]:
 def describe(app: FastAPI, schemas: Mapping[str, Schema]) -> None:
     """Make the app's description complete: `schemas` are what its bodies refer to, by title."""
     app.openapi = _description(app, {**SHARED, **schemas})  # type: ignore[method-assign]
+
+
+def methods_of(app: FastAPI, path: str) -> str:
+    """What can be done at a path, for `Allow`; empty for one that is not described. Names go before patterns."""
+    paths = app.openapi()["paths"]
+    template = path if path in paths else next((one for one in paths if _pattern(one).fullmatch(path)), None)
+    return ", ".join(sorted(method.upper() for method in paths[template])) if template else ""
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template)))
 
 
 def _description(app: FastAPI, schemas: Mapping[str, Schema]) -> Callable[[], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Self
 
-from zimage.errors import RequestError, ZImageError
+from zimage.errors import RemoteError, RequestError, RewriteError, ZImageError
 
 
 class Refusal(ZImageError):
@@ -56,6 +56,10 @@ class TooMany(Refusal):
     status = 429
 
 
+class Failed(Refusal):
+    """A job that failed for a reason that does not lie in its request."""
+
+
 class Unavailable(Refusal):
     """The server is stopping, or no worker is ready."""
 
@@ -72,4 +76,6 @@ def status_of(error: ZImageError) -> int:
     """The status of an error; a form may turn 422 into what its clients know."""
     if isinstance(error, Refusal):
         return error.status
-    return 422 if isinstance(error, RequestError) else 500
+    if isinstance(error, RemoteError):
+        return 502
+    return 422 if isinstance(error, RequestError | RewriteError) else 500

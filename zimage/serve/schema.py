@@ -23,6 +23,7 @@ UPLOADED = {
     "embeddings": "Caption embeddings that save-embeddings gave, in place of a prompt",
 }
 EXAMPLE = {"prompt": "a lighthouse at dusk, waves, warm light in the window", "seed": 42}
+FILE: Schema = {"type": "string", "format": "binary"}
 PROMPT: Schema = {"type": "string", "description": "What to draw."}
 LORA_SCHEMA: Schema = {
     "description": "LoRAs of the server by name, each as NAME or NAME:SCALE.",
@@ -101,7 +102,7 @@ def drawing_body(settings: ServeSettings) -> Schema:
 
 def drawing_parts(body: Schema) -> Schema:
     """The same as multipart: the values as JSON in one part, files in others."""
-    files = {name: {"type": "string", "format": "binary", "description": f"{UPLOADED[name]}."} for name in ATTACHMENTS}
+    files = {name: {**FILE, "description": f"{UPLOADED[name]}."} for name in ATTACHMENTS}
     request = {**body, "contentMediaType": "application/json"}
     return whole("DrawingParts", {"request": request, **files}, needed=("request",))
 

@@ -9,21 +9,21 @@ import json
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from zimage.errors import RequestError, quoted
 from zimage.serve.about import About
-from zimage.serve.asking import Asked, check_limits
+from zimage.serve.asking import Asked, check_limits, check_tokens
 from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
 from zimage.serve.history import History
 from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
 from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
-from zimage.serve.stream import END, Message, Streams
+from zimage.serve.stream import END, PREVIEW, Message, Streams
 from zimage.serve.uploads import Uploads, named
 from zimage.serve.view import JobView
 from zimage.serve.workers import BUSY, READY, Worker
@@ -33,7 +33,7 @@ from zimage.settings.profiles import laid_over
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
 
-LORA_ENDING = ".safetensors"
+ENDING = ".safetensors"  # of LoRAs, states and captions
 LONGEST_KEY = 255
 SWEEP = 3600.0  # seconds between two looks for what is not needed any more
 
@@ -58,12 +58,13 @@ class Service:
         self.jobs_kept, self.streams = Jobs(database), Streams()
         self.history = History(self.folder, database, self.settings.keep_days, self.settings.keep_gb)
         self.uploads, self.metrics = Uploads(self.folder / "uploads", self.settings), Metrics()
-        for name in ("states", "captions"):
-            (self.folder / name).mkdir(exist_ok=True)
+        self._states, self._captions = self.folder / "states", self.folder / "captions"
+        for folder in (self._states, self._captions):
+            folder.mkdir(exist_ok=True)
         self.dispatcher = Dispatcher(
             self.jobs_kept, self.history, self.streams, self.metrics, self.folder / "pictures", self._has_room
         )
-        self._keys: dict[str, asyncio.Lock] = {}
+        self._keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._accepting = 0
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -72,6 +73,7 @@ class Service:
     async def start(self) -> None:
         """Take up the queue, and wait until a worker has opened the model. Raises what keeps it from that."""
         waiting = await asyncio.to_thread(self.jobs_kept.waiting)
+        await asyncio.to_thread(self._clear, {f"{row.id}{ENDING}" for row in waiting})
         start = {"op": "start", "loading": dict(self.launch.loading), "data": str(self.folder)}
         devices = list(self.settings.worker or [""])
         self.dispatcher.start(devices, {**start, "encoder_only": self.settings.encoder_only}, waiting)
@@ -97,7 +99,7 @@ class Service:
     def loras(self) -> dict[str, Path]:
         """The LoRAs that requests may name: files in the configured folder, by their names without the ending."""
         folder = self.launch.loading.get("lora_folder")
-        found = Path(folder).expanduser().rglob(f"*{LORA_ENDING}") if folder else ()
+        found = Path(folder).expanduser().rglob(f"*{ENDING}") if folder else ()
         return {path.stem: path for path in sorted(found, reverse=True)}
 
     # ------------------------------------------------------------------ jobs
@@ -111,7 +113,7 @@ class Service:
             return await self._accept(asked, None)
         if not 0 < len(key) <= LONGEST_KEY or not key.isascii() or not key.isprintable():
             raise RequestError(f"Idempotency-Key should be 1 to {LONGEST_KEY} printable ASCII characters")
-        async with self._alone(key):
+        async with self._keys.setdefault(key, asyncio.Lock()):  # of two with one key the second waits for the first
             known = await asyncio.to_thread(self.jobs_kept.by_key, key)
             if known is None:
                 return await self._accept(asked, key)
@@ -160,6 +162,10 @@ class Service:
         async for message in self.streams.of_job(id, after, lambda: self._now(id)):
             yield message
 
+    def preview(self, id: str) -> dict[str, Plain] | None:
+        """The last preview of a job, as its event has it; None where there was none."""
+        return self.streams.latest(id, PREVIEW)
+
     async def watch_all(self, after: str = "") -> AsyncIterator[Message]:
         """The events of all jobs, for ever."""
 
@@ -191,7 +197,7 @@ class Service:
         if self.dispatcher.stopping:
             raise Unavailable("the server is stopping", retry_after=30)
         id = new_id()
-        path = self.folder / "captions" / f"{id}{LORA_ENDING}"
+        path = self._captions / f"{id}{ENDING}"
         message = {"op": "compute", "id": id, "what": op, "asked": asked, "path": str(path)}
         return await self.dispatcher.compute(Task(id, message))
 
@@ -242,6 +248,7 @@ class Service:
         with named({path: name for name, path in files.items()} | {str(one["path"]): "lora" for one in lora or ()}):
             told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
         check_limits(told["request"], self.settings)
+        check_tokens(told["tokens"], "embeddings" if "embeddings" in files else "prompt", self.settings)
         row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
         row.uploads, row.notes = [upload.hash for upload in uploads.values()], told["notes"]
         return row
@@ -253,24 +260,13 @@ class Service:
         known, found = self.loras, []
         for text in names:
             name, scale = split_scale(text)
-            path = known.get(name.removesuffix(LORA_ENDING))
+            path = known.get(name.removesuffix(ENDING))
             if path is None:
                 raise RequestError(
                     f"lora {quoted(name)} is not on this server; {nearest(name, known)}", fields=("lora",)
                 )
             found.append({"name": path.name, "scale": scale, "path": str(path)})
         return found
-
-    @asynccontextmanager
-    async def _alone(self, key: str) -> AsyncIterator[None]:
-        """Two requests with one key: the second waits for the first."""
-        lock = self._keys.setdefault(key, asyncio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.locked():
-                self._keys.pop(key, None)
 
     # ------------------------------------------------------------------ the rest
 
@@ -289,6 +285,12 @@ class Service:
 
         images = [picture.plain() for picture in self.history.of_job(row.id)] if row.state == DONE or row.images else []
         return JobView.of(row, Progress(), None, images)
+
+    def _clear(self, needed: Collection[str]) -> None:
+        """Remove what an earlier life has left: states of jobs that are over, captions that nobody took."""
+        for path in (*self._states.iterdir(), *self._captions.iterdir()):
+            if path.parent != self._states or path.name not in needed:
+                path.unlink(missing_ok=True)
 
     def _has_room(self) -> bool:
         return shutil.disk_usage(self.folder).free >= self.settings.min_free * 10**6

@@ -42,14 +42,14 @@ class Log:
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque(maxlen=LENGTH)
-        self._latest: dict[str, Message] = {}
+        self.latest: dict[str, Message] = {}
         self._news: set[asyncio.Event] = set()
         self.forgotten = -1  # the last number that fell out
         self.ended = False
 
     def add(self, message: Message) -> None:
         if message.event in LATEST:
-            self._latest[message.event] = message
+            self.latest[message.event] = message
         else:
             if len(self._messages) == LENGTH:
                 self.forgotten = self._messages[0].number
@@ -63,7 +63,7 @@ class Log:
             if message.number <= number:
                 break
             found.append(message)
-        found += [message for message in self._latest.values() if message.number > number]
+        found += [message for message in self.latest.values() if message.number > number]
         return sorted(found, key=lambda message: message.number)
 
     @contextlib.contextmanager
@@ -102,6 +102,12 @@ class Streams:
             if event == END:
                 log.ended = True
                 self._forget()
+
+    def latest(self, job: str, event: str) -> dict[str, Any] | None:
+        """The data of the last event of a kind of which only the last one counts, if there was any."""
+        log = self._logs.get(job)
+        message = log and log.latest.get(event)
+        return message.data if message else None
 
     def close(self) -> None:
         """End all streams: the server stops."""

@@ -26,6 +26,7 @@ from zimage.settings.serving import ServeSettings
 
 HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 EMBEDDINGS = "embeddings"
+LONGEST_HEADER = 1 << 20  # bytes of a header of embeddings: one tensor, and the request that they were made from
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def named(places: Mapping[str, str]) -> Iterator[None]:
 def _look_at_tensors(name: str, path: Path) -> None:
     """The header of a safetensors file; the worker reads the values."""
     with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if LONGEST_HEADER < length < path.stat().st_size:
+            raise RequestError(f"{name}: its header may have {LONGEST_HEADER:,} bytes", fields=(name,))
         problems = read_header(stream, path.stat().st_size).problems
     if problems:
         raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})", fields=(name,))

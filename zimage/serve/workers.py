@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zimage.errors import CheckpointError, RequestError, ZImageError
+from zimage.errors import CheckpointError, RemoteError, RequestError, RewriteError, ZImageError
 from zimage.serve.channel import Message, packed, read_async
 from zimage.serve.refusals import Unavailable
 
@@ -22,6 +22,10 @@ PAUSES = (0.0, 1.0, 3.0, 10.0, 30.0)  # seconds before the first, second … res
 STEADY = 60.0  # seconds after which a process counts as a sound one
 PATIENCE = 30.0  # seconds that a question may wait for its answer
 STARTING, READY, BUSY, STOPPED = "starting", "ready", "busy", "stopped"
+KINDS: Mapping[str, type[ZImageError]] = {  # of errors, as a worker calls them
+    "request": RequestError,
+    **{kind.__name__: kind for kind in (CheckpointError, RemoteError, RewriteError)},
+}
 Hear = Callable[["Worker", Message], None]
 
 
@@ -171,7 +175,4 @@ def _told(answer: Message) -> Message:
 
 def raised(error: Mapping[str, Any]) -> ZImageError:
     """An error that a worker sent, as the server raises it."""
-    kind: type[ZImageError] = {"request": RequestError, "CheckpointError": CheckpointError}.get(
-        error["kind"], ZImageError
-    )
-    return kind(error["message"], fields=error["fields"])
+    return KINDS.get(error["kind"], ZImageError)(error["message"], fields=error["fields"])

@@ -42,6 +42,7 @@ HIDDEN_LAYER = -2  # what the model was trained with: the output of the last lay
 STRENGTH = 0.6
 MAX_LORA_SCALE = 100.0
 LORA_PARTS = ("text_encoder",)
+DEFAULT_REWRITER = "rewrite-expand"
 MAX_TOKENS = 512
 REWRITER_TIMEOUT = 120.0  # seconds
 ENCODER_TIMEOUT = 120.0  # seconds

@@ -8,6 +8,7 @@ from pathlib import Path
 from zimage.errors import RequestError, quoted
 from zimage.settings.fields import Plain, Settings, fields, list_fields
 from zimage.settings.paths import user_path
+from zimage.settings.serving import TOKEN
 
 CONFIG = "ZIMAGE_CONFIG"  # the settings file
 PROFILE = "ZIMAGE_PROFILE"  # its profile
@@ -57,6 +58,11 @@ def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path |
 def rewriter_key(environ: Mapping[str, str] = os.environ) -> str | None:
     """The secret key of the server that rewrites, if there is one."""
     return environ.get(REWRITER_KEY) or None
+
+
+def server_token(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The token of a server, if there is one: a server asks its clients for it, a client sends it to a server."""
+    return (environ.get(TOKEN) or "").strip() or None
 
 
 def encoder_token(environ: Mapping[str, str] = os.environ) -> str | None:

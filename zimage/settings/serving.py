@@ -3,7 +3,6 @@
 What a server loads and draws is set by the settings of `declared`, as everywhere.
 """
 
-import ipaddress
 from dataclasses import dataclass
 
 from zimage.settings.fields import Settings, check_fields, setting
@@ -63,6 +62,13 @@ class ServeSettings(Settings):
     )
     max_images: int = setting(16, "Pictures that one job may draw.", group="Limits", minimum=1, maximum=10_000)
     max_steps: int = setting(200, "Steps that one job may ask for.", group="Limits", minimum=1, maximum=1000)
+    max_tokens: int = setting(
+        4096,
+        "Tokens that one prompt of a job, or its embeddings, may have.",
+        group="Limits",
+        minimum=64,
+        maximum=1_000_000,
+    )
     max_upload: int = setting(32, "MiB of a request with its uploads.", group="Limits", minimum=1, maximum=1024)
     max_decoded: int = setting(
         64_000_000,
@@ -99,11 +105,3 @@ class ServeSettings(Settings):
 
     def __post_init__(self):
         check_fields(self)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this computer reaches what listens there. Other names than localhost may mean any address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -4,16 +4,17 @@ Whatever goes wrong is one line that names the server, never holds the key and n
 not followed: they would carry the key and the prompt to another host.
 """
 
+import contextlib
 import json
 import logging
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from zimage.errors import CheckpointError, RemoteError, RequestError
+from zimage.errors import CheckpointError, RemoteError, RequestError, ZImageError
 from zimage.formats.json_text import json_value
 from zimage.settings.declared import Sampling
 from zimage.text.connections import Connections, pause_for
@@ -145,9 +146,7 @@ class Call:
 
         Broken connections, 429 and 5xx get at most three tries. Raises RemoteError.
         """
-        sent = {"Accept-Encoding": "identity", "User-Agent": "zimage"}
-        if self.key is not None:
-            sent["Authorization"] = f"Bearer {self.key}"
+        sent = self._headers()
         if not isinstance(content, bytes | None):
             content, sent["Content-Type"] = json.dumps(content).encode(), "application/json"
         for pause in (*PAUSES, float("inf")):
@@ -160,6 +159,21 @@ class Call:
                     raise self.error(f"cannot be reached: {error}") from None
             pause_for(pause)
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def stream(self, silence: float, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """The body of a GET in pieces as they come, with the deadline for its beginning and then none.
+
+        `silence`: seconds between two pieces after which the server is taken to be gone. Raises RemoteError, also where
+        the body breaks off, and what `refused` makes of another status than 200.
+        """
+        import httpx
+
+        request = httpx.Request("GET", self.address, headers={**self._headers(), **(headers or {})})
+        exchange = _Exchange(request, self.limit)
+        with self._told(), exchange.opened(self._deadline - time.monotonic(), silence) as response:
+            if response.status_code != 200:
+                raise self.refused(exchange.answer(response))
+            yield from response.iter_raw()
 
     def accepted(self, content: object) -> Answer:
         """What the server answers to a POST, where it does what it is asked. Raises RemoteError."""
@@ -174,7 +188,7 @@ class Call:
         line = line if self.key is None else line.replace(_one_line(self.key), "[key]")
         return RemoteError(line if len(line) <= SHOWN else line[:SHOWN] + "…")
 
-    def refused(self, answer: Answer) -> RemoteError:
+    def refused(self, answer: Answer) -> ZImageError:
         """What a status means, and what the server says about it, except about a key, which it may quote."""
         status, said = answer.status, _quoted(answer.body)
         if status in (401, 403):
@@ -190,9 +204,23 @@ class Call:
         """Raises ConnectionError where a later try may succeed, else RemoteError."""
         import httpx
 
-        try:
+        with self._told():
             request = httpx.Request(method, self.address, content=content, headers=headers)
             return _Exchange(request, self.limit).within(self._deadline - time.monotonic())
+
+    def _headers(self) -> dict[str, str]:
+        sent = {"Accept-Encoding": "identity", "User-Agent": "zimage"}
+        return sent if self.key is None else {**sent, "Authorization": f"Bearer {self.key}"}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what goes wrong into a ConnectionError where a later try may succeed, else into a RemoteError."""
+        import httpx
+
+        try:
+            yield
+        except ZImageError:
+            raise
         except (TimeoutError, httpx.TimeoutException):
             raise self.error(f"did not answer within {self.timeout:g} seconds") from None
         except _Unusable as answer:
@@ -219,19 +247,33 @@ class _Exchange:
         return self._connections.within(seconds, lambda: self._answer(seconds))
 
     def _answer(self, seconds: float) -> Answer:
+        with self._client(seconds) as client:
+            return self.answer(client.send(self._request, stream=True))
+
+    @contextlib.contextmanager
+    def opened(self, seconds: float, silence: float) -> Iterator["httpx.Response"]:
+        """The response within `seconds`, its body yet to come. Raises as `within`."""
+        with self._client(silence) as client:
+            yield self._connections.within(seconds, lambda: client.send(self._request, stream=True))
+
+    def answer(self, response: "httpx.Response") -> Answer:
+        """A response with its body. Raises _Unusable, and what httpx raises."""
         import httpx
 
-        self._request.extensions = {"timeout": httpx.Timeout(seconds).as_dict(), "trace": self._connections.trace}
-        hooks = {"response": [_stop_at_redirect]}
-        with httpx.Client(verify=ssl.create_default_context(), event_hooks=hooks) as client:
-            response = client.send(self._request, stream=True)
-            try:
-                body = self._body(response)
-            except (_Unusable, httpx.HTTPError):
-                if response.is_success:
-                    raise
-                body = b""  # the status says enough
-            return Answer(response.status_code, dict(response.headers), body)
+        try:
+            body = self._body(response)
+        except (_Unusable, httpx.HTTPError):
+            if response.is_success:
+                raise
+            body = b""  # the status says enough
+        return Answer(response.status_code, dict(response.headers), body)
+
+    def _client(self, silence: float) -> "httpx.Client":
+        """`silence`: seconds that reading or writing a piece may take."""
+        import httpx
+
+        self._request.extensions = {"timeout": httpx.Timeout(silence).as_dict(), "trace": self._connections.trace}
+        return httpx.Client(verify=ssl.create_default_context(), event_hooks={"response": [_stop_at_redirect]})
 
     def _body(self, response: "httpx.Response") -> bytes:
         body = bytearray()

@@ -5,8 +5,7 @@ n → images, size → width × height, quality "low" → half the steps; a mask
 
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -15,8 +14,10 @@ from zimage.errors import RequestError, quoted
 from zimage.pictures.opening import opened_bytes
 from zimage.serve.asking import NAMES
 from zimage.serve.refusals import NotFound, TooLarge
+from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
 from zimage.settings.declared import Request, RewriteSettings
-from zimage.settings.fields import Plain, Settings, check_fields, fields, setting
+from zimage.settings.fields import Plain, Settings, check_fields, fields, json_schema, setting
+from zimage.settings.serving import ServeSettings
 
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 FORMATS = ("png", "webp", "jpeg")
@@ -34,7 +35,7 @@ class Standard(Settings):
 
     model: str = setting(
         "",
-        "The loaded model's name, or a usual name of OpenAI's image models; anything else is not found.",
+        "The loaded model's name, or the name of one of OpenAI's image models; no other is found.",
         longest=255,
     )
     n: int = setting(1, "Number of pictures.", minimum=1, maximum=10)
@@ -75,6 +76,16 @@ class Standard(Settings):
         return self.quality == "low"
 
 
+def bodies(settings: ServeSettings) -> dict[str, Schema]:
+    """What the two requests hold, by title: the API's fields and ours."""
+    standard, own = json_schema(Standard)["properties"], own_fields(settings)
+    fields = {"prompt": PROMPT, **standard, **{name: own[name] for name in own.keys() - {"prompt"}}}
+    files = {"image": {**FILE, "description": "Picture to start from."}}
+    files["mask"] = {**FILE, "description": "PNG of the image's size: transparent areas are repainted."}
+    generation = whole("OpenAIGeneration", fields, ("prompt",), {**EXAMPLE, "size": "1024x1024", "quality": "high"})
+    return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
+
+
 class ModelNotFound(NotFound):
     """A model that is not the loaded one."""
 
@@ -98,17 +109,6 @@ def translated(values: Mapping[str, Plain], usual_steps: int) -> tuple[Standard,
     if standard.is_low:
         request.setdefault("steps", max(1, usual_steps // 2))
     return standard, request
-
-
-@contextmanager
-def in_their_words(given: Collection[str]) -> Iterator[None]:
-    """Errors on what the client has set under the API's own name go by that name."""
-    try:
-        yield
-    except RequestError as error:
-        named = [INSTEAD[name] if INSTEAD.get(name) in given else name for name in error.fields]
-        text = str(error) if named == list(error.fields) else f"{named[0]}: {error}"
-        raise RequestError(text, fields=dict.fromkeys(named)) from error
 
 
 def is_known(model: str, loaded: str) -> bool:
@@ -147,7 +147,7 @@ def opaque_mask(data: bytes, picture: bytes, most_pixels: int) -> bytes:
             sizes = f"{mask.width} × {mask.height} px and the image {size[0]} × {size[1]}"
             raise RequestError(f"mask: it has {sizes}; pass one of the same size", fields=("mask", "image"))
         alpha = mask.convert("RGBA").getchannel("A") if mask.has_transparency_data else Image.new("L", size, 255)
-    if alpha.getextrema()[0] >= OPAQUE:
+    if not any(alpha.histogram()[:OPAQUE]):
         text = "mask: no pixel of it is transparent; make those transparent that are to be repainted"
         raise RequestError(text, fields=("mask",))
     buffer = io.BytesIO()

@@ -1,19 +1,16 @@
 """Our own form: jobs, their events, and a picture at once. The page and `gen --server` speak it."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
-
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 
-from zimage.errors import RequestError, ZImageError
+from zimage.errors import RequestError
 from zimage.serve.asking import Asked, asked
 from zimage.serve.bodies import FormRoute, read_object, read_with_files
-from zimage.serve.jobs import CANCELLED, DONE
+from zimage.serve.forms.waiting import stream, unfinished, until_the_end
 from zimage.serve.openapi import (
     EVENTS,
     EXAMPLE_JOB,
+    JSON,
     TEXT,
     WHOLE,
     answers,
@@ -23,15 +20,17 @@ from zimage.serve.openapi import (
     reference,
     takes,
 )
-from zimage.serve.refusals import Conflict, Unavailable
 from zimage.serve.service import Service
-from zimage.serve.stream import Message, as_text
-from zimage.serve.view import JobView
 
-UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
 JOBS = content("The jobs.", record("Jobs", jobs=listed(reference("Job"))), {"jobs": [EXAMPLE_JOB]})
-STREAM = content("Server-sent events: job, position, progress, preview, image, end.", TEXT, media=EVENTS)
+EVENT = record(
+    "Event",
+    id={**TEXT, "description": "What Last-Event-ID takes up again."},
+    event={"enum": ["job", "position", "progress", "preview", "image", "end", "queue", "history"]},
+    data={**TEXT, "contentMediaType": JSON, "description": "JSON, with the job's id as `job` where it is of one."},
+)
+STREAM = content("Server-sent events.", EVENT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
 PLACE = record("Place", position={**WHOLE, "minimum": 0, "examples": [0]})
 
@@ -100,6 +99,8 @@ def routes(service: Service) -> APIRouter:
         """Draw one picture and wait for it. A client that goes away cancels it."""
         view = await service.submit(one_picture(await read_asked(request, service)))
         view = await until_the_end(service, view, request)
+        if fault := unfinished(view):
+            raise fault
         image = view.images[0]
         seconds = (view.finished or 0.0) - (view.started or 0.0)
         told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
@@ -122,38 +123,3 @@ def one_picture(wanted: Asked) -> Asked:
     if images != 1:
         raise RequestError("images: one picture is drawn here; /api/jobs draws several", fields=("images",))
     return wanted
-
-
-async def until_the_end(service: Service, view: JobView, request: Request) -> JobView:
-    """The job when it is done; cancelled where the client goes away. Raises what it failed of."""
-    ending = asyncio.ensure_future(service.finished(view.id))
-    leaving = asyncio.ensure_future(gone(request))
-    try:
-        await asyncio.wait([ending, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not ending.done():
-            await service.cancel(view.id)
-        view = await ending
-    finally:
-        leaving.cancel()
-    if view.state == CANCELLED:
-        raise Conflict(f"job {view.id} was cancelled")
-    if view.state != DONE:
-        raise failed(view)
-    return view
-
-
-def failed(view: JobView) -> ZImageError:
-    """What a job failed of, as the request for it would have."""
-    error: dict[str, Any] = view.error or {}
-    kind = RequestError if error.get("fields") else Unavailable
-    return kind(error.get("message", "the job failed"), fields=error.get("fields", ()))
-
-
-async def gone(request: Request) -> None:
-    """Wait until the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def stream(messages: AsyncIterator[Message]) -> Response:
-    return StreamingResponse(as_text(messages), media_type=EVENTS, headers=UNBUFFERED)

@@ -1,0 +1,35 @@
+"""What a run of `gen` has settled before anything is drawn, here or on a server."""
+
+from dataclasses import dataclass
+
+from zimage.cli.origin import Record
+from zimage.cli.progress import Progress, counted
+from zimage.cli.target import Target
+from zimage.settings.declared import Request, RewriteSettings
+from zimage.settings.profiles import Resolved
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A request and where its pictures go. `origin` is the record of the picture of --from, or empty."""
+
+    resolved: Resolved
+    request: Request
+    rewriting: RewriteSettings | None
+    origin: Record
+    target: Target
+    progress: Progress
+
+
+def introduced(request: Record, place: str) -> str:
+    """The line on what is drawn: a request with nothing left open, and what draws it."""
+    r = request
+    return (
+        f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}, guidance {r['guidance']:g}, "
+        f"shift {r['shift']:g}, {place}"
+    )
+
+
+def rewriting_told(rewrite: Record, prompt: str) -> str:
+    """The line on a prompt that was rewritten."""
+    return f"rewritten ({rewrite['rewriter']}, seed {rewrite['seed']}): {prompt}"

@@ -1,0 +1,218 @@
+"""A request in the form of AUTOMATIC1111's web UI, translated.
+
+    cfg_scale → guidance + 1, seed −1 → drawn, batch_size × n_iter → images, <lora:NAME:WEIGHT> → LoRAs, hr_* → hires
+
+What that program has and we do not is left out, as its own clients expect of servers like it, and named in a warning.
+What would give another picture than the one that was asked for without anybody seeing it is refused.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from PIL import ImageOps
+
+from zimage.errors import RequestError, one_line, quoted
+from zimage.pictures.foreign import OURS, USUAL, guidance_of
+from zimage.pictures.image import nearest_side, open_mask
+from zimage.pictures.opening import opened_bytes
+from zimage.pictures.parameters import LORA as TAG
+from zimage.serve.asking import LORA, NAMES
+from zimage.serve.refusals import TooLarge
+from zimage.serve.schema import PROMPT, Schema, own_fields, whole
+from zimage.settings.declared import LONGEST_TEXT
+from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
+from zimage.settings.serving import ServeSettings
+
+SAMPLER, SCHEDULE = "Euler", "simple"
+CHECKPOINT = "sd_model_checkpoint"
+INSTEAD = {  # how clients call what we call otherwise
+    "guidance": "cfg_scale",
+    "negative": "negative_prompt",
+    "images": "n_iter",
+    "hires": "hr_scale",
+    "strength": "denoising_strength",
+    "image": "init_images",
+    "lora": "prompt",
+}
+# Values that ask for nothing, of fields that have no meaning here; besides these none, false, zero and empty ones do.
+NOTHING: dict[str, Plain] = {
+    "subseed": -1,
+    "seed_resize_from_h": -1,
+    "seed_resize_from_w": -1,
+    "s_noise": 1,
+    "mask_blur": 4,
+    "resize_mode": 1,
+    "inpainting_fill": 1,
+    "hr_upscaler": "Lanczos",
+    "override_settings_restore_afterwards": True,
+    "do_not_save_grid": True,
+}
+HEAVY = ("init_images", "mask", "alwayson_scripts")  # what an answer does not repeat
+
+
+@dataclass(frozen=True)
+class Fields(Settings):
+    """The fields of that form that mean something here, beside those that have one name. Raises RequestError."""
+
+    negative_prompt: str | None = setting(
+        None, "What to steer away from; without effect at cfg_scale 1.", longest=LONGEST_TEXT
+    )
+    cfg_scale: float | None = setting(None, "Guidance + 1; 1 is off.", minimum=0, maximum=101)
+    batch_size: int = setting(1, "Pictures: batch_size × n_iter.", minimum=1, maximum=10_000)
+    n_iter: int = setting(1, "Pictures: batch_size × n_iter.", minimum=1, maximum=10_000)
+    sampler_name: str | None = setting(None, "Euler; others are ignored.", longest=255)
+    sampler_index: str | None = setting(None, "The same by its older name.", longest=255)
+    scheduler: str | None = setting(None, "Simple; others are ignored.", longest=255)
+    enable_hr: bool = setting(False, "Draw at this size first, then enlarge and refine.")
+    hr_scale: float = setting(2.0, "How much larger.", above=0, maximum=8)
+    hr_resize_x: int = setting(0, "The width to reach, in place of hr_scale.", minimum=0, maximum=1 << 20)
+    hr_resize_y: int = setting(0, "The height to reach, in place of hr_scale.", minimum=0, maximum=1 << 20)
+    denoising_strength: float | None = setting(
+        None, "How much to change the picture, or the first pass of enable_hr.", minimum=0, maximum=1
+    )
+    init_images: list[str] | None = setting(None, "The picture to start from: base64 or a data URL.")
+    inpainting_mask_invert: int | bool = setting(0, "1: what is black is repainted.", minimum=0, maximum=1)
+    send_images: bool = setting(True, "Whether the answer has the pictures.")
+    save_images: bool = setting(False, "Pictures are kept in the history anyway.")
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.init_images and len(self.init_images) > 1:
+            text = f"init_images: {len(self.init_images)} pictures; only one can be used"
+            raise RequestError(text, fields=("init_images",))
+
+
+@dataclass(frozen=True)
+class Translated:
+    """`values` under our names, as `asked` takes them; `ignored`: what was left out, in words."""
+
+    fields: Fields
+    values: dict[str, Plain]
+    ignored: list[str]
+
+
+def translated(sent: Mapping[str, Plain], usual: Mapping[str, Plain], model: str) -> Translated:
+    """A body under our names. `usual`: what the server draws where a request says nothing. Raises RequestError."""
+    given = {name: _whole(value) for name, value in sent.items() if value is not None}
+    check_overrides(given.pop("override_settings", {}), model)
+    fields = Fields.from_mapping({name: value for name, value in given.items() if name in Fields.names()})
+    own = {name: value for name, value in given.items() if name in NAMES and name not in Fields.names()}
+    if isinstance(own.get("seed"), int) and own["seed"] < 0:
+        del own["seed"]
+    values, ignored = _in_our_terms(fields, given, own, usual)
+    for name in own.keys() & values.keys() - {"prompt", LORA, "width", "height"}:
+        raise RequestError(f"{INSTEAD[name]}: {name} is set too; pass only one of them", fields=(INSTEAD[name], name))
+    unknown = [name for name, value in given.items() if name not in {*Fields.names(), *NAMES} and asks(name, value)]
+    return Translated(fields, {**own, **values}, [*ignored, *(one_line(name, 80) for name in unknown)])
+
+
+def check_overrides(settings: Plain, model: str) -> list[str]:
+    """The settings that are not changed. Raises RequestError where another model is asked for."""
+    if not isinstance(settings, dict):
+        raise RequestError("override_settings should be an object", fields=("override_settings",))
+    wanted = settings.get(CHECKPOINT)
+    if wanted and not (isinstance(wanted, str) and wanted.partition(" [")[0].removesuffix(".safetensors") == model):
+        text = f"{CHECKPOINT}: {quoted(wanted)} is not loaded; this server has {quoted(model)}"
+        raise RequestError(text, fields=(CHECKPOINT,))
+    return [one_line(name, 80) for name in settings if name != CHECKPOINT]
+
+
+def asks(name: str, value: Plain) -> bool:
+    """Whether a field that means nothing here was meant to do something."""
+    return bool(value) and value != NOTHING.get(name)
+
+
+def inverted_mask(data: bytes, most_pixels: int) -> bytes:
+    """A mask with black and white exchanged. Raises RequestError or TooLarge."""
+    with opened_bytes("mask", data) as mask:
+        if mask.width * mask.height > most_pixels:
+            raise TooLarge(f"mask: it has more than {most_pixels:,} pixels", fields=("mask",))
+        inverted = ImageOps.invert(open_mask(mask))
+    buffer = io.BytesIO()
+    inverted.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bodies(settings: ServeSettings) -> dict[str, Schema]:
+    """What the two requests hold, by title. Other fields are ignored."""
+    own, theirs = own_fields(settings), json_schema(Fields)["properties"]
+    fields = {**{name: own[name] for name in own.keys() - theirs.keys()}, **theirs, "prompt": PROMPT}
+    fields["seed"] = {"type": ["integer", "null"], "default": -1, "description": "Seed of the noise; −1 draws one."}
+    drawing = {name: field for name, field in fields.items() if name not in ("image", "mask", "init_images")}
+    example = {"prompt": "a lighthouse at dusk", "steps": 8, "cfg_scale": 1, "width": 1024, "height": 1024, "seed": -1}
+    return {
+        "Txt2Img": whole("Txt2Img", drawing, example=example, others=True),
+        "Img2Img": whole("Img2Img", fields, ("init_images",), others=True),
+    }
+
+
+def _in_our_terms(
+    fields: Fields, given: Mapping[str, Plain], own: Mapping[str, Plain], usual: Mapping[str, Plain]
+) -> tuple[dict[str, Plain], list[str]]:
+    values, ignored = _prompts(fields, own), _samplers(fields)
+    if fields.cfg_scale is not None:
+        values["guidance"] = guidance_of(fields.cfg_scale)
+    if values.get("negative") and values.get("guidance", own.get("guidance", usual["guidance"])) == 0:
+        del values["negative"]
+        ignored.append("negative_prompt (no effect at cfg_scale 1)")
+    if given.keys() & {"batch_size", "n_iter"}:
+        values["images"] = fields.batch_size * fields.n_iter
+    if fields.enable_hr:
+        values |= _enlarged(fields, own.get("width", usual["width"]), own.get("height", usual["height"]))
+    if fields.init_images:
+        values["image"] = fields.init_images[0]
+    if fields.denoising_strength is not None and (fields.enable_hr or fields.init_images):
+        values["strength"] = fields.denoising_strength
+    return values, ignored
+
+
+def _prompts(fields: Fields, own: Mapping[str, Plain]) -> dict[str, Plain]:
+    """The prompt without its LoRA tags, and the LoRAs that they name."""
+    prompt = own.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt {quoted(prompt)} should be text", fields=("prompt",))
+    values: dict[str, Plain] = {"prompt": prompt}
+    if tags := TAG.findall(prompt):
+        first = own.get(LORA, [])
+        values["prompt"] = TAG.sub("", prompt).strip()
+        values[LORA] = [*([first] if isinstance(first, str) else first), *(_lora(*tag) for tag in tags)]
+    if fields.negative_prompt:
+        values["negative"] = fields.negative_prompt
+    return values
+
+
+def _lora(name: str, weight: str) -> str:
+    try:
+        float(weight or 1)
+    except ValueError:
+        text = f"prompt: the weight in <lora:{quoted(name)}:{quoted(weight)}> should be a number"
+        raise RequestError(text, fields=("prompt",)) from None
+    return f"{name}:{weight or 1}"
+
+
+def _samplers(fields: Fields) -> list[str]:
+    """What is asked for and not used. The web UI itself takes its first sampler for names that it does not know."""
+    sampler = fields.sampler_name or fields.sampler_index or SAMPLER
+    scheduler = fields.scheduler or SCHEDULE
+    unused = {
+        f"sampler_name {one_line(sampler, 40)} ({SAMPLER} is used)": sampler.lower() not in OURS | {"k_euler"},
+        f"scheduler {one_line(scheduler, 40)} ({SCHEDULE} is used)": scheduler.lower() not in USUAL,
+    }
+    return [text for text, is_unused in unused.items() if is_unused]
+
+
+def _enlarged(fields: Fields, width: Plain, height: Plain) -> dict[str, Plain]:
+    """The size to reach from a first pass of this size, and the factor between them."""
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height)):
+        return {"hires": fields.hr_scale}  # the sides are refused by themselves
+    factor = fields.hr_scale
+    if fields.hr_resize_x or fields.hr_resize_y:
+        factor = max(fields.hr_resize_x / width, fields.hr_resize_y / height)
+    sides = {"width": fields.hr_resize_x or width * factor, "height": fields.hr_resize_y or height * factor}
+    return {**{name: nearest_side(side) for name, side in sides.items()}, "hires": factor}
+
+
+def _whole(value: Plain) -> Plain:
+    """Some clients' numbers are all floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
