@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from browsing import JOBS, PHONE, chromium, drop, sent_jobs, until, window, write
+from browsing import PHONE, SENT_JOBS, chromium, drop, sent_jobs, until, window, write
 from PIL import Image
 from running import Server
 
@@ -57,11 +57,7 @@ def submitted(page) -> dict:
     """Press Render; the values that were sent."""
     before = len(sent_jobs(page))
     page.click("#render")
-    until(
-        page,
-        "(n) => window.sent.filter(({ url, method }) => url === '/api/jobs' && method === 'POST').length > n",
-        before,
-    )
+    until(page, f"(n) => {SENT_JOBS}.length > n", before)
     until(page, "() => !document.querySelector('#render').hasAttribute('aria-busy')")
     return json.loads(sent_jobs(page)[-1]["request"])
 

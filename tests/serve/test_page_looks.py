@@ -159,9 +159,7 @@ def findings(page, axe, place="html", rules=None):
     options = {"resultTypes": ["violations"], **({"runOnly": rules} if rules else {})}
     result = page.evaluate("([place, options]) => axe.run(place, options)", [place, options])
     bad = [one for one in result["violations"] if one["impact"] in ("serious", "critical")]
-    return [
-        (one["id"], json.dumps(node["target"]), node["failureSummary"][:300]) for one in bad for node in one["nodes"]
-    ]
+    return [(one["id"], str(node["target"]), node["failureSummary"][:300]) for one in bad for node in one["nodes"]]
 
 
 def findings_by_theme(page, axe, place="html"):
