@@ -90,7 +90,7 @@ def write(page, prompt: str) -> None:
 
 def render(page) -> None:
     """Render and wait for the picture."""
-    before = page.locator(".caption .facts").all_inner_texts()
+    before = page.locator(".facts").all_inner_texts()
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#progress:not([hidden])")
     until(page, "() => document.querySelector('#progress').hidden")
@@ -99,7 +99,7 @@ def render(page) -> None:
 
 def shown_seed(page) -> str:
     """The seed in the line under the picture."""
-    return page.locator(".caption .facts").inner_text().split("seed ")[1].split(" ")[0]
+    return page.locator(".facts").inner_text().split("seed ")[1].split(" ")[0]
 
 
 def slow(page, steps: int = 200) -> None:

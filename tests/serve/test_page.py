@@ -62,7 +62,7 @@ def test_a_render_is_watched_and_shown(page):
     until(page, "(first) => document.querySelector('#progress-bar').value > first", first)
     until(page, "() => /about .* left/.test(document.querySelector('#progress-text').textContent)")
     page.wait_for_selector("#frame img[src^='/api/images/']")
-    assert page.locator(".caption-prompt").inner_text() == CAT
+    assert page.locator(".caption").inner_text() == CAT
     assert page.locator("#grid .tile").first.get_attribute("aria-current") == "true"
     assert page.locator("#frame img").evaluate("(img) => img.decode().then(() => img.naturalWidth)") == 128
 
@@ -77,7 +77,7 @@ def test_a_picture_that_is_there_before_the_answer_is_shown(page):
     write(page, "a lemon")
     page.fill("#field-steps", "1")
     page.keyboard.press("Control+Enter")
-    until(page, "() => document.querySelector('.caption-prompt')?.innerText === 'a lemon'")
+    until(page, "() => document.querySelector('.caption')?.innerText === 'a lemon'")
 
 
 def test_escape_cancels_and_the_button_does(page):
@@ -104,7 +104,7 @@ def test_a_reload_finds_the_job_and_keeps_what_was_typed(page):
     assert page.input_value("#field-prompt") == "a bear"
     assert page.input_value("#field-steps") == "100"
     until(page, "() => document.querySelector('#progress').hidden")
-    assert page.locator(".caption-prompt").inner_text() == "a bear"
+    assert page.locator(".caption").inner_text() == "a bear"
 
 
 def test_the_queue_is_reordered_and_cancelled(page):
@@ -135,9 +135,9 @@ def test_search_and_arrows_in_the_history(page):
     until(page, "() => document.querySelectorAll('.tile').length > 1")
     page.locator("h1").click()
     page.keyboard.press("ArrowRight")
-    assert page.locator(".caption-prompt").inner_text() == "a crab"
+    assert page.locator(".caption").inner_text() == "a crab"
     page.keyboard.press("ArrowLeft")
-    assert page.locator(".caption-prompt").inner_text() == "an owl"
+    assert page.locator(".caption").inner_text() == "an owl"
 
 
 def test_the_settings_of_a_picture_render_the_same_one(page):
@@ -198,7 +198,7 @@ def test_deleting_is_undone(page):
     render(page)
     page.locator("h1").click()
     page.keyboard.press("Delete")
-    until(page, "() => document.querySelector('.caption-prompt')?.innerText !== 'a snail'")
+    until(page, "() => document.querySelector('.caption')?.innerText !== 'a snail'")
     page.click(".toast >> text=Undo")
     page.wait_for_selector(".tile[aria-label^='a snail']")
 
@@ -266,4 +266,4 @@ def test_a_token_is_asked_for_once(browser, new_server):
         page.reload()
         page.wait_for_selector("html[data-ready]")
         assert not page.locator("#sign-in").is_visible()
-        assert re.search("cat face", page.locator(".caption-prompt").inner_text())
+        assert re.search("cat face", page.locator(".caption").inner_text())

@@ -94,11 +94,12 @@ export class Stage extends EventTarget {
 
   #details(image) {
     $("details").hidden = !image;
-    $("details").replaceChildren(...(image ? [this.#caption(image), this.#actions(image)] : []));
+    $("details").replaceChildren(...(image ? this.#told(image) : []));
   }
 
-  #caption(image) {
-    return el("div", { class: "caption" }, el("p", { class: "caption-prompt" }, image.prompt || "No prompt"), el("p", { class: "quiet facts" }, factsOf(image).join(" · ")));
+  #told(image) {
+    const prompt = el("p", { class: "caption", title: image.prompt }, image.prompt || "No prompt");
+    return [prompt, el("p", { class: "quiet facts" }, factsOf(image).join(" · ")), this.#actions(image)];
   }
 
   #actions(image) {
