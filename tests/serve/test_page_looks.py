@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from browsing import PHONE, WIDE, chromium, until, window, write
+from browsing import PHONE, WIDE, chromium, drop, until, window, write
 from histories import fill, history
 from PIL import Image
 from running import Server
@@ -150,7 +150,13 @@ def dialogs(page):
     """How each dialogue is opened, and its selector."""
     openers = {"#templates": "#field-template", "#rewriter": "#open-rewriter", "#painter": "#open-painter"}
     more = {"#keys": "#open-keys", "#viewer": "#frame .picture", "#confirm": "#clear-history"}
-    return [(lambda opener=opener: page.click(opener), dialog) for dialog, opener in {**openers, **more}.items()]
+    opened = [(lambda opener=opener: page.click(opener), dialog) for dialog, opener in {**openers, **more}.items()]
+    return [*opened, (lambda: compare(page), "#compare")]
+
+
+def compare(page):
+    page.click("[aria-label='Compare with another picture']")
+    page.locator(".tile").nth(1).click()
 
 
 def findings(page, axe, place="html", rules=None):
@@ -185,6 +191,8 @@ def test_axe_finds_nothing_serious(browser, url, axe, tmp_path, size):
         page.fill("#field-guidance", "4")
         page.set_input_files("#field-image", picture)
         page.locator("#form-fault").evaluate("(node) => (node.textContent = 'width 100 is not a multiple of 16')")
+        drop(page, tmp_path / "start.png", "settings")  # which has none: a message appears
+        page.wait_for_selector(".toast.bad")
         assert findings_by_theme(page, axe) == NONE
         page.fill("#search", "")
         page.wait_for_selector("#clear-history:not([hidden])")

@@ -54,12 +54,14 @@ def run(
     serve(protected(build(service, guard.door), guard), serving, token, tell, lambda: service.stop(serving.grace))
 
 
-def reindex(serving: ServeSettings) -> None:
-    """Make the index of the history anew from its pictures."""
+def reindex(serving: ServeSettings) -> int:
+    """Make the index of the history anew from its pictures; returns how many there are."""
     folder = folder_of(serving)
     database = Database(folder / "index.sqlite")
     try:
-        History(folder, database).reindex()
+        history = History(folder, database)
+        history.reindex()
+        return history.total()
     finally:
         database.close()
 
