@@ -62,7 +62,7 @@ OPTIONS = content("The settings.", record("", others=True, sd_model_checkpoint=T
 NOTHING = content("Nothing.", {})
 IMAGE_BODY = whole("", {"image": {**TEXT, "description": "base64 or a data URL"}}, ("image",))
 OPTIONS_BODY = whole("", {CHECKPOINT: TEXT}, others=True, example={CHECKPOINT: "demo"})
-SKIP: dict[str, Any] = {"name": "skip_current_image", "in": "query", "schema": {"type": "boolean", "default": False}}
+SKIP: dict[str, Any] = {"name": "skip_current_image", "in": "query", "schema": {}}
 
 
 def schemas(settings: ServeSettings) -> dict[str, Schema]:
@@ -247,7 +247,7 @@ def model_entry(service: Service) -> dict[str, Plain]:
 
 def warning(ignored: Sequence[str]) -> dict[str, str]:
     """The header that names what had no effect; headers are ASCII."""
-    text = one_line(f"ignored: {'; '.join(ignored)}", LONGEST_WARNING)
+    text = one_line(f"ignored: {'; '.join(ignored)}", LONGEST_WARNING).strip()  # no header ends with a space
     return {"X-Warning": text.encode("ascii", "backslashreplace").decode()} if ignored else {}
 
 
