@@ -87,6 +87,13 @@ def test_a_picture_is_the_one_that_the_library_draws(server):
     assert opened(answer["images"][1]).info["parameters"] == info["infotexts"][1]
 
 
+def test_names_of_any_kind_fit_into_a_warning(server):
+    """A header that ends with a blank would break the answer."""
+    answer = server.http.post("/sdapi/v1/options", json={" ": 1, "\x7f\n": 1, "größe ": 1})
+    assert answer.status_code == 200
+    assert answer.headers["X-Warning"] == "ignored:  ; \\x7f; gr\\xf6\\xdfe"
+
+
 def test_the_settings_of_a_picture_are_read_back(server):
     drawn = server.http.post("/sdapi/v1/txt2img", json={"prompt": "a cat", "seed": 3, "steps": 1}).json()
     read = server.http.post("/sdapi/v1/png-info", json={"image": drawn["images"][0]}).json()

@@ -174,13 +174,31 @@ def _description(app: FastAPI, schemas: Mapping[str, Schema]) -> Callable[[], di
     def description() -> dict[str, Any]:
         if not app.openapi_schema:
             found = get_openapi(title="zimage", version=__version__, description=DESCRIPTION, routes=app.routes)
-            components = found.setdefault("components", {})
-            components["schemas"] = {**components.get("schemas", {}), **schemas}
-            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-            app.openapi_schema = {**found, "security": [{"token": []}, {}]}
+            for operation in (one for path in found["paths"].values() for one in path.values()):
+                _drop_added(operation["responses"])
+                _summarise(operation)
+            bearer = {"token": {"type": "http", "scheme": "bearer"}}
+            components = {"schemas": dict(schemas), "securitySchemes": bearer}
+            app.openapi_schema = {**found, "components": components, "security": [{"token": []}, {}]}
         return app.openapi_schema
 
     return description
+
+
+def _drop_added(responses: dict[str, Any]) -> None:
+    """FastAPI adds an answer of its own for parameters that are at fault; ours are listed by each operation."""
+    schema = responses.get("422", {}).get("content", {}).get(JSON, {}).get("schema", {})
+    if schema.get("$ref", "").endswith("/HTTPValidationError"):
+        del responses["422"]
+
+
+def _summarise(operation: dict[str, Any]) -> None:
+    """The first sentence of an endpoint's docstring is its summary; FastAPI takes the function's name for that."""
+    first, _, rest = operation.pop("description", "").partition(". ")
+    if first:
+        operation["summary"] = first.rstrip(".")
+    if rest:
+        operation["description"] = rest
 
 
 def _fault(status: int, form: str) -> dict[str, Any]:

@@ -22,6 +22,9 @@ UPLOADED = {
     "mask": "Mask of the image: white areas are repainted",
     "embeddings": "Caption embeddings that save-embeddings gave, in place of a prompt",
 }
+SMALL_PNG = (  # 16 × 16 px of one colour
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR4nGPUiFrAQApgIkn1qIZRDUNKAwCpoQFCcQgOjQAAAABJRU5ErkJggg=="
+)
 EXAMPLE = {"prompt": "a lighthouse at dusk, waves, warm light in the window", "seed": 42}
 FILE: Schema = {"type": "string", "format": "binary"}
 PROMPT: Schema = {"type": "string", "description": "What to draw."}
@@ -127,4 +130,4 @@ def whole(
     """The schema of an object; with `others`, of one that may hold more than what is named."""
     schema: Schema = {**({"title": title} if title else {}), "type": "object", "properties": dict(properties)}
     required = {"required": list(needed)} if needed else {}
-    return {**schema, **required, "additionalProperties": others, **({"example": dict(example)} if example else {})}
+    return {**schema, **required, "additionalProperties": others, **({"examples": [dict(example)]} if example else {})}

@@ -47,6 +47,7 @@ class ServeSettings(Settings):
     encoder_only: bool = setting(
         False, "Only encode and rewrite prompts for other machines; no pictures, no page.", group="Server"
     )
+    previews: bool = setting(True, "Show what running jobs are becoming, after every step.", group="Server")
     grace: float = setting(
         30.0,
         "Seconds that a running job may take to end when the server is stopped; then its state is saved.",

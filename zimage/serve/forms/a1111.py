@@ -10,9 +10,9 @@ import base64
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from zimage.errors import RequestError, one_line
@@ -36,8 +36,8 @@ from zimage.serve.forms.a1111_request import (
 )
 from zimage.serve.forms.waiting import give_up, unfinished, until_the_end
 from zimage.serve.jobs import CANCELLED, OPEN, RUNNING
-from zimage.serve.openapi import RECORD, TEXT, answers, content, listed, record, reference, takes
-from zimage.serve.schema import Schema, whole
+from zimage.serve.openapi import MAYBE_TEXT, RECORD, TEXT, answers, content, listed, record, reference, takes
+from zimage.serve.schema import SMALL_PNG, Schema, whole
 from zimage.serve.service import Service
 from zimage.serve.view import DRAWING, JobView
 from zimage.settings.fields import Plain
@@ -60,9 +60,9 @@ PROGRESS = record("", others=True, progress={"type": "number"}, eta_relative={"t
 PNG_INFO = content("Its texts.", record("", info=TEXT, items=RECORD))
 OPTIONS = content("The settings.", record("", others=True, sd_model_checkpoint=TEXT))
 NOTHING = content("Nothing.", {})
-IMAGE_BODY = whole("", {"image": {**TEXT, "description": "base64 or a data URL"}}, ("image",))
-OPTIONS_BODY = whole("", {CHECKPOINT: TEXT}, others=True, example={CHECKPOINT: "demo"})
-SKIP: dict[str, Any] = {"name": "skip_current_image", "in": "query", "schema": {}}
+IMAGE_BODY = whole("", {"image": {**TEXT, "description": "base64 or a data URL"}}, ("image",), {"image": SMALL_PNG})
+OPTIONS_BODY = whole("", {CHECKPOINT: MAYBE_TEXT}, others=True, example={"samples_format": "png"})
+Skip = Annotated[bool, Query(description="Leave out the preview.")]
 
 
 def schemas(settings: ServeSettings) -> dict[str, Schema]:
@@ -110,12 +110,11 @@ def _drawing(router: APIRouter, service: Service) -> None:
 def _running(router: APIRouter, service: Service) -> None:
     told = answers(content("How far it is.", PROGRESS), form=A1111)
 
-    @router.get("/progress", openapi_extra={"parameters": [SKIP]}, responses=told)
-    async def progress(request: Request) -> Response:
+    @router.get("/progress", responses=told)
+    async def progress(skip_current_image: Skip = False) -> Response:
         """How far the job of this form is, or else the one that runs."""
         view = await current(service)
-        shown = request.query_params.get(SKIP["name"], "").lower() not in ("true", "1")
-        picture = service.preview(view.id) if shown and view else None
+        picture = service.preview(view.id) if view and not skip_current_image else None
         image = picture["image"].partition(",")[2] if picture else None
         return JSONResponse({**state(view), "current_image": image, "textinfo": None})
 
@@ -246,8 +245,8 @@ def model_entry(service: Service) -> dict[str, Plain]:
 
 
 def warning(ignored: Sequence[str]) -> dict[str, str]:
-    """The header that names what had no effect; headers are ASCII."""
-    text = one_line(f"ignored: {'; '.join(ignored)}", LONGEST_WARNING).strip()  # no header ends with a space
+    """The header that names what had no effect; headers are ASCII, and blanks may not end them."""
+    text = one_line(f"ignored: {'; '.join(ignored)}", LONGEST_WARNING).strip()
     return {"X-Warning": text.encode("ascii", "backslashreplace").decode()} if ignored else {}
 
 

@@ -19,7 +19,7 @@ from zimage.pictures.opening import opened_bytes
 from zimage.pictures.parameters import LORA as TAG
 from zimage.serve.asking import LORA, NAMES
 from zimage.serve.refusals import TooLarge
-from zimage.serve.schema import PROMPT, Schema, own_fields, whole
+from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
 from zimage.settings.declared import LONGEST_TEXT
 from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
@@ -141,10 +141,10 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
     fields = {**{name: own[name] for name in own.keys() - theirs.keys()}, **theirs, "prompt": PROMPT}
     fields["seed"] = {"type": ["integer", "null"], "default": -1, "description": "Seed of the noise; −1 draws one."}
     drawing = {name: field for name, field in fields.items() if name not in ("image", "mask", "init_images")}
-    example = {"prompt": "a lighthouse at dusk", "steps": 8, "cfg_scale": 1, "width": 1024, "height": 1024, "seed": -1}
+    example = {"prompt": "a lighthouse at dusk", "steps": 8, "cfg_scale": 1, "seed": -1}
     return {
         "Txt2Img": whole("Txt2Img", drawing, example=example, others=True),
-        "Img2Img": whole("Img2Img", fields, ("init_images",), others=True),
+        "Img2Img": whole("Img2Img", fields, ("init_images",), {**example, "init_images": [SMALL_PNG]}, others=True),
     }
 
 

@@ -82,7 +82,7 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
     fields = {"prompt": PROMPT, **standard, **{name: own[name] for name in own.keys() - {"prompt"}}}
     files = {"image": {**FILE, "description": "Picture to start from."}}
     files["mask"] = {**FILE, "description": "PNG of the image's size: transparent areas are repainted."}
-    generation = whole("OpenAIGeneration", fields, ("prompt",), {**EXAMPLE, "size": "1024x1024", "quality": "high"})
+    generation = whole("OpenAIGeneration", fields, ("prompt",), {**EXAMPLE, "n": 1, "quality": "high"})
     return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
 
 

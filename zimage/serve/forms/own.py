@@ -1,11 +1,14 @@
 """Our own form: jobs, their events, and a picture at once. The page and `gen --server` speak it."""
 
+import asyncio
+
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from zimage.errors import RequestError
 from zimage.serve.asking import Asked, asked
 from zimage.serve.bodies import FormRoute, read_object, read_with_files
+from zimage.serve.forms.history import pieces
 from zimage.serve.forms.waiting import stream, unfinished, until_the_end
 from zimage.serve.openapi import (
     EVENTS,
@@ -20,6 +23,7 @@ from zimage.serve.openapi import (
     reference,
     takes,
 )
+from zimage.serve.schema import whole
 from zimage.serve.service import Service
 
 JOB = content("The job.", reference("Job"), EXAMPLE_JOB)
@@ -32,7 +36,7 @@ EVENT = record(
 )
 STREAM = content("Server-sent events.", EVENT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
-PLACE = record("Place", position={**WHOLE, "minimum": 0, "examples": [0]})
+PLACE = whole("Place", {"position": {**WHOLE, "minimum": 0}}, ("position",), example={"position": 0})
 
 
 def routes(service: Service) -> APIRouter:
@@ -104,7 +108,8 @@ def routes(service: Service) -> APIRouter:
         image = view.images[0]
         seconds = (view.finished or 0.0) - (view.started or 0.0)
         told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
-        return FileResponse(service.history.file(image["id"]), media_type="image/png", headers=told)
+        file = await asyncio.to_thread(service.history.open, image["id"])
+        return StreamingResponse(pieces(file), media_type="image/png", headers=told)
 
     return router
 
