@@ -341,8 +341,11 @@ def test_two_machines_draw_what_one_does(new_server, tmp_path, monkeypatch):
     here = new_server(*pair, *options, name="here", environment={"ZIMAGE_ENCODER_TOKEN": secret}).start()
     image = here.draw(prompt=PROMPTS[0], **RENDER)["images"][0]
     picture = Image.open(io.BytesIO(here.http.get(image["url"]).content))
-    alone = zimage.ZImage.load(device="cpu", dtype="fp32").generate(PROMPTS[0], **RENDER).images[0]
-    assert picture.tobytes() == alone.tobytes()
+    alone = zimage.ZImage.load(device="cpu", dtype="fp32")
+    assert picture.tobytes() == alone.generate(PROMPTS[0], **RENDER).images[0].tobytes()
+    writing = {"prompt": "a cat", "max_tokens": 6, "rewrite_seed": 1}
+    written = here.http.post("/api/rewrite", json=writing).json()
+    assert written["prompt"] == alone.rewrite(**writing).prompt
     assert there.http.post("/api/jobs", json={"prompt": "a"}).status_code == 404
     there.kill()
     assert here.draw(prompt=PROMPTS[0], **RENDER)["state"] == "done"
