@@ -15,6 +15,7 @@ from zimage.errors import RequestError, quoted
 from zimage.serve.asking import REWRITE
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.forms.encoder import taken
+from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import MAYBE_TEXT, RECORD, TEXT, WHOLE, answers, content, listed, record, takes
 from zimage.serve.schema import FILE, text_body
 from zimage.serve.service import Service
@@ -122,7 +123,8 @@ def _rewriting(router: APIRouter, service: Service) -> None:
     async def rewrite(request: Request) -> Response:
         """Write a prompt out. It is not drawn."""
         prompt, settings = question(service, await read_object(request), RewriteSettings, REWRITE)
-        return JSONResponse(await service.compute("rewrite", prompt=prompt, settings=settings))
+        work = service.compute("rewrite", prompt=prompt, settings=settings)
+        return JSONResponse(await while_there(request, work))
 
 
 def _encoding(router: APIRouter, service: Service) -> None:

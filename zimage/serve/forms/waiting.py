@@ -1,8 +1,8 @@
 """What forms share while a job runs: waiting for its end, streaming its events, giving it up with its client."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -15,6 +15,8 @@ from zimage.serve.refusals import Conflict, Failed
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
+
+T = TypeVar("T")
 
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _cancelling: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
@@ -49,6 +51,19 @@ def unfinished(view: JobView) -> ZImageError | None:
     error: dict[str, Any] = view.error or {}
     kind = RequestError if error.get("fields") else Failed
     return kind(error.get("message", "the job failed"), fields=error.get("fields", ()))
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What short work returns. Where the client goes away it is cancelled: raises ClientDisconnect."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 async def gone(request: Request) -> None:
