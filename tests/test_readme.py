@@ -20,7 +20,7 @@ from bench.tables import filled
 from zimage.cli import cli
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("zimage", "zimage/cli", "kernels", "weights", "templates", "bench", "tests")
+ROOMS = ("zimage", "zimage/cli", "zimage/serve", "kernels", "weights", "templates", "bench", "tests", "zimage/serve/page")
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [
     *MAPS,
@@ -109,6 +109,8 @@ def test_commands_exist_and_know_their_options(words):
         parse(cli, words[1 if words[0] == "zimage" else 2 :])
     elif words[:3] == ["python", "-m", "bench"]:
         parse(bench, words[3:])
+    elif words[:2] == ["python", "-c"]:
+        compile(words[2], "-c", "exec")
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
     elif words[0] == "pytest":
@@ -181,7 +183,7 @@ def test_every_file_stands_in_its_folders_map(document):
 
 def is_plain_init(file: Path) -> bool:
     """Whether a file only makes a folder a package: the room's heading speaks for it."""
-    return file.name == "__init__.py" and file.parent.parent == ROOT / "zimage"
+    return file.name == "__init__.py" and ROOT / "zimage" in (file.parents[1], file.parents[2])
 
 
 @pytest.mark.parametrize("document", MAPS, ids=lambda path: path.parent.name)

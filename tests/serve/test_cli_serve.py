@@ -16,7 +16,7 @@ def app(monkeypatch, tmp_path):
     module = types.ModuleType("zimage.serve.app")
     module.started, module.indexed = [], []
     module.run = lambda *given: module.started.append(given)
-    module.reindex = module.indexed.append
+    module.reindex = lambda serving: module.indexed.append(serving) or 3
     monkeypatch.setitem(sys.modules, "zimage.serve.app", module)
     monkeypatch.delenv("ZIMAGE_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
@@ -45,8 +45,9 @@ def test_options_and_a_profile_are_sorted_by_what_they_set(app, tmp_path, capsys
     assert capsys.readouterr().err == "settings: zimage.toml [default]\n"
 
 
-def test_reindexing_starts_no_server(app):
+def test_reindexing_starts_no_server(app, capsys):
     assert main(["serve", "--reindex", "--data", "pictures"]) == 0
+    assert capsys.readouterr().out == "3 pictures in the index\n"
     assert (app.started, app.indexed) == ([], [ServeSettings(data="pictures")])
 
 

@@ -1,5 +1,6 @@
 """Jobs over HTTP, on a real server: from a request to the bits that `gen` draws, whatever happens in between."""
 
+import base64
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from running import ROOT
 
 import zimage
@@ -52,6 +53,20 @@ def test_events_tell_the_whole_story_in_order(server):
     assert len(events[-1][2]["images"]) == 2
     numbers = [int(place.partition("-")[2]) for place, _, _ in events]
     assert numbers == sorted(numbers)
+
+
+def test_previews_become_the_picture(server):
+    id = server.submit(prompt="a cat face on a blue background", seed=1)["id"]
+    shown = [data for _, kind, data in server.events(f"/api/jobs/{id}/events") if kind == "preview"]
+    assert shown[-1]["step"] == 8
+    head, _, text = shown[-1]["image"].partition(",")
+    assert head == "data:image/jpeg;base64"
+    preview = Image.open(io.BytesIO(base64.b64decode(text)))
+    assert preview.size == (shown[-1]["width"], shown[-1]["height"]) == (32, 32)
+    image = server.http.get(f"/api/jobs/{id}").json()["images"][0]
+    picture = Image.open(io.BytesIO(server.http.get(image["url"]).content)).resize((32, 32), Image.Resampling.BOX)
+    difference = ImageChops.difference(preview.convert("RGB"), picture)
+    assert sum(ImageStat.Stat(difference).mean) / 3 < 30  # levels; grey is 60 from it
 
 
 def test_events_are_taken_up_where_they_were_lost(server):
@@ -257,3 +272,11 @@ def test_the_queue_has_an_end(new_server):
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
     assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+
+
+def test_a_server_that_only_encodes_draws_nothing_and_has_no_page(new_server):
+    server = new_server("--encoder-only").start()
+    assert server.http.post("/api/jobs", json={"prompt": "a"}).status_code == 404
+    assert server.http.get("/").status_code == 404
+    counted = server.http.post("/api/format-prompt", json={"prompt": "a cat"}).json()
+    assert counted["tokens"] > 0

@@ -56,6 +56,17 @@ def at_once(app):
     return asyncio.run(run())
 
 
+def uploads_at_once(app):
+    """Each within its limit; the first ones are held while the last comes."""
+
+    async def run():
+        held = [asyncio.create_task(asked(app, "POST", body=[b"a" * (BIG - 1), 0.04])) for _ in range(9)]
+        await asyncio.sleep(0.01)
+        return [await task for task in held][-1]
+
+    return asyncio.run(run())
+
+
 # The rule, the attack, the status that it gets.
 ATTACKS = {
     "many headers": ("HeadSize", lambda app: ask(app, headers=[HOST, *[("x", "y")] * 64]), 431),
@@ -122,6 +133,7 @@ ATTACKS = {
     "too many at once": ("FewAtOnce", at_once, 503),
     "a long body": ("BodyLimits", lambda app: ask(app, "POST", headers=[HOST, ("content-length", str(BIG + 1))]), 413),
     "a long body in pieces": ("BodyLimits", lambda app: ask(app, "POST", body=[b"a" * (1 << 18)] * 5), 413),
+    "many long bodies": ("BodyLimits", uploads_at_once, 503),
     "a body that pauses": ("BodyLimits", lambda app: ask(app, "POST", body=[b"a", 0.2, b"b"]), 408),
     "a body that drips": ("BodyLimits", lambda app: ask(app, "POST", body=[b"a", 0.02] * 20), 408),
 }
@@ -377,6 +389,19 @@ def test_health_is_answered_when_nothing_else_is():
     guard = Guard(ServeSettings(), most_requests=0)
     assert ask(protected(app, guard)).status == 503
     assert ask(protected(app, guard), path="/health").status == 200
+
+
+def test_memory_for_bodies_is_given_back():
+    app_ = guarded()
+    for _ in range(3):
+        assert uploads_at_once(app_).status == 503
+    assert ask(app_, "POST", body=[b"a" * (BIG - 1)]).status == 200
+
+
+def test_whoever_has_no_token_yet_sends_short_bodies():
+    assert ask(guarded(token=TOKEN), "POST", "/api/session", body=[b"a" * 4096]).status == 401
+    answer = ask(guarded(token=TOKEN), "POST", "/api/session", body=[b"a" * 4097])
+    assert (answer.status, answer.json["error"]["message"]) == (413, "a request may have 4,096 bytes here")
 
 
 def test_a_body_within_its_limits_arrives_whole():

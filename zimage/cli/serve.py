@@ -8,6 +8,7 @@ import click
 
 from zimage.cli import terminal
 from zimage.cli.options import GroupedCommand, options_of
+from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.cli.trust import check_folder, check_server, check_serving
 from zimage.errors import ZImageError, install_hint
@@ -48,7 +49,7 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
 
     with resolved.naming_sources():
         if reindex:
-            app.reindex(serving)
+            terminal.out(f"{counted(app.reindex(serving), 'picture')} in the index")
         else:
             defaults = {**resolved.of(Request), **resolved.of(RewriteSettings)}
             app.run(resolved.of(LoadSettings), defaults, serving, lambda ready: _introduce(ready, quiet))

@@ -7,7 +7,6 @@ each fault is one line that names it. Captions of another model, layer, dtype, w
 draw another picture without a word.
 """
 
-import threading
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -25,7 +24,7 @@ from zimage.settings.declared import LONGEST_TEXT, LoadSettings, RewriteSettings
 from zimage.settings.environment import ENCODER_TOKEN, encoder_token
 from zimage.settings.fields import Plain, as_plain, check_text
 from zimage.text.remote import MAX_ANSWER, Call, checked_url, endpoint
-from zimage.text.wire import ROOM, Wanted, check_encoder, dtype_name, hidden_states, ids_hash, unpacked
+from zimage.text.wire import ROOM, Wanted, dtype_name, hidden_states, ids_hash, unpacked
 
 CAPTIONS, HIDDEN_STATES, REWRITE = "/api/captions", "/v1/hidden_states", "/api/rewrite"
 LOCAL = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # settings of rewriting that are not the server's
@@ -35,7 +34,7 @@ class RemoteEncoder:
     """The text encoder behind `encoder_url`; `dtype` is what it has to compute in.
 
     `fingerprint` is that of the model's own text encoder, "" where its weights are not here: then it is the server's,
-    once that has answered. Raises RequestError for settings that cannot be used.
+    once that has answered, and another one later on is refused. Raises RequestError for settings that cannot be used.
     """
 
     component = ""
@@ -45,7 +44,7 @@ class RemoteEncoder:
         self._own = own = model.components.get(TEXT_ENCODER)
         self.fingerprint = own.checkpoint.fingerprint() if own else ""
         self._plain = settings.encoder_form == "hidden_states"
-        self._url, self._lock = _checked(settings.encoder_url), threading.Lock()
+        self._url = _checked(settings.encoder_url)
 
     @classmethod
     def of(cls, model: ModelFiles, place: Place, settings: LoadSettings) -> "RemoteEncoder | None":
@@ -96,8 +95,7 @@ class RemoteEncoder:
         asked: dict[str, Plain] = {"texts": [{"text": text.formatted, "ids": ids_hash(text.ids)}]}
         answer = call.accepted({**asked, "layers": as_plain(text.layers), "dtype": dtype_name(wanted.dtype)})
         try:
-            (caption,), encoder = unpacked(answer.body, wanted)
-            self._pin(encoder)
+            (caption,), self.fingerprint = unpacked(answer.body, wanted)
         except CheckpointError as error:
             raise call.error(str(error)) from None
         return caption
@@ -116,12 +114,6 @@ class RemoteEncoder:
             return hidden_states(answer.body, wanted, limit)
         except CheckpointError as error:
             raise call.error(str(error)) from None
-
-    def _pin(self, encoder: str) -> None:
-        """From the first answer on, captions are of one model. Raises CheckpointError for another."""
-        with self._lock:
-            check_encoder(encoder, self.fingerprint)
-            self.fingerprint = encoder
 
     def _call(self, path: str, timeout: float, limit: int) -> Call:
         return Call(endpoint(self._url, path), encoder_token(), timeout, limit, ENCODER_TOKEN)

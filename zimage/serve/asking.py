@@ -100,9 +100,9 @@ def check_tokens(count: int, name: str, limits: ServeSettings) -> None:
 
     The time of a step grows with their square.
     """
-    if count > limits.max_text_tokens:
+    if count > limits.max_prompt_tokens:
         raise RequestError(
-            f"{name}: it has {count:,} tokens; this server takes at most {limits.max_text_tokens:,}", fields=(name,)
+            f"{name}: it has {count:,} tokens; this server takes at most {limits.max_prompt_tokens:,}", fields=(name,)
         )
 
 

@@ -215,7 +215,7 @@ class Dispatcher:
         self.streams.tell(row.id, "progress", {"job": row.id, **progress.plain()})
 
     def _on_preview(self, row: JobRow, message: Message) -> None:
-        shown = {name: message[name] for name in ("index", "width", "height", "image")}
+        shown = {name: message[name] for name in ("index", "step", "width", "height", "image")}
         self.streams.tell(row.id, "preview", {"job": row.id, **shown})
 
     def _on_note(self, row: JobRow, message: Message) -> None:

@@ -3,6 +3,7 @@
 job ─ (rewritten first, where that is asked for) ─ run ─→ events ─→ progress, previews, pictures, the kept state
 """
 
+import base64
 import dataclasses
 import logging
 import threading
@@ -23,6 +24,7 @@ from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.pictures.files import save
 from zimage.pipeline import ZImage
 from zimage.render.job import Job
+from zimage.render.preview import Factors, Preview, Previews, prefitted
 from zimage.render.rewriting import Rewrite
 from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
@@ -46,6 +48,8 @@ class Studio:
         kind = Captioner if start["encoder_only"] else ZImage
         self.captioner: Captioner = kind.load(loading.pop("model", None), **loading)
         self.send, self.folder = send, Path(start["data"])
+        self.factors: Factors | None = None
+        self._wants_previews = start["previews"] and isinstance(self.captioner, ZImage)
         self._prepared: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -71,6 +75,14 @@ class Studio:
         if not isinstance(self.captioner, ZImage):
             raise RequestError("this server only encodes; ask one that draws")
         return self.captioner
+
+    def warm_up(self) -> None:
+        """Before the first task: fit what previews are made with, once for a VAE, or read what was fitted."""
+        if self._wants_previews:
+            try:
+                self.factors = prefitted(self.pipe, self.folder)
+            except ZImageError as error:
+                log.warning("jobs are drawn without previews: %s", error)
 
     # ------------------------------------------------------------------ questions, in the second thread
 
@@ -161,13 +173,15 @@ class Drawing:
         self.state = RenderState()
         self.kept = self._begun()
         self._refused_state = False
+        self._previews = Previews(studio.factors, self._show) if studio.factors else None
 
     def run(self, check: Check) -> Message:
         """Draw what is not drawn yet. A cancel comes through in the middle of a step, but not while weights move."""
         begun = last = time.monotonic()
+        hooks = [self._previews.hook] if self._previews else []
         try:
-            with ExitStack() as moving:
-                for event in self.pipe.run(self.job, self.state):
+            with self._previews or nullcontext(), ExitStack() as moving:
+                for event in self.pipe.run(self.job, self.state, hooks):
                     check()
                     self.timings[event.stage] = self.timings.get(event.stage, 0.0) + time.monotonic() - last
                     if event.stage == "load":
@@ -187,8 +201,15 @@ class Drawing:
         if event.image is not None:
             self._save(event)
             return
+        if self._previews:
+            self._previews.take(event)
         named = {"stage": event.stage, "step": event.step, "total": event.total, "detail": event.detail}
         self.send({"on": "progress", "id": self.id, **named, "index": event.index, "count": event.count})
+
+    def _show(self, preview: Preview) -> None:
+        shown = {"index": preview.index, "width": preview.width, "height": preview.height}
+        url = f"data:image/jpeg;base64,{base64.b64encode(preview.jpeg).decode()}"
+        self.send({"on": "preview", "id": self.id, "step": preview.step, **shown, "image": url})
 
     def _save(self, event: Event) -> None:
         assert event.image is not None

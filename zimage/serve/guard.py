@@ -9,6 +9,8 @@ from zimage.serve.door import Brake, Door
 from zimage.serve.hosts import Hosts
 from zimage.settings.serving import ServeSettings
 
+HEALTH, SESSION = "/health", "/api/session"
+FREE = ("/", HEALTH, SESSION)  # and the page's files: whoever has no token yet needs these
 MOST_REQUESTS = 400  # at once; streams of events last long
 Observe = Callable[[str, int, float], None]
 

@@ -4,7 +4,6 @@ None of them knows what the server is for. What is refused is answered in the fo
 a header may take, and what happens to bodies that nobody reads, is for `listening`: ASGI begins after the header.
 """
 
-import asyncio
 import logging
 import re
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zimage.serve.access import AccessLog
 from zimage.serve.answers import Header, send_error
-from zimage.serve.guard import Guard, Rule, client_of
+from zimage.serve.guard import FREE, HEALTH, SESSION, Guard, Rule, client_of
 from zimage.serve.hosts import Place
+from zimage.serve.incoming import BodyLimits
 
 log = logging.getLogger("zimage")
 
@@ -36,8 +36,6 @@ NO_STORE: Header = (b"cache-control", b"no-store")
 CLOSE: Header = (b"connection", b"close")
 MOST_HEADERS, LONGEST_HEAD, LONGEST_PATH = 64, 16 << 10, 2048  # headers, their bytes, bytes of a path
 STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # controls, and what is a slash on Windows
-SLOWEST = 1024  # bytes a second that a body must have on average once its first pause is used up
-FREE, SESSION, HEALTH = ("/", "/health", "/api/session"), "/api/session", "/health"
 SAFE = ("GET", "HEAD")
 
 
@@ -218,71 +216,6 @@ class FewAtOnce:
             await self.app(scope, receive, send)
         finally:
             self.running -= 1
-
-
-class BodyLimits:
-    """A body has at most so many bytes, pauses at most so long, and does not drip.
-
-    What reads it is told that the client has gone; its answer to that is replaced by ours.
-    """
-
-    def __init__(self, app: ASGIApp, guard: Guard):
-        self.app, self.idle, self.most = app, guard.settings.idle_timeout, guard.settings.max_upload << 20
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = _Body(receive, send, self.idle, self.most)
-        if int(Headers(scope=scope).get("content-length", 0)) > self.most:
-            return await send_error(scope, send, *body.too_large())
-        try:
-            await self.app(scope, body.receive, body.send)
-        except Exception:
-            if body.fault is None:
-                raise
-        if body.fault and not body.answered:
-            await send_error(scope, send, *body.fault)
-
-
-class _Body:
-    """One request's body on its way in, and its answer on the way out."""
-
-    def __init__(self, receive: Receive, send: Send, idle: float, most: int):
-        self._receive, self._send, self._idle, self._most = receive, send, idle, most
-        self.fault: tuple[int, str] | None = None
-        self.answered = False
-        self._whole, self._got, self._waited = False, 0, 0.0
-
-    def too_large(self) -> tuple[int, str]:
-        return 413, f"a request may have {self._most >> 20} MiB with its uploads"
-
-    async def receive(self) -> Message:
-        if self._whole or self.fault:
-            return {"type": "http.disconnect"} if self.fault else await self._receive()
-        try:
-            message = await self._in_time()
-        except TimeoutError:
-            self.fault = 408, "the body came too slowly"
-            return {"type": "http.disconnect"}
-        self._got += len(message.get("body", b""))
-        self._whole = not message.get("more_body", False)
-        if self._got <= self._most:
-            return message
-        self.fault = self.too_large()
-        return {"type": "http.disconnect"}
-
-    async def _in_time(self) -> Message:
-        """The next piece: neither may it take too long, nor may all pauses together for what has come."""
-        loop, left = asyncio.get_running_loop(), self._idle + self._got / SLOWEST - self._waited
-        start = loop.time()
-        async with asyncio.timeout(min(self._idle, left)):
-            message = await self._receive()
-        self._waited += loop.time() - start
-        return message
-
-    async def send(self, message: Message) -> None:
-        if self.fault and not self.answered:
-            return
-        self.answered = True
-        await self._send(message)
 
 
 RULES: tuple[Rule, ...] = (

@@ -6,6 +6,7 @@ Asked ─ submit: defaults laid under, uploads kept, LoRAs found, prepared by a 
 import asyncio
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from zimage.errors import RequestError, quoted
+from zimage.errors import RequestError, ZImageError, quoted
 from zimage.serve.about import About
 from zimage.serve.asking import Asked, check_limits, check_tokens
 from zimage.serve.database import Database
@@ -33,9 +34,12 @@ from zimage.settings.profiles import laid_over
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
 
+log = logging.getLogger("zimage.serve")
+
 ENDING = ".safetensors"  # of LoRAs, states and captions
 LONGEST_KEY = 255
-SWEEP = 3600.0  # seconds between two looks for what is not needed any more
+SWEEP = 600.0  # seconds between two looks for what is not needed any more
+UNUSED = 3600.0  # seconds that an upload is kept which no job needs
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Service:
         await asyncio.to_thread(self._clear, {f"{row.id}{ENDING}" for row in waiting})
         start = {"op": "start", "loading": dict(self.launch.loading), "data": str(self.folder)}
         devices = list(self.settings.worker or [""])
-        self.dispatcher.start(devices, {**start, "encoder_only": self.settings.encoder_only}, waiting)
+        self.dispatcher.start(
+            devices, {**start, **{name: getattr(self.settings, name) for name in ("encoder_only", "previews")}}, waiting
+        )
         await self._worker().ready()
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
@@ -298,11 +304,15 @@ class Service:
     async def _sweep(self) -> None:
         """Now and then remove what is not needed any more, and what is past the limits that were set."""
         while True:
-            used = uploads_of(self.dispatcher.rows.values())
-            await asyncio.to_thread(self.uploads.sweep, used, SWEEP)
-            await asyncio.to_thread(self.history.tidy)
-            if self.settings.keep_days:
-                await asyncio.to_thread(self.jobs_kept.forget, time.time() - 86_400 * self.settings.keep_days)
+            try:
+                used = uploads_of(self.dispatcher.rows.values())
+                await asyncio.to_thread(self.uploads.sweep, used, UNUSED)
+                if deleted := await asyncio.to_thread(self.history.tidy):
+                    self.streams.tell("", "history", {"deleted": deleted})
+                if self.settings.keep_days:
+                    await asyncio.to_thread(self.jobs_kept.forget, time.time() - 86_400 * self.settings.keep_days)
+            except (ZImageError, OSError) as error:  # of the disk, and maybe gone the next time
+                log.warning("what is not needed any more could not be removed: %s", error)
             await asyncio.sleep(SWEEP)
 
 

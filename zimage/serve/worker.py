@@ -53,6 +53,7 @@ class Worker:
 
     def work(self) -> None:
         """Do one task after the other, for ever."""
+        self.studio.warm_up()
         while True:
             task = self._tasks.get()
             self._running = task["id"]

@@ -47,6 +47,7 @@ class ServeSettings(Settings):
     encoder_only: bool = setting(
         False, "Only encode and rewrite prompts for other machines; no pictures, no page.", group="Server"
     )
+    previews: bool = setting(True, "Show what running jobs are becoming, after every step.", group="Server")
     grace: float = setting(
         30.0,
         "Seconds that a running job may take to end when the server is stopped; then its state is saved.",
@@ -62,7 +63,7 @@ class ServeSettings(Settings):
     )
     max_images: int = setting(16, "Pictures that one job may draw.", group="Limits", minimum=1, maximum=10_000)
     max_steps: int = setting(200, "Steps that one job may ask for.", group="Limits", minimum=1, maximum=1000)
-    max_text_tokens: int = setting(
+    max_prompt_tokens: int = setting(
         4096,
         "Tokens that one prompt of a job, or its embeddings, may have.",
         group="Limits",

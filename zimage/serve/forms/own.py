@@ -1,11 +1,14 @@
 """Our own form: jobs, their events, and a picture at once. The page and `gen --server` speak it."""
 
+import asyncio
+
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from zimage.errors import RequestError
 from zimage.serve.asking import Asked, asked
 from zimage.serve.bodies import FormRoute, read_object, read_with_files
+from zimage.serve.forms.history import pieces
 from zimage.serve.forms.waiting import stream, unfinished, until_the_end
 from zimage.serve.openapi import (
     EVENTS,
@@ -105,7 +108,8 @@ def routes(service: Service) -> APIRouter:
         image = view.images[0]
         seconds = (view.finished or 0.0) - (view.started or 0.0)
         told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
-        return FileResponse(service.history.file(image["id"]), media_type="image/png", headers=told)
+        file = await asyncio.to_thread(service.history.open, image["id"])
+        return StreamingResponse(pieces(file), media_type="image/png", headers=told)
 
     return router
 
