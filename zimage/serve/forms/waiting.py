@@ -65,19 +65,6 @@ def unfinished(view: JobView) -> ZImageError | None:
     return kind(error.get("message", "the job failed"), fields=error.get("fields", ()))
 
 
-async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What short work returns. Where the client goes away it is cancelled: raises ClientDisconnect."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
 async def gone(request: Request) -> None:
     """Wait until the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
