@@ -33,7 +33,8 @@ export class Form extends EventTarget {
     this.fields.set(name, field);
     const slot = document.querySelector(`[data-slot="${name}"]`);
     if (slot) slot.append(field.node);
-    else this.#section(property["x-group"] ?? "More").append(field.node);
+    slot?.closest("[data-faults]")?.append(field.message); // narrow controls share a wide place for what is wrong
+    if (!slot) this.#section(property["x-group"] ?? "More").append(field.node);
   }
 
   #section(group) {

@@ -20,9 +20,10 @@ export class Jobs extends EventTarget {
     this.#tell("change", job);
   }
 
-  /** Take what a form's submission answered, unless events have already told more. */
+  /** Take what a submission answered, unless events have already told more; the job as it is known now. */
   meet(job) {
     if (!this.#jobs.has(job.id)) this.put(job);
+    return this.get(job.id);
   }
 
   /** What the server has now; a job that it no longer names has ended unseen. */

@@ -16,7 +16,7 @@ export function listenToKeys(actions) {
 
 function ofEverywhere(event, { render, cancel }) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) return render;
-  return event.key === "Escape" ? cancel : null;
+  return event.key === "Escape" && event.target.id !== "search" ? cancel : null; // there it empties the search
 }
 
 function ofPage(event, { step, view, remove }) {

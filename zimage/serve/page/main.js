@@ -5,7 +5,7 @@ import { $, closable, debounced, el } from "./dom.js";
 import { labelOf } from "./fields.js";
 import { draft, Form, keepDraft } from "./form.js";
 import { History } from "./history.js";
-import { Jobs } from "./jobs.js";
+import { isActive, Jobs } from "./jobs.js";
 import { listenToKeys } from "./keys.js";
 import { Loras } from "./loras.js";
 import { Painter } from "./painter.js";
@@ -56,10 +56,11 @@ class Page {
     document.documentElement.dataset.ready = "true";
   }
 
-  /** After a break the events of some seconds may be lost: ask what holds now. */
+  /** Events before the connection are lost, and in a break many may be: ask what holds now. */
   async #connected(isOn) {
-    if (isOn && $("connection").textContent) await this.#try(() => this.jobs.load(), () => this.history.load());
+    const wasOff = $("connection").textContent !== "";
     $("connection").textContent = isOn ? "" : "Connecting…";
+    if (isOn) await this.#try(() => this.jobs.load(), () => wasOff && this.history.load());
   }
 
   #describe() {
@@ -139,8 +140,8 @@ class Page {
     const { values, files } = this.request();
     $("render").setAttribute("aria-busy", "true");
     try {
-      this.jobs.meet(await api.submit(values, files));
-      this.follow();
+      const job = this.jobs.meet(await api.submit(values, files));
+      this.follow(isActive(job) ? undefined : job.id); // a small picture may be there before the answer is
       if (matchMedia("(max-width: 719px)").matches) $("stage").scrollIntoView({ block: "start" });
     } catch (error) {
       this.form.show({ message: error.message, fields: error.fields ?? [] });
@@ -157,6 +158,7 @@ class Page {
   }
 
   async cancel(id = this.stage.following?.id ?? this.jobs.active[0]?.id) {
+    if (this.comparing) return this.#pick(null);
     if (!id) return;
     await this.#try(() => api.cancel(id), (job) => toast(`Cancelled: ${[job.request.prompt].flat()[0] || "no prompt"}`));
   }
@@ -254,9 +256,5 @@ class Page {
 }
 
 api.onUnauthorised(signIn);
-try {
-  await new Page(await api.schema()).start();
-} catch (error) {
-  toast(error.message, { isFault: true });
-  throw error;
-}
+window.addEventListener("unhandledrejection", ({ reason }) => toast(reason.message, { isFault: true }));
+await new Page(await api.schema()).start();

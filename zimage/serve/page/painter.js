@@ -1,7 +1,8 @@
 // The mask brush: strokes over the picture to start from. They are kept as a list, so that undo is leaving out the last.
 import { $, closable } from "./dom.js";
 
-const LARGEST = 2048; // px of the mask's longer side; the server brings it to the size of the render
+// px of the mask's longer side: fine enough for small pictures too; the server brings it to the size of the render
+const [LEAST, MOST] = [1024, 2048];
 const STEP = 0.02; // of the longer side: how far an arrow key moves the brush
 
 export class Painter {
@@ -33,7 +34,8 @@ export class Painter {
     if (file !== this.#file) this.#strokes = [];
     this.#file = file;
     this.picture = await createImageBitmap(file);
-    const scale = Math.min(1, LARGEST / Math.max(this.picture.width, this.picture.height));
+    const longer = Math.max(this.picture.width, this.picture.height);
+    const scale = Math.min(Math.max(longer, LEAST), MOST) / longer;
     for (const canvas of [this.canvas, this.layer]) {
       canvas.width = Math.max(1, Math.round(this.picture.width * scale));
       canvas.height = Math.max(1, Math.round(this.picture.height * scale));

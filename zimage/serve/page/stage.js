@@ -21,6 +21,8 @@ export class Stage extends EventTarget {
 
   /** Show a job as it goes; its picture when it is done. Until the first preview, what was shown stays, dimmed. */
   follow(id) {
+    const job = this.jobs.get(id);
+    if (!isActive(job)) return this.#ended(job);
     this.job = id;
     this.#draw();
   }
@@ -92,11 +94,12 @@ export class Stage extends EventTarget {
 
   #details(image) {
     $("details").hidden = !image;
-    $("details").replaceChildren(...(image ? [this.#caption(image), this.#actions(image)] : []));
+    $("details").replaceChildren(...(image ? this.#told(image) : []));
   }
 
-  #caption(image) {
-    return el("div", { class: "caption" }, el("p", { class: "caption-prompt" }, image.prompt || "No prompt"), el("p", { class: "quiet facts" }, factsOf(image).join(" · ")));
+  #told(image) {
+    const prompt = el("p", { class: "caption", title: image.prompt }, image.prompt || "No prompt");
+    return [prompt, el("p", { class: "quiet facts" }, factsOf(image).join(" · ")), this.#actions(image)];
   }
 
   #actions(image) {
@@ -123,6 +126,12 @@ export function shape(node, width, height) {
 export function factsOf({ width, height, seed, settings, created }) {
   const { steps, guidance } = settings?.request ?? {};
   const took = settings?.seconds && seconds(settings.seconds);
-  const when = new Date(Number(created) * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+  const when = dated(new Date(Number(created) * 1000));
   return [`${width} × ${height}`, `seed ${seed}`, steps && `${steps} steps`, guidance && `guidance ${guidance}`, took, when].filter(Boolean);
+}
+
+/** The time of today's, the day of others. */
+function dated(date) {
+  const isToday = date.toDateString() === new Date().toDateString();
+  return isToday ? date.toLocaleTimeString([], { timeStyle: "short" }) : date.toLocaleDateString([], { dateStyle: "medium" });
 }

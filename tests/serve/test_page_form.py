@@ -1,0 +1,380 @@
+"""The settings form: every declared field has a control, what it sends, and what the server's answer does to it."""
+
+import base64
+import io
+import json
+
+import pytest
+from browsing import PHONE, SENT_JOBS, chromium, drop, sent_jobs, until, window, write
+from PIL import Image
+from running import Server
+
+from zimage.serve.schema import drawing_schema, rewriting_schema
+from zimage.settings.fields import json_schema
+from zimage.settings.serving import ServeSettings
+
+pytestmark = pytest.mark.browser
+
+FIELDS = drawing_schema(ServeSettings())["properties"]
+REWRITING = rewriting_schema()["properties"]
+# What a control is set to where a number or a text of its kind would not do, and what is sent then.
+VALUES = {
+    "template": ("photo-overcast", "photo-overcast"),
+    "layer_weights": ("-2:0.7,-8:0.3", "-2:0.7,-8:0.3"),
+    "seed": ("7, 8", [7, 8]),
+    "tile_size": ("512", 512),
+}
+NEEDED = {"negative": {"guidance": "3"}, "strength": {"hires": "2"}}  # without which a control has no effect
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("form")
+    running = Server(folder / "data").start()
+    yield running.url + "/"
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def page(browser, url):
+    with window(browser, url, allowed=("422",)) as one:
+        yield one
+
+
+def refuse(page, *fields, message="this is refused"):
+    """Answer each request for a picture with 422, so that a test of many controls renders nothing."""
+    body = json.dumps({"error": {"message": message, "fields": fields}})
+    page.route("**/api/jobs", lambda route: route.fulfill(status=422, content_type="application/json", body=body))
+
+
+def submitted(page) -> dict:
+    """Press Render; the values that were sent."""
+    before = len(sent_jobs(page))
+    page.click("#render")
+    until(page, f"(n) => {SENT_JOBS}.length > n", before)
+    until(page, "() => !document.querySelector('#render').hasAttribute('aria-busy')")
+    return json.loads(sent_jobs(page)[-1]["request"])
+
+
+def put(page, name, property):
+    """Set a control as its kind allows; what should be sent."""
+    control = found(page, name)
+    kind = control.evaluate("(node) => node.type")
+    if name == "template":
+        return pick_template(page)
+    if kind == "checkbox":
+        control.check()
+        return True
+    if kind == "select-one":
+        option = control.locator("option").last.get_attribute("value")
+        control.select_option(option)
+        return {"true": True, "false": False}.get(option, option)
+    text, value = VALUES.get(name) or numbered(property) or ("words of a text", "words of a text")
+    control.fill(text)
+    return value
+
+
+def found(page, name):
+    """A control, with its section open."""
+    control = page.locator(f"#field-{name}")
+    control.evaluate("(node) => node.closest('details')?.setAttribute('open', '')")
+    return control
+
+
+def numbered(property):
+    """A number within the bounds of a field, that is not its default."""
+    form = (property.get("anyOf") or [property])[0]
+    if not {"integer", "number"} & set([form["type"]] if isinstance(form["type"], str) else form["type"]):
+        return None
+    low = form.get("minimum", form.get("exclusiveMinimum", 0))
+    value = low + form.get("multipleOf", 1) if form.get("maximum", 2) - low >= 1 else (low + form["maximum"]) / 2
+    value = 0.5 if value == property["default"] else value
+    return str(value), value
+
+
+def pick_template(page):
+    page.click("#field-template")
+    page.fill("#template-search", "photo-overcast")
+    page.locator("#template-list .choice").click()
+    page.click("#template-use")
+    return "photo-overcast"
+
+
+def upload(page, name, tmp_path):
+    path = tmp_path / ("captions.safetensors" if name == "embeddings" else f"{name}.png")
+    Image.new("RGB", (32, 32), "#224466").save(path, "png")
+    page.set_input_files(f"#field-{name}", path)
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def test_every_declared_field_has_a_control_with_an_effect(page, tmp_path):
+    assert set(FIELDS) == set(json_schema_names())
+    for name, property in FIELDS.items():
+        page.unroute_all()
+        refuse(page, name, message=f"{name} is refused")
+        page.click("#reset")
+        page.fill("#field-prompt", "")
+        for other, value in NEEDED.get(name, {}).items():
+            found(page, other).fill(value)
+        if name == "mask":
+            upload(page, "image", tmp_path)
+        wanted = upload(page, name, tmp_path) if property.get("x-attachment") else put(page, name, property)
+        got = submitted(page)
+        if property.get("x-attachment"):
+            assert sent_jobs(page)[-1]["files"][name] == wanted, name
+        else:
+            assert got.pop(name) == wanted, name
+        assert set(got) == set(NEEDED.get(name, {})), name
+        fault = page.locator(f"#fault-{name}")
+        assert fault.inner_text() == f"{name} is refused", name
+        assert page.locator(f"#field-{name}").get_attribute("aria-invalid") == "true", name
+
+
+def json_schema_names():
+    from zimage.settings.declared import Request
+
+    return json_schema(Request)["properties"]
+
+
+def test_what_is_left_open_is_not_sent(page):
+    refuse(page)
+    write(page, "a cat")
+    assert submitted(page) == {"prompt": "a cat"}
+    assert page.locator("#form-fault").inner_text() == "this is refused"
+
+
+def test_a_field_that_is_declared_tomorrow_has_a_control(browser, url):
+    def more(route):
+        schema = route.fetch().json()
+        new = {"enum": ["euler", "heun"], "type": "string", "default": "euler", "x-group": "Sampling"}
+        schema["request"]["properties"]["sampler"] = {**new, "description": "How --steps are taken."}
+        schema["request"]["properties"]["sharpness"] = {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5}
+        route.fulfill(json=schema)
+
+    with window(browser, url, allowed=("422",), routes={"**/api/schema": more}) as page:
+        refuse(page, "sampler")
+        page.click("[data-group=Sampling] summary")
+        assert "“Steps”" in page.locator("#help-sampler").inner_text()
+        page.select_option("#field-sampler", "heun")
+        page.click("[data-group=More] summary")
+        page.fill("#field-sharpness", "0.25")
+        assert submitted(page) == {"sampler": "heun", "sharpness": 0.25}
+        assert page.locator("[data-group=Sampling] .count").inner_text() == "1 set"
+
+
+def test_a_field_without_its_condition_is_hidden_and_not_sent(page):
+    refuse(page)
+    page.fill("#field-guidance", "3")
+    page.fill("#field-negative", "blur")
+    assert submitted(page)["negative"] == "blur"
+    page.fill("#field-guidance", "0")
+    assert not page.locator("#field-negative").is_visible()
+    assert submitted(page) == {"guidance": 0}
+
+
+def test_sliders_presets_swap_dice_and_lock(page):
+    refuse(page)
+    page.locator("[data-field=steps] input[type=range]").fill("12")
+    page.select_option("#preset", "1280x720")
+    page.click("#swap")
+    page.click("[aria-label='Throw a new seed']")
+    seed = int(page.input_value("#field-seed"))
+    assert submitted(page) == {"steps": 12, "width": 720, "height": 1280, "seed": seed}
+    assert page.input_value("#preset") == "720x1280"
+    page.click("[aria-label='Keep this seed']")
+    page.click("[aria-label='Leave steps open']")
+    page.select_option("#preset", "")
+    assert submitted(page) == {}
+
+
+def test_seeds_of_63_bits_are_sent_to_the_last_digit(page):
+    refuse(page)
+    page.fill("#field-seed", str(2**63 - 1))
+    submitted(page)
+    assert sent_jobs(page)[-1]["request"] == f'{{"seed":{2**63 - 1}}}'
+
+
+def test_what_cannot_be_read_is_named_before_anything_is_sent(page):
+    refuse(page)
+    page.locator("#field-steps").focus()
+    page.keyboard.type("1e")
+    page.click("#render")
+    assert "Steps" in page.locator("#form-fault").inner_text()
+    assert sent_jobs(page) == []
+
+
+def test_the_servers_own_words_stand_at_the_field(page):
+    write(page, "a cat")
+    page.fill("#field-width", "100")
+    page.click("#render")
+    page.wait_for_selector("#fault-width:not([hidden])")
+    assert "multiple of 16" in page.locator("#fault-width").inner_text()
+    assert page.evaluate("document.activeElement.id") == "field-width"
+    page.fill("#field-width", "96")
+    assert not page.locator("#fault-width").is_visible()
+
+
+@pytest.fixture
+def square(tmp_path):
+    path = tmp_path / "square.png"
+    Image.new("RGB", (128, 64), "#77aa33").save(path)
+    return path
+
+
+def mask_of(page) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(sent_jobs(page)[-1]["files"]["mask"])))
+
+
+def test_a_dropped_picture_is_started_from(page, square):
+    write(page, "a cat")
+    drop(page, square, "image")
+    page.wait_for_selector(".zone-card img")
+    page.fill("#field-strength", "0.5")
+    page.fill("#field-width", "128")
+    page.fill("#field-height", "128")
+    page.click("#render")
+    page.wait_for_selector("#frame img[src^='/api/images/']")
+    sent = sent_jobs(page)[-1]
+    assert base64.b64decode(sent["files"]["image"]) == square.read_bytes()
+    assert json.loads(sent["request"])["strength"] == 0.5
+    job = page.evaluate("fetch('/api/jobs').then((answer) => answer.json())")["jobs"][0]
+    assert job["state"] == "done"
+    assert job["request"]["image"]["hash"]
+
+
+def test_a_mask_is_painted_with_the_mouse(page, square):
+    refuse(page)
+    page.set_input_files("#field-image", square)
+    page.click("#open-painter")
+    box = page.locator("#painter-canvas").bounding_box()
+    at = lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])  # noqa: E731
+
+    def stroke(*points):
+        page.mouse.move(*at(*points[0]))
+        page.mouse.down()
+        for point in points[1:]:
+            page.mouse.move(*at(*point), steps=4)
+        page.mouse.up()
+
+    stroke((0.1, 0.5), (0.9, 0.5))
+    page.check("[name=brush][value=erase]", force=True)
+    stroke((0.75, 0.4), (0.75, 0.6))
+    page.click("#mask-done")
+    submitted(page)
+    mask = mask_of(page)
+    assert mask.size == (1024, 512)  # finer than the small picture
+    shades = [mask.convert("L").getpixel(point) for point in ((256, 256), (768, 256), (256, 32), (32, 480))]
+    assert shades == [255, 0, 0, 0]
+    page.click("#open-painter")
+    page.click("#mask-undo")  # the erasing
+    page.click("#mask-invert")
+    page.click("#mask-done")
+    submitted(page)
+    assert [mask_of(page).convert("L").getpixel(point) for point in ((256, 256), (768, 256), (256, 32))] == [0, 0, 255]
+    page.click("#open-painter")
+    page.click("#mask-clear")
+    page.click("#mask-done")
+    submitted(page)
+    assert list(sent_jobs(page)[-1]["files"]) == ["image"]
+
+
+def test_a_mask_is_painted_with_keys(page, square):
+    refuse(page)
+    page.set_input_files("#field-image", square)
+    page.click("#open-painter")
+    page.wait_for_selector("#painter[open]")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("]")
+    page.keyboard.press(" ")
+    page.click("#mask-done")
+    submitted(page)
+    assert mask_of(page).convert("L").getpixel((520, 256)) == 255
+    assert mask_of(page).convert("L").getpixel((32, 32)) == 0
+
+
+def test_tokens_are_counted_and_coloured(page):
+    level = lambda: page.locator("#counter").get_attribute("data-level")  # noqa: E731
+    page.route("**/api/format-prompt", lambda route: route.fulfill(json=counted(route.request.post_data_json)))
+    for words, wanted in (("a cat", "fine"), ("cat " * 470, "near"), ("cat " * 600, "over")):
+        write(page, words)
+        count = f"{len(words.split())} / 512"
+        until(page, "(count) => document.querySelector('#token-count').textContent.startsWith(count)", count)
+        assert level() == wanted
+    page.click("#shorten")
+    assert page.evaluate("document.activeElement.id") == "field-long_prompt"
+
+
+def counted(asked):
+    return {"text": "", "tokens": len(asked["prompt"].split()), "limit": 512, "outcome": ""}
+
+
+def test_the_count_is_the_servers(page):
+    until(page, "() => document.querySelector('#token-count').textContent !== ''")
+    empty = page.locator("#token-count").inner_text()
+    write(page, "a cat face on a blue background")
+    until(page, "(empty) => document.querySelector('#token-count').textContent !== empty", empty)
+    pick_template(page)
+    one = page.locator("#token-count").inner_text()
+    until(page, "(one) => document.querySelector('#token-count').textContent !== one", one)
+
+
+def test_templates_are_searched_and_previewed(page):
+    page.click("#field-template")
+    page.fill("#template-search", "film grain")
+    assert page.locator("#template-list .choice").count() >= 1
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    until(page, "() => document.querySelector('#template-preview h3') !== null")
+    until(page, "() => document.querySelector('#template-preview').innerText.includes('tokens with your prompt')")
+    name = page.locator("#template-preview h3").inner_text()
+    page.keyboard.press("Enter")
+    assert page.locator("#field-template").inner_text() == name
+    page.click("[aria-label='No template']")
+    assert page.locator("#field-template").inner_text() == "Template"
+
+
+def test_a_rewriting_is_edited_and_taken(page):
+    answer = {"prompt": "a fox, reading", "thinking": "hm", "original": "fox", "rewriter": "rewrite-photo", "seed": 1}
+    page.route("**/api/rewrite", lambda route: route.fulfill(json=answer))
+    write(page, "fox")
+    page.click("#open-rewriter")
+    page.check("[name=rewriter-choice][value=rewrite-photo]", force=True)
+    page.click("#rewriter-run")
+    until(page, "() => document.querySelector('#rewriter-result').value === 'a fox, reading'")
+    page.fill("#rewriter-result", "a fox, reading at night")
+    page.click("#rewriter-use")
+    assert page.input_value("#field-prompt") == "a fox, reading at night"
+
+
+def test_every_setting_of_rewriting_has_a_control_with_an_effect(page):
+    refuse(page)
+    page.click("#open-rewriter")
+    page.check("[name=rewriter-choice][value=rewrite-photo]", force=True)
+    wanted = {name: put(page, name, property) for name, property in REWRITING.items() if name != "rewriter"}
+    page.keyboard.press("Escape")
+    assert submitted(page) == {}
+    page.click("#open-rewriter")
+    page.check("#rewriter-always")
+    page.keyboard.press("Escape")
+    assert submitted(page) == {"rewriter": "rewrite-photo", **wanted}
+
+
+def test_loras_are_listed_with_weights(browser, url):
+    def with_loras(route):
+        route.fulfill(json={**route.fetch().json(), "lora": {"names": ["ink.safetensors", "style.safetensors"]}})
+
+    with window(browser, url, PHONE, allowed=("422",), routes={"**/api/schema": with_loras}) as page:
+        refuse(page)
+        page.click("#add-lora")
+        page.click("#add-lora")
+        page.locator(".lora-row select").last.select_option("style.safetensors")
+        page.locator(".lora-row .weight").last.fill("0.5")
+        assert submitted(page) == {"lora": ["ink.safetensors:1", "style.safetensors:0.5"]}
+        page.locator("[aria-label='Remove the LoRA']").first.click()
+        assert submitted(page) == {"lora": ["style.safetensors:0.5"]}
