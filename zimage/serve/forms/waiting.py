@@ -9,9 +9,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from zimage.errors import RequestError, ZImageError
-from zimage.serve.jobs import CANCELLED, DONE
+from zimage.serve.jobs import CANCELLED, DONE, ENDED
 from zimage.serve.openapi import EVENTS
-from zimage.serve.refusals import Conflict, Failed
+from zimage.serve.refusals import Conflict, Failed, Unavailable
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
@@ -55,9 +55,11 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def unfinished(view: JobView) -> ZImageError | None:
-    """Why a job that has ended is not done: what the request for it would have raised, or what went wrong."""
+    """Why a job is not done once it was waited for: what the request for it would have raised, or what went wrong."""
     if view.state == DONE:
         return None
+    if view.state not in ENDED:
+        return Unavailable(f"the server is stopping; job {view.id} goes on when it is started again", retry_after=30)
     if view.state == CANCELLED:
         return Conflict(f"job {view.id} was cancelled")
     error: dict[str, Any] = view.error or {}
