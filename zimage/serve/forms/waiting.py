@@ -17,7 +17,6 @@ from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
 
 T = TypeVar("T")
-
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _cancelling: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
@@ -42,19 +41,8 @@ async def until_the_end(service: Service, view: JobView, request: Request, keep:
         leaving.cancel()
 
 
-def unfinished(view: JobView) -> ZImageError | None:
-    """Why a job that has ended is not done: what the request for it would have raised, or what went wrong."""
-    if view.state == DONE:
-        return None
-    if view.state == CANCELLED:
-        return Conflict(f"job {view.id} was cancelled")
-    error: dict[str, Any] = view.error or {}
-    kind = RequestError if error.get("fields") else Failed
-    return kind(error.get("message", "the job failed"), fields=error.get("fields", ()))
-
-
 async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What short work returns. Where the client goes away it is cancelled: raises ClientDisconnect."""
+    """The result of short work, which is cancelled where the client goes away. Raises ClientDisconnect then."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -64,6 +52,17 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
+
+
+def unfinished(view: JobView) -> ZImageError | None:
+    """Why a job that has ended is not done: what the request for it would have raised, or what went wrong."""
+    if view.state == DONE:
+        return None
+    if view.state == CANCELLED:
+        return Conflict(f"job {view.id} was cancelled")
+    error: dict[str, Any] = view.error or {}
+    kind = RequestError if error.get("fields") else Failed
+    return kind(error.get("message", "the job failed"), fields=error.get("fields", ()))
 
 
 async def gone(request: Request) -> None:
