@@ -272,3 +272,11 @@ def test_the_queue_has_an_end(new_server):
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
     assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+
+
+def test_a_server_that_only_encodes_draws_nothing_and_has_no_page(new_server):
+    server = new_server("--encoder-only").start()
+    assert server.http.post("/api/jobs", json={"prompt": "a"}).status_code == 404
+    assert server.http.get("/").status_code == 404
+    counted = server.http.post("/api/format-prompt", json={"prompt": "a cat"}).json()
+    assert counted["tokens"] > 0

@@ -267,3 +267,29 @@ def test_a_token_is_asked_for_once(browser, new_server):
         page.wait_for_selector("html[data-ready]")
         assert not page.locator("#sign-in").is_visible()
         assert re.search("cat face", page.locator(".caption").inner_text())
+
+
+def test_a_server_that_comes_back_is_found_again(browser, new_server):
+    server = new_server().start()
+    with window(browser, server.url + "/", allowed=("ERR_", "Failed to load")) as page:
+        write(page, CAT)
+        slow(page)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("#progress:not([hidden])")
+        server.kill()
+        page.wait_for_selector("#connection:has-text('Connecting')")
+        page.fill("#field-steps", "2")
+        page.click("#render")
+        until(page, "() => document.querySelector('#form-fault').textContent.includes('cannot be reached')")
+        server.start()
+        until(page, "() => document.querySelector('#connection').textContent === ''")
+        until(page, "() => document.querySelector('#progress').hidden")  # the job of before was drawn after all
+        assert page.locator(".caption").inner_text() == CAT
+
+
+def test_a_server_without_a_worker_is_told_in_a_line(browser, drawing):
+    refused = {"error": {"message": "the model is not open yet", "fields": []}}
+    routes = {"**/api/schema": lambda route: route.fulfill(status=503, json=refused)}
+    with window(browser, drawing.url + "/", ready=False, routes=routes, allowed=("503", "not open")) as page:
+        page.wait_for_selector(".toast.bad")
+        assert "the model is not open yet" in page.locator(".toast").inner_text()

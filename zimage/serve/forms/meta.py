@@ -1,20 +1,14 @@
-"""What a client may know of the server: whether it lives, what it draws, and the page's files."""
-
-from pathlib import Path
+"""What a client may know of the server: whether it lives, what it draws, and its figures."""
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from zimage.serve.bodies import FormRoute
 from zimage.serve.metrics import MEDIA_TYPE
 from zimage.serve.openapi import RECORD, SECONDS, TEXT, WHOLE, answers, content, listed, record
-from zimage.serve.refusals import NotFound
 from zimage.serve.schema import described
 from zimage.serve.service import Service
 
-PAGE = Path(__file__).parents[1] / "page"
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-UNCHANGED = {"Cache-Control": "no-cache"}  # asked for anew, and sent only where it has changed
 WORKER = record("", device=TEXT, state={"enum": ["starting", "ready", "busy", "stopped"]}, job=TEXT, restarts=WHOLE)
 HEALTH = record(
     "Health",
@@ -50,20 +44,4 @@ def routes(service: Service) -> APIRouter:
         launch = service.launch
         return JSONResponse(described(service.about, launch.serving, launch.defaults, list(service.loras)))
 
-    @router.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return _file("index.html")
-
-    @router.get("/page/{name}", include_in_schema=False)
-    async def part(name: str) -> Response:
-        return _file(name)
-
     return router
-
-
-def _file(name: str) -> Response:
-    """A file of the page, of those that there are."""
-    known = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES}
-    if name not in known:
-        raise NotFound(f"the page has no {name[:80]!r}")
-    return FileResponse(known[name], media_type=TYPES[known[name].suffix], headers=UNCHANGED)
