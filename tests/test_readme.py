@@ -24,12 +24,12 @@ ROOMS = (
     "zimage",
     "zimage/cli",
     "zimage/serve",
-    "zimage/serve/page",
     "kernels",
     "weights",
     "templates",
     "bench",
     "tests",
+    "zimage/serve/page",
 )
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [
