@@ -269,11 +269,12 @@ def test_a_token_is_asked_for_once(browser, new_server):
         assert re.search("cat face", page.locator(".caption").inner_text())
 
 
+@pytest.mark.full
 def test_a_server_that_comes_back_is_found_again(browser, new_server):
     server = new_server().start()
     with window(browser, server.url + "/", allowed=("ERR_", "Failed to load")) as page:
         write(page, CAT)
-        slow(page)
+        slow(page, 60)
         page.keyboard.press("Control+Enter")
         page.wait_for_selector("#progress:not([hidden])")
         server.kill()
