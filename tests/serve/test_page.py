@@ -61,7 +61,7 @@ def test_a_render_is_watched_and_shown(page):
     first = float(page.locator("#progress-bar").evaluate("(bar) => bar.value"))
     page.wait_for_selector("#frame img[src^='data:image/jpeg']")
     until(page, "(first) => document.querySelector('#progress-bar').value > first", first)
-    until(page, "() => /about .* left/.test(document.querySelector('#progress-text').textContent)")
+    until(page, "() => /s left$/.test(document.querySelector('#progress-text').textContent)")
     page.wait_for_selector("#frame img[src^='/api/images/']")
     assert page.locator(".caption").inner_text() == CAT
     assert page.locator("#grid .tile").first.get_attribute("aria-current") == "true"
