@@ -80,7 +80,7 @@ def test_a_stream_shows_the_picture_while_it_is_drawn(real):
     assert [event.type for event in events][-1] == "image_generation.completed"
     partial = [event for event in events if event.type == "image_generation.partial_image"]
     assert [event.partial_image_index for event in partial] == list(range(len(partial)))
-    assert len(partial) <= 2
+    assert 1 <= len(partial) <= 2, "a slow reader misses some, but not all"
     assert all(opened(event.b64_json).format == "PNG" for event in partial)
     assert opened(events[-1].b64_json).size == (128, 128)
     assert events[-1].usage.output_tokens == 64
