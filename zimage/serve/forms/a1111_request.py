@@ -115,7 +115,8 @@ def check_overrides(settings: Plain, model: str) -> list[str]:
     if not isinstance(settings, dict):
         raise RequestError("override_settings should be an object", fields=("override_settings",))
     wanted = settings.get(CHECKPOINT)
-    if wanted and not (isinstance(wanted, str) and wanted.partition(" [")[0].removesuffix(".safetensors") == model):
+    named = wanted.partition(" [")[0].removesuffix(".safetensors") if isinstance(wanted, str) else wanted
+    if named not in (None, "", model):
         text = f"{CHECKPOINT}: {quoted(wanted)} is not loaded; this server has {quoted(model)}"
         raise RequestError(text, fields=(CHECKPOINT,))
     return shown(settings.keys() - {CHECKPOINT}, settings)

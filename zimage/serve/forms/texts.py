@@ -12,9 +12,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from zimage.errors import RequestError
-from zimage.serve.asking import REWRITE, unknown
+from zimage.serve.asking import REWRITE, check_limits, unknown
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.forms.encoder import taken
+from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import MAYBE_TEXT, RECORD, TEXT, WHOLE, answers, content, listed, record, takes
 from zimage.serve.schema import FILE, text_body
 from zimage.serve.service import Service
@@ -122,7 +123,9 @@ def _rewriting(router: APIRouter, service: Service) -> None:
     async def rewrite(request: Request) -> Response:
         """Write a prompt out. It is not drawn."""
         prompt, settings = question(service, await read_object(request), RewriteSettings, REWRITE)
-        return JSONResponse(await service.compute("rewrite", prompt=prompt, settings=settings))
+        check_limits(settings, service.settings)
+        writing = service.compute("rewrite", prompt=prompt, settings=settings)
+        return JSONResponse(await while_there(request, writing))
 
 
 def _encoding(router: APIRouter, service: Service) -> None:
@@ -130,7 +133,7 @@ def _encoding(router: APIRouter, service: Service) -> None:
 
     async def encoded(request: Request) -> dict[str, Plain]:
         prompt, text = question(service, await read_object(request), TextSettings, TextSettings.names())
-        return await service.compute("encode", prompt=prompt, text=text)
+        return await while_there(request, service.compute("encode", prompt=prompt, text=text))
 
     @router.post("/encode", openapi_extra=body, responses=answers(ENCODED, 422, 507, body=True))
     async def encode(request: Request) -> Response:
