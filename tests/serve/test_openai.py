@@ -16,7 +16,7 @@ from PIL import Image
 from zimage.errors import RequestError
 from zimage.pictures.files import read_metadata
 from zimage.serve.forms import openai as form
-from zimage.serve.forms.openai import Partials
+from zimage.serve.forms.openai_answer import Partials
 from zimage.serve.forms.openai_request import from_parts, is_known, opaque_mask
 from zimage.serve.refusals import NoRoom, TooLarge, TooMany, Unavailable
 
@@ -255,6 +255,15 @@ def test_a_failed_job_is_an_error_and_not_tried_again(service):
     with pytest.raises(openai.InternalServerError, match="out of memory"):
         patient.images.generate(prompt="a cat")
     assert len(service.asked) == 1
+
+
+def test_pictures_that_were_deleted_are_not_found(client, service):
+    """The same key gives the same job, whose pictures may be gone."""
+    service.deleted = True
+    with pytest.raises(openai.NotFoundError, match="deleted"):
+        client.images.generate(prompt="a cat", extra_headers={"Idempotency-Key": "k"})
+    with pytest.raises(openai.APIError, match="deleted"):
+        list(client.images.generate(prompt="a cat", stream=True))
 
 
 def test_a_fault_that_shows_late_is_the_client_s(client, service):

@@ -75,6 +75,7 @@ def routes(service: Service) -> APIRouter:
     _drawing(router, service)
     _running(router, service)
     _lists(router, service)
+    _options(router, service)
     return router
 
 
@@ -156,6 +157,8 @@ def _lists(router: APIRouter, service: Service) -> None:
         """Nothing of how the server was started."""
         return JSONResponse({})
 
+
+def _options(router: APIRouter, service: Service) -> None:
     @router.get("/options", responses=answers(OPTIONS, form=A1111))
     async def options() -> Response:
         """The settings that clients read."""

@@ -6,19 +6,20 @@ n → images, size → width × height, quality "low" → half the steps; a mask
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageOps
 
 from zimage.errors import RequestError, quoted
 from zimage.pictures.opening import opened_bytes
-from zimage.serve.asking import NAMES, unknown
+from zimage.serve.asking import NAMES, Asked, unknown
 from zimage.serve.refusals import NotFound, TooLarge
 from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
 from zimage.settings.declared import Request, RewriteSettings
 from zimage.settings.fields import Plain, Settings, check_fields, fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
 
+GENERATION, EDIT = "image_generation", "image_edit"  # what a stream's events begin with
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 FORMATS = ("png", "webp", "jpeg")
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
@@ -87,6 +88,17 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
     files["mask"] = {**FILE, "description": "PNG of the image's size: transparent areas are repainted."}
     generation = whole("OpenAIGeneration", fields, ("prompt",), {**EXAMPLE, "n": 1, "quality": "high"})
     return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
+
+
+@dataclass
+class Wanted:
+    """A request, translated: what to draw, and how to answer."""
+
+    standard: Standard
+    asked: Asked
+    kind: str = GENERATION
+    tokens: int = 0
+    names: set[str] = field(default_factory=set)
 
 
 KNOWN = dict.fromkeys((*Standard.names(), *NAMES))
