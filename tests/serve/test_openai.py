@@ -198,6 +198,7 @@ WRONG = {
     "response_format": {"response_format": "file"},
     "output_format of links": {"response_format": "url", "output_format": "webp"},
     "response_format of a stream": {"response_format": "url", "stream": True},
+    "output_format of long sides": {"size": "16x16384", "output_format": "webp"},
     "partial_images": {"stream": True, "partial_images": 4},
     "partial_images without a stream": {"partial_images": 1},
     "prompt": {"prompt": ["a", "b"]},

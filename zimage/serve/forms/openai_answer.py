@@ -16,7 +16,7 @@ from zimage.pictures.files import encoded
 from zimage.pictures.opening import opened_bytes
 from zimage.serve.answers import OPENAI, error_body, error_status
 from zimage.serve.asking import named_as
-from zimage.serve.forms.openai_request import INSTEAD, Standard, Wanted
+from zimage.serve.forms.openai_request import INSTEAD, Standard, Wanted, check_format
 from zimage.serve.forms.waiting import give_up, unfinished
 from zimage.serve.service import Service
 from zimage.serve.stream import END, PREVIEW, Message
@@ -52,6 +52,7 @@ async def finished_picture(service: Service, standard: Standard, image: dict[str
 def in_format(content: bytes, standard: Standard, settings: dict[str, Plain] | None) -> bytes:
     """A picture file in another format, with the settings that draw it, if there are any."""
     with opened_bytes("the picture", content) as picture:
+        check_format(standard.output_format, *picture.size)
         return encoded(picture, standard.output_format.upper(), settings, standard.output_compression)
 
 
