@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from zimage.errors import RequestError, ZImageError
 from zimage.serve.jobs import CANCELLED, DONE
 from zimage.serve.openapi import EVENTS
-from zimage.serve.refusals import Conflict, Failed
+from zimage.serve.refusals import Conflict, Failed, NotFound
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
@@ -55,9 +55,9 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def unfinished(view: JobView) -> ZImageError | None:
-    """Why a job that has ended is not done: what the request for it would have raised, or what went wrong."""
+    """Why there is nothing to answer after a job's end: what its request would have raised, or what went wrong."""
     if view.state == DONE:
-        return None
+        return None if view.images else NotFound(f"the pictures of job {view.id} are deleted")
     if view.state == CANCELLED:
         return Conflict(f"job {view.id} was cancelled")
     error: dict[str, Any] = view.error or {}
