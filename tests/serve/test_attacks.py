@@ -5,6 +5,7 @@ import json
 import struct
 import time
 
+import httpx
 import pytest
 from hostile import BOMBS, picture, tensors
 
@@ -181,6 +182,23 @@ def test_every_path_needs_the_token(new_server):
     assert server.http.get("/api/jobs").status_code == 200  # by the cookie
     server.http.delete("/api/session")
     assert server.http.get("/api/jobs").status_code == 401
+
+
+def test_fields_that_are_ignored_are_named_in_a_header_of_any_text(server):
+    for name in ("", "é", "a\r\nSet-Cookie: x=y", "\x04", "a " * 500):
+        answer = server.http.post("/sdapi/v1/options", json={"some": 1, name: 1})
+        assert answer.status_code == 200, name
+        assert "set-cookie" not in answer.headers
+
+
+def test_work_ends_with_its_client(server):
+    """A rewriting of thousands of tokens is given up, and does not keep the next one waiting."""
+    prompt = "a lighthouse at dusk, waves, warm light in the window"  # the demo writes no end to it
+    asked = {"prompt": prompt, "max_tokens": 4096, "rewrite_seed": 0}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/api/rewrite", json=asked, timeout=0.5)
+    assert server.http.post("/api/encode", json={"prompt": "a cat"}, timeout=10).status_code == 200
+    assert server.http.post("/api/rewrite", json={**asked, "max_tokens": 4097}).status_code == 422
 
 
 def test_the_server_is_as_it_was(server):

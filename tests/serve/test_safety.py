@@ -375,6 +375,16 @@ def test_a_fault_of_the_program_is_an_answer_like_any_other(caplog):
         ask(guarded(without="LastNet"), path="/fault")
 
 
+@pytest.mark.parametrize("value", [b"a\r\nx: y", b"a\0", b" a", b"a ", b"\x7f"])
+def test_a_header_that_cannot_be_sent_is_a_fault_with_an_answer(value):
+    async def form(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-warning", value)]})
+        await send({"type": "http.response.body"})
+
+    answer = ask(protected(form, Guard(ServeSettings())))
+    assert (answer.status, "x-warning" in answer.headers) == (500, False)
+
+
 def test_websockets_are_closed():
     sent = []
 

@@ -9,11 +9,11 @@ and where prompts are sent to be rewritten stands in the settings of the server 
 import base64
 import binascii
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from zimage.errors import RequestError, quoted
+from zimage.errors import SHOWN, RequestError, one_line, quoted
 from zimage.settings.declared import Request, RewriteSettings, split_scale
 from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
 from zimage.settings.serving import ServeSettings
@@ -22,7 +22,7 @@ ATTACHMENTS = tuple(f.name for f, _ in fields(Request) if f.metadata["attachment
 REQUEST = tuple(name for name in Request.names() if name not in ATTACHMENTS)
 OPERATORS = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # a request that sets these sends prompts elsewhere
 REWRITE = tuple(name for name in RewriteSettings.names() if name not in OPERATORS)
-LORA = "lora"
+LORA, WRITTEN = "lora", "max_tokens"
 NAMES = (*REQUEST, *ATTACHMENTS, *REWRITE, LORA)
 MOST_LORAS = 32
 LONGEST_NAME = 255  # characters of a file's name
@@ -60,7 +60,7 @@ def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: s
     request = {name: as_plain(Request.check_one(name, values[name])) for name in REQUEST if name in values}
     rewrite = {name: RewriteSettings.check_one(name, values[name]) for name in REWRITE if name in values}
     request, rewrite = _without_open(request), _without_open(rewrite)
-    check_limits(request, limits)
+    check_limits({**request, **rewrite}, limits)
     files = {**attachments, **{name: from_base64(name, text) for name, text in inline.items()}}
     return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
 
@@ -87,6 +87,9 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
     if (values.get("steps") or 0) > limits.max_steps:
         text = f"steps {values['steps']} is too large; this server takes at most {limits.max_steps}"
         raise RequestError(text, fields=("steps",))
+    if (values.get(WRITTEN) or 0) > limits.max_prompt_tokens:
+        text = f"{WRITTEN} {values[WRITTEN]} is too large; this server writes at most {limits.max_prompt_tokens}"
+        raise RequestError(text, fields=(WRITTEN,))
     prompt, images = values.get("prompt", ""), values.get("images", 1)
     count = images * (len(prompt) if isinstance(prompt, list) else 1)
     if count > limits.max_images:
@@ -140,8 +143,13 @@ def _without_open(values: Mapping[str, Plain]) -> dict[str, Plain]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def unknown(name: str, known: Iterable[str]) -> RequestError:
+    """The error on a name that is none of these; of a long one it repeats the ends."""
+    return RequestError(f"there is no setting {quoted(name)}; {nearest(name, known)}", fields=(one_line(name, SHOWN),))
+
+
 def _check_name(name: str) -> None:
     if name in OPERATORS:
         raise RequestError(f"{name}: only the server's own settings can set it; leave it out", fields=(name,))
     if name not in NAMES:
-        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, NAMES)}", fields=(name,))
+        raise unknown(name, NAMES)

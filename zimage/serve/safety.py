@@ -6,7 +6,7 @@ a header may take, and what happens to bodies that nobody reads, is for `listeni
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from starlette.datastructures import Headers
@@ -35,6 +35,7 @@ SECURITY_HEADERS: tuple[Header, ...] = (
 NO_STORE: Header = (b"cache-control", b"no-store")
 CLOSE: Header = (b"connection", b"close")
 MOST_HEADERS, LONGEST_HEAD, LONGEST_PATH = 64, 16 << 10, 2048  # headers, their bytes, bytes of a path
+NO_HEADER = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]|^[ \t]|[ \t]\Z")
 STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")  # controls, and what is a slash on Windows
 SAFE = ("GET", "HEAD")
 
@@ -75,7 +76,9 @@ class LastNet:
 
         async def watch(message: Message) -> None:
             nonlocal started
-            started = started or message["type"] == "http.response.start"
+            if message["type"] == "http.response.start":
+                _check_headers(message.get("headers", ()))
+                started = True
             await send(message)
 
         try:
@@ -247,6 +250,13 @@ def protected(app: ASGIApp, guard: Guard, rules: Sequence[Rule] = RULES) -> ASGI
             await (outermost if scope["type"] == "http" else app)(scope, receive, send)
 
     return entry
+
+
+def _check_headers(headers: Iterable[Header]) -> None:
+    """Raise ValueError for what is no header: the connection could not even say that something failed."""
+    for name, value in headers:
+        if NO_HEADER.search(value) or (not name.isalnum() and not name.replace(b"-", b"").isalnum()):
+            raise ValueError(f"the header {name!r} of an answer cannot be sent")
 
 
 def _is_free(scope: Scope) -> bool:

@@ -6,7 +6,7 @@ A declared field that is added appears in every body here, and so in OpenAPI, in
 from collections.abc import Mapping, Sequence
 
 from zimage.serve.about import About
-from zimage.serve.asking import ATTACHMENTS, LORA, MOST_LORAS, REQUEST, REWRITE
+from zimage.serve.asking import ATTACHMENTS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain, Settings, json_schema
 from zimage.settings.serving import ServeSettings
@@ -45,7 +45,7 @@ def described(about: About, settings: ServeSettings, defaults: Mapping[str, Plai
     """
     return {
         "request": drawing_schema(settings),
-        "rewrite": rewriting_schema(),
+        "rewrite": rewriting_schema(settings),
         "lora": {"names": list(loras)},
         "defaults": {**about.defaults, **{name: value for name, value in defaults.items() if value is not None}},
         "limits": limits(settings, about.token_limit),
@@ -80,10 +80,12 @@ def drawing_schema(settings: ServeSettings) -> Schema:
     return {**schema, "properties": fields}
 
 
-def rewriting_schema() -> Schema:
-    """JSON Schema of RewriteSettings, as far as a request may set them."""
+def rewriting_schema(settings: ServeSettings) -> Schema:
+    """JSON Schema of RewriteSettings, as far as a request may set them, with this server's limits."""
     schema = json_schema(RewriteSettings)
-    return {**schema, "properties": {name: schema["properties"][name] for name in REWRITE}}
+    fields = {name: schema["properties"][name] for name in REWRITE}
+    fields[WRITTEN] = {**fields[WRITTEN], "maximum": min(fields[WRITTEN]["maximum"], settings.max_prompt_tokens)}
+    return {**schema, "properties": fields}
 
 
 def attachment_schema(name: str) -> Schema:
@@ -94,7 +96,7 @@ def attachment_schema(name: str) -> Schema:
 
 def own_fields(settings: ServeSettings) -> dict[str, Schema]:
     """Everything that a request for pictures may set under our own names."""
-    drawing, rewriting = drawing_schema(settings)["properties"], rewriting_schema()["properties"]
+    drawing, rewriting = drawing_schema(settings)["properties"], rewriting_schema(settings)["properties"]
     return {**drawing, **rewriting, LORA: LORA_SCHEMA}
 
 

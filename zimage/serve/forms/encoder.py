@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from zimage.errors import RequestError, quoted
 from zimage.serve.bodies import FormRoute, read_object
+from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import TEXT, Schema, answers, listed, takes
 from zimage.serve.service import Service
 from zimage.settings.declared import TextSettings
@@ -60,7 +61,7 @@ def routes(service: Service) -> APIRouter:
     async def captions(request: Request) -> Response:
         """Encode texts, and send the bits that were computed. A text that has other tokens here is refused."""
         asked = checked(await read_object(request))
-        answer = await service.compute("encode", form="captions", **asked)
+        answer = await while_there(request, service.compute("encode", form="captions", **asked))
         return Response(await taken(answer["path"]), media_type=MEDIA)
 
     return router

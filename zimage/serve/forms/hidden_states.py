@@ -14,6 +14,7 @@ from zimage.errors import RequestError, quoted
 from zimage.serve.answers import OPENAI
 from zimage.serve.bodies import JSON, FormRoute, read_object
 from zimage.serve.forms.encoder import taken
+from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import TEXT, WHOLE, Schema, answers, content, listed, record, takes
 from zimage.serve.service import Service
 from zimage.settings.declared import HIDDEN_LAYER, TextSettings
@@ -73,7 +74,7 @@ def routes(service: Service) -> APIRouter:
     async def hidden_states(request: Request) -> Response:
         """The hidden states of one layer for each token of a text. Unknown fields are ignored."""
         asked = checked(await read_object(request))
-        answer = await service.compute("encode", form="hidden_states", **asked)
+        answer = await while_there(request, service.compute("encode", form="hidden_states", **asked))
         return Response(await taken(answer["path"]), media_type=JSON)
 
     return router

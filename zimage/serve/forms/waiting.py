@@ -1,8 +1,8 @@
 """What forms share while a job runs: waiting for its end, streaming its events, giving it up with its client."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -16,6 +16,7 @@ from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
 
+T = TypeVar("T")
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _cancelling: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
@@ -37,6 +38,19 @@ async def until_the_end(service: Service, view: JobView, request: Request, keep:
         raise ClientDisconnect
     finally:
         ending.cancel()
+        leaving.cancel()
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of short work, which is cancelled where the client goes away. Raises ClientDisconnect then."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
         leaving.cancel()
 
 
