@@ -7,6 +7,7 @@ import re
 
 import pytest
 from asgi import HOST, ask, asked
+from starlette.responses import FileResponse
 
 from zimage.errors import RequestError
 from zimage.serve import access, safety
@@ -412,6 +413,19 @@ def test_whoever_has_no_token_yet_sends_short_bodies():
     assert ask(guarded(token=TOKEN), "POST", "/api/session", body=[b"a" * 4096]).status == 401
     answer = ask(guarded(token=TOKEN), "POST", "/api/session", body=[b"a" * 4097])
     assert (answer.status, answer.json["error"]["message"]) == (413, "a request may have 4,096 bytes here")
+
+
+def test_files_are_sent_whole(tmp_path):
+    async def file(scope, receive, send):
+        await FileResponse(path)(scope, receive, send)
+
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    rules = [rule for rule in RULES if rule.__name__ != "WholeAnswers"]
+    headers = [HOST, ("range", "bytes=1-1")]
+    assert ask(protected(file, Guard(ServeSettings()))).body == b"abc"
+    assert ask(protected(file, Guard(ServeSettings())), headers=headers).body == b"abc"
+    assert ask(protected(file, Guard(ServeSettings()), rules), headers=headers).body == b"b"
 
 
 def test_a_body_within_its_limits_arrives_whole():
