@@ -20,7 +20,17 @@ from bench.tables import filled
 from zimage.cli import cli
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("zimage", "zimage/cli", "zimage/serve", "kernels", "weights", "templates", "bench", "tests", "zimage/serve/page")
+ROOMS = (
+    "zimage",
+    "zimage/cli",
+    "zimage/serve",
+    "kernels",
+    "weights",
+    "templates",
+    "bench",
+    "tests",
+    "zimage/serve/page",
+)
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [
     *MAPS,

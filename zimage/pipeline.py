@@ -17,7 +17,7 @@ Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -206,7 +206,7 @@ class ZImage(Captioner):
 
     def run(
         self, job: Job | Request, state: RenderState | None = None, hooks: Sequence[stages.Hook] = ()
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Render, yielding an Event per step; closing the generator cancels. A request is prepared first.
 
         Work that the `state` of an earlier run of the job contains is skipped. `hooks` wrap every evaluation, see

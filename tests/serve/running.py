@@ -1,5 +1,6 @@
 """A real server as a process of its own, with the demo model, and what tests do with one."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0  # seconds; the machines that run tests may be busy with others
@@ -82,6 +84,10 @@ class Server:
         job = self.wait(self.submit(**asked)["id"])
         assert job["state"] == "done", job
         return job
+
+    def pixels(self, job: dict) -> list[bytes]:
+        """Of each picture of a job."""
+        return [Image.open(io.BytesIO(self.http.get(image["url"]).content)).tobytes() for image in job["images"]]
 
     def events(self, path: str, after: str = "") -> Iterator[tuple[str, str, dict]]:
         """(id, event, data) of a stream."""

@@ -89,9 +89,9 @@ def test_a_picture_is_the_one_that_the_library_draws(server):
 
 def test_names_of_any_kind_fit_into_a_warning(server):
     """A header that ends with a blank would break the answer."""
-    answer = server.http.post("/sdapi/v1/options", json={" ": 1, "\x7f\n": 1, "größe ": 1})
+    answer = server.http.post("/sdapi/v1/options", json={"\x7f\n": 1, "größe ": 1, "ÿ ": 1})
     assert answer.status_code == 200
-    assert answer.headers["X-Warning"] == "ignored:  ; \\x7f; gr\\xf6\\xdfe"
+    assert answer.headers["X-Warning"] == "ignored: gr\\xf6\\xdfe ; \\x7f; \\xff"
 
 
 def test_the_settings_of_a_picture_are_read_back(server):
@@ -226,6 +226,7 @@ WRONG = {
     "cfg_scale": {"cfg_scale": -1},
     "cfg_scale beside guidance": {"cfg_scale": 2, "guidance": 1},
     "n_iter": {"n_iter": 100},
+    "batch_size": {"batch_size": 100},
     "prompt": {"prompt": ["a", "b"]},
     "sd_model_checkpoint": {"override_settings": {"sd_model_checkpoint": "other"}},
     "override_settings": {"override_settings": []},

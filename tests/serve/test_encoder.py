@@ -272,6 +272,29 @@ def test_the_description_has_bodies_and_answers(asked):
         assert {"400", "401", "413", "503"} <= set(described["responses"])
 
 
+def test_what_nobody_waits_for_any_more_is_given_up(tmp_path):
+    """A client that was cancelled, or ran out of time, must not keep the machine from others."""
+    given_up, begun = threading.Event(), threading.Event()
+
+    class Busy(Machine):
+        async def compute(self, op: str, **asked) -> dict:
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                given_up.set()
+                raise
+            return {}
+
+    with Busy(Captioner.load(DEMO, device="cpu"), tmp_path).served() as url:
+        text = json.dumps(BODY).encode()
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+            head = f"POST /api/captions HTTP/1.1\r\nHost: h\r\nContent-Length: {len(text)}\r\n"
+            line.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + text)
+            assert begun.wait(20)
+        assert given_up.wait(20)
+
+
 # ---------------------------------------------------------------------- embeddings, and the half of a pipeline
 
 
@@ -341,8 +364,11 @@ def test_two_machines_draw_what_one_does(new_server, tmp_path, monkeypatch):
     here = new_server(*pair, *options, name="here", environment={"ZIMAGE_ENCODER_TOKEN": secret}).start()
     image = here.draw(prompt=PROMPTS[0], **RENDER)["images"][0]
     picture = Image.open(io.BytesIO(here.http.get(image["url"]).content))
-    alone = zimage.ZImage.load(device="cpu", dtype="fp32").generate(PROMPTS[0], **RENDER).images[0]
-    assert picture.tobytes() == alone.tobytes()
+    alone = zimage.ZImage.load(device="cpu", dtype="fp32")
+    assert picture.tobytes() == alone.generate(PROMPTS[0], **RENDER).images[0].tobytes()
+    writing = {"prompt": "a cat", "max_tokens": 6, "rewrite_seed": 1}
+    written = here.http.post("/api/rewrite", json=writing).json()
+    assert written["prompt"] == alone.rewrite(**writing).prompt
     assert there.http.post("/api/jobs", json={"prompt": "a"}).status_code == 404
     there.kill()
     assert here.draw(prompt=PROMPTS[0], **RENDER)["state"] == "done"

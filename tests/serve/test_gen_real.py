@@ -86,7 +86,7 @@ def test_an_interrupt_ends_the_job_there(server):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, list(Path().iterdir())) == (130, [])
-    assert "the job was cancelled on the server; 0 pictures of it saved" in err
+    assert "the job was cancelled on the server; 0 pictures saved" in err
     assert server.http.get("/api/jobs?state=queued,running").json()["jobs"] == []
 
 

@@ -275,7 +275,19 @@ def test_a_job_that_somebody_else_cancels_is_an_error_and_its_pictures_stay(gen,
     with serving(cancelled) as server:
         status, out, err = gen(server, "a cat", "-n", 2, "-q")
     assert (status, out) == (1, "a-cat-7.png\n")
-    assert "the job was cancelled" in err
+    assert err.endswith(": the job was cancelled\n")
+
+
+def test_pictures_that_were_deleted_there_are_missed(gen):
+    def deleted(server):
+        event = ("image", server.draw(0))
+        server.job["images"].clear()
+        return [("job", dict(server.job)), event, server.end()]
+
+    with serving(deleted) as server:
+        status, out, err = gen(server, "a cat", "-n", 2, "-q")
+    assert (status, out) == (1, "a-cat-7.png\n")
+    assert "1 of 2 pictures came; others were deleted there" in err
 
 
 def test_a_stream_that_breaks_is_taken_up_where_it_broke(gen):
@@ -354,6 +366,7 @@ STRANGE = {
     "an id that leads elsewhere": ({"id": "../../health"}, "is not an id"),
     "no settings": ({"settings": None}, "settings should be a table"),
     "a prompt that is none": ({"settings": {"request": {"prompt": 3}}}, "cannot be used"),
+    "a size that nothing has": ({"width": 1 << 40}, "sides of at most 16384 px"),
     "another size": ({"width": 16}, "not an intact PNG of 16 × 32 px"),
 }
 
@@ -423,7 +436,7 @@ def test_an_interrupt_cancels_the_job(tmp_path, number, status):
         assert server.of("DELETE", f"/api/jobs/{ID}")
     assert process.returncode == status
     last = err.splitlines()[-1]
-    assert last == "error: interrupted; the job was cancelled on the server; 1 picture of it saved"
+    assert last == "error: interrupted; the job was cancelled on the server; 1 picture saved"
     assert [path.name for path in tmp_path.iterdir()] == ["a-cat-7.png"]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import time
 
 import httpx
 import openai
@@ -196,6 +197,7 @@ WRONG = {
     "background": {"background": "transparent"},
     "response_format": {"response_format": "file"},
     "output_format of links": {"response_format": "url", "output_format": "webp"},
+    "response_format of a stream": {"response_format": "url", "stream": True},
     "partial_images": {"stream": True, "partial_images": 4},
     "partial_images without a stream": {"partial_images": 1},
     "prompt": {"prompt": ["a", "b"]},
@@ -215,6 +217,12 @@ def test_a_value_at_fault_is_named_as_the_client_calls_it(client, service, case)
     assert caught.value.param == case.split()[0]
     assert caught.value.type == "invalid_request_error"
     assert not service.asked
+
+
+def test_a_long_name_is_not_repeated_as_a_whole(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a cat", extra_body={"n" * 100_000: 1})
+    assert len(caught.value.response.content) < 2000
 
 
 def test_a_prompt_is_needed(client):
@@ -407,6 +415,35 @@ def test_a_job_nobody_waits_for_is_cancelled(service, streamed):
     service.hold = True
     disconnected(service, {"prompt": "a cat", "stream": streamed})
     assert service.cancelled == ["job1"]
+
+
+SLOW = {"prompt": "a cat", "size": "512x512", "extra_body": {"steps": 150, "seed": 1}}
+
+
+def cancelled(server):
+    return {job["id"] for job in server.http.get("/api/jobs?state=cancelled&limit=1000").json()["jobs"]}
+
+
+def one_more_is_cancelled(server, before):
+    end = time.monotonic() + 30
+    while len(cancelled(server) - before) < 1 and time.monotonic() < end:
+        time.sleep(0.05)
+    (id,) = cancelled(server) - before
+    return server.http.get(f"/api/jobs/{id}").json()["kind"] == "openai"
+
+
+def test_a_client_that_loses_patience_frees_the_worker(real, server):
+    before = cancelled(server)
+    with pytest.raises(openai.APITimeoutError):
+        real.with_options(timeout=1.0).images.generate(**SLOW)
+    assert one_more_is_cancelled(server, before)
+
+
+def test_a_reader_that_closes_a_stream_frees_the_worker(real, server):
+    before = cancelled(server)
+    with real.images.generate(stream=True, **SLOW):
+        pass
+    assert one_more_is_cancelled(server, before)
 
 
 def test_a_stream_read_to_its_end_cancels_nothing(client, service):

@@ -61,7 +61,7 @@ class Client:
     def _stream(self, path: str, place: str) -> Iterable[bytes]:
         headers = {"Accept": "text/event-stream", **({"Last-Event-ID": place} if place else {})}
         try:
-            yield from _Call(self.url + path, self._token, ANSWERS, secret=TOKEN).stream(SILENCE, headers)
+            yield from _Call(self.url + path, self._token, SILENCE, secret=TOKEN).stream(SILENCE, headers)
         except ConnectionError as error:
             raise RemoteError(f"{self.url} cannot be reached: {error}") from None
 

@@ -9,7 +9,7 @@ from zimage.formats.json_text import json_object
 from zimage.settings.fields import Plain
 
 LONGEST = 8 << 20  # bytes of an event
-ANSWERS = 120.0  # seconds for a question, its uploads included, and its whole answer
+ANSWERS = 300.0  # seconds for a question, its uploads included, and its whole answer
 PATIENCE = 120.0  # seconds that a server may be away in the middle of a job: it may be loading its model anew
 PAUSE = 1.0  # seconds between two tries
 END = "end"

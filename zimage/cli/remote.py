@@ -20,7 +20,7 @@ from zimage.errors import CheckpointError, RemoteError, RequestError, ZImageErro
 from zimage.formats.files import read_file
 from zimage.formats.json_text import json_object
 from zimage.serve.asking import OPERATORS
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import MAX_SIDE, LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import Hint, Plain, as_plain, fields
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
@@ -91,13 +91,15 @@ class _Run:
                 self._id = self._submit(ANSWERS)
                 for kind, data in self.client.events(f"{JOBS}/{self._id}/events"):
                     self._take(kind, data)
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (self._cancel(),)
+            raise
         except RemoteError as error:
-            raise error.with_text(f"{error}; the job may go on at {self._address}") if self._runs else error from None
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            told = self._cancel() if self._runs or interrupted else ""
-            if interrupted:
-                error.args = (told,)
+            goes_on = f"; the job may go on at {self.client.url}{JOBS}/{self._id}" if self._runs else ""
+            raise error.with_text(f"{error}{goes_on}") from None
+        except BaseException:  # a disk that is full, a name that is taken: nobody waits for the rest
+            if self._runs:
+                self._cancel()
             raise
         finally:
             self.progress.close()
@@ -107,10 +109,6 @@ class _Run:
     def _runs(self) -> bool:
         return bool(self._id) and not self._ended
 
-    @property
-    def _address(self) -> str:
-        return f"{self.client.url}{JOBS}/{self._id}"
-
     def _submit(self, seconds: float) -> str:
         """The id of the job: by the key that goes with it, the same one however often this is asked."""
         headers = {"Content-Type": self._type, "Idempotency-Key": self._key}
@@ -119,12 +117,15 @@ class _Run:
 
     def _cancel(self) -> str:
         """Cancel the job on the way out, and say what became of it."""
+        told = f"{counted(len(self.saved), 'picture')} saved"
+        if self._ended:
+            return told
         try:
             self._id = self._id or self._submit(GOODBYE)  # it may have been accepted while we were interrupted
             self.client.ask("DELETE", f"{JOBS}/{self._id}", seconds=GOODBYE)
         except ZImageError as error:
-            return f"the job may go on ({error})"
-        return f"the job was cancelled on the server; {counted(len(self.saved), 'picture')} of it saved"
+            return f"the job could not be cancelled ({error}); {told}"
+        return f"the job was cancelled on the server; {told}"
 
     # ------------------------------------------------------------------ its events
 
@@ -175,14 +176,16 @@ class _Run:
         self.progress.finished(self.saved[-1])
 
     def _check_outcome(self, job: Record) -> None:
-        """Raise what ended the job, where it is not done."""
-        if job["state"] == "done":
+        """Raise what ended the job, where not all of it is done and saved."""
+        count, error = len(job["seeds"]), job.get("error")
+        if job["state"] == "done" and len(self.saved) == count:
             return
-        error = job.get("error")
+        if job["state"] == "done":
+            raise Refused(f"{self.client.url}: {len(self.saved)} of {count} pictures came; others were deleted there")
         message, fields = (error.get("message"), error.get("fields")) if isinstance(error, dict) else (None, None)
         if fields and isinstance(fields, list):
             raise RequestError(str(message), fields=map(str, fields))
-        raise Refused(f"{self.client.url}: the job {'failed' if message else 'was ' + job['state']}: {message}")
+        raise Refused(f"{self.client.url}: the job {f'failed: {message}' if message else 'was ' + job['state']}")
 
 
 # ---------------------------------------------------------------------- what is sent
@@ -247,6 +250,8 @@ def _checked(kind: Hint, place: str, value: Plain) -> Any:
 def _checked_image(image: Plain) -> Record:
     """What is said of a picture; its settings go into files and names of files."""
     record: Record = _checked(IMAGE, "the picture", image)["settings"]
+    if max(image["width"], image["height"]) > MAX_SIDE:
+        raise Refused(f"the server's answer cannot be used: a picture has sides of at most {MAX_SIDE} px")
     for lora in record["lora"]:
         _checked(LORA, "the picture's lora", lora)
     try:

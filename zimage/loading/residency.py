@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zimage import interrupts
 from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch
@@ -121,9 +122,10 @@ class Residency:
     def finish(self, name: str, plan: MemoryPlan, keep: bool = False) -> None:
         """End a stage: release its component unless the plan keeps it or another request's stage still needs it.
 
-        `keep` leaves it until something else needs the room.
+        `keep` leaves it until something else needs the room. An interrupt waits for the end of it: half of it done, the
+        component would count as busy for ever.
         """
-        with self._devices[self.places[name].device]:
+        with interrupts.held(), self._devices[self.places[name].device]:
             self._busy[name] -= 1
             if self._busy[name]:
                 return

@@ -9,11 +9,11 @@ and where prompts are sent to be rewritten stands in the settings of the server 
 import base64
 import binascii
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from zimage.errors import RequestError, quoted
+from zimage.errors import SHOWN, RequestError, one_line, quoted
 from zimage.settings.declared import Request, RewriteSettings, split_scale
 from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
 from zimage.settings.serving import ServeSettings
@@ -143,8 +143,13 @@ def _without_open(values: Mapping[str, Plain]) -> dict[str, Plain]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def unknown(name: str, known: Iterable[str]) -> RequestError:
+    """The error on a name that is none of these; of a long one it repeats the ends."""
+    return RequestError(f"there is no setting {quoted(name)}; {nearest(name, known)}", fields=(one_line(name, SHOWN),))
+
+
 def _check_name(name: str) -> None:
     if name in OPERATORS:
         raise RequestError(f"{name}: only the server's own settings can set it; leave it out", fields=(name,))
     if name not in NAMES:
-        raise RequestError(f"there is no setting {quoted(name)}; {nearest(name, NAMES)}", fields=(name,))
+        raise unknown(name, NAMES)

@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import BinaryIO, TypeAlias
 
+from zimage import interrupts
 from zimage.settings.fields import Plain
 
 Message: TypeAlias = dict[str, Plain]
@@ -53,9 +54,9 @@ class Outlet:
         return cls(channel)
 
     def send(self, message: Message) -> None:
-        """Where the server has gone, there is nobody to work for: the process ends."""
+        """Whole, whatever interrupts it. Where the server has gone, there is nobody to work for: the process ends."""
         try:
-            with self._lock:
+            with interrupts.held(), self._lock:
                 self._stream.write(packed(message))
                 self._stream.flush()
         except OSError:

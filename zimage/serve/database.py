@@ -21,11 +21,12 @@ from pathlib import Path
 
 from zimage.errors import OutputError, RequestError
 from zimage.formats.lock import Lock
-from zimage.serve.refusals import NoRoom
+from zimage.serve.refusals import NoRoom, Unavailable
 
 PATIENCE = 30.0  # seconds that a look from outside (a backup, sqlite3's shell) may keep a writer waiting
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 FULL_DATABASE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 OWNERS = "CREATE TABLE IF NOT EXISTS owners (name TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT"
 
@@ -108,13 +109,15 @@ class Database:
 
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn what the system and SQLite raise inside into NoRoom where the disk is full or fails, else OutputError."""
+    """Turn what the system and SQLite raise: NoRoom where the disk is full or fails, Unavailable, else OutputError."""
     try:
         yield
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says more on the same fault
         if code in FULL_DATABASE:
             raise NoRoom(f"the disk with {path} is full or fails: {error}; make room and try again") from error
+        if code in BUSY:
+            raise Unavailable(f"another program keeps {path} locked; try again", retry_after=5) from error
         if code in DAMAGED:
             text = f"{path} is damaged ({error}); move it away, and `zimage serve --reindex` finds the pictures again"
             raise OutputError(text) from error

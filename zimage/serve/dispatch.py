@@ -10,29 +10,28 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from zimage.errors import ZImageError
+from zimage.serve import leftovers
+from zimage.serve.books import RETRY, Books
 from zimage.serve.channel import Message
 from zimage.serve.history import History
 from zimage.serve.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, JobRow, Jobs
 from zimage.serve.metrics import Metrics
-from zimage.serve.refusals import Conflict, NoRoom, Unavailable
+from zimage.serve.refusals import Conflict, Unavailable
 from zimage.serve.stream import END, JOB, POSITION, QUEUE, Streams
 from zimage.serve.view import JobView, Progress
 from zimage.serve.workers import READY, Worker, raised
 
 log = logging.getLogger("zimage.serve")
-T = TypeVar("T")
 
 MOST_DEATHS = 2  # of processes in the middle of one job
 MOST_RESTARTS = 20  # of servers
 MOST_UNWRITTEN = 3  # times that a job's pictures could not be written, though there seemed to be room
-REMEMBERED = 500  # jobs that have ended
-RETRY = 1.0  # seconds between two tries to write to a full disk
+REMEMBERED = 100  # jobs that have ended
 CANCELLING = 5.0  # seconds that a cancel waits for the worker to let go
 
 
@@ -45,7 +44,7 @@ class Task:
 
 
 class Dispatcher:
-    """The queue at work. `full` is true while the disk does not take what must be kept."""
+    """The queue at work."""
 
     def __init__(
         self,
@@ -53,15 +52,16 @@ class Dispatcher:
         history: History,
         streams: Streams,
         metrics: Metrics,
-        pictures: Path,
+        folder: Path,
         has_room: Callable[[], bool],
     ):
-        self.jobs, self.history, self.streams, self._pictures = jobs, history, streams, pictures
+        self.jobs, self.history, self.streams, self._folder = jobs, history, streams, folder
         self._metrics, self._has_room = metrics, has_room
         self.workers: list[Worker] = []
         self.rows: dict[str, JobRow] = {}
         self.queue: list[str] = []
-        self.full = self.stopping = False
+        self.stopping = False
+        self.books = Books(self.go_on)
         self._progress: dict[str, Progress] = {}
         self._images: dict[str, list[dict[str, Any]]] = {}
         self._tasks: deque[Task] = deque()
@@ -70,8 +70,6 @@ class Dispatcher:
         self._unwritten: Counter[str] = Counter()
         self._over: dict[str, asyncio.Event] = {}
         self._ended: OrderedDict[str, JobView] = OrderedDict()
-        self._books: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue()
-        self._bookkeeper: asyncio.Task[None] | None = None
         self._positions_due = False
 
     # ------------------------------------------------------------------ beginning and end
@@ -83,8 +81,10 @@ class Dispatcher:
             row.state = QUEUED
             self._enter(row)
             if row.restarts > MOST_RESTARTS:
-                self._end(row, FAILED, {"message": f"the server ended {row.restarts} times over this job"})
-        self._bookkeeper = asyncio.create_task(self._keep_books(), name="bookkeeper")
+                self.queue.remove(row.id)
+                told = {"message": f"the server ended {row.restarts} times over this job", "fields": []}
+                self._close(row, FAILED, told)
+        self.books.start()
         for device in devices:
             start = {**message, "loading": {**message["loading"], **({"device": device} if device else {})}}
             worker = Worker(device, start, self._hear)
@@ -103,15 +103,13 @@ class Dispatcher:
             if not task.result.done():
                 task.result.set_exception(Unavailable("the server is stopping"))
         self.streams.close()
-        for row in self.rows.values():
-            if row.state == RUNNING:
+        for row in list(self.rows.values()):
+            if row.id in self._cancelling:
+                self._close(row, CANCELLED)
+            elif row.state == RUNNING:
                 row.state = QUEUED
                 self._save(row)
-        with suppress(TimeoutError):  # on a full disk the rows stay as they were, which says the same
-            async with asyncio.timeout(2 * RETRY):
-                await self._books.join()
-        if self._bookkeeper:
-            self._bookkeeper.cancel()
+        await self.books.stop()
 
     # ------------------------------------------------------------------ what is asked for
 
@@ -141,14 +139,14 @@ class Dispatcher:
         row = self.rows.get(id)
         if row is None:
             raise Conflict(f"job {id} has ended already")
-        if row.state == QUEUED:
+        if id in self.queue:
             self.queue.remove(id)
-            self._end(row, CANCELLED)
-            return
-        for worker in self.workers:
-            if worker.task == id and id not in self._cancelling:
-                worker.send({"op": "cancel", "id": id})
-        self._cancelling.add(id)
+            self._close(row, CANCELLED)
+        elif id not in self._cancelling:
+            self._cancelling.add(id)
+            for worker in self.workers:
+                if worker.task == id:
+                    worker.send({"op": "cancel", "id": id})
         with suppress(TimeoutError):
             async with asyncio.timeout(CANCELLING):
                 await self.over(id)
@@ -185,7 +183,7 @@ class Dispatcher:
     def go_on(self) -> None:
         """Give the workers that are free something to do."""
         for worker in self.workers:
-            if worker.state != READY or self.stopping or self.full:
+            if worker.state != READY or self.stopping or self.books.full:
                 continue
             if self._tasks:
                 task = self._tasks.popleft()
@@ -230,16 +228,16 @@ class Dispatcher:
         self.streams.tell(row.id, JOB, self.view(row).plain())
 
     def _on_image(self, row: JobRow, message: Message) -> None:
-        path, id = self._pictures / f"{message['image']}.png", message["image"]
+        self.books.put(lambda: self._take_in(row, message["index"], message["image"]))
 
-        async def take_in() -> None:
-            picture = (await self._kept(lambda: self.history.add(path, id, row.id))).plain()
-            row.images = [*row.images, *([id] if id not in row.images else [])]
-            images = self._images.setdefault(row.id, [])
-            images[:] = [*(image for image in images if image["id"] != id), picture]
-            self.streams.tell(row.id, "image", {"job": row.id, "index": message["index"], "image": picture})
-
-        self._books.put_nowait(take_in)
+    async def _take_in(self, row: JobRow, index: int, id: str) -> None:
+        """A picture that is drawn becomes one of the history."""
+        path = self._folder / leftovers.PICTURES / f"{id}.png"
+        picture = (await self.books.kept(lambda: self.history.add(path, id, row.id))).plain()
+        row.images = [*row.images, *([id] if id not in row.images else [])]
+        images = self._images.setdefault(row.id, [])
+        images[:] = [*(image for image in images if image["id"] != id), picture]
+        self.streams.tell(row.id, "image", {"job": row.id, "index": index, "image": picture})
 
     def _finished(self, message: Message) -> None:
         """What became of a task or a job."""
@@ -256,18 +254,18 @@ class Dispatcher:
         unwritten = bool(error and error["kind"] == "OutputError") and row.id not in self._cancelling
         self._unwritten[row.id] += unwritten
         if unwritten and self._unwritten[row.id] <= MOST_UNWRITTEN:
-            self.full = True
-            self._books.put_nowait(lambda: self._wait_for_room(row))
+            self.books.lacking.add(row.id)
+            self.books.put(lambda: self._wait_for_room(row))
         else:
-            self._books.put_nowait(lambda: self._close(row, message["state"], told))
+            self._close(row, message["state"], told)
 
     async def _wait_for_room(self, row: JobRow) -> None:
         """A picture could not be written: the job is drawn again once there is room."""
         log.warning("job %s waits: its picture cannot be written", row.id)
         while not self.stopping and not await asyncio.to_thread(self._has_room):
             await asyncio.sleep(RETRY)
-        self.full = False
         self._requeue(row)
+        self.books.has_room(row.id)
 
     def _died(self, worker: Worker) -> None:
         id, worker.task = worker.task, ""
@@ -278,10 +276,10 @@ class Dispatcher:
             return
         row.deaths += 1
         if id in self._cancelling:
-            self._books.put_nowait(lambda: self._close(row, CANCELLED, None))
+            self._close(row, CANCELLED)
         elif row.deaths >= MOST_DEATHS:
             text = f"its process ended unexpectedly {row.deaths} times; it may need more memory than there is"
-            self._books.put_nowait(lambda: self._close(row, FAILED, {"message": text, "fields": []}))
+            self._close(row, FAILED, {"message": text, "fields": []})
         else:
             self._requeue(row)
 
@@ -302,7 +300,9 @@ class Dispatcher:
         self._queue_changed()
 
     def _requeue(self, row: JobRow) -> None:
-        """Once more, before all others."""
+        """Once more, before all others, unless it was cancelled meanwhile."""
+        if row.id in self._cancelling:
+            return self._close(row, CANCELLED)
         row.state, self._progress[row.id] = QUEUED, Progress()
         self.queue.insert(0, row.id)
         self._save(row)
@@ -310,8 +310,21 @@ class Dispatcher:
         self._queue_changed()
         self.go_on()
 
-    async def _close(self, row: JobRow, state: str, error: dict[str, Any] | None) -> None:
-        self._end(row, state, error)
+    def _close(self, row: JobRow, state: str, error: dict[str, Any] | None = None) -> None:
+        """End a job, once what was told of it before is kept."""
+        if row.started is None:
+            return self._end(row, state, error)
+        self.books.put(lambda: self._tidy_and_end(row, state, error))
+
+    async def _tidy_and_end(self, row: JobRow, state: str, error: dict[str, Any] | None) -> None:
+        """What it has drawn stays, also where the process ended before it could tell of it."""
+        try:
+            if state != DONE or row.deaths:
+                for index, id in await self.books.kept(lambda: leftovers.clear(self._folder, row)):
+                    if id not in row.images:
+                        await self._take_in(row, index, id)
+        finally:
+            self._end(row, state, error)
 
     def _end(self, row: JobRow, state: str, error: dict[str, Any] | None = None) -> None:
         row.state, row.error, row.finished = state, error, time.time()
@@ -321,8 +334,6 @@ class Dispatcher:
         view = self.view(row)
         self._metrics.ended(view)
         self._ended[row.id] = view
-        while len(self._ended) > REMEMBERED:
-            self._ended.popitem(last=False)
         for known in (self.rows, self._progress, self._images, self._unwritten):
             known.pop(row.id, None)
         self._cancelling.discard(row.id)
@@ -340,35 +351,11 @@ class Dispatcher:
         now = row.copy()
 
         async def write() -> None:
-            await self._kept(lambda: self.jobs.put(now))
+            await self.books.kept(lambda: self.jobs.put(now))
+            while now.ended and len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
 
-        self._books.put_nowait(write)
-
-    async def _keep_books(self) -> None:
-        while True:
-            entry = await self._books.get()
-            try:
-                await entry()
-            except ZImageError as error:
-                log.error("%s", error)
-            finally:
-                self._books.task_done()
-
-    async def _kept(self, write: Callable[[], T]) -> T:
-        """The result of writing, tried until the disk takes it."""
-        while True:
-            try:
-                result = await asyncio.to_thread(write)
-            except NoRoom as error:
-                if not self.full:
-                    log.warning("%s", error)
-                self.full = True
-                await asyncio.sleep(RETRY)
-            else:
-                if self.full:
-                    self.full = False
-                    self.go_on()
-                return result
+        self.books.put(write)
 
     # ------------------------------------------------------------------ the order
 

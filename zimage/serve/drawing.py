@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 from zimage import interrupts
@@ -35,7 +35,7 @@ log = logging.getLogger("zimage")
 Check = Callable[[], None]  # raises where the task was cancelled
 Send = Callable[[Message], None]
 
-KEPT = 64  # jobs that are prepared and not run yet, with their opened pictures
+KEPT = 4  # jobs that are prepared and not run yet: their opened pictures may be large
 DYING = 10.0  # seconds that a killed process may take to end
 STATE_AFTER = 1.0  # seconds after which a job's state is kept: what takes less is sooner drawn anew
 
@@ -180,8 +180,9 @@ class Drawing:
         begun = last = time.monotonic()
         hooks = [self._previews.hook] if self._previews else []
         try:
-            with self._previews or nullcontext(), ExitStack() as moving:
-                for event in self.pipe.run(self.job, self.state, hooks):
+            events = self.pipe.run(self.job, self.state, hooks)
+            with self._previews or nullcontext(), closing(events), ExitStack() as moving:
+                for event in events:
                     check()
                     self.timings[event.stage] = self.timings.get(event.stage, 0.0) + time.monotonic() - last
                     if event.stage == "load":
@@ -199,7 +200,8 @@ class Drawing:
 
     def _take(self, event: Event) -> None:
         if event.image is not None:
-            self._save(event)
+            with interrupts.held():  # there is no picture that the server has not heard of
+                self._save(event)
             return
         if self._previews:
             self._previews.take(event)

@@ -104,9 +104,9 @@ class Jobs:
             return _first(db.execute(f"{SELECT} WHERE key = ?", (key,)))
 
     def waiting(self) -> list[JobRow]:
-        """Those that have not ended, in their order."""
+        """Those that have not ended, in their order; what ran is before what waits."""
         with self._database.reading() as db:
-            found = db.execute(f"{SELECT} WHERE state IN (?, ?) ORDER BY place", OPEN)
+            found = db.execute(f"{SELECT} WHERE state IN (?, ?) ORDER BY state = ? DESC, place", (*OPEN, RUNNING))
             return [_row(one) for one in found]
 
     def ended(self, states: Collection[str], limit: int) -> list[JobRow]:

@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from zimage.errors import RequestError, ZImageError, quoted
+from zimage.serve import leftovers
 from zimage.serve.about import About
 from zimage.serve.asking import Asked, check_limits, check_tokens
 from zimage.serve.database import Database
@@ -62,11 +63,11 @@ class Service:
         self.jobs_kept, self.streams = Jobs(database), Streams()
         self.history = History(self.folder, database, self.settings.keep_days, self.settings.keep_gb)
         self.uploads, self.metrics = Uploads(self.folder / "uploads", self.settings), Metrics()
-        self._states, self._captions = self.folder / "states", self.folder / "captions"
+        self._states, self._captions = self.folder / leftovers.STATES, self.folder / "captions"
         for folder in (self._states, self._captions):
             folder.mkdir(exist_ok=True)
         self.dispatcher = Dispatcher(
-            self.jobs_kept, self.history, self.streams, self.metrics, self.folder / "pictures", self._has_room
+            self.jobs_kept, self.history, self.streams, self.metrics, self.folder, self._has_room
         )
         self._keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._accepting = 0
@@ -214,7 +215,7 @@ class Service:
         ready = any(worker.state in (READY, BUSY) for worker in workers)
         status = "stopping" if self.dispatcher.stopping else "ok" if ready else "starting"
         return {
-            "status": "degraded" if status == "ok" and self.dispatcher.full else status,
+            "status": "degraded" if status == "ok" and self.dispatcher.books.full else status,
             "version": __version__,
             "uptime": round(time.time() - self.begun, 1),
             "queue": len(self.dispatcher.queue),
@@ -240,7 +241,7 @@ class Service:
             raise Unavailable("the server is stopping; try again later", retry_after=30)
         if len(self.dispatcher.queue) + self._accepting > self.settings.max_queue:
             raise TooMany(f"{len(self.dispatcher.queue)} jobs are waiting; try again later", retry_after=10)
-        if self.dispatcher.full or not self._has_room():
+        if self.dispatcher.books.full or not self._has_room():
             raise NoRoom(f"less than {self.settings.min_free} MB are free on the server's disk; no new jobs are taken")
 
     async def _prepared(self, asked: Asked, key: str | None) -> JobRow:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from zimage.serve.jobs import ENDED
 
 JOB, END, POSITION = "job", "end", "position"
-PREVIEW, QUEUE = LATEST = "preview", "queue"  # of these only the last one counts
+PREVIEW, QUEUE = "preview", "queue"
+LATEST = (POSITION, PREVIEW, QUEUE)  # of these only the last one counts
 LENGTH = 512  # events of a log
-KEPT = 500  # logs of jobs that have ended
 SILENCE = 15.0  # seconds after which a comment keeps the connection open
 
 
@@ -45,7 +45,6 @@ class Log:
         self.latest: dict[str, Message] = {}
         self._news: set[asyncio.Event] = set()
         self.forgotten = -1  # the last number that fell out
-        self.ended = False
 
     def add(self, message: Message) -> None:
         if message.event in LATEST:
@@ -86,7 +85,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._life, self._number = secrets.token_hex(4), 0
-        self._logs: OrderedDict[str, Log] = OrderedDict()
+        self._logs: dict[str, Log] = {}
         self._all = Log()
         self._closed = asyncio.Event()
 
@@ -99,9 +98,8 @@ class Streams:
         if job:
             log = self._logs.setdefault(job, Log())
             log.add(message)
-            if event == END:
-                log.ended = True
-                self._forget()
+            if event == END:  # who reads it has it in hand; all others are told of the end alone
+                del self._logs[job]
 
     def latest(self, job: str, event: str) -> dict[str, Any] | None:
         """The data of the last event of a kind of which only the last one counts, if there was any."""
@@ -153,11 +151,6 @@ class Streams:
         life, _, number = after.partition("-")
         known = life == self._life and number.isascii() and number.isdigit() and len(number) < 16
         return min(int(number), self._number) if known else None
-
-    def _forget(self) -> None:
-        ended = [job for job, log in self._logs.items() if log.ended]
-        for job in ended[: max(0, len(ended) - KEPT)]:
-            del self._logs[job]
 
 
 async def as_text(messages: AsyncIterator[Message]) -> AsyncIterator[str]:

@@ -56,9 +56,11 @@ class Worker:
         self.studio.warm_up()
         while True:
             task = self._tasks.get()
-            self._running = task["id"]
+            self._now_running(task["id"])
             self._notes.task = task["id"]
-            self.send({"on": "ended", "id": task["id"], **self._outcome(task)})
+            outcome = self._outcome(task)
+            self._now_running("")
+            self.send({"on": "ended", "id": task["id"], **outcome})
             self._notes.task = ""
 
     def _outcome(self, task: Message) -> Message:
@@ -69,8 +71,7 @@ class Worker:
                 try:
                     with interrupts.handled():
                         result = do(task, self._check)
-                        with self._lock:
-                            self._running = ""
+                        self._now_running("")
                     return {"state": "done", **result}
                 except KeyboardInterrupt:  # also one that was meant for the task before, and came late
                     with self._lock:
@@ -81,6 +82,11 @@ class Worker:
         except Exception as error:  # whatever it is, it is this task's end and not the worker's
             logging.getLogger("zimage").exception("a task failed")
             return {"state": "failed", "error": unforeseen(error)}
+
+    def _now_running(self, task: str) -> None:
+        """From here on a cancel of another task interrupts nothing."""
+        with self._lock:
+            self._running = task
 
     def _check(self) -> None:
         """Between two pieces of work: raise where the task was cancelled."""
@@ -147,6 +153,7 @@ def main() -> None:
     outlet = Outlet.of_standard_output()
     # A server in a terminal is stopped by Ctrl-C, and tells its workers: here it only interrupts a cancelled task.
     signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what stops a service tells all of its processes at once
     start = read(sys.stdin.buffer)
     if start is None:
         return

@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from zimage.errors import CheckpointError, RemoteError, RequestError, RewriteError, ZImageError
@@ -19,7 +20,8 @@ log = logging.getLogger("zimage.serve")
 
 COMMAND = (sys.executable, "-m", "zimage.serve.worker")
 PAUSES = (0.0, 1.0, 3.0, 10.0, 30.0)  # seconds before the first, second … restart in a row
-STEADY = 60.0  # seconds after which a process counts as a sound one
+STEADY = 60.0  # seconds after which a process counts as a sound one, as does one that has ended a task
+OPENING = 600.0  # seconds that a process may take to open the model
 PATIENCE = 30.0  # seconds that a question may wait for its answer
 STARTING, READY, BUSY, STOPPED = "starting", "ready", "busy", "stopped"
 KINDS: Mapping[str, type[ZImageError]] = {  # of errors, as a worker calls them
@@ -42,7 +44,8 @@ class Worker:
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._asked = self._in_a_row = 0
         self._is_ready = asyncio.Event()
-        self._stopping = False
+        self._ending = asyncio.Event()
+        self._was_sound = False
         self._keeper: asyncio.Task[None] | None = None
         self.refusal: ZImageError | None = None
 
@@ -53,7 +56,7 @@ class Worker:
 
     @property
     def state(self) -> str:
-        if self._stopping:
+        if self._ending.is_set() or self.refusal:
             return STOPPED
         return STARTING if not self._is_ready.is_set() else BUSY if self.task else READY
 
@@ -100,7 +103,7 @@ class Worker:
 
     async def stop(self, seconds: float = 0.0) -> None:
         """End the process, after it had some seconds to end its task."""
-        self._stopping = True
+        self._ending.set()
         process = self._process
         if process and process.stdin:
             process.stdin.close()
@@ -120,16 +123,19 @@ class Worker:
     # ------------------------------------------------------------------ one process after another
 
     async def _keep(self) -> None:
-        while not self._stopping:
-            begun = time.monotonic()
+        while not self._ending.is_set():
+            begun, self._was_sound = time.monotonic(), False
             await self._live()
-            if self._stopping or self.refusal:
+            if self._ending.is_set() or self.refusal:
                 return
-            self._in_a_row = 1 if time.monotonic() - begun > STEADY else self._in_a_row + 1
+            sound = self._was_sound or time.monotonic() - begun > STEADY
+            self._in_a_row = 1 if sound else self._in_a_row + 1
             self.restarts += 1
             pause = PAUSES[min(self._in_a_row, len(PAUSES)) - 1]
             log.warning("the worker on %s ended unexpectedly; it is started again", self.device)
-            await asyncio.sleep(pause)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._ending.wait()
 
     async def _live(self) -> None:
         """One process, from its start to its end."""
@@ -138,10 +144,12 @@ class Worker:
         process = self._process = await asyncio.create_subprocess_exec(
             *COMMAND, stdin=pipe, stdout=pipe, start_new_session=True, limit=1 << 20
         )
-        assert process.stdout is not None
+        if self._ending.is_set():  # before there was anything to end
+            process.kill()
         self.send(dict(self._start))
-        while (message := await read_async(process.stdout)) is not None:
-            self._take(message)
+        patience = asyncio.get_running_loop().call_later(OPENING, self._give_up)
+        await self._listen(process)
+        patience.cancel()
         await process.wait()
         self._is_ready.clear()
         if self.refusal:
@@ -150,6 +158,21 @@ class Worker:
             if not answer.done():
                 answer.set_exception(ConnectionError())
         self._hear(self, {"on": "died", "status": process.returncode})
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        try:
+            while (message := await read_async(process.stdout)) is not None:
+                self._take(message)
+        except ValueError as error:
+            log.error("the worker on %s is ended: %s", self.device, error)
+            process.kill()
+
+    def _give_up(self) -> None:
+        """End a process that does not get done with opening the model; another one may."""
+        if not self._is_ready.is_set():
+            log.error("the worker on %s has not opened the model in %g s", self.device, OPENING)
+            self.kill()
 
     def _take(self, message: Message) -> None:
         match message["on"]:
@@ -161,9 +184,13 @@ class Worker:
                 self.about = message["about"]
                 self._is_ready.set()
                 self._hear(self, message)
+            case "refused" if self.about:  # it could once, and may again
+                log.error("the worker on %s cannot start: %s", self.device, message["error"]["message"])
             case "refused":
                 self.refusal = raised(message["error"])
+                log.error("the worker on %s cannot start: %s", self.device, self.refusal)
             case _:
+                self._was_sound |= message["on"] == "ended"
                 self._hear(self, message)
 
 

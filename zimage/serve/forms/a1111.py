@@ -179,7 +179,7 @@ async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Re
     """Draw what a body asks for, and answer with the pictures, also with those of a job that was interrupted."""
     model = service.about.model["name"]
     usual = {**service.about.defaults, **service.launch.defaults}
-    with named_as(INSTEAD, sent):
+    with named_as({**INSTEAD, "images": "n_iter" if "n_iter" in sent else "batch_size"}, sent):
         wanted = translated(sent, usual, model)
         ask = asked(await _with_mask(service, wanted), {}, FORM, service.settings)
         view = await service.submit(ask)

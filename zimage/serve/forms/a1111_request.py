@@ -7,17 +7,18 @@ What would give another picture than the one that was asked for without anybody 
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from PIL import ImageOps
 
-from zimage.errors import RequestError, one_line, quoted
+from zimage.errors import SHOWN, RequestError, one_line, quoted
 from zimage.pictures.foreign import OURS, USUAL, guidance_of
 from zimage.pictures.image import nearest_side, open_mask
 from zimage.pictures.opening import opened_bytes
 from zimage.pictures.parameters import LORA as TAG
-from zimage.serve.asking import LORA, NAMES
+from zimage.serve.asking import ATTACHMENTS, LORA, NAMES
 from zimage.serve.refusals import TooLarge
 from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
 from zimage.settings.declared import LONGEST_TEXT
@@ -29,7 +30,6 @@ CHECKPOINT = "sd_model_checkpoint"
 INSTEAD = {  # how clients call what we call otherwise
     "guidance": "cfg_scale",
     "negative": "negative_prompt",
-    "images": "n_iter",
     "hires": "hr_scale",
     "strength": "denoising_strength",
     "image": "init_images",
@@ -48,7 +48,8 @@ NOTHING: dict[str, Plain] = {
     "override_settings_restore_afterwards": True,
     "do_not_save_grid": True,
 }
-HEAVY = ("init_images", "mask", "alwayson_scripts")  # what an answer does not repeat
+HEAVY = ("init_images", "alwayson_scripts", *ATTACHMENTS)  # what an answer does not repeat
+MOST_NAMED = 50  # fields in a warning
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Fields(Settings):
             raise RequestError(text, fields=("init_images",))
 
 
+KNOWN = {*Fields.names(), *NAMES}
+
+
 @dataclass(frozen=True)
 class Translated:
     """`values` under our names, as `asked` takes them; `ignored`: what was left out, in words."""
@@ -103,8 +107,7 @@ def translated(sent: Mapping[str, Plain], usual: Mapping[str, Plain], model: str
     values, ignored = _in_our_terms(fields, given, own, usual)
     for name in own.keys() & values.keys() - {"prompt", LORA, "width", "height"}:
         raise RequestError(f"{INSTEAD[name]}: {name} is set too; pass only one of them", fields=(INSTEAD[name], name))
-    unknown = [name for name, value in given.items() if name not in {*Fields.names(), *NAMES} and asks(name, value)]
-    return Translated(fields, {**own, **values}, [*ignored, *(one_line(name, 80) for name in unknown)])
+    return Translated(fields, {**own, **values}, [*ignored, *shown(given.keys() - KNOWN, given)])
 
 
 def check_overrides(settings: Plain, model: str) -> list[str]:
@@ -116,12 +119,13 @@ def check_overrides(settings: Plain, model: str) -> list[str]:
     if named not in (None, "", model):
         text = f"{CHECKPOINT}: {quoted(wanted)} is not loaded; this server has {quoted(model)}"
         raise RequestError(text, fields=(CHECKPOINT,))
-    return [one_line(name, 80) for name in settings if name != CHECKPOINT]
+    return shown(settings.keys() - {CHECKPOINT}, settings)
 
 
-def asks(name: str, value: Plain) -> bool:
-    """Whether a field that means nothing here was meant to do something."""
-    return bool(value) and value != NOTHING.get(name)
+def shown(names: Collection[str], values: Mapping[str, Plain]) -> list[str]:
+    """Those of the fields without a meaning here that were meant to do something, as a warning names them."""
+    asking = (name for name in sorted(names) if values[name] and values[name] != NOTHING.get(name))
+    return [one_line(name, SHOWN) for name in islice(asking, MOST_NAMED)]
 
 
 def inverted_mask(data: bytes, most_pixels: int) -> bytes:

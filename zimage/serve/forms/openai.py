@@ -32,6 +32,7 @@ from zimage.serve.forms.openai_request import (
     opaque_mask,
     translated,
 )
+from zimage.serve.forms.texts import over_defaults
 from zimage.serve.forms.waiting import give_up, stream, unfinished, until_the_end
 from zimage.serve.openapi import EVENTS, TEXT, WHOLE, answers, content, listed, record, reference, takes
 from zimage.serve.refusals import Conflict, Failed
@@ -212,7 +213,7 @@ async def text_tokens(service: Service, ask: Asked) -> int:
     """Tokens of the prompt with its chat parts; embeddings have no text to count."""
     if "embeddings" in ask.attachments:
         return 0
-    text = {name: ask.values[name] for name in TextSettings.names() if name in ask.values}
+    text = over_defaults(service, ask.values, TextSettings)
     told = await service.ask("tokens", prompt=ask.values.get("prompt", ""), text=text)
     return int(told["tokens"])
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from zimage.errors import RequestError, quoted
 from zimage.pictures.opening import opened_bytes
-from zimage.serve.asking import NAMES
+from zimage.serve.asking import NAMES, unknown
 from zimage.serve.refusals import NotFound, TooLarge
 from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
 from zimage.settings.declared import Request, RewriteSettings
@@ -70,6 +70,9 @@ class Standard(Settings):
         if self.response_format == "url" and self.output_format != "png":
             text = "output_format: links lead to PNG files; pass png, or response_format b64_json"
             raise RequestError(text, fields=("output_format", "response_format"))
+        if self.response_format == "url" and self.stream:
+            text = "response_format: a stream carries the pictures themselves; pass b64_json"
+            raise RequestError(text, fields=("response_format", "stream"))
 
     @property
     def is_low(self) -> bool:
@@ -86,6 +89,9 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
     return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
 
 
+KNOWN = dict.fromkeys((*Standard.names(), *NAMES))
+
+
 class ModelNotFound(NotFound):
     """A model that is not the loaded one."""
 
@@ -96,8 +102,8 @@ KINDS = {field.name: types for one in (Standard, Request, RewriteSettings) for f
 def translated(values: Mapping[str, Plain], usual_steps: int) -> tuple[Standard, dict[str, Plain]]:
     """The API's own fields, and what the rest asks for in ours. Null is what was left out. Raises RequestError."""
     given = {name: value for name, value in values.items() if value is not None}
-    for name in given.keys() - {*Standard.names(), *NAMES}:
-        raise RequestError(f"{quoted(name)} is not a parameter here", fields=(name,))
+    for name in given.keys() - KNOWN:
+        raise unknown(name, KNOWN)
     _check_prompt(given)
     standard = Standard.from_mapping({name: value for name, value in given.items() if name in Standard.names()})
     request = {name: value for name, value in given.items() if name not in Standard.names()}

@@ -11,8 +11,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from zimage.errors import RequestError, quoted
-from zimage.serve.asking import REWRITE, check_limits
+from zimage.errors import RequestError
+from zimage.serve.asking import REWRITE, check_limits, unknown
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.forms.encoder import taken
 from zimage.serve.forms.waiting import while_there
@@ -21,7 +21,7 @@ from zimage.serve.schema import FILE, text_body
 from zimage.serve.service import Service
 from zimage.settings.declared import DEFAULT_REWRITER, RewriteSettings, TextSettings
 from zimage.settings.declared import Request as Drawing
-from zimage.settings.fields import Plain, Settings, nearest
+from zimage.settings.fields import Plain, Settings
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import laid_over
 from zimage.text.templates import REWRITER, Template, Templates, user_folder
@@ -158,16 +158,23 @@ def question(
     """The prompt of a body and its settings of this kind, over the server's own. Raises RequestError."""
     for name in sent:
         if name not in ("prompt", *allowed):
-            text = f"there is no setting {quoted(name)} here; {nearest(name, ('prompt', *allowed))}"
-            raise RequestError(text, fields=(name,))
+            raise unknown(name, ("prompt", *allowed))
     prompt = sent.get("prompt")
     if not isinstance(prompt, str):
         raise RequestError("prompt: text is needed", fields=("prompt",))
     Drawing.check_one("prompt", prompt)
     for name in sent.keys() & set(allowed):
         kind.check_one(name, sent[name])
-    usual = {name: value for name, value in service.launch.defaults.items() if name in kind.names()}
-    return prompt, laid_over(usual, {name: value for name, value in sent.items() if name != "prompt"})
+    return prompt, over_defaults(service, sent, kind)
+
+
+def over_defaults(service: Service, values: Mapping[str, Plain], kind: type[Settings]) -> dict[str, Plain]:
+    """The settings of one kind among these, over the server's own."""
+    own, given = (
+        {name: value for name, value in some.items() if name in kind.names()}
+        for some in (service.launch.defaults, values)
+    )
+    return laid_over(own, given)
 
 
 async def _listing(found: Callable[[], tuple[Sequence[Template], Templates]]) -> Response:
