@@ -25,7 +25,7 @@ from zimage.settings.serving import ServeSettings
 SCRIPT = Path(__file__).with_name("listened.py")
 TOKEN = "correct-horse-battery"
 SETTINGS = {"port": 0, "header_timeout": 0.2, "idle_timeout": 0.2, "grace": 0.5, "max_upload": 1}
-PATIENCE = 0.7  # seconds in which what has a time-out of 0.2 ends
+PATIENCE = 1.5  # seconds in which what has a time-out of 0.2 ends, on a busy machine too
 
 
 class Process:
@@ -191,7 +191,7 @@ def crumbs(server):
         client.sendall(b"1\r\na\r\n")
         start = time.monotonic()
         server.get()
-        return time.monotonic() - start < 0.3
+        return time.monotonic() - start < 0.6
     return True
 
 
@@ -325,7 +325,7 @@ def test_a_body_follows_its_header_at_once(server):
             while not answer.endswith(b"0\r\n\r\n"):
                 answer += client.recv(1 << 16)
             waits.append(time.monotonic() - start)
-    assert sorted(waits)[10] < 0.02
+    assert sorted(waits)[10] < 0.03
 
 
 def test_garbage_while_an_answer_runs_ends_it_quietly(server):
@@ -339,7 +339,7 @@ def test_garbage_while_an_answer_runs_ends_it_quietly(server):
 def test_streams_outlive_the_time_outs(server):
     with server.connect() as client:
         client.sendall(server.head("/events"))
-        time.sleep(PATIENCE)
+        time.sleep(0.7)
         assert not is_closed(client)
 
 
