@@ -5,6 +5,7 @@ not followed: they would carry the key and the prompt to another host.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import ssl
@@ -273,7 +274,7 @@ class _Exchange:
         import httpx
 
         self._request.extensions = {"timeout": httpx.Timeout(silence).as_dict(), "trace": self._connections.trace}
-        return httpx.Client(verify=ssl.create_default_context(), event_hooks={"response": [_stop_at_redirect]})
+        return httpx.Client(verify=_certificates(), event_hooks={"response": [_stop_at_redirect]})
 
     def _body(self, response: "httpx.Response") -> bytes:
         body = bytearray()
@@ -282,6 +283,12 @@ class _Exchange:
             if len(body) > self._limit:
                 raise _Unusable(f"sent an answer of more than {self._limit / 1e6:g} MB")
         return bytes(body)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Those that are trusted here: reading them takes longer than encoding a short prompt."""
+    return ssl.create_default_context()
 
 
 def _stop_at_redirect(response: "httpx.Response") -> None:
