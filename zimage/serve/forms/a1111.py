@@ -61,7 +61,8 @@ PROGRESS = record("", others=True, progress={"type": "number"}, eta_relative={"t
 PNG_INFO = content("Its texts.", record("", info=TEXT, items=RECORD))
 OPTIONS = content("The settings.", record("", others=True, sd_model_checkpoint=TEXT))
 NOTHING = content("Nothing.", {})
-IMAGE_BODY = whole("", {"image": {**TEXT, "description": "base64 or a data URL"}}, ("image",), {"image": SMALL_PNG})
+IMAGE = {**TEXT, "description": "base64 or a data URL"}
+IMAGE_BODY = whole("", {"image": IMAGE}, ("image",), {"image": SMALL_PNG}, others=True)
 OPTIONS_BODY = whole("", {CHECKPOINT: MAYBE_TEXT}, others=True, example={"samples_format": "png"})
 Skip = Annotated[bool, Query(description="Leave out the preview.")]
 
