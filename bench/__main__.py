@@ -11,6 +11,7 @@ from bench.profile import profile
 from bench.render import render
 from bench.rewrite import rewrite
 from bench.roofline import roofline
+from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
 
@@ -20,7 +21,7 @@ def main() -> None:
     """Measure a scenario. Figures are medians with their range; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, tables):
+for scenario in (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, serve, tables):
     main.add_command(scenario)
 
 if __name__ == "__main__":

@@ -125,5 +125,27 @@ def rewrite(clock: Clock, folder: str, dtype: str, prompt_tokens: int, tokens: i
     clock.figures["memory_ratio"] = clock.figures["peak_gb"] * 1e9 / needed_bytes(model, prompt_tokens + tokens)
 
 
+def picture(clock: Clock, request: dict[str, Any], warmup: int, repeats: int) -> None:
+    """From a request to its PNG in a file, with the demo model: what `served` does through a server."""
+    import itertools
+    import tempfile
+    from pathlib import Path
+
+    import zimage
+    from zimage.pictures.files import save
+
+    pipe, seeds = zimage.ZImage.load(), itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def draw() -> None:
+            seed = next(seeds)
+            job = pipe.prepare(zimage.Request(**request, seed=seed))
+            for event in pipe.run(job):
+                if event.image is not None:
+                    save(event.image, Path(folder, f"{seed}.png"), pipe.metadata(job, 0), replace=True)
+
+        clock.repeated("picture", draw, warmup, repeats)
+
+
 if __name__ == "__main__":
-    serve({"render": render, "step": step, "decode": decode, "rewrite": rewrite})
+    serve({"render": render, "step": step, "decode": decode, "rewrite": rewrite, "picture": picture})

@@ -49,7 +49,9 @@ def stop_server(server):
 KILLS = (kill_server, kill_worker, kill_both, stop_server)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "times", [1, pytest.param(3, marks=pytest.mark.full), pytest.param(20, marks=pytest.mark.full)]
+)
 def test_no_kill_loses_or_doubles_a_job(new_server, tmp_path, expected, times):
     """Clients submit, follow, cancel and delete; the index is backed up meanwhile."""
     chance, server = random.Random(times), new_server("--grace", "1").start()
@@ -129,6 +131,7 @@ def test_a_full_disk_delays_what_was_accepted_and_refuses_what_is_new(new_server
     check_folder(server.folder, kept)
 
 
+@pytest.mark.full
 def test_a_server_that_is_killed_on_a_full_disk_goes_on_when_there_is_room(new_server, small_disk, expected):
     server = new_server("--min-free", "2").start()
     id = server.submit(**LONG)["id"]
@@ -146,6 +149,7 @@ def test_a_server_that_is_killed_on_a_full_disk_goes_on_when_there_is_room(new_s
     check_folder(server.folder, {id})
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_clients_that_read_nothing_take_no_memory(new_server):
     """Their events wait in the kernel and in one log for all, which has an end."""

@@ -22,7 +22,7 @@ from zimage.serve.dispatch import Dispatcher
 from zimage.serve.history import History
 from zimage.serve.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, JobRow, Jobs, new_id
 from zimage.serve.metrics import Metrics
-from zimage.serve.refusals import Conflict, NoRoom
+from zimage.serve.refusals import Conflict, NoRoom, Unavailable
 from zimage.serve.stream import LENGTH, Streams
 
 UNWRITTEN = {"message": "no room", "fields": [], "kind": "OutputError"}
@@ -112,7 +112,7 @@ def queue(tmp_path, monkeypatch):
 
     yield make
     for one in opened:
-        with contextlib.suppress(sqlite3.ProgrammingError):
+        with contextlib.suppress(Unavailable):
             histories.consistent(one.history)
             one.database.close()
 
@@ -277,6 +277,16 @@ async def test_a_cancelled_job_is_not_taken_up_by_the_next_server(queue):
     await q.dispatcher.cancel(id)
     await q.dispatcher.stop(0)
     assert (q.state(id), q.state(other)) == (CANCELLED, QUEUED)
+
+
+@in_loop
+async def test_who_waits_for_a_job_is_let_go_when_the_server_stops(queue):
+    q = queue()
+    id = q.submit()
+    waiting = asyncio.ensure_future(q.dispatcher.over(id))
+    await q.dispatcher.stop(0)
+    await asyncio.wait_for(waiting, 1)
+    assert q.state(id) == QUEUED
 
 
 @in_loop

@@ -146,6 +146,21 @@ def test_a_stop_does_not_wait_for_the_next_try(worker, monkeypatch):
     run(test())
 
 
+def test_a_question_at_the_stop_is_answered_at_once(worker):
+    """Else it would be cut off with the server, without an answer."""
+
+    async def test():
+        made, _ = worker(OPEN + REST)
+        await made.ready()
+        asking = asyncio.ensure_future(made.ask("tokens"))
+        await asyncio.sleep(0.05)
+        await made.stop()
+        with pytest.raises(Unavailable, match="stopping"):
+            await asyncio.wait_for(asking, 1)
+
+    run(test())
+
+
 def test_a_stop_at_the_very_start_ends_the_process_that_comes(worker):
     async def test():
         made, _ = worker(OPEN + REST)

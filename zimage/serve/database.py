@@ -38,6 +38,7 @@ class Database:
         self.path = path
         self._turn = threading.RLock()
         self._idle: list[sqlite3.Connection] = []
+        self._closed = False
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _held(path.parent)
@@ -71,6 +72,7 @@ class Database:
         `synced=False` is for what can be found out again: a loss of power may undo the last such commits, in order.
         """
         with self._turn, storing(self.path):
+            self._check_open()
             self._writer.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -84,6 +86,7 @@ class Database:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The database at one moment, whatever is written meanwhile."""
         with storing(self.path):
+            self._check_open()
             connection = self._idle.pop() if self._idle else self._opened()
             try:
                 connection.execute("BEGIN")
@@ -96,9 +99,14 @@ class Database:
     def close(self) -> None:
         """Let go of the file and the folder; nothing may use it any more."""
         with self._turn:
+            self._closed = True
             for connection in (*self._idle, self._writer):
                 connection.close()
             self._lock.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the server is stopping; try again later", retry_after=30)
 
     def _opened(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, PATIENCE, isolation_level=None, check_same_thread=False)

@@ -32,6 +32,7 @@ MOST_DEATHS = 2  # of processes in the middle of one job
 MOST_RESTARTS = 20  # of servers
 MOST_UNWRITTEN = 3  # times that a job's pictures could not be written, though there seemed to be room
 REMEMBERED = 100  # jobs that have ended
+MOMENT = 0.2  # seconds between two words on who waits where
 CANCELLING = 5.0  # seconds that a cancel waits for the worker to let go
 
 
@@ -110,6 +111,8 @@ class Dispatcher:
                 row.state = QUEUED
                 self._save(row)
         await self.books.stop()
+        for over in self._over.values():  # nothing more becomes of these jobs in this life
+            over.set()
 
     # ------------------------------------------------------------------ what is asked for
 
@@ -360,10 +363,10 @@ class Dispatcher:
     # ------------------------------------------------------------------ the order
 
     def _queue_changed(self) -> None:
-        """Tell it once, however much changes in one turn of the loop."""
+        """Tell it once, however much changes in a moment: every waiting job has readers."""
         if not self._positions_due:
             self._positions_due = True
-            asyncio.get_running_loop().call_soon(self._tell_positions)
+            asyncio.get_running_loop().call_later(MOMENT, self._tell_positions)
 
     def _tell_positions(self) -> None:
         self._positions_due = False

@@ -72,6 +72,8 @@ class Worker:
             raise Unavailable("the model is still loading; try again", retry_after=5) from None
         if self.refusal:
             raise self.refusal
+        if self._ending.is_set():
+            raise Unavailable("the server is stopping; try again later", retry_after=30)
 
     def send(self, message: Message) -> None:
         """Where the process has just died, the message goes nowhere, as if the process had died a moment later."""
@@ -104,6 +106,7 @@ class Worker:
     async def stop(self, seconds: float = 0.0) -> None:
         """End the process, after it had some seconds to end its task."""
         self._ending.set()
+        self._is_ready.set()  # for those who wait for it
         process = self._process
         if process and process.stdin:
             process.stdin.close()
@@ -152,8 +155,8 @@ class Worker:
         patience.cancel()
         await process.wait()
         self._is_ready.clear()
-        if self.refusal:
-            self._is_ready.set()  # for those who wait for it
+        if self.refusal or self._ending.is_set():
+            self._is_ready.set()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ConnectionError())

@@ -9,9 +9,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from zimage.errors import RequestError, ZImageError
-from zimage.serve.jobs import CANCELLED, DONE
+from zimage.serve.jobs import CANCELLED, DONE, ENDED
 from zimage.serve.openapi import EVENTS
-from zimage.serve.refusals import Conflict, Failed, NotFound
+from zimage.serve.refusals import Conflict, Failed, NotFound, Unavailable
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
@@ -58,6 +58,8 @@ def unfinished(view: JobView) -> ZImageError | None:
     """Why there is nothing to answer after a job's end: what its request would have raised, or what went wrong."""
     if view.state == DONE:
         return None if view.images else NotFound(f"the pictures of job {view.id} are deleted")
+    if view.state not in ENDED:
+        return Unavailable(f"the server is stopping; job {view.id} goes on when it is started again", retry_after=30)
     if view.state == CANCELLED:
         return Conflict(f"job {view.id} was cancelled")
     error: dict[str, Any] = view.error or {}
