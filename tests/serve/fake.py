@@ -29,7 +29,8 @@ OPEN = {"stage": "", "step": 0, "total": 0, "index": 0, "count": 1, "remaining":
 class FakeService:
     """`asked` are the requests that were accepted, `cancelled` the jobs that were given up.
 
-    `hold`: jobs run until `release`d or cancelled. `error`: what they fail of. `refusal` is raised on submitting.
+    `hold`: jobs run until `release`d or cancelled. `error`: what they fail of. `deleted`: their pictures are gone.
+    `refusal` is raised on submitting.
     """
 
     def __init__(self, folder: Path, **serving):
@@ -39,7 +40,7 @@ class FakeService:
         self.history, self.folder = self, folder
         self.asked: list[Asked] = []
         self.cancelled: list[str] = []
-        self.hold, self.error, self.refusal = False, None, None
+        self.hold, self.deleted, self.error, self.refusal = False, False, None, None
         self.loras = {"style": folder / "style.safetensors"}
         self.views: dict[str, JobView] = {}
         self._over: dict[str, asyncio.Event] = {}
@@ -66,7 +67,8 @@ class FakeService:
         if self.error:
             ended = replace(view, state="failed", error=self.error)
         else:
-            ended = replace(view, state="done", images=[self._drawn(view, k) for k in range(len(view.seeds))])
+            left = 0 if self.deleted else len(view.seeds)
+            ended = replace(view, state="done", images=[self._drawn(view, k) for k in range(left)])
         self.views[id] = replace(ended, finished=1e9 + 1)
         self._over[id].set()
 

@@ -191,6 +191,13 @@ def test_fields_that_are_ignored_are_named_in_a_header_of_any_text(server):
         assert "set-cookie" not in answer.headers
 
 
+@pytest.mark.parametrize("theirs", ["n_iter", "batch_size"])
+def test_one_thing_under_two_names_is_a_fault_of_the_request(server, theirs):
+    answer = server.http.post("/sdapi/v1/txt2img", json={"prompt": "a", "images": 1, theirs: 1})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(f"{theirs}: images is set too")
+
+
 def test_work_ends_with_its_client(server):
     """A rewriting of thousands of tokens is given up, and does not keep the next one waiting."""
     prompt = "a lighthouse at dusk, waves, warm light in the window"  # the demo writes no end to it

@@ -146,6 +146,22 @@ def test_urls_that_cannot_be_used(gen, url):
     assert "secret" not in err
 
 
+def test_without_httpx_one_line_names_the_extra(gen, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    (tmp_path / "start.png").write_bytes(b"x")
+    status, _, err = gen("http://127.0.0.1:9", "a cat", "--image", "start.png")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "needs httpx, the extra `remote`" in err
+
+
+def test_a_token_that_is_none_is_told_and_not_shown(gen, monkeypatch):
+    monkeypatch.setenv("ZIMAGE_TOKEN", "sesame\tsesame")
+    with serving() as server:
+        status, _, err = gen(server, "a cat")
+    assert (status, server.asked, "sesame" in err) == (2, [], False)
+    assert err.startswith("error: ZIMAGE_TOKEN is empty or holds characters that no key has")
+
+
 # ------------------------------------------------------------------ what is saved and said
 
 

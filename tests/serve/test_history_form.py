@@ -192,7 +192,7 @@ def test_every_operation_is_described(app):
     schemas = description["components"]["schemas"]
     for path, operations in description["paths"].items():
         for method, operation in operations.items():
-            assert operation["description"], (method, path)
+            assert operation["summary"], (method, path)
             ((kind, media),) = operation["responses"]["200"]["content"].items()
             assert kind in ("image/png", "image/webp") or "example" in media
             assert all("422" in operation["responses"] for p in operation.get("parameters", []) if p["in"] == "query")

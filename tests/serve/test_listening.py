@@ -25,7 +25,7 @@ from zimage.settings.serving import ServeSettings
 SCRIPT = Path(__file__).with_name("listened.py")
 TOKEN = "correct-horse-battery"
 SETTINGS = {"port": 0, "header_timeout": 0.2, "idle_timeout": 0.2, "grace": 0.5, "max_upload": 1}
-PATIENCE = 0.7  # seconds in which what has a time-out of 0.2 ends
+PATIENCE = 1.5  # seconds in which what has a time-out of 0.2 ends, on a busy machine too
 
 
 class Process:
@@ -183,6 +183,18 @@ def an_unread_answer(server):
         return False
 
 
+def crumbs(server):
+    """A body in chunks of one byte: the time until the next client is answered."""
+    with server.connect() as client, contextlib.suppress(ConnectionError):
+        client.sendall(server.head("/read", "POST", "1.1", "Transfer-Encoding: chunked"))
+        client.sendall(b"1\r\na\r\n" * 60_000)
+        client.sendall(b"1\r\na\r\n")
+        start = time.monotonic()
+        server.get()
+        return time.monotonic() - start < 0.6
+    return True
+
+
 def a_crowd(server):
     """More idle connections than the process may open files: the next client is answered all the same."""
     with contextlib.ExitStack() as crowd:
@@ -200,6 +212,7 @@ ATTACKS = [
     an_unread_body,
     an_unread_body_in_chunks,
     an_unread_answer,
+    crumbs,
     a_crowd,
 ]
 
@@ -211,7 +224,8 @@ def test_an_attack_on_the_connection_ends(server, attack):
 
 def test_uvicorn_alone_would_not_end_them(plain):
     with ThreadPoolExecutor() as pool:
-        assert not any(pool.map(lambda attack: attack(plain), ATTACKS[:-1]))
+        assert not any(pool.map(lambda attack: attack(plain), ATTACKS[:-2]))
+    assert not crumbs(plain)
     assert not a_crowd(plain)
 
 
@@ -249,6 +263,10 @@ REFUSED = {
     "a long line of a chunk": (
         b"POST /read HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * 40_000,
         431,
+    ),
+    "crumbs": (
+        b"POST /read HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 200,
+        413,
     ),
     "a long body": (
         b"POST /read HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -290,6 +308,13 @@ def test_ordinary_requests_are_answered(server):
     assert b"\r\nserver: " not in server.get().lower()
 
 
+def test_small_chunks_are_read_as_long_as_they_are_few_or_grow(server):
+    few, large = b"1\r\na\r\n" * 90, (b"800\r\n%s\r\n" % bytes(2048)) * 300
+    head = server.head("/read", "POST", "1.1", "Transfer-Encoding: chunked", "Connection: close")
+    answer = server.tell(head + few + large + few + b"0\r\n\r\n")
+    assert b"\r\n%d\r\n" % (180 + 2048 * 300) in answer
+
+
 def test_a_body_follows_its_header_at_once(server):
     """And not once the client has acknowledged the header, 40 ms later (Nagle's algorithm)."""
     waits = []
@@ -300,7 +325,7 @@ def test_a_body_follows_its_header_at_once(server):
             while not answer.endswith(b"0\r\n\r\n"):
                 answer += client.recv(1 << 16)
             waits.append(time.monotonic() - start)
-    assert sorted(waits)[10] < 0.02
+    assert sorted(waits)[10] < 0.03
 
 
 def test_garbage_while_an_answer_runs_ends_it_quietly(server):
@@ -314,7 +339,7 @@ def test_garbage_while_an_answer_runs_ends_it_quietly(server):
 def test_streams_outlive_the_time_outs(server):
     with server.connect() as client:
         client.sendall(server.head("/events"))
-        time.sleep(PATIENCE)
+        time.sleep(0.7)
         assert not is_closed(client)
 
 

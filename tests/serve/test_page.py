@@ -12,6 +12,7 @@ from zimage.pictures.files import save
 
 pytestmark = pytest.mark.browser
 
+SOURCE = "document.querySelector('#frame img').getAttribute('src')"
 CAT = "a cat face on a blue background"
 
 
@@ -60,7 +61,7 @@ def test_a_render_is_watched_and_shown(page):
     first = float(page.locator("#progress-bar").evaluate("(bar) => bar.value"))
     page.wait_for_selector("#frame img[src^='data:image/jpeg']")
     until(page, "(first) => document.querySelector('#progress-bar').value > first", first)
-    until(page, "() => /about .* left/.test(document.querySelector('#progress-text').textContent)")
+    until(page, "() => /s left$/.test(document.querySelector('#progress-text').textContent)")
     page.wait_for_selector("#frame img[src^='/api/images/']")
     assert page.locator(".caption").inner_text() == CAT
     assert page.locator("#grid .tile").first.get_attribute("aria-current") == "true"
@@ -152,8 +153,7 @@ def test_the_settings_of_a_picture_render_the_same_one(page):
     until(page, "(seed) => document.querySelector('#field-seed').value === seed", seed)
     assert (page.input_value("#field-prompt"), page.input_value("#field-steps")) == ("a penguin", "5")
     page.keyboard.press("Control+Enter")
-    until(page, "() => document.querySelector('#progress').hidden")
-    until(page, "(old) => document.querySelector('#frame img').getAttribute('src') !== old", source)
+    until(page, f"(old) => /^.api.images/.test({SOURCE}) && {SOURCE} !== old", source)
     assert json.loads(sent_jobs(page)[-1]["request"])["seed"] == int(seed)
     assert same_pixels(page, source, page.locator("#frame img").get_attribute("src"))
 
@@ -267,3 +267,30 @@ def test_a_token_is_asked_for_once(browser, new_server):
         page.wait_for_selector("html[data-ready]")
         assert not page.locator("#sign-in").is_visible()
         assert re.search("cat face", page.locator(".caption").inner_text())
+
+
+@pytest.mark.full
+def test_a_server_that_comes_back_is_found_again(browser, new_server):
+    server = new_server().start()
+    with window(browser, server.url + "/", allowed=("ERR_", "Failed to load")) as page:
+        write(page, CAT)
+        slow(page, 60)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("#progress:not([hidden])")
+        server.kill()
+        page.wait_for_selector("#connection:has-text('Connecting')")
+        page.fill("#field-steps", "2")
+        page.click("#render")
+        until(page, "() => document.querySelector('#form-fault').textContent.includes('cannot be reached')")
+        server.start()
+        until(page, "() => document.querySelector('#connection').textContent === ''")
+        until(page, "() => document.querySelector('#progress').hidden")  # the job of before was drawn after all
+        assert page.locator(".caption").inner_text() == CAT
+
+
+def test_a_server_without_a_worker_is_told_in_a_line(browser, drawing):
+    refused = {"error": {"message": "the model is not open yet", "fields": []}}
+    routes = {"**/api/schema": lambda route: route.fulfill(status=503, json=refused)}
+    with window(browser, drawing.url + "/", ready=False, routes=routes, allowed=("503", "not open")) as page:
+        page.wait_for_selector(".toast.bad")
+        assert "the model is not open yet" in page.locator(".toast").inner_text()

@@ -10,13 +10,13 @@ from PIL import Image
 from running import Server
 
 from zimage.serve.schema import drawing_schema, rewriting_schema
-from zimage.settings.fields import json_schema
+from zimage.settings.declared import Request
 from zimage.settings.serving import ServeSettings
 
 pytestmark = pytest.mark.browser
 
 FIELDS = drawing_schema(ServeSettings())["properties"]
-REWRITING = rewriting_schema()["properties"]
+REWRITING = rewriting_schema(ServeSettings())["properties"]
 # What a control is set to where a number or a text of its kind would not do, and what is sent then.
 VALUES = {
     "template": ("photo-overcast", "photo-overcast"),
@@ -114,7 +114,7 @@ def upload(page, name, tmp_path):
 
 
 def test_every_declared_field_has_a_control_with_an_effect(page, tmp_path):
-    assert set(FIELDS) == set(json_schema_names())
+    assert set(FIELDS) == set(Request.names())
     for name, property in FIELDS.items():
         page.unroute_all()
         refuse(page, name, message=f"{name} is refused")
@@ -134,12 +134,6 @@ def test_every_declared_field_has_a_control_with_an_effect(page, tmp_path):
         fault = page.locator(f"#fault-{name}")
         assert fault.inner_text() == f"{name} is refused", name
         assert page.locator(f"#field-{name}").get_attribute("aria-invalid") == "true", name
-
-
-def json_schema_names():
-    from zimage.settings.declared import Request
-
-    return json_schema(Request)["properties"]
 
 
 def test_what_is_left_open_is_not_sent(page):

@@ -6,7 +6,8 @@ import logging
 import re
 
 import pytest
-from asgi import HOST, ask, asked
+from asgi import HOST, ask, asked, run
+from starlette.responses import FileResponse
 
 from zimage.errors import RequestError
 from zimage.serve import access, safety
@@ -49,22 +50,22 @@ def tried(app, count, token="wrong-token-wrong-token", path="/api/jobs", method=
 
 
 def at_once(app):
-    async def run():
+    async def crowd():
         slow = [asyncio.create_task(asked(app, "POST", body=[0.04])) for _ in range(401)]
         return [await task for task in slow][-1]
 
-    return asyncio.run(run())
+    return run(crowd())
 
 
 def uploads_at_once(app):
     """Each within its limit; the first ones are held while the last comes."""
 
-    async def run():
+    async def crowd():
         held = [asyncio.create_task(asked(app, "POST", body=[b"a" * (BIG - 1), 0.04])) for _ in range(9)]
         await asyncio.sleep(0.01)
         return [await task for task in held][-1]
 
-    return asyncio.run(run())
+    return run(crowd())
 
 
 # The rule, the attack, the status that it gets.
@@ -412,6 +413,19 @@ def test_whoever_has_no_token_yet_sends_short_bodies():
     assert ask(guarded(token=TOKEN), "POST", "/api/session", body=[b"a" * 4096]).status == 401
     answer = ask(guarded(token=TOKEN), "POST", "/api/session", body=[b"a" * 4097])
     assert (answer.status, answer.json["error"]["message"]) == (413, "a request may have 4,096 bytes here")
+
+
+def test_files_are_sent_whole(tmp_path):
+    async def file(scope, receive, send):
+        await FileResponse(path)(scope, receive, send)
+
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    rules = [rule for rule in RULES if rule.__name__ != "WholeAnswers"]
+    headers = [HOST, ("range", "bytes=1-1")]
+    for given, kept, body in ((RULES, [HOST], b"abc"), (RULES, headers, b"abc"), (rules, headers, b"b")):
+        answer = asyncio.run(asked(protected(file, Guard(ServeSettings()), given), headers=kept))
+        assert answer.body == body
 
 
 def test_a_body_within_its_limits_arrives_whole():

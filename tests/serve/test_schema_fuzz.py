@@ -16,7 +16,7 @@ from running import Server
 pytest.importorskip("schemathesis", reason="it is part of the extra test")
 
 PROGRAM = (sys.executable, "-m", "schemathesis.cli")
-LIMITS = ("--max-steps", "1", "--max-pixels", "16384", "--max-images", "2")
+LIMITS = ("--max-steps", "1", "--max-pixels", "16384", "--max-images", "2", "--max-prompt-tokens", "128")
 SETTINGS = """
 [checks]
 positive_data_acceptance.enabled = false
@@ -63,7 +63,7 @@ def test_a_few_requests_of_every_kind(fast, tmp_path):
 
 @pytest.mark.full
 def test_five_thousand_requests(fast, tmp_path):
-    found = fuzzed(fast, tmp_path, 200, "examples,coverage,fuzzing,stateful")
+    found = fuzzed(fast, tmp_path, 40, "examples,coverage,fuzzing,stateful")
     assert found["test_cases"]["generated"] >= 5000
 
 

@@ -90,6 +90,8 @@ def test_a_rewriter_that_writes_nothing_is_the_request_s_fault(server):
     answer = post(server, "rewrite", prompt="a cat", temperature=0)
     assert answer.status_code == 422
     assert "wrote nothing" in answer.json()["error"]["message"]
+    drawing = post(server, "generate", prompt="a cat", rewriter="rewrite-photo", temperature=0, steps=1)
+    assert (drawing.status_code, drawing.json()["error"]["fields"][0]) == (422, "rewriter")
     assert post(server, "rewrite", prompt="a", rewriter="photo-overcast").json()["error"]["fields"] == ["rewriter"]
     assert post(server, "rewrite", prompt="a", rewriter_url="http://elsewhere.example").status_code == 422
 

@@ -19,8 +19,8 @@ FORM = "http://127.0.0.1:7860, without a password, query or fragment"
 class Client:
     """The server at `url`. The token of the environment goes there alone: redirects are not followed.
 
-    Raises RequestError for a url or a token that cannot be used. Methods raise RequestError for what the server says of
-    a setting, Refused for other refusals, and RemoteError for what may pass.
+    Raises RequestError for a url or a token that cannot be used, and RemoteError without httpx. Methods raise
+    RequestError for what the server says of a setting, Refused for other refusals, and RemoteError for what may pass.
     """
 
     def __init__(self, url: str):
@@ -28,6 +28,7 @@ class Client:
             self.url, self._token = checked_url(url), server_token()
         except RequestError:
             raise RequestError(f"server: the url cannot be used; it should look like {FORM}") from None
+        _Call(self.url, self._token, secret=TOKEN)  # raises, before anything is read or sent, what every call would
 
     def ask(
         self,

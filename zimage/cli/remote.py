@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 JOBS = "/api/jobs"
 LARGEST_UPLOAD = 1 << 30  # bytes: as much as any server can be told to take
 SPARE = 1 << 24  # bytes of a picture beside its pixels
-GOODBYE = 3.0  # seconds for cancelling a job on the way out
+GOODBYE = 10.0  # seconds for cancelling a job on the way out; another Ctrl-C ends that
 ID = re.compile(r"[\w-]{1,100}", re.ASCII)
 # What a server tells, as far as it is used here, for `mistake`.
 SIZE: dict[str, Hint] = {"width": int, "height": int}

@@ -34,10 +34,10 @@ PER_CALL = tuple(field.name for field, _ in fields(Request) if field.metadata["p
 @click.option("-v", "--verbose", is_flag=True, help="Print more of what the server does.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
-    """Start a server with a page, jobs over HTTP, and the forms of OpenAI and AUTOMATIC1111.
+    """Start a server with a page, an API and a queue of jobs.
 
-    Settings of pictures are the defaults of requests. Ctrl-C and SIGTERM stop the server once its running job has
-    ended or its state is saved.
+    It also speaks OpenAI's images API and the form of AUTOMATIC1111's web UI. Settings of pictures are the defaults of
+    requests. Ctrl-C and SIGTERM stop the server once its running job has ended or its state is saved.
     """
     logging.getLogger("zimage").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     resolved = resolve_options(options)

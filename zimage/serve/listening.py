@@ -34,6 +34,8 @@ from zimage.settings.serving import ServeSettings
 log = logging.getLogger("zimage")
 
 LONGEST_HEAD = 32 << 10  # bytes; `safety` has a smaller limit, and an answer in the form of the path
+FREE_CHUNKS, SMALLEST_CHUNK = 100, 64  # chunks of any size, then bytes that they must have on average
+FAULTS = {413: "the chunks of the body are too small", 431: "the header is too large"}
 KEEP_ALIVE = 15  # seconds that a connection may be idle between two requests
 LINGER = 5.0  # seconds for the rest of a body that nobody reads
 BACKLOG = 128  # connections that the system accepts before the server does
@@ -54,11 +56,31 @@ class Limits:
     stalled: float
 
 
+class Http(h11.Connection):
+    """HTTP in which bodies do not come in crumbs: each chunk costs as much as a small request, in the event loop."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, LONGEST_HEAD)
+        self._chunks = self._got = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._got = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._got += len(event.data)
+            if self._chunks > FREE_CHUNKS + self._got // SMALLEST_CHUNK:
+                raise h11.RemoteProtocolError(FAULTS[413], error_status_hint=413)
+        return event
+
+
 class Connection(H11Protocol):
     """A client's connection, with a time for what uvicorn gives none."""
 
     def __init__(self, *args: Any, limits: Limits, **named: Any):
         super().__init__(*args, **named)
+        self.conn = Http()
         self.limits = limits
         self._timer: asyncio.TimerHandle | None = None
         self._awaited = ""
@@ -86,7 +108,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls where h11 finds no HTTP, also in the middle of a body; h11 knows the status."""
         status = getattr(sys.exception(), "error_status_hint", 400)
-        self.refuse(status, "the header is too large" if status == 431 else "this is not HTTP/1.1")
+        self.refuse(status, FAULTS.get(status, "this is not HTTP/1.1"))
 
     def _should_upgrade(self) -> bool:
         return False
@@ -259,5 +281,4 @@ def _config(app: ASGIApp, settings: ServeSettings) -> Config:
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=END,
-        h11_max_incomplete_event_size=LONGEST_HEAD,
     )

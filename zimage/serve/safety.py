@@ -221,6 +221,17 @@ class FewAtOnce:
             self.running -= 1
 
 
+class WholeAnswers:
+    """Files are sent as a whole: parts of them, by the thousand and overlapping, are work that no client needs."""
+
+    def __init__(self, app: ASGIApp, guard: Guard):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [header for header in scope["headers"] if header[0] != b"range"]
+        await self.app({**scope, "headers": headers}, receive, send)
+
+
 RULES: tuple[Rule, ...] = (
     AccessLog,
     SecurityHeaders,
@@ -234,6 +245,7 @@ RULES: tuple[Rule, ...] = (
     NeedsToken,
     FewAtOnce,
     BodyLimits,
+    WholeAnswers,
 )
 
 

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import beside
 from zimage.formats.headers import read_header
@@ -99,12 +101,15 @@ class Uploads:
             look(name, path)
 
     def _look_at_picture(self, name: str, path: Path) -> None:
-        """Its header names its size; a small file can stand for any number of pixels."""
         with opened(path) as picture:
-            pixels = picture.width * picture.height
-        if pixels > self._most_pixels:
-            size = f"{picture.width} × {picture.height} px"
-            raise TooLarge(f"{name} is {size}; at most {self._most_pixels:,} pixels are decoded", fields=(name,))
+            check_pixels(name, picture, self._most_pixels)
+
+
+def check_pixels(name: str, picture: Image.Image, most: int) -> None:
+    """Raise TooLarge before a picture is decoded: its header names its size, and a small file can stand for any."""
+    if picture.width * picture.height > most:
+        size = f"{picture.width} × {picture.height} px"
+        raise TooLarge(f"{name} is {size}; at most {most:,} pixels are decoded", fields=(name,))
 
 
 @contextlib.contextmanager

@@ -49,8 +49,11 @@ def data_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path | None:
+    """Raises RequestError for a variable that names no folder."""
+    if home := environ.get(variable):
+        return user_path(home, variable) / "zimage"
     try:
-        return user_path(environ.get(variable) or usual, variable) / "zimage"
+        return user_path(usual, variable) / "zimage"
     except RequestError:
         return None
 

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -20,7 +20,7 @@ from zimage.pictures.opening import opened_bytes
 from zimage.pictures.parameters import parameters_text
 from zimage.pictures.texts import GRAPH_KEY, METADATA_KEY, picture_texts
 from zimage.serve.answers import A1111
-from zimage.serve.asking import asked, from_base64, named_as
+from zimage.serve.asking import LORA, asked, from_base64, named_as
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.forms.a1111_request import (
     CHECKPOINT,
@@ -39,6 +39,7 @@ from zimage.serve.jobs import CANCELLED, OPEN, RUNNING
 from zimage.serve.openapi import MAYBE_TEXT, RECORD, TEXT, answers, content, listed, record, reference, takes
 from zimage.serve.schema import SMALL_PNG, Schema, whole
 from zimage.serve.service import Service
+from zimage.serve.uploads import check_pixels
 from zimage.serve.view import DRAWING, JobView
 from zimage.settings.fields import Plain
 from zimage.settings.serving import ServeSettings
@@ -60,7 +61,8 @@ PROGRESS = record("", others=True, progress={"type": "number"}, eta_relative={"t
 PNG_INFO = content("Its texts.", record("", info=TEXT, items=RECORD))
 OPTIONS = content("The settings.", record("", others=True, sd_model_checkpoint=TEXT))
 NOTHING = content("Nothing.", {})
-IMAGE_BODY = whole("", {"image": {**TEXT, "description": "base64 or a data URL"}}, ("image",), {"image": SMALL_PNG})
+IMAGE = {**TEXT, "description": "base64 or a data URL"}
+IMAGE_BODY = whole("", {"image": IMAGE}, ("image",), {"image": SMALL_PNG}, others=True)
 OPTIONS_BODY = whole("", {CHECKPOINT: MAYBE_TEXT}, others=True, example={"samples_format": "png"})
 Skip = Annotated[bool, Query(description="Leave out the preview.")]
 
@@ -75,6 +77,7 @@ def routes(service: Service) -> APIRouter:
     _drawing(router, service)
     _running(router, service)
     _lists(router, service)
+    _options(router, service)
     return router
 
 
@@ -104,7 +107,7 @@ def _drawing(router: APIRouter, service: Service) -> None:
     async def png_info(request: Request) -> Response:
         """The settings that a picture carries, as text."""
         data = from_base64("image", (await read_object(request)).get("image"))
-        return JSONResponse(await asyncio.to_thread(_texts_of, data))
+        return JSONResponse(await asyncio.to_thread(_texts_of, data, service.settings.max_decoded))
 
 
 def _running(router: APIRouter, service: Service) -> None:
@@ -156,6 +159,8 @@ def _lists(router: APIRouter, service: Service) -> None:
         """Nothing of how the server was started."""
         return JSONResponse({})
 
+
+def _options(router: APIRouter, service: Service) -> None:
     @router.get("/options", responses=answers(OPTIONS, form=A1111))
     async def options() -> Response:
         """The settings that clients read."""
@@ -179,7 +184,7 @@ async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Re
     """Draw what a body asks for, and answer with the pictures, also with those of a job that was interrupted."""
     model = service.about.model["name"]
     usual = {**service.about.defaults, **service.launch.defaults}
-    with named_as({**INSTEAD, "images": "n_iter" if "n_iter" in sent else "batch_size"}, sent):
+    with named_as(their_names(sent), sent):
         wanted = translated(sent, usual, model)
         ask = asked(await _with_mask(service, wanted), {}, FORM, service.settings)
         view = await service.submit(ask)
@@ -193,6 +198,12 @@ async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Re
     shown = {name: value for name, value in sent.items() if name not in HEAVY}
     told = {"images": images, "parameters": shown, "info": json.dumps(info(service, view), ensure_ascii=False)}
     return JSONResponse(told, headers=warning(ignored))
+
+
+def their_names(sent: Mapping[str, Plain]) -> dict[str, str]:
+    """How this client calls what we call otherwise: pictures go by two names, and LoRAs stand in the prompt."""
+    images = "n_iter" if "n_iter" in sent else "batch_size"
+    return {**INSTEAD, "images": images, **({} if LORA in sent else {LORA: "prompt"})}
 
 
 async def _with_mask(service: Service, wanted: Translated) -> dict[str, Plain]:
@@ -287,8 +298,9 @@ def _timestamp(view: JobView) -> str:
     return time.strftime("%Y%m%d%H%M%S", time.gmtime(view.created))
 
 
-def _texts_of(data: bytes) -> dict[str, Plain]:
+def _texts_of(data: bytes, most_pixels: int) -> dict[str, Plain]:
     with opened_bytes("image", data) as image:
+        check_pixels("image", image, most_pixels)  # looking for EXIF decodes a PNG
         texts = picture_texts(image, "image")
     others = {METADATA_KEY: texts.settings, GRAPH_KEY: texts.graph}
     return {"info": texts.parameters, "items": {key: text for key, text in others.items() if text}}

@@ -18,9 +18,9 @@ from zimage.pictures.foreign import OURS, USUAL, guidance_of
 from zimage.pictures.image import nearest_side, open_mask
 from zimage.pictures.opening import opened_bytes
 from zimage.pictures.parameters import LORA as TAG
-from zimage.serve.asking import ATTACHMENTS, LORA, NAMES
-from zimage.serve.refusals import TooLarge
+from zimage.serve.asking import ATTACHMENTS, LORA, NAMES, lora_names
 from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
+from zimage.serve.uploads import check_pixels
 from zimage.settings.declared import LONGEST_TEXT
 from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
@@ -33,7 +33,6 @@ INSTEAD = {  # how clients call what we call otherwise
     "hires": "hr_scale",
     "strength": "denoising_strength",
     "image": "init_images",
-    "lora": "prompt",
 }
 # Values that ask for nothing, of fields that have no meaning here; besides these none, false, zero and empty ones do.
 NOTHING: dict[str, Plain] = {
@@ -106,7 +105,7 @@ def translated(sent: Mapping[str, Plain], usual: Mapping[str, Plain], model: str
         del own["seed"]
     values, ignored = _in_our_terms(fields, given, own, usual)
     for name in own.keys() & values.keys() - {"prompt", LORA, "width", "height"}:
-        raise RequestError(f"{INSTEAD[name]}: {name} is set too; pass only one of them", fields=(INSTEAD[name], name))
+        raise RequestError(f"{INSTEAD[name]}: {name} is set too; pass only one of them", fields=(INSTEAD[name],))
     return Translated(fields, {**own, **values}, [*ignored, *shown(given.keys() - KNOWN, given)])
 
 
@@ -131,8 +130,7 @@ def shown(names: Collection[str], values: Mapping[str, Plain]) -> list[str]:
 def inverted_mask(data: bytes, most_pixels: int) -> bytes:
     """A mask with black and white exchanged. Raises RequestError or TooLarge."""
     with opened_bytes("mask", data) as mask:
-        if mask.width * mask.height > most_pixels:
-            raise TooLarge(f"mask: it has more than {most_pixels:,} pixels", fields=("mask",))
+        check_pixels("mask", mask, most_pixels)
         inverted = ImageOps.invert(open_mask(mask))
     buffer = io.BytesIO()
     inverted.save(buffer, "PNG")
@@ -179,9 +177,8 @@ def _prompts(fields: Fields, own: Mapping[str, Plain]) -> dict[str, Plain]:
         raise RequestError(f"prompt {quoted(prompt)} should be text", fields=("prompt",))
     values: dict[str, Plain] = {"prompt": prompt}
     if tags := TAG.findall(prompt):
-        first = own.get(LORA, [])
         values["prompt"] = TAG.sub("", prompt).strip()
-        values[LORA] = [*([first] if isinstance(first, str) else first), *(_lora(*tag) for tag in tags)]
+        values[LORA] = [*lora_names(own.get(LORA)), *(_lora(*tag) for tag in tags)]
     if fields.negative_prompt:
         values["negative"] = fields.negative_prompt
     return values

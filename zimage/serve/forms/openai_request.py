@@ -6,19 +6,22 @@ n → images, size → width × height, quality "low" → half the steps; a mask
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageOps
 
 from zimage.errors import RequestError, quoted
+from zimage.pictures.files import check_holds
 from zimage.pictures.opening import opened_bytes
-from zimage.serve.asking import NAMES, unknown
-from zimage.serve.refusals import NotFound, TooLarge
+from zimage.serve.asking import NAMES, Asked, unknown
+from zimage.serve.refusals import NotFound
 from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
+from zimage.serve.uploads import check_pixels
 from zimage.settings.declared import Request, RewriteSettings
 from zimage.settings.fields import Plain, Settings, check_fields, fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
 
+GENERATION, EDIT = "image_generation", "image_edit"  # what a stream's events begin with
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 FORMATS = ("png", "webp", "jpeg")
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
@@ -89,6 +92,17 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
     return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
 
 
+@dataclass
+class Wanted:
+    """A request, translated: what to draw, and how to answer."""
+
+    standard: Standard
+    asked: Asked
+    kind: str = GENERATION
+    tokens: int = 0
+    names: set[str] = field(default_factory=set)
+
+
 KNOWN = dict.fromkeys((*Standard.names(), *NAMES))
 
 
@@ -112,9 +126,18 @@ def translated(values: Mapping[str, Plain], usual_steps: int) -> tuple[Standard,
             theirs = INSTEAD[ours]
             raise RequestError(f"{theirs}: {ours} is set too; pass only one of them", fields=(theirs, ours))
         request[ours] = value
+    check_format(standard.output_format, request.get("width"), request.get("height"))
     if standard.is_low:
         request.setdefault("steps", max(1, usual_steps // 2))
     return standard, request
+
+
+def check_format(format: str, width: Plain, height: Plain) -> None:
+    """Raise RequestError where pictures of this format cannot have these sides; open ones pass."""
+    try:
+        check_holds(format.upper(), *(side if isinstance(side, int) else 0 for side in (width, height)))
+    except RequestError as error:
+        raise RequestError(f"output_format: {error}", fields=("output_format",)) from None
 
 
 def is_known(model: str, loaded: str) -> bool:
@@ -147,8 +170,7 @@ def opaque_mask(data: bytes, picture: bytes, most_pixels: int) -> bytes:
     with opened_bytes("image", picture) as image:
         size = image.size
     with opened_bytes("mask", data) as mask:
-        if mask.width * mask.height > most_pixels:
-            raise TooLarge(f"mask: it has more than {most_pixels:,} pixels", fields=("mask",))
+        check_pixels("mask", mask, most_pixels)
         if mask.size != size:
             sizes = f"{mask.width} × {mask.height} px and the image {size[0]} × {size[1]}"
             raise RequestError(f"mask: it has {sizes}; pass one of the same size", fields=("mask", "image"))

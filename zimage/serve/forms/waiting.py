@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from zimage.errors import RequestError, ZImageError
 from zimage.serve.jobs import CANCELLED, DONE, ENDED
 from zimage.serve.openapi import EVENTS
-from zimage.serve.refusals import Conflict, Failed, Unavailable
+from zimage.serve.refusals import Conflict, Failed, NotFound, Unavailable
 from zimage.serve.service import Service
 from zimage.serve.stream import Message, as_text
 from zimage.serve.view import JobView
@@ -55,9 +55,9 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def unfinished(view: JobView) -> ZImageError | None:
-    """Why a job is not done once it was waited for: what the request for it would have raised, or what went wrong."""
+    """Why there is nothing to answer after a job's end: what its request would have raised, or what went wrong."""
     if view.state == DONE:
-        return None
+        return None if view.images else NotFound(f"the pictures of job {view.id} are deleted")
     if view.state not in ENDED:
         return Unavailable(f"the server is stopping; job {view.id} goes on when it is started again", retry_after=30)
     if view.state == CANCELLED:

@@ -80,7 +80,7 @@ export function described(job) {
   if (job.state === "queued") return job.position ? `Waiting, ${job.position} before it` : "Waiting, next in line";
   const picture = job.count > 1 ? `picture ${Math.min(job.index + 1, job.count)} of ${job.count}` : "";
   const step = job.stage === "denoise" && job.total ? `step ${job.step} of ${job.total}` : "";
-  const left = job.remaining ? `about ${seconds(job.remaining)} left` : "";
+  const left = job.remaining ? `${seconds(job.remaining)} left` : "";
   return [STAGES[job.stage] ?? "Starting", picture, step, left].filter(Boolean).join(" · ");
 }
 

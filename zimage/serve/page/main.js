@@ -257,4 +257,4 @@ class Page {
 
 api.onUnauthorised(signIn);
 window.addEventListener("unhandledrejection", ({ reason }) => toast(reason.message, { isFault: true }));
-await new Page(await api.schema()).start();
+api.schema().then((schema) => new Page(schema).start());
