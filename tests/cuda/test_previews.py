@@ -15,7 +15,7 @@ def test_a_render_launches_copies_and_waits_for_nothing_more(tiny_folder):
     with torch.no_grad(), pretend() as card:
         pipe = zimage.ZImage.load(tiny_folder)
         counts, request = [], zimage.Request(prompt="a cat", steps=3)
-        for previews in (None, None, Previews(FACTORS, list.append)):  # the first loads; no thread is begun
+        for previews in (None, None, Previews(FACTORS, list.append, pause=0)):  # the first loads; no thread is begun
             hooks = [previews.hook] if previews else []
             with card.count() as count:
                 for event in pipe.run(request, hooks=hooks):

@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ SAMPLES, SIDE = 8, 16  # of each kind; latents of a side
 LATENT_FALL, PICTURE_FALL = 1.5, 2.0  # how fast a random field's spectrum falls; pictures are about 2
 SPREAD = 0.7  # of the pictures' mean colours, before they are bent into [−1, 1]
 ENLARGED = 2
+PAUSE = 0.05  # seconds
 JPEG = {"quality": 90, "subsampling": 0}  # few pixels, each of which counts: coarser colours would double the error
 FORMAT = "zimage-preview-1"  # factors that are fitted otherwise have another
 
@@ -217,12 +219,13 @@ class Previews:
     """The hook and the consumer of one render, whose events `take` gets; give the hook last.
 
     Of images that are denoised together the first is shown. Both passes of a render with `hires` are, and renders that
-    start from a picture or go on from a state. If steps come faster than they are drawn, older ones are left out; the
-    last is drawn before the block ends.
+    start from a picture or go on from a state. If steps come faster than they are drawn, older ones are left out, and so
+    are those that come within `pause` seconds of the one before: nobody sees them, and each takes the render a
+    millisecond. The last is always drawn, before the block ends.
     """
 
-    def __init__(self, factors: Factors, show: Callable[[Preview], None]):
-        self._factors, self._show = factors, show
+    def __init__(self, factors: Factors, show: Callable[[Preview], None], pause: float = PAUSE):
+        self._factors, self._show, self._pause, self._due = factors, show, pause, 0.0
         self._noted: Evaluation | None = None
         self._waiting: _Step | None = None
         self._over = False
@@ -255,7 +258,10 @@ class Previews:
         """Have a step drawn, if this is the event of one."""
         if event.stage != "denoise" or event.latents is None or self._noted is None:
             return
-        begun, self._noted = self._noted, None
+        begun, self._noted, now = self._noted, None, time.monotonic()
+        if event.step < event.total and now < self._due:
+            return
+        self._due = now + self._pause
         ready = _marked(event.latents.device)
         levels = begun.sigmas[begun.step], begun.sigmas[begun.step + 1]
         with self._change:
