@@ -55,7 +55,7 @@ class Tally:
 def load(clients: int, seconds: float, size: int, steps: int, threads: int, as_json: bool) -> None:
     """Every accepted job ends once with the library's bits; /health meanwhile; memory after a minute and in the end."""
     requests = [{"prompt": p, "seed": s, "width": size, "height": size, "steps": steps} for p in PROMPTS for s in SEEDS]
-    right = {_name(request): pixels for request, pixels in zip(requests, _drawn(requests), strict=True)}
+    right = {_name(request): pixels for request, pixels in zip(requests, _drawn(requests, threads), strict=True)}
     with Server("--max-queue", str(2 * clients), threads=threads) as server:
         tally, memory, health = asyncio.run(_run(server, clients, seconds, requests, right))
         kept = _kept(server)
@@ -215,10 +215,13 @@ def _kept(server: Server) -> dict[str, int]:
     return {"jobs": jobs, "pictures": pictures, "open": still}
 
 
-def _drawn(requests: list[dict[str, Any]]) -> list[str]:
-    """The hashes of what the library draws."""
+def _drawn(requests: list[dict[str, Any]], threads: int) -> list[str]:
+    """The hashes of what the library draws; with other numbers of threads sums round otherwise."""
+    import torch
+
     import zimage
 
+    torch.set_num_threads(threads)
     pipe = zimage.ZImage.load()
     return [_hash(pipe.generate(**request).images[0]) for request in requests]
 
