@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import zimage
-from zimage.errors import NonFiniteError
+from zimage.errors import NonFiniteError, OutOfMemory
 from zimage.events import Event
 from zimage.pictures.image import from_pil, to_pil
 from zimage.render import preview as module
@@ -285,6 +285,13 @@ def test_fitting_finds_a_map_that_is_one():
     found = fit(Linear(), CPU)
     assert (torch.tensor(found.matrix) - colours).abs().max() < 1e-4
     assert torch.tensor(found.bias).sub(0.25).abs().max() < 1e-4
+
+
+def test_a_lack_of_memory_is_one_that_is_told(pipe, tmp_path, monkeypatch):
+    """And not the end of the worker that looks for factors before its first job."""
+    monkeypatch.setattr(module, "fit", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(OutOfMemory):
+        prefitted(pipe, tmp_path)
 
 
 def test_a_damaged_vae_has_no_previews():

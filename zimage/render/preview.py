@@ -50,7 +50,8 @@ from zimage.events import Event
 from zimage.formats.atomic import beside
 from zimage.formats.json_text import read_json
 from zimage.loading.files import ModelFiles
-from zimage.loading.registry import VAE
+from zimage.loading.memory import out_of_memory_in
+from zimage.loading.registry import ROWS, VAE
 from zimage.loading.residency import Residency
 from zimage.pictures.image import to_pil
 from zimage.render.stages import Evaluate, Evaluation
@@ -148,16 +149,17 @@ class Pipeline(Protocol):
 def prefitted(pipe: Pipeline, folder: Path) -> Factors:
     """The factors of a pipeline's VAE: read from `folder` if they are there, else fitted and kept there.
 
-    To fit them, the VAE is loaded as for a render. A damaged file counts as none.
+    To fit them, the VAE is loaded as for a render. A damaged file counts as none. Raises NonFiniteError or OutOfMemory.
     """
     checkpoint = pipe.model.components[VAE].checkpoint
     path = folder / f"preview-{checkpoint.fingerprint()}.json"
     known = _read(path, pipe.model.config(VAE).latent_channels)
     if known:
         return known
-    vae = pipe.vae
-    with pipe.residency.hold(VAE):
-        factors = fit(vae, pipe.residency.places[VAE].device)
+    with out_of_memory_in(ROWS[VAE].title):
+        vae = pipe.vae
+        with pipe.residency.hold(VAE):
+            factors = fit(vae, pipe.residency.places[VAE].device)
     _keep(factors, path)
     return factors
 
@@ -219,8 +221,8 @@ class Previews:
     """The hook and the consumer of one render, whose events `take` gets; give the hook last.
 
     Of images that are denoised together the first is shown. Both passes of a render with `hires` are, and renders that
-    start from a picture or go on from a state. If steps come faster than they are drawn, older ones are left out, and so
-    are those that come within `pause` seconds of the one before: nobody sees them, and each takes the render a
+    start from a picture or go on from a state. If steps come faster than they are drawn, older ones are left out, and
+    so are those that come within `pause` seconds of the one before: nobody sees them, and each takes the render a
     millisecond. The last is always drawn, before the block ends.
     """
 
