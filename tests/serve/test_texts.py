@@ -1,13 +1,17 @@
 """Texts over HTTP: counting, templates, rewriting, captions, each as the library has it."""
 
+import dataclasses
 import io
 import json
 
 import pytest
+from fake import FakeService, app_of
+from fastapi.testclient import TestClient
 from PIL import Image
 from safetensors.torch import load
 
 import zimage
+from zimage.serve.forms import texts
 from zimage.settings.declared import DEFAULT_REWRITER
 from zimage.text.templates import REWRITER, Templates
 
@@ -76,6 +80,15 @@ def test_rewriters_are_templates_of_their_own(server):
     assert config["remote"] is False
     assert config["settings"]["max_tokens"] == 512
     assert "rewriter_url" not in config["settings"]
+
+
+@pytest.mark.parametrize("elsewhere", ["encoder_url", "rewriter_url"])
+def test_prompts_that_are_sent_elsewhere_are_said_to_be(tmp_path, elsewhere):
+    service, url = FakeService(tmp_path), {elsewhere: "http://elsewhere"}
+    loading, defaults = (url, {}) if elsewhere == "encoder_url" else ({}, url)
+    service.launch = dataclasses.replace(service.launch, loading=loading, defaults=defaults)
+    with TestClient(app_of(texts, service)) as client:
+        assert client.get("/api/rewriter-config").json()["remote"] is True
 
 
 def test_a_prompt_is_rewritten_as_the_library_does_it(server, pipe):

@@ -65,7 +65,7 @@ class ServeSettings(Settings):
     max_steps: int = setting(200, "Steps that one job may ask for.", group="Limits", minimum=1, maximum=1000)
     max_prompt_tokens: int = setting(
         4096,
-        "Tokens that one prompt of a job, or its embeddings, may have.",
+        "Tokens that one prompt of a job, its embeddings, or what a rewriter writes may have.",
         group="Limits",
         minimum=64,
         maximum=1_000_000,

@@ -114,7 +114,8 @@ def _rewriting(router: APIRouter, service: Service) -> None:
         """The usual rewriter, whether another server does it, and the settings of writing."""
         plain = RewriteSettings().to_mapping()
         settings = {name: defaults.get(name, plain[name]) for name in REWRITE}
-        default, remote = defaults.get("rewriter") or DEFAULT_REWRITER, bool(defaults.get("rewriter_url"))
+        default = defaults.get("rewriter") or DEFAULT_REWRITER
+        remote = bool(defaults.get("rewriter_url") or service.launch.loading.get("encoder_url"))
         return JSONResponse({"default": default, "remote": remote, "settings": settings})
 
     body = takes("A prompt and how to write.", json=text_body("Rewriting", (RewriteSettings,)))
