@@ -4,7 +4,7 @@ That a picture's metadata repeats a value shows nothing; what counts is listed u
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,29 @@ def fails(words: str) -> Seen:
     return seen
 
 
+def fails_otherwise(words: str) -> Seen:
+    """Of a server that is no encoder: what cannot be had, and is told in other words."""
+
+    def seen(before: Outcome, after: Outcome) -> None:
+        assert before.status != 0
+        assert after.status != 0
+        assert words in after.err
+        assert words not in before.err
+
+    return seen
+
+
+def asks(name: str, value: str) -> Seen:
+    """A server is asked for something else, whatever it answers."""
+
+    def seen(before: Outcome, after: Outcome) -> None:
+        assert {body[name] for body in after.asked} == {value}
+        assert before.asked
+        assert value not in {body[name] for body in before.asked}
+
+    return seen
+
+
 # ------------------------------------------------------------------ the table
 
 BASE = {
@@ -121,6 +144,7 @@ BLENDED = {"tile_mode": "blend", "tile_overlap": 16}
 STARTED = {"image": "{files}/start.png", "steps": 4}
 LONG = {"prompt": "a cat on a mat " * 20}
 WRITTEN = {"model": "{other}", "rewriter": "rewrite-expand", "rewrite_seed": 5, "max_tokens": 8}
+ELSEWHERE = {"encoder_url": "{server}"}
 ASKED = {**WRITTEN, "rewriter_url": "{server}"}
 
 
@@ -187,6 +211,12 @@ CASES = [
     Case("lora", ["{files}/style.safetensors:0.5"], beside={"lora": ["{files}/style.safetensors"]}),
     Case("lora_skip", "text_encoder", helps("--lora-skip"), beside={"lora": ["{files}/both.safetensors"]}),
     Case("lora_folder", "{files}", helps("--lora-folder"), beside={"from": "{files}/styled.png"}),
+    # a text encoder elsewhere
+    Case("encoder_url", "{server}", fails("/api/captions")),
+    Case("encoder_form", "hidden_states", fails_otherwise("/v1/hidden_states"), beside=ELSEWHERE),
+    Case("encoder_model", "big", asks("model", "big"), beside=ELSEWHERE | {"encoder_form": "hidden_states"}),
+    Case("encoder_dtype", "bf16", asks("dtype", "bfloat16"), beside=ELSEWHERE),
+    Case("encoder_timeout", 0.05, fails_otherwise("within 0.05 seconds"), beside={"encoder_url": "{slow}"}),
     # machine
     Case("device", "cuda:99", fails("device 'cuda:99' is not on this machine")),
     Case("text_encoder_device", "cuda:99", fails("text_encoder_device 'cuda:99' is not on this machine")),
@@ -295,10 +325,11 @@ def opened():
     """Opens each model once: half of a tiny render's time."""
     models = {}
 
-    def call(path: Any, settings: LoadSettings, default: Path) -> ModelFiles:
-        key = (path, *[getattr(settings, name) for name in ("dit", "text_encoder", "vae", "tokenizer", "variant")])
+    def call(path: Any, settings: LoadSettings, default: Path, elsewhere: Sequence[str] = ()) -> ModelFiles:
+        named = [getattr(settings, name) for name in ("dit", "text_encoder", "vae", "tokenizer", "variant")]
+        key = (path, *named, *elsewhere)
         if key not in models:
-            models[key] = open_model(path, settings, default)
+            models[key] = open_model(path, settings, default, elsewhere)
         return models[key]
 
     return call
