@@ -110,9 +110,9 @@ def usual(fake: Fake) -> Script:
 
 
 @contextlib.contextmanager
-def serving(*streams: Callable[[Fake], Script], port: int = 0) -> Iterator[Fake]:
-    """The server on a free port of this machine."""
-    fake = Fake(streams=list(streams) or [usual])
+def serving(*streams: Callable[[Fake], Script], port: int = 0, job: dict[str, Any] | None = None) -> Iterator[Fake]:
+    """The server on a free port of this machine; `job` is one of an earlier life."""
+    fake = Fake(streams=list(streams) or [usual], job=job or {})
     server = uvicorn.Server(
         uvicorn.Config(_app(fake), "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=1)
     )

@@ -344,8 +344,7 @@ def test_a_server_that_comes_back_is_waited_for(gen):
             broken.wait(100)
             stack.close()
             time.sleep(0.3)
-            with serving(port=int(first.url.rpartition(":")[2])) as again:
-                again.job = first.job
+            with serving(port=int(first.url.rpartition(":")[2]), job=first.job) as again:
                 second.append(again)
                 done.wait(100)
 

@@ -191,7 +191,7 @@ def crumbs(server):
         client.sendall(b"1\r\na\r\n")
         start = time.monotonic()
         server.get()
-        return time.monotonic() - start < 0.6
+        return time.monotonic() - start < 0.2  # 0.002; uvicorn alone takes 0.4
     return True
 
 

@@ -105,7 +105,7 @@ def translated(sent: Mapping[str, Plain], usual: Mapping[str, Plain], model: str
         del own["seed"]
     values, ignored = _in_our_terms(fields, given, own, usual)
     for name in own.keys() & values.keys() - {"prompt", LORA, "width", "height"}:
-        raise RequestError(f"{INSTEAD[name]}: {name} is set too; pass only one of them", fields=(INSTEAD[name],))
+        raise RequestError(f"{name} is set too; pass only one of them", fields=(name,))  # `named_as` puts theirs before
     return Translated(fields, {**own, **values}, [*ignored, *shown(given.keys() - KNOWN, given)])
 
 
