@@ -15,6 +15,14 @@ def server(tmp_path_factory):
     assert running.stop() == 0
 
 
+@pytest.fixture(scope="module")
+def browser():
+    from browsing import chromium  # which skips where playwright is absent
+
+    with chromium() as one:
+        yield one
+
+
 @pytest.fixture
 def new_server(tmp_path):
     """Makes servers, which are killed at the end of the test."""

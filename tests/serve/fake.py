@@ -41,10 +41,12 @@ class FakeService:
         self.asked: list[Asked] = []
         self.cancelled: list[str] = []
         self.hold, self.deleted, self.error, self.refusal = False, False, None, None
-        self.loras = {"style": folder / "style.safetensors"}
         self.views: dict[str, JobView] = {}
         self._over: dict[str, asyncio.Event] = {}
         self.last_preview: dict | None = None
+
+    async def loras(self) -> dict[str, Path]:
+        return {"style": self.folder / "style.safetensors"}
 
     async def submit(self, asked: Asked, key: str | None = None) -> JobView:
         if self.refusal:

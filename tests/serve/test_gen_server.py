@@ -193,6 +193,20 @@ def test_json_is_that_of_a_run_here(gen, tmp_path):
     assert told["seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": [1, 2, 3]}, {"rewritten": [{"original": "a", "rewriter": "rewrite-photo", "seed": 3}]}]
+)
+def test_lists_that_do_not_belong_together_are_a_fault_of_the_server(gen, wrong):
+    def mixed(server):
+        server.job |= wrong
+        return [("job", dict(server.job)), server.end()]
+
+    with serving(mixed) as server:
+        status, out, err = gen(server, "a cat", "a dog", "--each")
+    assert (status, out) == (1, "")
+    assert "the server's answer cannot be used" in err
+
+
 def test_notes_and_rewritten_prompts_are_told_once(gen):
     def rewritten(server):
         server.job["notes"] = ["the demo draws simple scenes"]

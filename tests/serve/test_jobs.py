@@ -1,5 +1,6 @@
 """Jobs over HTTP, on a real server: from a request to the bits that `gen` draws, whatever happens in between."""
 
+import asyncio
 import base64
 import io
 import itertools
@@ -17,6 +18,8 @@ from PIL import Image, ImageChops, ImageStat
 from running import ROOT
 
 import zimage
+from zimage.serve.service import UNUSED, Launch, Service
+from zimage.settings.serving import ServeSettings
 
 LONG = {"prompt": "a cat", "seed": 1, "width": 512, "height": 512, "steps": 60}  # some seconds
 
@@ -280,3 +283,28 @@ def test_a_server_that_only_encodes_draws_nothing_and_has_no_page(new_server):
     assert server.http.get("/").status_code == 404
     counted = server.http.post("/api/format-prompt", json={"prompt": "a cat"}).json()
     assert counted["tokens"] > 0
+
+
+def test_captions_that_nobody_took_go(tmp_path):
+    """The client of short work may have left when its file was written."""
+    service = Service(Launch({}, {}, ServeSettings(), tmp_path))
+    old, new = tmp_path / "captions/old.safetensors", tmp_path / "captions/new.safetensors"
+    for path, age in ((old, 2 * UNUSED), (new, 0)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+
+    async def once():
+        sweeper = asyncio.create_task(service._sweep())
+        while old.exists():
+            await asyncio.sleep(0.01)
+        sweeper.cancel()
+
+    asyncio.run(asyncio.wait_for(once(), 10))
+    assert new.exists()
+
+
+def test_a_lora_is_found_by_its_name_off_the_loop(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "style.safetensors").touch()
+    service = Service(Launch({"lora_folder": str(tmp_path)}, {}, ServeSettings(), tmp_path / "data"))
+    assert asyncio.run(service.loras()) == {"style": tmp_path / "more" / "style.safetensors"}

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from browsing import chromium, drop, render, sent_jobs, shown_seed, slow, until, window, write
+from browsing import drop, render, sent_jobs, shown_seed, slow, until, window, write
 from running import Server
 
 import zimage
@@ -14,12 +14,6 @@ pytestmark = pytest.mark.browser
 
 SOURCE = "document.querySelector('#frame img').getAttribute('src')"
 CAT = "a cat face on a blue background"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from browsing import PHONE, SENT_JOBS, chromium, drop, sent_jobs, until, window, write
+from browsing import PHONE, SENT_JOBS, drop, sent_jobs, until, window, write
 from PIL import Image
 from running import Server
 
@@ -25,12 +25,6 @@ VALUES = {
     "tile_size": ("512", 512),
 }
 NEEDED = {"negative": {"guidance": "3"}, "strength": {"hires": "2"}}  # without which a control has no effect
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

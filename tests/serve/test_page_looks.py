@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from browsing import PHONE, WIDE, chromium, drop, until, window, write
+from browsing import PHONE, WIDE, drop, until, window, write
 from histories import fill, history
 from PIL import Image
 from running import Server
@@ -21,12 +21,6 @@ MOST_BYTES = 200_000
 MANY = 1000  # pictures
 FIRST_PAINT = 1.0  # seconds, with as many pictures in the history
 THEMES = ("light", "dark")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -285,17 +285,25 @@ def _check_png(content: bytes, image: Record) -> None:
 
 def _records(job: Record) -> list[Record]:
     """What names the files of the pictures to come, as far as it is known: the request of each."""
-    request, seeds = job["request"], job["seeds"]
-    prompts = request["prompt"] if isinstance(request["prompt"], list) else [request["prompt"]]
-    each = max(1, len(seeds) // max(1, len(prompts)))
-    pairs = zip([prompt for prompt in prompts for _ in range(each)], seeds, strict=False)
+    request, seeds, prompts = job["request"], job["seeds"], _prompts(job)
+    if not prompts or len(seeds) % len(prompts):
+        raise Refused(f"the server's answer cannot be used: {len(seeds)} seeds do not belong to {len(prompts)} prompts")
+    each = [prompt for prompt in prompts for _ in range(len(seeds) // len(prompts))]
+    pairs = zip(each, seeds, strict=True)
     return [{"request": {**request, "prompt": prompt, "seed": seed}} for prompt, seed in pairs]
+
+
+def _prompts(job: Record) -> list[str]:
+    prompt = job["request"]["prompt"]
+    return prompt if isinstance(prompt, list) else [prompt]
 
 
 def _introduction(job: Record, url: str) -> Iterator[str]:
     """What the user did not choose and should know."""
     yield introduced(job["request"], f"on {url}")
     yield from job["notes"]
-    prompt = job["request"]["prompt"]
-    for rewrite, text in zip(job["rewritten"], prompt if isinstance(prompt, list) else [prompt], strict=False):
+    rewritten, prompts = job["rewritten"], _prompts(job)
+    if rewritten and len(rewritten) != len(prompts):
+        raise Refused(f"the server's answer cannot be used: {len(rewritten)} of {len(prompts)} prompts are rewritten")
+    for rewrite, text in zip(rewritten, prompts[: len(rewritten)], strict=True):
         yield rewriting_told(_checked(REWRITTEN, "what was rewritten", rewrite), text)

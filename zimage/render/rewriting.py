@@ -79,20 +79,6 @@ class Rewriter:
             text = "the rewriter wrote nothing; try another rewriter, rewrite_seed or temperature"
             raise RewriteError(text, fields=("rewriter", "rewrite_seed", "temperature"))
         return Rewrite(answer, thinking, prompt, template.name, seed)
-        write = self._ask if settings.rewriter_url else self._write
-        text = yield from write(prompt, template, settings, seed)
-        from zimage.text.generate import split_thinking
-
-        thinking, answer = split_thinking(text)
-        answer = _unquoted(answer)
-        if not answer:
-            raise RewriteError(
-                f"the rewriter was still thinking after {settings.max_tokens} tokens; raise max_tokens or "
-                "turn off rewrite_thinking"
-                if thinking
-                else "the rewriter wrote nothing; try another rewriter, rewrite_seed or temperature"
-            )
-        return Rewrite(answer, thinking, prompt, template.name, seed)
 
     def template(self, settings: RewriteSettings) -> Template:
         """The rewriter that is named, else the usual one. Raises RequestError."""

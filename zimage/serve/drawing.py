@@ -28,6 +28,7 @@ from zimage.render.preview import Factors, Preview, Previews, prefitted
 from zimage.render.rewriting import Rewrite
 from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
+from zimage.serve.encoding import encode
 from zimage.settings.declared import Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain
 
@@ -129,8 +130,6 @@ class Studio:
 
     def compute(self, task: Message, check: Check) -> Message:
         """Encode or rewrite a text for a client that waits."""
-        from zimage.serve.encoding import encode
-
         if task["what"] == "encode":
             return {"result": encode(self.captioner, task["asked"], Path(task["path"]))}
         settings = RewriteSettings.from_mapping(task["asked"]["settings"])

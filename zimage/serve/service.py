@@ -1,6 +1,6 @@
 """What the forms call: a request in, a job out; its events, its end, its pictures.
 
-Asked ─ submit: defaults laid under, uploads kept, LoRAs found, prepared by a worker ─→ a row in the database ─→ queue
+Asked ─ submit: defaults laid under, uploads kept, LoRAs found, prepared by a worker ─→ a row ─→ the queue
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
 from zimage.serve.stream import END, PREVIEW, Message, Streams
 from zimage.serve.uploads import Uploads, named
-from zimage.serve.view import JobView
+from zimage.serve.view import JobView, Progress
 from zimage.serve.workers import BUSY, READY, Worker
 from zimage.settings.declared import Request, RewriteSettings, split_scale
 from zimage.settings.fields import Plain, nearest
@@ -40,7 +41,7 @@ log = logging.getLogger("zimage.serve")
 ENDING = ".safetensors"  # of LoRAs, states and captions
 LONGEST_KEY = 255
 SWEEP = 600.0  # seconds between two looks for what is not needed any more
-UNUSED = 3600.0  # seconds that an upload is kept which no job needs
+UNUSED = 3600.0  # seconds that uploads are kept which no job needs, and captions that nobody takes
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,14 @@ class Service:
         """Take up the queue, and wait until a worker has opened the model. Raises what keeps it from that."""
         waiting = await asyncio.to_thread(self.jobs_kept.waiting)
         await asyncio.to_thread(self._clear, {f"{row.id}{ENDING}" for row in waiting})
-        start = {"op": "start", "loading": dict(self.launch.loading), "data": str(self.folder)}
-        devices = list(self.settings.worker or [""])
-        self.dispatcher.start(
-            devices, {**start, **{name: getattr(self.settings, name) for name in ("encoder_only", "previews")}}, waiting
-        )
+        start = {
+            "op": "start",
+            "loading": dict(self.launch.loading),
+            "data": str(self.folder),
+            "encoder_only": self.settings.encoder_only,
+            "previews": self.settings.previews,
+        }
+        self.dispatcher.start(list(self.settings.worker or [""]), start, waiting)
         await self._worker().ready()
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
@@ -102,9 +106,11 @@ class Service:
             raise Unavailable("the model is still loading; try again", retry_after=5)
         return About(**known)
 
-    @property
-    def loras(self) -> dict[str, Path]:
+    async def loras(self) -> dict[str, Path]:
         """The LoRAs that requests may name: files in the configured folder, by their names without the ending."""
+        return await asyncio.to_thread(self._loras)
+
+    def _loras(self) -> dict[str, Path]:
         folder = self.launch.loading.get("lora_folder")
         found = Path(folder).expanduser().rglob(f"*{ENDING}") if folder else ()
         return {path.stem: path for path in sorted(found, reverse=True)}
@@ -251,7 +257,7 @@ class Service:
         request = {name: value for name, value in values.items() if name in Request.names()}
         rewrite = {name: value for name, value in values.items() if name in RewriteSettings.names()}
         wanted = rewrite if rewrite.get("rewriter") else None
-        id, lora = new_id(), self._found(asked.lora)
+        id, lora = new_id(), await self._found(asked.lora)
         with named({path: name for name, path in files.items()} | {str(one["path"]): "lora" for one in lora or ()}):
             told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
         check_limits(told["request"], self.settings)
@@ -260,11 +266,11 @@ class Service:
         row.uploads, row.notes = [upload.hash for upload in uploads.values()], told["notes"]
         return row
 
-    def _found(self, names: Collection[str]) -> list[dict[str, Plain]] | None:
+    async def _found(self, names: Collection[str]) -> list[dict[str, Plain]] | None:
         """LoRAs by the names that a request has for them; None where it names none."""
         if not names:
             return None
-        known, found = self.loras, []
+        known, found = await self.loras(), []
         for text in names:
             name, scale = split_scale(text)
             path = known.get(name.removesuffix(ENDING))
@@ -288,16 +294,22 @@ class Service:
         return view.plain() if view else {}
 
     def _ended_view(self, row: JobRow) -> JobView:
-        from zimage.serve.view import Progress
-
         images = [picture.plain() for picture in self.history.of_job(row.id)] if row.state == DONE or row.images else []
         return JobView.of(row, Progress(), None, images)
 
     def _clear(self, needed: Collection[str]) -> None:
         """Remove what an earlier life has left: states of jobs that are over, captions that nobody took."""
-        for path in (*self._states.iterdir(), *self._captions.iterdir()):
-            if path.parent != self._states or path.name not in needed:
+        for path in self._states.iterdir():
+            if path.name not in needed:
                 path.unlink(missing_ok=True)
+        self._drop_captions(time.time())
+
+    def _drop_captions(self, before: float) -> None:
+        """Remove captions that were written before this time: their clients have gone in the meantime."""
+        for path in self._captions.iterdir():
+            with suppress(FileNotFoundError):  # taken at this moment
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _has_room(self) -> bool:
         return shutil.disk_usage(self.folder).free >= self.settings.min_free * 10**6
@@ -308,6 +320,7 @@ class Service:
             try:
                 used = uploads_of(self.dispatcher.rows.values())
                 await asyncio.to_thread(self.uploads.sweep, used, UNUSED)
+                await asyncio.to_thread(self._drop_captions, time.time() - UNUSED)
                 if deleted := await asyncio.to_thread(self.history.tidy):
                     self.streams.tell("", "history", {"deleted": deleted})
                 if self.settings.keep_days:

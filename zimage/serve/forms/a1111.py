@@ -147,7 +147,7 @@ def _lists(router: APIRouter, service: Service) -> None:
     @router.get("/loras", responses=answers(one, form=A1111))
     async def loras() -> Response:
         """The LoRAs that a prompt may name as <lora:NAME:WEIGHT>."""
-        return JSONResponse([{"name": n, "alias": n, "path": n, "metadata": {}} for n in service.loras])
+        return JSONResponse([{"name": n, "alias": n, "path": n, "metadata": {}} for n in await service.loras()])
 
     @router.get("/embeddings", responses=answers(content("None.", RECORD), form=A1111))
     async def embeddings() -> Response:

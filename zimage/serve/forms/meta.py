@@ -42,6 +42,6 @@ def routes(service: Service) -> APIRouter:
     async def schema() -> Response:
         """Everything that a request may set, with bounds and defaults, and what the model is."""
         launch = service.launch
-        return JSONResponse(described(service.about, launch.serving, launch.defaults, list(service.loras)))
+        return JSONResponse(described(service.about, launch.serving, launch.defaults, list(await service.loras())))
 
     return router

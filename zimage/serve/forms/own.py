@@ -36,17 +36,23 @@ EVENT = record(
 )
 STREAM = content("Server-sent events.", EVENT, media=EVENTS)
 PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
+DRAWING = takes("What to draw.", json=reference("Drawing"), parts=reference("DrawingParts"))
 PLACE = whole("Place", {"position": {**WHOLE, "minimum": 0}}, ("position",), example={"position": 0})
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/api", route_class=FormRoute, tags=["jobs"])
-    drawing = takes("What to draw.", json=reference("Drawing"), parts=reference("DrawingParts"))
+    _drawing(router, service)
+    _jobs(router, service)
+    _events(router, service)
+    return router
 
+
+def _drawing(router: APIRouter, service: Service) -> None:
     @router.post(
         "/jobs",
         status_code=202,
-        openapi_extra=drawing,
+        openapi_extra=DRAWING,
         responses=answers(JOB, 422, 507, status=202, body=True),
     )
     async def submit(request: Request) -> Response:
@@ -55,6 +61,25 @@ def routes(service: Service) -> APIRouter:
         view = await service.submit(await read_asked(request, service), key)
         return JSONResponse(view.plain(), 202, {"Location": f"/api/jobs/{view.id}"})
 
+    @router.post(
+        "/generate",
+        openapi_extra=DRAWING,
+        responses=answers(PICTURE, 409, 422, 507, body=True),
+    )
+    async def generate(request: Request) -> Response:
+        """Draw one picture and wait for it. A client that goes away cancels it."""
+        view = await service.submit(one_picture(await read_asked(request, service)))
+        view = await until_the_end(service, view, request)
+        if fault := unfinished(view):
+            raise fault
+        image = view.images[0]
+        seconds = (view.finished or 0.0) - (view.started or 0.0)
+        told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
+        file = await asyncio.to_thread(service.history.open, image["id"])
+        return StreamingResponse(pieces(file), media_type="image/png", headers=told)
+
+
+def _jobs(router: APIRouter, service: Service) -> None:
     @router.get("/jobs", responses=answers(JOBS, 422))
     async def jobs(state: str = "", limit: int = Query(100, ge=1, le=1000)) -> Response:
         """Running jobs, then waiting ones in their order, then the latest that have ended."""
@@ -83,6 +108,8 @@ def routes(service: Service) -> APIRouter:
         """Cancel a job, also in the middle of a step. The pictures that it has drawn stay."""
         return JSONResponse((await service.cancel(id)).plain())
 
+
+def _events(router: APIRouter, service: Service) -> None:
     @router.get("/jobs/{id}/events", responses=answers(STREAM, 404))
     async def events(id: str, request: Request) -> Response:
         """A job's events until it has ended; Last-Event-ID takes them up again."""
@@ -93,25 +120,6 @@ def routes(service: Service) -> APIRouter:
     async def all_events(request: Request) -> Response:
         """The events of all jobs, for ever."""
         return stream(service.watch_all(request.headers.get("last-event-id", "")))
-
-    @router.post(
-        "/generate",
-        openapi_extra=drawing,
-        responses=answers(PICTURE, 409, 422, 507, body=True),
-    )
-    async def generate(request: Request) -> Response:
-        """Draw one picture and wait for it. A client that goes away cancels it."""
-        view = await service.submit(one_picture(await read_asked(request, service)))
-        view = await until_the_end(service, view, request)
-        if fault := unfinished(view):
-            raise fault
-        image = view.images[0]
-        seconds = (view.finished or 0.0) - (view.started or 0.0)
-        told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
-        file = await asyncio.to_thread(service.history.open, image["id"])
-        return StreamingResponse(pieces(file), media_type="image/png", headers=told)
-
-    return router
 
 
 async def read_asked(request: Request, service: Service) -> Asked:
