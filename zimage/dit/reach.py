@@ -98,5 +98,5 @@ def _gain(layer: nn.Module, device: torch.device) -> Gain:
 
 
 def _power(value: float) -> float:
-    """The smallest power of two that is at least `value`; 1 for 0 and for what is not finite and will be reported."""
+    """The smallest power of two that is at least `value`; 1 for 0, and for NaN and infinity, which others report."""
     return 2.0 ** math.ceil(math.log2(value)) if value and math.isfinite(value) else 1.0

@@ -42,7 +42,7 @@ BLOCKS = {
 }
 PADS = ("x_pad_token", "cap_pad_token")  # [1, dim]: ggml drops leading sides of 1
 TOKENS, KINDS, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
-CONTROL, USER, UNUSED = 3, 4, 5  # llama.cpp's kinds of tokens that are no pieces of words
+CONTROL, USER, UNUSED = 3, 4, 5  # llama.cpp's kinds of tokens that are not pieces of words
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _packed(file: Path, name: str, shape: tuple[int, int], kind: int, begin: int
 
 
 def _widened(matrix: Stored, shape: tuple[int, ...]) -> Stored:
-    """A quantised tensor that is no weight of a product: small, and plain once read."""
+    """A quantised tensor that is not the weight of a product: small, and plain once read."""
 
     def read(maps: Maps) -> Tensor:
         value = matrix.read(maps)

@@ -38,7 +38,7 @@ def json_value(name: str, text: str | bytes, limit: int = LONGEST) -> Any:
         _check(content)
     except RecursionError:
         raise CheckpointError(f"{name} is JSON nested more than {DEEPEST} deep") from None
-    except (ValueError, TypeError) as error:  # TypeError where the value to be read is no text at all
+    except (ValueError, TypeError) as error:  # TypeError where the value is not text
         raise CheckpointError(f"{name} is not JSON: {_brief(error)}") from error
     return content
 

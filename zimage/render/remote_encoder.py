@@ -1,4 +1,4 @@
-"""The text encoder on another machine, in the place of the local one.
+"""The text encoder on another machine, instead of the local one.
 
     text, hash of its ids, layers, dtype ─ POST /api/captions ─→ safetensors ─ checked ─→ caption (L, C)
 

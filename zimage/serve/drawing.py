@@ -72,7 +72,7 @@ class Studio:
 
     @property
     def pipe(self) -> ZImage:
-        """Raises RequestError where there is none that draws."""
+        """Raises RequestError on a server that only encodes."""
         if not isinstance(self.captioner, ZImage):
             raise RequestError("this server only encodes; ask one that draws")
         return self.captioner

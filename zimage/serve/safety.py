@@ -265,7 +265,7 @@ def protected(app: ASGIApp, guard: Guard, rules: Sequence[Rule] = RULES) -> ASGI
 
 
 def _check_headers(headers: Iterable[Header]) -> None:
-    """Raise ValueError for what is no header: the connection could not even say that something failed."""
+    """Raise ValueError for what cannot be a header: the connection could not even say that something failed."""
     for name, value in headers:
         if NO_HEADER.search(value) or (not name.isalnum() and not name.replace(b"-", b"").isalnum()):
             raise ValueError(f"the header {name!r} of an answer cannot be sent")

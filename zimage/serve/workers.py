@@ -34,7 +34,7 @@ Hear = Callable[["Worker", Message], None]
 class Worker:
     """One worker process after another, all for the same device.
 
-    `hear` gets each message that is no answer, and {"on": "died"} when a process has ended; `task` is what it does.
+    `hear` gets each message that is not an answer, and {"on": "died"} when a process has ended; `task` is what it does.
     """
 
     def __init__(self, device: str, start: Mapping[str, Any], hear: Hear):

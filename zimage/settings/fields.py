@@ -162,7 +162,7 @@ def check_fields(settings: Settings) -> None:
 
 
 def check_text(name: str, text: str, longest: int | None = None) -> None:
-    """Raise RequestError for what is no text that UTF-8 can hold, and for more than `longest` characters of it."""
+    """Raise RequestError for text that UTF-8 cannot hold, and for more than `longest` characters."""
     if longest is not None and len(text) > longest:
         raise _fault(name, f" has {len(text):,} characters; it may have at most {longest:,}")
     if not text.isascii() and text != text.encode(errors="ignore").decode():

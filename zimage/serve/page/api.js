@@ -58,7 +58,7 @@ async function ask(method, path, options) {
 
 const query = (values) => new URLSearchParams(Object.entries(values).filter(([, value]) => value)).toString();
 
-// crypto.randomUUID exists on secure origins only, and a server in a home network is none.
+// crypto.randomUUID exists on secure origins only, and a server in a home network is not one.
 const newKey = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(16)).join("-");
 
 /** The request alone as JSON; with files as multipart, where JSON is one part and each file another. */

@@ -82,7 +82,7 @@ class Page {
     this.grow();
   }
 
-  /** A draft that another version wrote is no reason to fail. */
+  /** A draft that another version wrote must not keep the page from starting. */
   #restoreDraft(text) {
     try {
       const { lora = [], ...values } = api.parse(text);

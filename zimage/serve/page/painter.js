@@ -130,7 +130,7 @@ export class Painter {
     }
   }
 
-  /** White on black, as the server takes it; a mask in which nothing is white is none. */
+  /** White on black, as the server takes it; a mask without any white counts as no mask. */
   async #done() {
     const { width, height } = this.layer;
     const flat = new OffscreenCanvas(width, height);

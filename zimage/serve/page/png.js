@@ -4,7 +4,7 @@ import { parse } from "./api.js";
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const KEY = "zimage";
 
-/** The record of a picture, or null where the file is no PNG, has none, or is damaged. */
+/** The record of a picture, or null where the file is not a PNG, carries no record, or is damaged. */
 export async function settingsOf(file) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   if (!SIGNATURE.every((value, place) => bytes[place] === value)) return null;
