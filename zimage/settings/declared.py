@@ -145,7 +145,7 @@ class CaptionSettings(TextSettings):
     )
     vision_text: str = setting(
         "",
-        "Text that is read behind each reference. Image tokens are read before it, so it shows with --vision-tokens all.",
+        "Text read behind each reference. Image tokens are read before it, so it shows with --vision-tokens all.",
         group="References",
         longest=LONGEST_TEXT,
     )
