@@ -51,12 +51,13 @@ def _text_maps(config: Qwen3Config, dtype: torch.dtype) -> int:
 
 
 def vision_bytes(config: Qwen3VLConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one layer of the tower, or of the text stack if it has one; patches and positions are fp32."""
+    """About the peak of one layer of the tower, or of the text stack if it has one, with what was seen so far."""
     tower = config.vision
-    rotated = 3 * tower.hidden_size * (dtype.itemsize + 4)
-    maps = (2 * tower.intermediate_size + 3 * tower.hidden_size) * dtype.itemsize
-    seen = work.vision_patches * max(maps, rotated)
-    read = work.vision_tokens * _text_maps(config.text, dtype) if config.text else 0
+    hidden = (2 * tower.intermediate_size + 3 * tower.hidden_size) * dtype.itemsize
+    turned = (6 * dtype.itemsize + 11) * tower.hidden_size  # q and k are rotated in fp32
+    token, features = tower.out_hidden_size * dtype.itemsize, len(tower.deepstack_visual_indexes)
+    seen = work.vision_patches * (max(hidden, turned) + features * token // tower.spatial_merge_size**2)
+    read = work.vision_tokens * (_text_maps(config.text, dtype) + (1 + features) * token) if config.text else 0
     return max(seen, read)
 
 
