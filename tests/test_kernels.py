@@ -82,6 +82,7 @@ def stored(tensor: Tensor) -> Tensor:
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch before 2.10 refuses products on a GPU
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
