@@ -4,7 +4,7 @@ This is the only place that lists them. To add one, add a row: it is then opened
 released like the others; an `optional` one is only loaded by itself (`load_component`), no pipeline contains it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,23 @@ from torch import nn
 from zimage.dit import ContextRefiner, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes, dit_reads, text_encoder_bytes, text_encoder_reads, vae_bytes, vae_reads
-from zimage.text import Qwen3
+from zimage.loading.sizes import (
+    dit_bytes,
+    dit_reads,
+    text_encoder_bytes,
+    text_encoder_reads,
+    vae_bytes,
+    vae_reads,
+    vision_bytes,
+    vision_reads,
+)
+from zimage.text import Qwen3, Qwen3VL
+from zimage.text.qwen3_vl import Qwen3VLTower, as_stored
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
-Model = Qwen3 | ZImageDiT | ContextRefiner | AutoencoderKL | AutoencoderKLWan
+VISION, VISION_TOWER = "vision", "vision_tower"  # with the text stack that its file may hold, and without
+Model = Qwen3 | Qwen3VL | ZImageDiT | ContextRefiner | AutoencoderKL | AutoencoderKLWan
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class Row:
     optional: bool = False
     inside: str = ""  # the component whose file it shares: it is loaded by itself only
     transformed: bool = False  # whether precision, LoRAs and compilation apply to it
+    # The config of a file with certain keys, where files may hold less than the config says.
+    as_stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None
     in_half: bool = False  # whether it computes in fp16; where that is asked for, the others compute in fp32
 
     def build(self, config: Mapping[str, object]) -> Model:
@@ -67,6 +80,26 @@ ROWS: dict[str, Row] = {
             optional=True,
             inside=DIT,
             in_half=True,
+        ),
+        Row(
+            VISION,
+            "vision model",
+            "vision",
+            {"": Qwen3VL},
+            vision_reads,
+            vision_bytes,
+            optional=True,
+            as_stored=as_stored,
+        ),
+        Row(
+            VISION_TOWER,
+            "vision tower",
+            "vision",
+            {"": Qwen3VLTower},
+            vision_reads,
+            vision_bytes,
+            optional=True,
+            inside=VISION,
         ),
     )
 }
