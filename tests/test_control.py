@@ -1,5 +1,7 @@
 """ControlNets: against diffusers, against formulas in float64, and what must not change without one."""
 
+import itertools
+
 import control_nets
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_whole_runs_with_guidance(dit, form):
     theirs, sigmas = Theirs(dit, form, 0.6), flow.sigmas(6, 3.0)
     positive, negative = captions(), captions((33, 2), seed=8)
     ours = others = latents()
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         level = sigma.expand(2)
         control = controlled(dit, form, level, 0.6, "diffusers")
         velocities = (evaluate(dit, ours, level, texts, control) for texts in (positive, negative))
