@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from zimage.errors import RequestError, quoted
+from zimage.settings.conditions import Control, Reference, split_number
 from zimage.settings.environment import ENCODER_TOKEN, REWRITER_KEY
-from zimage.settings.fields import Attachment, Settings, Weights, check_fields, setting
+from zimage.settings.fields import Attachment, Conditions, Settings, Weights, check_fields, setting
 
 
 class Bounds(TypedDict):
@@ -127,6 +128,14 @@ class Request(TextSettings):
         metavar="FILE",
         attachment=True,
     )
+    reference: Conditions = setting(
+        None,
+        "Picture that the prompt's caption is mixed with, and how much of it, from 0 to 1; repeat it to add several. "
+        "Default: none, and 0.3 of each.",
+        group="Text",
+        metavar=Reference.FORM,
+        condition=Reference,
+    )
     width: int | None = setting(
         None, "Width in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
     )
@@ -191,6 +200,14 @@ class Request(TextSettings):
         group="Picture",
         above=1,
         maximum=8,
+    )
+    control: Conditions = setting(
+        None,
+        "ControlNet, a picture that it follows, and the scale of its hints; repeat it to add several. "
+        "Default: none, and a scale of 0.75.",
+        group="Picture",
+        metavar=Control.FORM,
+        condition=Control,
     )
     images: int = setting(1, "Images per prompt.", group="Picture", flag="-n", minimum=1, maximum=10_000)
     batch_size: int = setting(
@@ -516,12 +533,8 @@ def split_lora(text: str) -> tuple[str, float]:
 
 def split_scale(text: str) -> tuple[str, float]:
     """The same, whatever files there are."""
-    name, _, last = text.rpartition(":")
-    try:
-        scale = float(last)
-    except ValueError:
-        name = ""
-    if not name:
+    name, scale = split_number(text)
+    if scale is None:
         return text, 1.0
     check_lora_scale(scale)
     return name, scale
