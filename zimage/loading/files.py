@@ -251,7 +251,8 @@ class ModelFiles:
     @cached_property
     def fingerprint(self) -> str:
         """Digits that distinguish this model's weights from others."""
-        return "-".join(component.checkpoint.fingerprint()[:4] for component in self.components.values())
+        drawing = (self.components[name] for name in REQUIRED if name in self.components)
+        return "-".join(component.checkpoint.fingerprint()[:4] for component in drawing)
 
     def skeleton(self, name: str) -> Any:
         """A component's module on meta: its config and shapes without its weights."""

@@ -1,7 +1,8 @@
 """One row per component: what it is called, where it lies, which module it is, and which transformations apply to it.
 
 This is the only place that lists them. To add one, add a row: it is then opened, checked, planned, loaded and
-released like the others; an `optional` one is only loaded by itself (`load_component`), no pipeline contains it.
+released like the others. An `optional` one is loaded by itself (`load_component`), or for a stage of its own where a
+request needs it, as the vision model is.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -53,6 +54,7 @@ class Row:
     # The config of a file with certain keys, where files may hold less than the config says.
     as_stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None
     in_half: bool = False  # whether it computes in fp16; where that is asked for, the others compute in fp32
+    placed_with: str = ""  # the component on whose device it is put, if it has no setting of its own
 
     def build(self, config: Mapping[str, object]) -> Model:
         """A module of the class and the sizes that a config asks for. Raises ConfigError."""
@@ -92,6 +94,7 @@ ROWS: dict[str, Row] = {
             vision_bytes,
             optional=True,
             as_stored=as_stored,
+            placed_with=TEXT_ENCODER,
         ),
         Row(
             VISION_TOWER,
@@ -102,6 +105,7 @@ ROWS: dict[str, Row] = {
             vision_bytes,
             optional=True,
             inside=VISION,
+            placed_with=TEXT_ENCODER,
         ),
         Row(CONTROL, "ControlNet", "controlnet", {"": ControlNet}, dit_reads, control_bytes, optional=True),
     )
