@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Margins = tuple[int, int, int, int]  # the same sides
 EDGE = 16  # px beyond the mask over which a render fades into the picture: two cells of latents
+TONE = 8  # px
 BLACK, WHITE = 7, 248  # the last level that counts as black, the first that counts as white: what JPEG makes of them
 LEVELS = [0 if level <= BLACK else 255 if level >= WHITE else level for level in range(256)]
 LONGEST = 2  # a cropped region's long side over its short one, where the picture has room
@@ -241,6 +242,28 @@ def pasted(rendered: Image.Image, picture: Image.Image, shown: Image.Image, fram
     size = frame.right - frame.left, frame.bottom - frame.top
     if rendered.size != size:
         rendered = rendered.resize(size, Image.Resampling.LANCZOS)
+    painted, shown = rendered.crop((0, 0, box[2] - box[0], box[3] - box[1])), shown.crop(box)
     result = picture.copy()
-    result.paste(rendered.crop((0, 0, box[2] - box[0], box[3] - box[1])), box, shown.crop(box))
+    result.paste(toned(painted, picture.crop(box), shown), box, shown)
     return result
+
+
+def toned(rendered: Image.Image, picture: Image.Image, shown: Image.Image) -> Image.Image:
+    """A render in the tone of the picture around it.
+
+    A VAE gives back colours that differ by some levels, everywhere by about as many. By how many is seen where nothing
+    of the render shows; averaged over cells of TONE pixels and filled in where it does, that is added to it.
+    """
+    import numpy as np
+
+    shift = np.asarray(picture, dtype=np.int16) - np.asarray(rendered, dtype=np.int16)
+    layer = _with_alpha(
+        Image.fromarray((shift + 128).clip(0, 255).astype(np.uint8)), shown.point(lambda x: 255 * (x == 0))
+    )
+    cells = layer.reduce(TONE)
+    smooth = filled(cells.convert("RGB"), cells.getchannel("A").point(lambda x: 255 * (x == 0)))
+    smooth = smooth.resize(
+        rendered.size, Image.Resampling.BICUBIC, (0, 0, rendered.width / TONE, rendered.height / TONE)
+    )
+    values = np.asarray(rendered, dtype=np.int16) + np.asarray(smooth, dtype=np.int16) - 128
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
