@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage.dit import ContextRefiner, ZImageDiT
+from zimage.dit import ContextRefiner, ControlNet, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import (
+    control_bytes,
     dit_bytes,
     dit_reads,
     text_encoder_bytes,
@@ -31,7 +32,8 @@ from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
 VISION, VISION_TOWER = "vision", "vision_tower"  # with the text stack that its file may hold, and without
-Model = Qwen3 | Qwen3VL | ZImageDiT | ContextRefiner | AutoencoderKL | AutoencoderKLWan
+CONTROL = "control"
+Model = Qwen3 | Qwen3VL | ZImageDiT | ContextRefiner | ControlNet | AutoencoderKL | AutoencoderKLWan
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ ROWS: dict[str, Row] = {
             inside=VISION,
             placed_with=TEXT_ENCODER,
         ),
+        Row(CONTROL, "ControlNet", "controlnet", {"": ControlNet}, dit_reads, control_bytes, optional=True),
     )
 }
 REQUIRED = tuple(row.name for row in ROWS.values() if not row.optional)  # in the order in which a render needs them

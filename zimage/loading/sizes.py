@@ -13,7 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from zimage.dit.model import ZImageDiT, ZImageDiTConfig, padded_length
+from zimage.dit.control import ControlNet, ControlNetConfig
+from zimage.dit.model import ZImageDiT, ZImageDiTConfig
+from zimage.dit.patch import padded_length
 from zimage.dit.replay import most_tokens
 from zimage.kernels import backend
 from zimage.kernels.scaled_product import LEAST_CAPABILITY
@@ -74,6 +76,14 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image."""
     return _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+
+
+def control_bytes(config: ControlNetConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
+
+    A hint comes and goes where less is held than within a block.
+    """
+    return _dit_tokens(work) * 2 * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
@@ -151,11 +161,14 @@ def vision_reads(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from text_encoder_reads(model.text)
 
 
+BLOCKS = ("noise_refiner.", "layers.", "control_noise_refiner.", "control_layers.")
+
+
 def dit_reads(dit: nn.Module) -> Iterator[nn.Parameter]:
-    """What denoising reads, in its order: `modulate` comes before the blocks."""
+    """What denoising reads of a DiT or a ControlNet, in its order: `modulate` comes before the blocks."""
     blocks = []
     for name, weight in dit.named_parameters():
-        if name.startswith(("noise_refiner.", "layers.")) and "adaLN" not in name:
+        if name.startswith(BLOCKS) and "adaLN" not in name:
             blocks.append(weight)
         else:
             yield weight
@@ -363,7 +376,7 @@ def _block_names(component: Sized) -> Iterator[list[str]]:
 
 def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Half-precision products on a CPU repack a matrix each time; convolutions do not."""
-    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | Qwen3VL | ZImageDiT)
+    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | Qwen3VL | ZImageDiT | ControlNet)
     return _largest_matrix(model) * 2 if half else 0
 
 

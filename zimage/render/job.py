@@ -18,7 +18,8 @@ from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
 from zimage.pictures.image import first_pass_size
-from zimage.render import attached
+from zimage.pictures.inpaint import Frame
+from zimage.render import attached, canvas
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
@@ -28,7 +29,7 @@ from zimage.settings.plain import mistake
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -38,6 +39,7 @@ JOB: dict[str, Hint] = {
     "token_ids": dict[str, list[int]],
     "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
+    "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
     "seeds": list[int],
     "loras": list[LoraUse],
@@ -60,9 +62,9 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`;
-    `sigmas` the noise levels, falling from 1 to 0; `seeds` one per image; `model`, `dtype` and `precision` are those
-    that it was prepared for.
+    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
+    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
+    to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Job:
     token_ids: Mapping[str, tuple[int, ...]]
     glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
+    frame: Frame
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
@@ -90,6 +93,18 @@ class Job:
         """Images in all."""
         return len(self.seeds)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures that come out."""
+        return self.frame.size
+
+    def rendered(self) -> canvas.Rendered:
+        """The picture that the last pass starts from, and its mask, at the size of that pass; see `canvas.rendered`.
+
+        Only for a request with an image. It is computed at each call.
+        """
+        return canvas.rendered(self.request, self.frame, *self.passes[-1][:2])
+
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""
         return Text(formatted, self.token_ids[formatted], self.request.layers)
@@ -103,6 +118,7 @@ class Job:
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
             "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
+            "frame": list(self.frame),
             "sigmas": list(self.sigmas),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
@@ -128,6 +144,7 @@ class Job:
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
             tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
+            Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
@@ -171,7 +188,7 @@ def decide(
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values = filled(request, model, parts)
+    values, frame = filled(request, model, parts)
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
@@ -201,6 +218,7 @@ def decide(
         ids,
         glimpses(found),
         tuple(passes),
+        frame,
         tuple(sigmas),
         tuple(seeds),
         loras,
