@@ -105,7 +105,8 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
     type=click.Choice(LAYOUTS),
     default="keep",
     help="diffusers: a published folder, or the folder or file of one component. Single files: native (ComfyUI's DiT "
-    "or ControlNet), ldm (VAE), transformers and bare (text encoder with and without `model.`), all-in-one. Default: the layout of IN.",
+    "or ControlNet), ldm (VAE), transformers and bare (text encoder with and without `model.`), all-in-one. "
+    "Default: the layout of IN.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Dtype to write. Default: as stored.")
 @click.option("--component", type=COMPONENT, help="Write only this component. Default: all that the layout holds.")
