@@ -18,16 +18,18 @@ from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
 from zimage.pictures.image import first_pass_size
-from zimage.render import attached
+from zimage.pictures.inpaint import Frame
+from zimage.render import attached, canvas
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
+from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -35,7 +37,9 @@ JOB: dict[str, Hint] = {
     "texts": list[str],
     "negative_texts": list[str],
     "token_ids": dict[str, list[int]],
+    "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
+    "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
     "seeds": list[int],
     "loras": list[LoraUse],
@@ -58,15 +62,18 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `passes` are one, or two with `hires`; `sigmas` the noise levels, falling from 1 to 0; `seeds` one per
-    image; `model`, `dtype` and `precision` are those that it was prepared for.
+    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
+    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
+    to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
     """
 
     request: Request
     texts: tuple[str, ...]
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
+    glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
+    frame: Frame
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
@@ -86,6 +93,18 @@ class Job:
         """Images in all."""
         return len(self.seeds)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures that come out."""
+        return self.frame.size
+
+    def rendered(self) -> canvas.Rendered:
+        """The picture that the last pass starts from, and its mask, at the size of that pass; see `canvas.rendered`.
+
+        Only for a request with an image. It is computed at each call.
+        """
+        return canvas.rendered(self.request, self.frame, *self.passes[-1][:2])
+
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""
         return Text(formatted, self.token_ids[formatted], self.request.layers)
@@ -97,7 +116,9 @@ class Job:
             "texts": list(self.texts),
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
+            "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
+            "frame": list(self.frame),
             "sigmas": list(self.sigmas),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
@@ -121,7 +142,9 @@ class Job:
             tuple(plain["texts"]),
             tuple(plain["negative_texts"]),
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
+            tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
+            Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
@@ -158,13 +181,14 @@ def decide(
     loaded: Mapping[str, int],
     facts: Mapping[str, str],
     must_fit: bool,
+    vision: Vision | None = None,
 ) -> Job:
     """The job that a request makes, on what is free when the `loaded` components are let go and return these bytes.
 
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values = filled(request, model, parts)
+    values, frame = filled(request, model, parts)
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
@@ -173,10 +197,12 @@ def decide(
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
     texts.warn_of_length(longest, request.long_prompt)
+    found = references(values["reference"], request, model, vision)
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
     work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
-    plan = planner.plan(work, loaded)
+    lengths = [len(ids[text]) if text else len(embeddings.caption) for text in prompts]
+    plan = planner.plan(with_references(work, request, found, lengths, texts.limit), loaded)
     if must_fit:
         planner.check(plan, loaded)
     passes = [Pass(width, height, plan.tile_mode)]
@@ -185,7 +211,20 @@ def decide(
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
-    return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
+    return Job(
+        complete,
+        prompts,
+        negatives,
+        ids,
+        glimpses(found),
+        tuple(passes),
+        frame,
+        tuple(sigmas),
+        tuple(seeds),
+        loras,
+        plan,
+        **facts,
+    )
 
 
 def first_pass(job: Job) -> Job:

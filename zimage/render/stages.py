@@ -24,12 +24,14 @@ from zimage.kernels.tiles import to_levels
 from zimage.loading.loras import Adapters
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import MemoryPlan
-from zimage.loading.registry import DIT, ROWS, VAE
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
-from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
+from zimage.pictures.image import fit, from_pil, to_pil
+from zimage.render.canvas import Pasting, pastes
 from zimage.render.conditioning import Encoder, Texts
 from zimage.render.job import EMBEDDED, Job, first_pass
+from zimage.render.seeing import Reading, Vision, look, mixed, read, references, unread, views_of
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
 
@@ -75,13 +77,19 @@ class Conditions(NamedTuple):
 
 
 def run(
-    components: Components, job: Job, encoder: Encoder, texts: Texts, state: RenderState, hooks: Sequence["Hook"] = ()
+    components: Components,
+    job: Job,
+    encoder: Encoder,
+    texts: Texts,
+    state: RenderState,
+    hooks: Sequence["Hook"] = (),
+    vision: Vision | None = None,
 ) -> Generator[Event, None, None]:
     """A whole job. Closing the generator cancels it; `state` is what an earlier run of the job has done."""
     second = job.request.hires is None or bool(state.small)  # whether the state is one of the last pass
     latents = state.finished if second else []
     if len(latents) < job.count:
-        conditions = yield from encode(components, job, encoder, texts)
+        conditions = yield from encode(components, job, encoder, texts, vision)
         clean = yield from start_from(components, job, conditions, state, hooks)
         events = denoise(components, job, conditions, clean, state if second else RenderState(), hooks)
         latents = yield from components.stage(DIT, events)
@@ -91,13 +99,36 @@ def run(
 # ------------------------------------------------------------------ captions
 
 
-def encode(components: Components, job: Job, encoder: Encoder, texts: Texts) -> Generator[Event, None, Conditions]:
-    """The caption of each distinct text, once. What encodes is loaded only for texts that are not known already."""
+def encode(
+    components: Components, job: Job, encoder: Encoder, texts: Texts, vision: Vision | None = None
+) -> Generator[Event, None, Conditions]:
+    """The caption of each distinct text, once, those of prompts mixed with the captions of references.
+
+    What sees and what encodes are loaded only for pictures and texts that are not known already.
+    """
+    found = references(job.request.reference, job.request, components.residency.model, vision)
+    readings = (yield from look(components, vision, views_of(found))) if vision else []
     known = {text: encoder.known(job.text(text)) for text in job.token_ids}
     missing = any(caption is None for caption in known.values())
-    events = _encode_texts(components, job, encoder, texts, known)
-    found = yield from components.stage(encoder.component if missing else "", events)
-    return Conditions([found[t] for t in job.texts], found[job.negative_texts[0]] if job.negative_texts else None)
+    events = _captions(components, job, encoder, texts, known, vision, readings)
+    name = encoder.component if missing else TEXT_ENCODER if unread(readings) else ""
+    captions, seen = yield from components.stage(name, events)
+    prompts = {t: mixed(captions[t], job.request, found, seen, texts.limit) for t in dict.fromkeys(job.texts)}
+    return Conditions([prompts[t] for t in job.texts], captions[job.negative_texts[0]] if job.negative_texts else None)
+
+
+def _captions(
+    components: Components,
+    job: Job,
+    encoder: Encoder,
+    texts: Texts,
+    known: dict[str, Tensor | None],
+    vision: Vision | None,
+    readings: Sequence[Reading],
+) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The captions of texts, and those of the pictures that are seen."""
+    seen = (yield from read(components, vision, readings)) if vision else {}
+    return (yield from _encode_texts(components, job, encoder, texts, known)), seen
 
 
 def _encode_texts(
@@ -124,8 +155,7 @@ def start_from(
     """The latents (1, 16, h, w) that each image starts from, where it does not start from noise alone."""
     request, (width, height, _) = job.request, job.passes[-1]
     if request.image is not None:
-        pictures = [request.image.tensor(width, height)]
-        events = _encode_pictures(components, job, "encode image", pictures, 1)
+        events = _encode_pictures(components, job, "encode image", [job.rendered().picture], 1)
         (clean,) = yield from components.stage(VAE, events)
         return [clean] * job.count
     if request.hires is None:
@@ -235,8 +265,7 @@ class _Batch:
                 dit, latents, i, sigmas, now, self.positive, self.negative, scale, self.guidance.normalization
             )
             latents = flow.euler_step(latents, self.evaluate(moment), sigmas[i], sigmas[i + 1])
-            if start.mask is not None and start.clean is not None:
-                latents = flow.keep_outside(latents, start.clean, start.noise, start.mask, sigmas[i + 1])
+            latents = start.kept(latents, i, sigmas[i + 1])
             if i in (start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
                 finite(latents, "the DiT", dit)
         return latents
@@ -270,11 +299,11 @@ def denoise(
 ) -> Generator[Event, None, list[Tensor]]:
     """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
     request, finished = job.request, list(state.finished)
-    sigmas = torch.tensor(job.sigmas)
+    sigmas, mask = torch.tensor(job.sigmas), _latent_mask(components, job)
     guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
     for first in range(len(finished), job.count, request.batch_size):
         batch = range(first, min(first + request.batch_size, job.count))
-        start, done = _start(components, job, batch, clean, sigmas), 0
+        start, done = _start(components, job, batch, clean, mask, sigmas), 0
         total = len(sigmas) - 1 - start.step
         if first == len(state.finished) and state.latents is not None:
             done = state.step
@@ -290,36 +319,44 @@ def denoise(
     return finished
 
 
-def _start(components: Components, job: Job, batch: range, clean: list[Tensor] | None, sigmas: Tensor) -> flow.Start:
+def _start(
+    components: Components, job: Job, batch: range, clean: list[Tensor] | None, mask: Tensor | None, sigmas: Tensor
+) -> flow.Start:
     """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
-    request, factor = job.request, components.residency.model.skeleton(VAE).spatial_factor
-    width, height, _ = job.passes[-1]
-    h, w = height // factor, width // factor
-    channels = components.config(DIT).in_channels
+    channels, (h, w) = components.config(DIT).in_channels, _latent_size(components, job)
     noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
     if clean is None:
         return flow.start(noise, sigmas)
     begin = torch.cat([clean[i] for i in batch]).cpu()
-    return flow.start(noise, sigmas, request.strength or 1.0, begin, _latent_mask(job, h, w))
+    return flow.start(noise, sigmas, job.request.strength or 1.0, begin, mask)
 
 
-def _latent_mask(job: Job, h: int, w: int) -> Tensor | None:
-    """(1, 1, h, w): 1 where the picture is painted anew. A mask of another size is stretched over the image."""
-    request = job.request
-    if request.mask is None:
+def _latent_mask(components: Components, job: Job) -> Tensor | None:
+    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back, as `Job.rendered`."""
+    mask = None if job.request.image is None else job.rendered().mask
+    if mask is None:
         return None
-    mask = request.mask.picture.resize(request.image.picture.size, Image.Resampling.LANCZOS)
-    return flow.latent_mask(mask_tensor(mask, *job.passes[-1][:2]), h, w)
+    reduced = flow.soft_latent_mask if pastes(job.request) else flow.latent_mask
+    return reduced(mask, *_latent_size(components, job))
+
+
+def _latent_size(components: Components, job: Job) -> tuple[int, int]:
+    """(h, w) of a job's last pass."""
+    factor = components.residency.model.skeleton(VAE).spatial_factor
+    width, height, _ = job.passes[-1]
+    return height // factor, width // factor
 
 
 # ------------------------------------------------------------------ decoding
 
 
 def decode(components: Components, job: Job, latents: list[Tensor], done: int) -> Generator[Event, None, None]:
-    """The pictures of finished latents, after the first `done`."""
+    """The pictures of finished latents, after the first `done`, pasted back to where they belong."""
+    place = Pasting(job.request, job.frame) if pastes(job.request) and done < len(latents) else None
     for i in range(done, len(latents)):
         yield Event("decode", 0, 1, i, len(latents))
-        yield Event("decode", 1, 1, i, len(latents), image=_drawn(components, job, latents[i]))
+        image = _drawn(components, job, latents[i])
+        yield Event("decode", 1, 1, i, len(latents), image=place.onto(image) if place else image)
 
 
 def _drawn(components: Components, job: Job, latents: Tensor) -> Image.Image:

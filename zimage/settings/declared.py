@@ -35,12 +35,17 @@ RESIDENCIES = ("auto", "keep", "stage")
 TILE_MODES = ("exact", "blend", "off")
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE_OVERLAP = 64  # px
+VISION_BLENDS = ("interpolate", "linear", "concat", "style_only", "graduated", "attention_weighted", "adain")
+VISION_TOKENS = ("image", "all")
+VISION_MODES = ("full", "tower")
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
 TEXT_PARTS = ("template", "system_prompt", "thinking_content", "assistant_content")
 LONGEST_TEXT = 100_000  # characters of a prompt or a chat part; some sixty pages
 MAX_TEXT_TOKENS = 32_768  # of a whole text: what Qwen3 was trained for, twenty times what the DiT was
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
 STRENGTH = 0.6
+MASK_ALPHA = "alpha"  # as a mask: the transparent pixels of the image
+MAX_BLUR = 512  # px
 MAX_LORA_SCALE = 100.0
 LORA_PARTS = ("text_encoder",)
 DEFAULT_REWRITER = "rewrite-expand"
@@ -106,8 +111,50 @@ class TextSettings(Settings):
         return self.layer_weights or {HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer: 1.0}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(TextSettings):
+    """The same with pictures: how captions of references are made and mixed in. Raises RequestError."""
+
+    reference: Conditions = setting(
+        None,
+        "Picture that the prompt's caption is mixed with, or what `see` saved of one, and how much of it, from 0 to 1; "
+        "repeat it to add several. Default: none, and 0.3 of each.",
+        group="References",
+        metavar=Reference.FORM,
+        condition=Reference,
+    )
+    vision_blend: str = setting(
+        VISION_BLENDS[0],
+        "How a reference's caption is mixed with the prompt's: resampled to its length (interpolate), then only in the "
+        "last third of the dimensions (style_only), more towards the end (graduated) or sparing what matters "
+        "(attention_weighted); at the longer length (linear); behind it (concat; ALPHA is the share of its tokens); or "
+        "by mean and deviation alone (adain).",
+        group="References",
+        choices=VISION_BLENDS,
+    )
+    vision_layer: int = setting(
+        HIDDEN_LAYER,
+        "Layer at which references are read, counted from the end; some find -6 or -8 cleaner.",
+        group="References",
+        minimum=-1000,
+        maximum=-1,
+    )
+    vision_tokens: str = setting(
+        VISION_TOKENS[0],
+        "What is taken of a reference that is read: its image tokens, or all, the text round it included.",
+        group="References",
+        choices=VISION_TOKENS,
+    )
+    vision_text: str = setting(
+        "",
+        "Text that is read behind each reference. Image tokens come before it, so it shows with --vision-tokens all.",
+        group="References",
+        longest=LONGEST_TEXT,
+    )
+
+
 @dataclass(frozen=True)
-class Request(TextSettings):
+class Request(CaptionSettings):
     """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.prepare` fills it in).
 
     `prompt` may be a list; `seed` a single number, one per prompt, or one per image. `image`, `mask` and `embeddings`
@@ -127,14 +174,6 @@ class Request(TextSettings):
         group="Text",
         metavar="FILE",
         attachment=True,
-    )
-    reference: Conditions = setting(
-        None,
-        "Picture that the prompt's caption is mixed with, and how much of it, from 0 to 1; repeat it to add several. "
-        "Default: none, and 0.3 of each.",
-        group="Text",
-        metavar=Reference.FORM,
-        condition=Reference,
     )
     width: int | None = setting(
         None, "Width in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
@@ -192,7 +231,43 @@ class Request(TextSettings):
         maximum=1,
     )
     mask: Attachment = setting(
-        None, "Mask of the image: white areas are repainted.", group="Picture", metavar="FILE", attachment=True
+        None,
+        "Mask of the image: white areas are repainted, grey ones as by that --strength. "
+        f"'{MASK_ALPHA}': the image's transparent areas.",
+        group="Picture",
+        metavar="FILE",
+        attachment=True,
+    )
+    mask_invert: bool = setting(False, "Repaint the black areas of the mask instead of the white.", group="Picture")
+    mask_blur: float | None = setting(
+        None,
+        "Blur the mask by this standard deviation in pixels. Default: not at all.",
+        group="Picture",
+        metavar="PX",
+        minimum=0,
+        maximum=MAX_BLUR,
+    )
+    mask_crop: int | None = setting(
+        None,
+        "Render only the masked region and this many pixels around it, at full size. Default: the whole picture.",
+        group="Picture",
+        metavar="PX",
+        minimum=0,
+        maximum=MAX_SIDE,
+    )
+    extend: str | None = setting(
+        None,
+        "Extend the image by these many pixels, which are painted too.",
+        group="Picture",
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        per_call=True,
+        longest=100,
+    )
+    paste: bool = setting(
+        True,
+        "Keep the image's own pixels outside the mask, up to a soft edge; without, the mask is cut at one half and the "
+        "whole picture passes through the VAE.",
+        group="Picture",
     )
     hires: float | None = setting(
         None,
@@ -256,6 +331,7 @@ class Request(TextSettings):
         if self.mask is not None and self.image is None:
             text = "mask: it has no effect without an image; pass the image that it belongs to"
             raise RequestError(text, fields=("mask", "image"))
+        self._check_masking()
         if self.strength is not None and self.image is None and self.hires is None:
             text = "strength: it has no effect without an image or hires; pass one of them or leave it out"
             raise RequestError(text, fields=("strength", "image", "hires"))
@@ -269,6 +345,23 @@ class Request(TextSettings):
         if self.embeddings is not None and parts:
             text = f"embeddings: they contain the whole text; leave out {', '.join(parts)}"
             raise RequestError(text, fields=("embeddings", *parts))
+
+    def _check_masking(self) -> None:
+        """What goes with a mask, or with an image that is extended."""
+        if self.extend is not None:
+            split_margins(self.extend)
+        if self.extend is not None and self.image is None:
+            text = "extend: it has no effect without an image; pass the image to extend"
+            raise RequestError(text, fields=("extend", "image"))
+        if self.mask_invert and self.mask is None:
+            raise RequestError("mask_invert: it has no effect without a mask", fields=("mask_invert", "mask"))
+        for name in ("mask_blur", "mask_crop"):
+            if getattr(self, name) is not None and self.mask is None and self.extend is None:
+                text = f"{name}: it has no effect without a mask or extend; pass one of them or leave it out"
+                raise RequestError(text, fields=(name, "mask", "extend"))
+        if self.mask_crop is not None and not self.paste:
+            text = "mask_crop: the region that it renders is pasted back; leave it out, or paste on"
+            raise RequestError(text, fields=("mask_crop", "paste"))
 
     @property
     def prompts(self) -> list[str]:
@@ -316,6 +409,20 @@ class LoadSettings(Settings):
     )
     variant: str | None = setting(
         None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"
+    )
+    vision_model: str | None = setting(
+        None,
+        "Model that sees references: the folder of Qwen/Qwen3-VL-4B-Instruct, or its vision tower as a loose file. "
+        "Default: none.",
+        group="References",
+        path=True,
+    )
+    vision_mode: str | None = setting(
+        None,
+        "What reads the references that the vision model sees: its own text stack (full), or the text encoder (tower). "
+        "Default: full where the vision model's files hold a text stack.",
+        choices=VISION_MODES,
+        group="References",
     )
     encoder_url: str | None = setting(
         None,
@@ -442,6 +549,11 @@ class LoadSettings(Settings):
         if self.encoder_url and self.text_encoder_device:
             text = "text_encoder_device: the text encoder is on another machine; leave it out, or the encoder_url"
             raise RequestError(text, fields=("text_encoder_device", "encoder_url"))
+        if self.encoder_url and self.vision_mode == "tower":
+            text = (
+                "vision_mode: with tower the text encoder reads, and it is on another machine; use full, or leave out "
+            )
+            raise RequestError(text + "the encoder_url", fields=("vision_mode", "encoder_url"))
         for text in self.lora or []:
             split_lora(text)
 
@@ -521,6 +633,19 @@ class RewriteSettings(Sampling):
 
 
 ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettings)
+
+
+def split_margins(text: str) -> tuple[int, int, int, int]:
+    """LEFT,TOP,RIGHT,BOTTOM → pixels. Raises RequestError unless one is above 0 and none below, or above MAX_SIDE."""
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.strip().isdecimal() and len(number) < 10 for number in numbers):
+        told = "should be four numbers of pixels, LEFT,TOP,RIGHT,BOTTOM, such as 0,0,256,0"
+        raise RequestError(f"extend {quoted(text)} {told}", fields=("extend",))
+    left, top, right, bottom = (int(number) for number in numbers)
+    if not 0 < max(left, top, right, bottom) <= MAX_SIDE:
+        told = f"should extend one side at least, and none by more than {MAX_SIDE:,} px"
+        raise RequestError(f"extend {quoted(text)} {told}", fields=("extend",))
+    return left, top, right, bottom
 
 
 def split_lora(text: str) -> tuple[str, float]:
