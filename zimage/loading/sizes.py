@@ -13,7 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from zimage.dit.model import ZImageDiT, ZImageDiTConfig, padded_length
+from zimage.dit.control import ControlNet, ControlNetConfig
+from zimage.dit.model import ZImageDiT, ZImageDiTConfig
+from zimage.dit.patch import padded_length
 from zimage.dit.replay import most_tokens
 from zimage.kernels import backend
 from zimage.kernels.scaled_product import LEAST_CAPABILITY
@@ -23,6 +25,7 @@ from zimage.loading.streaming import buffer_bytes
 from zimage.nn.quant import quantisable
 from zimage.settings.declared import BLEND_TILE, SIZE_MULTIPLE
 from zimage.text.qwen3 import Qwen3, Qwen3Config
+from zimage.text.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
 from zimage.vae.tiling import runs_kernels, strip_values
@@ -38,10 +41,26 @@ INT8_SUMS = 4.5
 
 
 def text_encoder_bytes(config: Qwen3Config, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one layer: the feed-forward's hidden maps, q, k and v in fp32 and a few of its width."""
+    """About the peak of one layer on the longest text, with pictures or without, and what writing needs."""
+    read = max(work.tokens, work.vision_tokens) * _text_maps(config, dtype)
+    return read + (writing_bytes(config, work.stored_tokens, dtype) if work.stored_tokens else 0)
+
+
+def _text_maps(config: Qwen3Config, dtype: torch.dtype) -> int:
+    """For each token: the feed-forward's hidden maps, q, k and v in fp32 and a few of the stack's width."""
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    maps = (2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads
-    return work.tokens * maps + (writing_bytes(config, work.stored_tokens, dtype) if work.stored_tokens else 0)
+    return (2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads
+
+
+def vision_bytes(config: Qwen3VLConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """About the peak of one layer of the tower, or of the text stack if it has one, with what was seen so far."""
+    tower = config.vision
+    hidden = (2 * tower.intermediate_size + 3 * tower.hidden_size) * dtype.itemsize
+    turned = (6 * dtype.itemsize + 11) * tower.hidden_size  # q and k are rotated in fp32
+    token, features = tower.out_hidden_size * dtype.itemsize, len(tower.deepstack_visual_indexes)
+    seen = work.vision_patches * (max(hidden, turned) + features * token // tower.spatial_merge_size**2)
+    read = work.vision_tokens * (_text_maps(config.text, dtype) + (1 + features) * token) if config.text else 0
+    return max(seen, read)
 
 
 def writing_bytes(config: Qwen3Config, tokens: int, dtype: torch.dtype) -> int:
@@ -57,6 +76,14 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image."""
     return _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+
+
+def control_bytes(config: ControlNetConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
+
+    A hint comes and goes where less is held than within a block.
+    """
+    return _dit_tokens(work) * 2 * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
@@ -126,11 +153,22 @@ def text_encoder_reads(encoder: nn.Module) -> Iterator[nn.Parameter]:
         yield from layer.parameters()
 
 
+def vision_reads(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What looking reads, and then encoding with the model's own text stack, as with any."""
+    assert isinstance(model, Qwen3VL)
+    yield from model.model.visual.parameters()
+    if model.text is not None:
+        yield from text_encoder_reads(model.text)
+
+
+BLOCKS = ("noise_refiner.", "layers.", "control_noise_refiner.", "control_layers.")
+
+
 def dit_reads(dit: nn.Module) -> Iterator[nn.Parameter]:
-    """What denoising reads, in its order: `modulate` comes before the blocks."""
+    """What denoising reads of a DiT or a ControlNet, in its order: `modulate` comes before the blocks."""
     blocks = []
     for name, weight in dit.named_parameters():
-        if name.startswith(("noise_refiner.", "layers.")) and "adaLN" not in name:
+        if name.startswith(BLOCKS) and "adaLN" not in name:
             blocks.append(weight)
         else:
             yield weight
@@ -338,7 +376,7 @@ def _block_names(component: Sized) -> Iterator[list[str]]:
 
 def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Half-precision products on a CPU repack a matrix each time; convolutions do not."""
-    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | ZImageDiT)
+    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | Qwen3VL | ZImageDiT | ControlNet)
     return _largest_matrix(model) * 2 if half else 0
 
 
