@@ -238,11 +238,21 @@ def test_groups_of_neighbours():
 def test_limits_under_either_naming(tmp_path, config):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     read = Qwen3VLConfig.read(tiny.VISION).pixel_limits
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"min_pixels": 1, "max_pixels": 2}}')
     assert read(tmp_path) == read(tmp_path / "loose.safetensors") == PixelLimits(4096, 8192)
 
 
+def test_limits_as_transformers_5_writes_them(tmp_path):
+    config = {"image_processor": {"size": {"shortest_edge": 4096, "longest_edge": 8192}, "rescale_factor": 1 / 255}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == PixelLimits(4096, 8192)
+
+
 def test_limits_where_no_file_states_them(tmp_path):
-    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == PixelLimits(65_536, 16_777_216)
+    published = PixelLimits(65_536, 16_777_216)
+    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == published
+    (tmp_path / "processor_config.json").write_text("{}")
+    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == published
 
 
 @pytest.mark.parametrize(
@@ -260,6 +270,7 @@ def test_limits_where_no_file_states_them(tmp_path):
         ({"do_resize": False}, "do_resize = False is not implemented"),
         ({"resample": 2}, "resample = 2 is not implemented"),
         ({"temporal_patch_size": 1}, "temporal_patch_size = 1 is not implemented"),
+        ({"rescale_factor": 1.0}, "rescale_factor = 1.0 is not implemented"),
     ],
 )
 def test_limits_that_cannot_be_used(tmp_path, change, words):
