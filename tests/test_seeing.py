@@ -70,7 +70,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(("layer", "tokens", "text"), [(-2, "image", ""), (-1, "all", "a cat"), (-4, "all", "")])
 def test_a_picture_is_read_as_the_modules_read_it(seeing_folder, mode, layer, tokens, text):
     """By hand, from the files alone: tower, then the text stack of either model, and the rows that are wanted."""
-    vision = Qwen3VL.from_config(tiny.VL)
+    vision = Qwen3VL.from_config(tiny.SEEING)
     vision.load_state_dict(load_file(seeing_folder / "vision" / "model.safetensors"))
     encoder = Qwen3.from_config(tiny.SEEING_QWEN)
     encoder.load_state_dict(load_file(seeing_folder / "text_encoder" / "model.safetensors"))
@@ -80,7 +80,7 @@ def test_a_picture_is_read_as_the_modules_read_it(seeing_folder, mode, layer, to
         words = tiny.tokenizer(tiny.SEEING_TOKENS).encode(seen_text(text, sight.counts)).ids
         ids = torch.tensor([words])
         state = (vision.text if mode == "full" else encoder)(ids, layer, sight=sight)[0]
-    expected = state if tokens == "all" else state[ids[0] == tiny.VL["image_token_id"]]
+    expected = state if tokens == "all" else state[ids[0] == tiny.SEEING["image_token_id"]]
     found = load(seeing_folder, mode).see(picture(), text, layer, tokens)
     assert torch.equal(found, expected)
     assert len(found) == (len(words) if tokens == "all" else 6 * 4)  # 96 × 72 pixels in tokens of 16 × 16: 6 × 4.5
@@ -325,11 +325,11 @@ def larger_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("larger") / "model"
     qwen = {**tiny.SEEING_QWEN, "hidden_size": 512, "intermediate_size": 2304, "num_hidden_layers": 6}
     qwen |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    vision = {**tiny.VL["vision_config"], "hidden_size": 512, "intermediate_size": 2048, "out_hidden_size": 512}
+    vision = {**tiny.SEEING["vision_config"], "hidden_size": 512, "intermediate_size": 2048, "out_hidden_size": 512}
     vision |= {"depth": 6, "num_heads": 8, "deepstack_visual_indexes": [1, 3, 5], "num_position_embeddings": 2304}
-    text = {**tiny.VL["text_config"], **{k: qwen[k] for k in qwen if k not in ("model_type", "rope_theta")}}
+    text = {**tiny.SEEING["text_config"], **{k: qwen[k] for k in qwen if k not in ("model_type", "rope_theta")}}
     text |= {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [12, 10, 10]}}
-    config = {**tiny.VL, "vision_config": vision, "text_config": text}
+    config = {**tiny.SEEING, "vision_config": vision, "text_config": text}
     dit = {**tiny.DIT, "cap_feat_dim": 512}
     parts = (
         Qwen3.from_config(qwen),
@@ -378,8 +378,8 @@ def test_what_is_missing_and_where_it_is_got(seeing_folder, tiny_folder, tmp_pat
 
 def narrow(folder: Path, **changes) -> Path:
     """A vision model with other values in its config."""
-    nested = {name: {**tiny.VL[name], **value} for name, value in changes.items() if isinstance(value, dict)}
-    config = {**tiny.VL, **changes, **nested}
+    nested = {name: {**tiny.SEEING[name], **value} for name, value in changes.items() if isinstance(value, dict)}
+    config = {**tiny.SEEING, **changes, **nested}
     return tiny.write_vision(folder, tiny.randomised(Qwen3VL.from_config(config), 3).state_dict(), config)
 
 
@@ -442,7 +442,7 @@ def test_what_only_encodes_can_see(seeing_folder):
 @pytest.mark.parametrize(
     ("request_", "words", "field"),
     [
-        ({"vision_layer": -9}, "vision_layer -9 does not exist; use −[45] to −1", "vision_layer"),
+        ({"vision_layer": -9}, "vision_layer -9 does not exist; use −[56] to −1", "vision_layer"),
         ({"vision_text": "<|image_pad|>"}, r"vision_text: leave <\|image_pad\|> out of it", "vision_text"),
         ({"reference": [Image.new("RGB", (900, 3))]}, "a reference picture of 900×3 cannot be read", "reference"),
         ({"reference": [torch.zeros(3, 63)]}, "is 63 wide; this model takes 64", "reference"),
@@ -460,7 +460,7 @@ def test_a_weight_that_is_not_a_number_is_named(seeing_folder, tmp_path):
     weights["model.visual.blocks.0.mlp.linear_fc1.weight"][0, 0] = torch.nan
     folder = tiny.write_vision(tmp_path / "broken", weights)
     pipe = load(seeing_folder, vision_model=folder)
-    with pytest.raises(zimage.ZImageError, match="tower holds NaN .*visual.blocks.0.mlp.linear_fc1.weight"):
+    with pytest.raises(zimage.ZImageError, match=r"tower holds NaN .*visual.blocks.0.mlp.linear_fc1.weight"):
         pipe.see(picture())
     assert pipe.loaded == ()
 
