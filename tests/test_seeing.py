@@ -301,6 +301,20 @@ def test_where_memory_is_short_the_vision_model_is_alone(seeing_folder):
         assert len(pipe.loaded) == beside
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_that_are_streamed_see_the_same(seeing_folder, monkeypatch, mode):
+    """As if the process itself took nothing, in less memory than the vision model has."""
+    for name in ("_held_bytes", "_base_bytes"):
+        monkeypatch.setattr(f"zimage.loading.planner.{name}", lambda device: 0)
+    request = zimage.Request("a cat", reference=[picture()], **SMALL)
+    whole = load(seeing_folder, mode, residency="stage")
+    stage = whole.prepare(request).plan.stages[whole.vision.component]
+    tight = load(seeing_folder, mode, memory=(stage.peak - stage.weights / 4) / 1e9)
+    job = tight.prepare(request, must_fit=False)
+    assert job.plan.stages[tight.vision.component].streamed
+    assert torch.equal(tight.see(picture()), whole.see(picture()))
+
+
 PEAK = """
 import json, sys
 import zimage
