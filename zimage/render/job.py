@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from zimage import flow
 from zimage.errors import RequestError
+from zimage.loading.controls import ControlFiles, Controls, weight_bytes
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
@@ -160,6 +161,7 @@ def decide(
     texts: Texts,
     planner: Planner,
     loras: Adapters,
+    controls: Controls,
     loaded: Mapping[str, int],
     facts: Mapping[str, str],
     must_fit: bool,
@@ -169,7 +171,7 @@ def decide(
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values = filled(request, model, parts)
+    values = filled(request, model, parts, controls)
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
@@ -180,7 +182,18 @@ def decide(
     texts.warn_of_length(longest, request.long_prompt)
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
-    work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
+    files = [control.model for control in values["control"] or ()]
+    work = Workload(
+        width,
+        height,
+        longest,
+        together,
+        request.tile_mode or "",
+        request.tile_size or 0,
+        loras=beside,
+        controls=weight_bytes(files),
+        control_streams=len(files),
+    )
     plan = planner.plan(work, loaded)
     if must_fit:
         planner.check(plan, loaded)
@@ -191,6 +204,11 @@ def decide(
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
     return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
+
+
+def control_files(request: Request) -> ControlFiles:
+    """The files of a prepared request's controls, one for each."""
+    return tuple(control.model for control in request.control or ())
 
 
 def first_pass(job: Job) -> Job:
