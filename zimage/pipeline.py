@@ -31,7 +31,7 @@ from zimage.dit import ZImageDiT
 from zimage.dit.control import Flow
 from zimage.errors import RequestError
 from zimage.events import Event, Result
-from zimage.loading.controls import ControlFiles, Controls, weight_bytes
+from zimage.loading.controls import ControlFiles, weight_bytes
 from zimage.loading.devices import Place, choose_places, device_names
 from zimage.loading.files import ModelFiles, load_component, open_model
 from zimage.loading.loras import Loras, LoraUse, bytes_beside
@@ -72,7 +72,6 @@ class ZImage(Captioner):
         self.lora = Loras(model.components[DIT], self.residency, (settings.lora_skip,) if settings.lora_skip else ())
         for text in settings.lora or []:
             self.lora.add(*split_lora(text))
-        self.controls = Controls(model.components[DIT], self.planner.sizes[DIT])
         self._prepared: WeakSet[Job] = WeakSet()
 
     @classmethod
@@ -130,7 +129,7 @@ class ZImage(Captioner):
         work = dataclasses.replace(
             work,
             loras=bytes_beside(adapters, self.dtype),
-            controls=weight_bytes(controls),
+            controls=weight_bytes(controls, self.planner.sizes[DIT]),
             control_streams=len(controls),
         )
         return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters, controls)
@@ -180,7 +179,7 @@ class ZImage(Captioner):
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
         start = flow.start(noise, sigmas, strength, clean, mask)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
-        inputs = [control_input(self.controls.open(file), *rest, noise=noise) for file, *rest in controls]
+        inputs = [control_input(given, noise, self.planner.sizes[DIT]) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
@@ -219,15 +218,7 @@ class ZImage(Captioner):
         """
         adapters = self.lora.list() if loras is None else self.lora.read(loras)
         job = decide(
-            request,
-            self.model,
-            self.texts,
-            self.planner,
-            adapters,
-            self.controls,
-            self.residency.copies,
-            self._facts,
-            must_fit,
+            request, self.model, self.texts, self.planner, adapters, self.residency.copies, self._facts, must_fit
         )
         self._prepared.add(job)
         return job

@@ -96,7 +96,7 @@ def _option(field: Field, kinds: tuple[type, ...], repeatable: bool) -> Callable
     default += f" Environment: {m['env']}." if m["env"] else ""
     if kinds[-1] is bool:
         return click.option(f"--{flag}/--no-{flag}", field.name, default=None, help=m["help"] + default)
-    kind = str if m["attachment"] else kinds[-1]
+    kind = str if m["attachment"] or m["condition"] else kinds[-1]
     metavar = None if m["choices"] else "PATH" if m["path"] else METAVARS[kind]
     return click.option(
         *[name for name in (m["flag"], f"--{flag}") if name],

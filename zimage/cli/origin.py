@@ -14,6 +14,8 @@ from zimage.text.chat import PARTS
 
 Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a render's state
 FILES = [field.name for field, _ in fields(Request) if field.metadata["attachment"]]
+CONDITIONS = {field.name: kind for field, _ in fields(Request) if (kind := field.metadata["condition"])}
+FROM_FILES = [*FILES, *CONDITIONS]
 FACTS = ("model", "dtype", "precision", "lora", "attention", "compile", "device", "version", "torch")
 
 SINGLE = {"prompt": None, "seed": None, "images": 1}  # of which every picture has one
@@ -30,13 +32,13 @@ def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     if foreign := [name for name in origin["request"] if name not in Request.names()]:
         raise RequestError(f"{source} sets {foreign[0]!r}, which is not a setting of a picture; remove it there")
     check_values(source, origin["request"])
-    for name in FILES:
+    for name in FROM_FILES:
         before = origin["request"].get(name)
-        if before and given.get(name) is None:
+        if before and not given.get(name):
             raise RequestError(f"{source} was made from the {name} {plain(before)}; pass it with --{name}")
-    left_out = FILES if given.get("template") is None else [*FILES, *PARTS, "force_think_block"]
+    left_out = FROM_FILES if given.get("template") is None else [*FROM_FILES, *PARTS, "force_think_block"]
     request = {name: value for name, value in origin["request"].items() if name not in left_out and value is not None}
-    files = {name: origin["request"].get(name) for name in FILES}
+    files = {name: origin["request"].get(name) for name in FROM_FILES}
     return {**origin, "request": request, "files": files, "note": note}
 
 
@@ -44,7 +46,7 @@ def check_values(source: Path | str, request: Record) -> None:
     """Raise RequestError, which names the picture `source`, for a value that a setting does not take."""
     for name, value in request.items():
         try:
-            if name in FILES:
+            if name in FROM_FILES:
                 _check_file(name, value)
             elif value is not None:
                 Request.check_one(name, value)
@@ -55,9 +57,16 @@ def check_values(source: Path | str, request: Record) -> None:
 
 
 def _check_file(name: str, value: Plain) -> None:
-    """What a picture says of a file that it was made from: its name and the hash of its content."""
-    if value is not None and not (isinstance(value, dict) and all(isinstance(item, str) for item in value.values())):
-        raise RequestError(f"{name} should be a name and a hash", fields=(name,))
+    """What a picture says of a file that it was made from: its name, the hash of its content, perhaps numbers."""
+    listed = name in CONDITIONS
+    if value is None:
+        return
+    if listed != isinstance(value, list):
+        raise RequestError(f"{name} should be {'a list' if listed else 'a name and a hash'}", fields=(name,))
+    kinds = str | int | float if listed else str
+    for one in value if listed else [value]:
+        if not (isinstance(one, dict) and all(isinstance(item, kinds) for item in one.values())):
+            raise RequestError(f"{name} should be a name and a hash", fields=(name,))
 
 
 def with_loras(source: Path | None, origin: Record, given: Mapping[str, Plain], resolved: Resolved) -> Resolved:
@@ -108,7 +117,7 @@ def _loras_of(source: Path, origin: Record) -> list[Record]:
 def warn_of_differences(origin: Record, now: Record) -> None:
     """The same pixels need the same model, files, dtype, device and versions."""
     then = {name: origin.get(name) for name in FACTS} | origin.get("files", {})
-    current = now | {name: now["request"].get(name) for name in FILES}
+    current = now | {name: now["request"].get(name) for name in FROM_FILES}
     for name, before in then.items():
         if before is not None and _identity(before) != _identity(after := current.get(name)):
             terminal.note(f"warning: {name} was {plain(before)}, now {plain(after)}: pixels may differ")
@@ -127,4 +136,6 @@ def _identity(value: Plain) -> Plain:
     """What a file is does not depend on its name."""
     if isinstance(value, list):
         return [_identity(item) for item in value]
-    return (value["hash"], value.get("scale")) if isinstance(value, dict) and "hash" in value else value
+    if isinstance(value, dict) and "hash" in value:
+        return {key: item for key, item in value.items() if key != "name" and not key.endswith("_name")}
+    return value

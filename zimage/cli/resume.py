@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage.cli.origin import FILES, Record
+from zimage.cli.origin import CONDITIONS, FILES, Record
 from zimage.cli.progress import counted
 from zimage.cli.target import check_output, holds
 from zimage.errors import CheckpointError, RequestError
@@ -144,6 +144,8 @@ def _opened(path: Path, given: Record) -> Keeping:
     stored = _request_of(record)
     for name, value in given.items():
         now, then = (os.path.abspath(value) if name in FILES else value), stored.get(name)
+        if name in CONDITIONS:
+            now, then = _named(name, value), _named(name, then)
         if name == "template":
             then = record["template"]
         if now != then and as_plain(OWNERS[name].check_one(name, now)) != then:
@@ -176,6 +178,15 @@ def _record(job: "Job", records: list[Record], loading: Record, output: str | No
         "saved": [],
         **{name: records[0][name] for name in SAME},
     }
+
+
+def _named(name: str, conditions: Plain) -> Plain:
+    """The files and numbers of conditions, however they were passed."""
+    kind = CONDITIONS[name]
+    parsed = [kind.parse(one) for one in conditions or []]
+    return [
+        tuple(os.path.abspath(value) if n in kind.FILES else value for n, value in vars(one).items()) for one in parsed
+    ]
 
 
 def _absolute(name: str, value: Plain) -> Plain:
@@ -219,6 +230,11 @@ def _check_same(path: Path, record: Record, job: "Job", metadata: Record) -> Non
         then = record["job"]["request"].get(name)
         if then and getattr(job.request, name).hash != then["hash"]:
             raise RequestError(f"resume: {then['path']} is not the file that the render in {path} began with")
+    for name, condition in CONDITIONS.items():
+        began, current = record["job"]["request"].get(name) or [], getattr(job.request, name) or []
+        for was, now_is in zip(began, (one.point() for one in current), strict=True):
+            if other := [was[role] for role in condition.FILES if was[f"{role}_hash"] != now_is[f"{role}_hash"]]:
+                raise RequestError(f"resume: {other[0]} is not the file that the render in {path} began with")
     from zimage.render.job import DECIDED
 
     now = job.to_dict()

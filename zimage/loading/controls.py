@@ -1,4 +1,4 @@
-"""Control files: opened once, known by their content, checked against the DiT, brought into memory beside it.
+"""Control files: opened once, known by their content, checked against a DiT, brought into memory beside it.
 
 A control file holds a ControlNet, whose blocks run beside those of the DiT and share what these are given. So it is
 held as the DiT is: on its device, in its dtype and precision, packed matrices as they lie in the file, plain ones
@@ -6,18 +6,17 @@ widened late where the DiT's are. Which files a job uses stands in its request; 
 `residency`, which keeps exactly those of the request at work.
 """
 
-import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from zimage.dit.control import check_dtype
+from zimage.dit.control import ControlNetConfig, check_dtype
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.lora import content_hash
@@ -34,91 +33,78 @@ FIELD = ("control",)
 class ControlFile:
     """A control file, opened and not loaded; files of one content are equal, whatever they are called."""
 
-    name: str = dataclasses.field(compare=False)  # without its folder
+    name: str = field(compare=False)  # without its folder
     hash: str
-    path: str = dataclasses.field(compare=False)
-    component: Component = dataclasses.field(repr=False, compare=False)
-    sizes: ComponentSizes = dataclasses.field(repr=False, compare=False)
+    path: str = field(compare=False)
+    component: Component = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, given: "str | os.PathLike[str] | ControlFile") -> "ControlFile":
+        """From a file or a component folder, opened again only when it has changed.
+
+        Raises RequestError for what is not a path, and CheckpointError for an unusable file.
+        """
+        if isinstance(given, ControlFile):
+            return given
+        if not isinstance(given, str | os.PathLike):
+            text = f"control: the file {given!r} is a {type(given).__name__}; it should be the path of one"
+            raise RequestError(text, fields=FIELD)
+        path = Path(os.path.abspath(user_path(given, FIELD[0])))
+        with _lock:
+            stamp, file = _opened.get(str(path), ("", None))
+            if file is None or _stamp(file.component.checkpoint) != stamp:
+                component = _component(path)
+                file = cls(path.name, _content(component.checkpoint), str(path), component)
+                _opened[str(path)] = _stamp(component.checkpoint), file
+        return file
 
     @property
-    def config(self) -> Any:
+    def config(self) -> ControlNetConfig:
         """Its architecture."""
-        return self.component.skeleton.config
+        found = self.component.skeleton.config
+        assert isinstance(found, ControlNetConfig)
+        return found
+
+    @property
+    def reads_mask(self) -> bool:
+        """Whether it also reads a mask and the masked picture: all but the first version's do."""
+        return bool(self.config.control_in_dim % 2)
 
     def describe(self) -> dict[str, str]:
         """Plain values for a picture's metadata, which names no folders."""
         return {"name": self.name, "hash": self.hash}
 
-    def load(self) -> nn.Module:
-        """The module with its weights, in the DiT's form; one on a CPU reads its pages when they are used."""
-        s = self.sizes
-        return self.component.load(s.device, s.dtype, s.widen_late, (), s.precision)
+    def sizes(self, dit: ComponentSizes) -> ComponentSizes:
+        """Its bytes in the form in which the DiT is held."""
+        return measure(self.component, dit.device, dit.dtype, dit.widen_late, dit.precision)
+
+    def load(self, dit: ComponentSizes) -> nn.Module:
+        """The module with its weights in that form; on a CPU their pages are read when they are used."""
+        return self.component.load(dit.device, dit.dtype, dit.widen_late, (), dit.precision)
+
+    def check(self, dit: ComponentSizes) -> None:
+        """Raise CheckpointError unless it fits the DiT that its blocks run beside, RequestError for a dtype."""
+        check_dtype(dit.dtype)
+        beside: Any = dit.component.skeleton
+        channels = beside.config.in_channels, 2 * beside.config.in_channels + 1
+        if self.config.control_in_dim not in channels:
+            known = f"{channels[0]} (the control latents) or {channels[1]} (with mask and masked picture)"
+            raise _unusable(self.path, f"it reads {self.config.control_in_dim} channels; {known} can be computed")
+        try:
+            self.config.check_beside(beside.config)
+        except ConfigError as error:
+            raise _unusable(self.path, str(error)) from None
 
 
 ControlFiles = tuple[ControlFile, ...]
+_opened: dict[str, tuple[str, ControlFile]] = {}  # by path, with the stamp of its files
+_lock = threading.Lock()
 
 
-class Controls:
-    """The control files of a pipeline. Several threads may use it; a file is opened again only when it has changed."""
-
-    def __init__(self, dit: Component, sizes: ComponentSizes):
-        """`sizes` are the DiT's, whose form the files take."""
-        self._dit, self._sizes = dit, sizes
-        self._lock = threading.Lock()
-        self._opened: dict[str, tuple[str, ControlFile]] = {}  # by path, with the stamp of its files
-
-    def open(self, path: str | os.PathLike[str], expected: str = "") -> ControlFile:
-        """The control file at a path, a file or a component folder; `expected` is the hash that it must have.
-
-        Raises RequestError for what is not a path or has changed, and CheckpointError for an unusable file.
-        """
-        if not isinstance(path, str | os.PathLike):
-            text = f"control {path!r} is a {type(path).__name__}; it should be the path of a file"
-            raise RequestError(text, fields=FIELD)
-        check_dtype(self._sizes.dtype)
-        named = user_path(path, FIELD[0])
-        with self._lock:
-            file = self._known(os.path.abspath(named)) or self._open(named)
-        if expected and file.hash != expected:
-            raise RequestError(f"control {named} is not the expected file: its content has changed", fields=FIELD)
-        return file
-
-    def _known(self, path: str) -> ControlFile | None:
-        stamp, file = self._opened.get(path, ("", None))
-        return file if file and _stamp(file.component.checkpoint) == stamp else None
-
-    def _open(self, path: Path) -> ControlFile:
-        component, s = _component(path), self._sizes
-        self._check(path, component.skeleton.config)
-        sizes = measure(component, s.device, s.dtype, s.widen_late, s.precision)
-        full = os.path.abspath(path)
-        stamp = _stamp(component.checkpoint)
-        file = ControlFile(path.name, _content(component.checkpoint), full, component, sizes)
-        self._opened[full] = stamp, file
-        return file
-
-    def _check(self, path: Path, config: Any) -> None:
-        """Raise CheckpointError unless a ControlNet fits the DiT that its blocks run beside."""
-        dit = self._dit.skeleton.config
-        channels = dit.in_channels, 2 * dit.in_channels + 1
-        if config.control_in_dim not in channels:
-            known = f"{channels[0]} (the control latents) or {channels[1]} (with mask and masked picture)"
-            raise _unusable(path, f"it reads {config.control_in_dim} channels; {known} can be computed")
-        try:
-            config.check_beside(dit)
-        except ConfigError as error:
-            raise _unusable(path, str(error)) from None
-
-
-def weight_bytes(files: Iterable[ControlFile]) -> int:
+def weight_bytes(files: Iterable[ControlFile], dit: ComponentSizes) -> int:
     """Bytes of the weights of distinct files once loaded, and what the largest product widens at a time."""
-    sizes = [file.sizes for file in distinct(files)]
+    sizes = [file.sizes(dit) for file in dict.fromkeys(files)]
     return sum(s.resident for s in sizes) + max((s.scratch for s in sizes), default=0)
-
-
-def distinct(files: Iterable[ControlFile]) -> ControlFiles:
-    """Each file once, whatever it is called: several pictures may go through the same weights."""
-    return tuple(dict.fromkeys(files))
 
 
 def _component(path: Path) -> Component:
@@ -127,15 +113,12 @@ def _component(path: Path) -> Component:
     try:
         return Component.open(CONTROL, component_folder(path, CONTROL))
     except CheckpointError as error:
-        raise CheckpointError(f"control {error}", fields=FIELD) from error
+        raise CheckpointError(f"control: {error}", fields=FIELD) from error
 
 
 def _content(checkpoint: Checkpoint) -> str:
     """Twelve hex digits of all bytes: a single file's own hash, or that of the hashes of several."""
-    return _joined([content_hash(file) for file in checkpoint.files])
-
-
-def _joined(hashes: Sequence[str]) -> str:
+    hashes = [content_hash(file) for file in checkpoint.files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
 
 
@@ -144,5 +127,5 @@ def _stamp(checkpoint: Checkpoint) -> str:
     return checkpoint.stamp() if all(file.is_file() for file in checkpoint.files) else ""
 
 
-def _unusable(path: Path, reason: str) -> CheckpointError:
+def _unusable(path: str | Path, reason: str) -> CheckpointError:
     return CheckpointError(f"control {path}: {reason}", fields=FIELD)

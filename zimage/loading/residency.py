@@ -21,7 +21,7 @@ from zimage import interrupts
 from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch
-from zimage.loading.controls import ControlFile, ControlFiles, distinct, weight_bytes
+from zimage.loading.controls import ControlFile, ControlFiles, weight_bytes
 from zimage.loading.devices import Place
 from zimage.loading.files import Component, ModelFiles
 from zimage.loading.graphs import give_graphs
@@ -49,6 +49,11 @@ class _Loaded:
     adapters: Adapters = ()
     ahead: Prefetch | None = None
     controls: dict[ControlFile, nn.Module] = field(default_factory=dict)  # beside a DiT
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Its own, and those of the ControlNets."""
+        return (self.module, *dict(self.controls).values())
 
 
 class Residency:
@@ -175,7 +180,7 @@ class Residency:
                 self._read_ahead(name)
         elif ROWS[name].transformed:
             self._adapted(self._held[name], adapters)
-        for file in distinct(controls):
+        for file in controls:
             if file not in self._held[name].controls:
                 self._held[name].controls[file] = self._prepared_control(file)
         return self._held[name]
@@ -192,8 +197,8 @@ class Residency:
         """Bytes that a loaded component would return, the ControlNets beside it among them."""
         device = self.places[name].device
         if device.type == "cuda":
-            return sum(bytes_on(module, device) for module in (held.module, *dict(held.controls).values()))
-        return held.copied + sum(file.sizes.copied for file in dict(held.controls))
+            return sum(bytes_on(module, device) for module in held.modules)
+        return held.copied + sum(file.sizes(self._sizes[name]).copied for file in dict(held.controls))
 
     def _in_the_way(self, name: str, plan: MemoryPlan) -> list[str]:
         """What must go before a stage runs: what its plan does not count, unless another stage is using that and
@@ -207,7 +212,11 @@ class Residency:
         return others
 
     def _in_use(self, name: str) -> int:
-        return self._sizes[name].resident + weight_bytes(self._held[name].controls)
+        return self._sizes[name].resident + self._beside(self._held[name])
+
+    def _beside(self, held: _Loaded) -> int:
+        """Bytes of the ControlNets beside a DiT."""
+        return weight_bytes(held.controls, self._sizes[DIT]) if held.controls else 0
 
     def _let_go_controls(self, name: str, plan: MemoryPlan, wanted: ControlFiles) -> None:
         """Before the DiT works, what is not `wanted` goes; before others do, all that their plan does not count."""
@@ -216,7 +225,7 @@ class Residency:
             return
         extra = [file for file in held.controls if file not in wanted]
         if name != DIT:
-            uncounted = weight_bytes(held.controls) > plan.work.controls and not self._busy[DIT]
+            uncounted = self._beside(held) > plan.work.controls and not self._busy[DIT]
             extra = list(held.controls) if uncounted else []
         for file in extra:
             del held.controls[file]
@@ -227,7 +236,7 @@ class Residency:
         """Load a ControlNet and transform it as the DiT is."""
         log.debug("loading control %s", file.name)
         with out_of_memory_in(f"{ROWS[CONTROL].title} {file.name}"):
-            net = file.load()
+            net = file.load(self._sizes[DIT])
         if DIT in self._attend:
             use_attention(net, self._attend[DIT])
         if self.settings.compile:

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from zimage import flow
 from zimage.dit.control import Controlled, Flow
 from zimage.dit.model import ZImageDiT
 from zimage.errors import RequestError
 from zimage.loading.controls import ControlFile
 from zimage.loading.residency import Residency
+from zimage.loading.sizes import ComponentSizes
 from zimage.pictures.canny import canny
 from zimage.pictures.image import fit, from_pil
 from zimage.render.job import Job
@@ -79,7 +79,7 @@ def pictures(job: Job, mask: Tensor | None) -> list[Tensor]:
     """The images that the VAE encodes for a job's last pass: distinct control pictures, then the masked picture."""
     request, (width, height, _) = job.request, job.passes[-1]
     found = [from_pil(_prepared(control.picture.picture, request, width, height)) for control in _distinct(request)]
-    if mask is not None and any(reads_mask(control.model) for control in request.control or ()):
+    if mask is not None and any(control.model.reads_mask for control in request.control or ()):
         assert request.image is not None  # a mask has one
         found.append(request.image.tensor(width, height) * (1 - mask))
     return found
@@ -97,14 +97,16 @@ def inputs(job: Job, encoded: Sequence[Tensor], mask: Tensor | None) -> list[Con
     ]
 
 
-def control_input(file: ControlFile, latents: Tensor, scale: float = CONTROL_SCALE, *, noise: Tensor) -> ControlInput:
+def control_input(given: GivenControl, noise: Tensor, dit: ComponentSizes) -> ControlInput:
     """What a library user passes for a run from this noise (B, 16, h, w), checked. Raises RequestError."""
-    fits = latents.ndim == 4 and latents.shape[-2:] == noise.shape[-2:] and len(latents) in (1, len(noise))
-    if not fits:
+    path, latents, scale = vars(Control(*given)).values()
+    file = ControlFile.of(path)
+    file.check(dit)
+    if latents.ndim != 4 or latents.shape[-2:] != noise.shape[-2:] or len(latents) not in (1, len(noise)):
         wanted = f"(1 or {len(noise)}, channels, {noise.shape[-2]}, {noise.shape[-1]})"
         text = f"control latents {tuple(latents.shape)} of {file.name} should be {wanted}"
         raise RequestError(text, fields=("control",))
-    return ControlInput(file, widened(latents, file), Control.check_scale(scale))
+    return ControlInput(file, widened(latents, file), scale)
 
 
 def inpainting_channels(mask: Tensor, masked: Tensor) -> Tensor:
@@ -118,22 +120,17 @@ def widened(latents: Tensor, file: ControlFile, rest: Tensor | None = None) -> T
     lacking = file.config.control_in_dim - latents.shape[1]
     if not lacking:
         return latents
-    if not reads_mask(file) or latents.shape[1] != (file.config.control_in_dim - 1) // 2:
+    if not file.reads_mask or latents.shape[1] != (file.config.control_in_dim - 1) // 2:
         text = f"control latents {tuple(latents.shape)} do not fit {file.name}, which reads {file.config.control_in_dim}"
         raise RequestError(f"{text} channels", fields=("control",))
     zeros = latents.new_zeros(1, lacking, *latents.shape[-2:])
     return torch.cat((latents, (zeros if rest is None else rest).expand(len(latents), -1, -1, -1)), dim=1)
 
 
-def reads_mask(file: ControlFile) -> bool:
-    """Whether a control file also reads a mask and the masked picture: all but the first version's."""
-    return bool(file.config.control_in_dim % 2)
-
-
 def starts_from_noise(request: Request) -> bool:
     """Whether an inpainting run is diffusers': from noise alone, where only the ControlNet knows the picture."""
     masked = request.mask is not None and request.control_flow == "diffusers"
-    return masked and any(reads_mask(control.model) for control in request.control or ())
+    return masked and any(control.model.reads_mask for control in request.control or ())
 
 
 def _distinct(request: Request) -> list[Control]:

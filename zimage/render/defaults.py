@@ -5,12 +5,12 @@ from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
-from zimage.loading.registry import DIT, VAE
-from zimage.pictures.image import InputPicture, nearest_side, open_image, open_mask
+from zimage.loading.registry import VAE
+from zimage.pictures.image import InputPicture, nearest_side
+from zimage.render import attached
 from zimage.render.conditioning import ChatParts
-from zimage.settings.declared import STRENGTH, Request
+from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
-from zimage.text.embeddings import Embeddings
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -19,7 +19,7 @@ USUAL_SIDE = 1024
 def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, Any]:
     """Everything that a request leaves open but `tile_mode`, its files opened. Raises RequestError, CheckpointError."""
     guidance = either(request.guidance, 4.0 if is_base(model) else 0.0)
-    attachments = _opened(request, model)
+    attachments = attached.opened(request, model)
     width, height = _size(request, model, attachments["image"])
     return {
         **parts._asdict(),
@@ -32,6 +32,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, A
         "shift": find_shift(model, request.shift),
         "seed": either(request.seed, secrets.randbelow(2**32)),
         "strength": _strength(request),
+        "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
 
@@ -55,16 +56,6 @@ def find_shift(model: ModelFiles, given: float | None) -> float:
 def usual_side(model: ModelFiles) -> int:
     """Width and height in pixels of a picture of no given size."""
     return min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
-
-
-def _opened(request: Request, model: ModelFiles) -> dict[str, Any]:
-    image, mask, embeddings = request.image, request.mask, request.embeddings
-    width = model.config(DIT).cap_feat_dim
-    return {
-        "image": None if image is None else InputPicture.of(image, open_image),
-        "mask": None if mask is None else InputPicture.of(mask, open_mask),
-        "embeddings": None if embeddings is None else Embeddings.of(embeddings, width),
-    }
 
 
 def _size(request: Request, model: ModelFiles, image: InputPicture | None) -> tuple[int, int]:

@@ -12,27 +12,24 @@ from typing import Any, NamedTuple
 
 from zimage import flow
 from zimage.errors import RequestError
-from zimage.loading.controls import ControlFiles, Controls, weight_bytes
+from zimage.loading.controls import ControlFiles, weight_bytes
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
-from zimage.pictures.image import InputPicture, first_pass_size, open_image, open_mask
+from zimage.pictures.image import first_pass_size
+from zimage.render import attached
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
-from zimage.text.embeddings import Embeddings
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
 DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
-OPENERS = {"image": open_image, "mask": open_mask}
-ATTACHED = (*OPENERS, "embeddings")
-ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
     "request": dict[str, Any],
@@ -97,7 +94,7 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them: pictures and embeddings by the hash of their content, and by path."""
         return {
-            "request": {**self.request.to_mapping(), **{n: _pointed(x) for n, x in _attachments(self.request).items()}},
+            "request": {**self.request.to_mapping(), **attached.pointed(self.request)},
             "texts": list(self.texts),
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
@@ -119,7 +116,7 @@ class Job:
         if fault := job_mistake(plain):
             raise RequestError(f"these values are not a job ({fault}); pass what Job.to_dict returned")
         values = {name: value for name, value in plain["request"].items() if value is not None}
-        opened = {n: _opened(n, values[n], attachments or {}) for n in ATTACHED if n in values}
+        opened = attached.reopened(values, attachments or {})
         return cls(
             Request.from_mapping({**values, **opened}),
             tuple(plain["texts"]),
@@ -146,10 +143,8 @@ def job_mistake(plain: Plain) -> str:
     """What of plain values is not as `Job.to_dict` returns them, in words; empty where they are."""
     if fault := mistake(plain, JOB, "job"):
         return fault
-    for name in ATTACHED:
-        value = plain["request"].get(name)
-        if value is not None and (fault := mistake(value, ATTACHMENT, f"job.request.{name}")):
-            return fault
+    if fault := attached.fault(plain["request"]):
+        return fault
     missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
     empty = [name for name in ("texts", "passes", "sigmas", "seeds") if not plain[name]]
     return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
@@ -161,7 +156,6 @@ def decide(
     texts: Texts,
     planner: Planner,
     loras: Adapters,
-    controls: Controls,
     loaded: Mapping[str, int],
     facts: Mapping[str, str],
     must_fit: bool,
@@ -171,7 +165,7 @@ def decide(
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values = filled(request, model, parts, controls)
+    values = filled(request, model, parts)
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
@@ -183,6 +177,8 @@ def decide(
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
     files = [control.model for control in values["control"] or ()]
+    for file in files:
+        file.check(planner.sizes[DIT])
     work = Workload(
         width,
         height,
@@ -191,7 +187,7 @@ def decide(
         request.tile_mode or "",
         request.tile_size or 0,
         loras=beside,
-        controls=weight_bytes(files),
+        controls=weight_bytes(files, planner.sizes[DIT]),
         control_streams=len(files),
     )
     plan = planner.plan(work, loaded)
@@ -214,25 +210,3 @@ def control_files(request: Request) -> ControlFiles:
 def first_pass(job: Job) -> Job:
     """The first pass of a job in two passes, as a job of its own."""
     return dataclasses.replace(job, passes=job.passes[:1])
-
-
-def _attachments(request: Request) -> dict[str, Any]:
-    found = {name: getattr(request, name) for name in ATTACHED}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _pointed(attachment: InputPicture | Embeddings) -> dict[str, str]:
-    return {**attachment.describe(), "path": attachment.path}
-
-
-def _opened(name: str, described: Mapping[str, str], attachments: Mapping[str, Any]) -> Any:
-    given = attachments.get(described["hash"], described["path"])
-    if isinstance(given, str) and not given:
-        raise RequestError(
-            f"{name} {described['name']!r} was given as an object; pass it as attachments={{{described['hash']!r}: …}}",
-            fields=(name,),
-        )
-    found = Embeddings.of(given) if name == "embeddings" else InputPicture.of(given, OPENERS[name])
-    if found.hash != described["hash"]:
-        raise RequestError(f"{name} {given} is not the file that the job was prepared with", fields=(name,))
-    return found

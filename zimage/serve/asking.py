@@ -19,7 +19,8 @@ from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
 from zimage.settings.serving import ServeSettings
 
 ATTACHMENTS = tuple(f.name for f, _ in fields(Request) if f.metadata["attachment"])
-REQUEST = tuple(name for name in Request.names() if name not in ATTACHMENTS)
+CONDITIONS = tuple(f.name for f, _ in fields(Request) if f.metadata["condition"])  # these would name paths
+REQUEST = tuple(name for name in Request.names() if name not in (*ATTACHMENTS, *CONDITIONS))
 OPERATORS = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # a request that sets these sends prompts elsewhere
 REWRITE = tuple(name for name in RewriteSettings.names() if name not in OPERATORS)
 LORA, WRITTEN = "lora", "max_tokens"

@@ -6,7 +6,7 @@ A declared field that is added appears in every body here, and so in OpenAPI, in
 from collections.abc import Mapping, Sequence
 
 from zimage.serve.about import About
-from zimage.serve.asking import ATTACHMENTS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
+from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain, Settings, json_schema
 from zimage.settings.serving import ServeSettings
@@ -74,7 +74,8 @@ def limits(settings: ServeSettings, token_limit: int) -> dict[str, int]:
 def drawing_schema(settings: ServeSettings) -> Schema:
     """JSON Schema of Request, with this server's limits and attachments as they come over the network."""
     schema = json_schema(Request)
-    fields = {**schema["properties"], **{name: attachment_schema(name) for name in ATTACHMENTS}}
+    fields = {name: field for name, field in schema["properties"].items() if name not in CONDITIONS}
+    fields |= {name: attachment_schema(name) for name in ATTACHMENTS}
     fields["steps"] = {**fields["steps"], "maximum": min(fields["steps"]["maximum"], settings.max_steps)}
     fields["images"] = {**fields["images"], "maximum": min(fields["images"]["maximum"], settings.max_images)}
     return {**schema, "properties": fields}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from zimage.errors import RequestError, quoted
+from zimage.settings.conditions import Control, Reference, split_number
 from zimage.settings.environment import ENCODER_TOKEN, REWRITER_KEY
-from zimage.settings.fields import Attachment, Settings, Weights, check_fields, setting
+from zimage.settings.fields import Attachment, Conditions, Settings, Weights, check_fields, setting
 
 
 class Bounds(TypedDict):
@@ -129,6 +130,14 @@ class Request(TextSettings):
         metavar="FILE",
         attachment=True,
     )
+    reference: Conditions = setting(
+        None,
+        "Picture that the prompt's caption is mixed with, and how much of it, from 0 to 1; repeat it to add several. "
+        "Default: none, and 0.3 of each.",
+        group="Text",
+        metavar=Reference.FORM,
+        condition=Reference,
+    )
     width: int | None = setting(
         None, "Width in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
     )
@@ -194,28 +203,36 @@ class Request(TextSettings):
         above=1,
         maximum=8,
     )
+    control: Conditions = setting(
+        None,
+        "ControlNet, a picture that it follows, and the scale of its hints; repeat it to add several. "
+        "Default: none, and a scale of 0.75.",
+        group="Picture",
+        metavar=Control.FORM,
+        condition=Control,
+    )
     control_start: float = setting(
         0.0,
         "Let ControlNets have a say from this fraction of the steps on; a step counts where it lies wholly between "
         "--control-start and --control-end.",
-        group="Control",
+        group="Picture",
         minimum=0,
         maximum=1,
     )
     control_end: float = setting(
-        1.0, "Let them have a say up to this fraction of the steps.", group="Control", minimum=0, maximum=1
+        1.0, "Let them have a say up to this fraction of the steps.", group="Picture", minimum=0, maximum=1
     )
     control_flow: str | None = setting(
         None,
         "Where control files of version 2 and later add along the noise refiner: to the DiT's own stream, as their "
         "publisher does, or to a copy, as diffusers does, which also inpaints from noise alone. Default: publisher.",
-        group="Control",
+        group="Picture",
         choices=CONTROL_FLOWS,
     )
     control_preprocess: str | None = setting(
         None,
         "Make control pictures first: canny draws the edges of each. Default: use them as they are.",
-        group="Control",
+        group="Picture",
         choices=CONTROL_PREPROCESS,
     )
     images: int = setting(1, "Images per prompt.", group="Picture", flag="-n", minimum=1, maximum=10_000)
@@ -554,12 +571,8 @@ def split_lora(text: str) -> tuple[str, float]:
 
 def split_scale(text: str) -> tuple[str, float]:
     """The same, whatever files there are."""
-    name, _, last = text.rpartition(":")
-    try:
-        scale = float(last)
-    except ValueError:
-        name = ""
-    if not name:
+    name, scale = split_number(text)
+    if scale is None:
         return text, 1.0
     check_lora_scale(scale)
     return name, scale

@@ -3,7 +3,8 @@
 Options, settings files and `json_schema` (server, forms) are all made from these declarations.
 
 A value may be a str, int, float or bool, a list of these, a mapping of whole numbers to numbers (`Weights`), or an
-attachment: a picture, a mask or embeddings, given as a path or as an object. No torch here: `--help` must be quick.
+attachment: a picture, a mask or embeddings, given as a path or as an object; or a list of conditions, which are
+pictures with what belongs to them (`settings.conditions`). No torch here: `--help` must be quick.
 """
 
 import dataclasses
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TypeAlias, TypeVar
 
 from zimage.errors import RequestError, quoted
+from zimage.settings.conditions import MOST_CONDITIONS, Condition
 
 T = TypeVar("T")
 Weights = dict[int, float]
 Hint: TypeAlias = Any  # a type, or a union of types, as a field is annotated with it
 Plain: TypeAlias = Any  # a plain value, as JSON and TOML hold it
 Attachment: TypeAlias = Any  # a picture, a mask or embeddings: a path or an object
+Conditions: TypeAlias = list[Any] | None  # each in any form that its class parses
 Field: TypeAlias = "dataclasses.Field[Plain | Attachment]"
 MAX_WEIGHT = 1e6
 LONGEST_WORD = 80  # characters of a name that may have been mistyped
@@ -53,6 +56,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     longest: int | None = None,
     attachment: bool = False,
+    condition: type[Condition] | None = None,
     path: bool = False,
     per_call: bool = False,
 ) -> Any:
@@ -60,11 +64,12 @@ def setting(
 
     `path`: it names files or folders, which are relative to the settings file that they stand in. `per_call`: it
     belongs to a single call, as attachments do, and may not stand in a settings file. `longest` counts the characters
-    of a text.
+    of a text. `condition`: the class of each item of a list of conditions.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "multiple": multiple, "longest": longest}
     shown = {"help": help, "group": group, "flag": flag, "metavar": metavar, "choices": choices}
-    kind = {"env": env, "attachment": attachment, "path": path, "per_call": per_call or attachment}
+    kind = {"env": env, "attachment": attachment, "condition": condition, "path": path}
+    kind["per_call"] = per_call or attachment or condition is not None
     return dataclasses.field(default=default, metadata={**shown, **kind, **bounds})
 
 
@@ -96,7 +101,7 @@ class Settings:
     def to_mapping(self) -> dict[str, Plain]:
         """Plain values, as JSON holds them; an attachment becomes its name and the hash of its contents."""
         return {
-            field.name: _described(value) if field.metadata["attachment"] else as_plain(value)
+            field.name: _plain(field, value)
             for field in dataclasses.fields(self)
             for value in [getattr(self, field.name)]
         }
@@ -177,7 +182,7 @@ def _schema(field: Field, accepted: Hint) -> dict[str, Plain]:
         enum = {"enum": [*forms[0]["enum"], None]} if "enum" in forms[0] else {}
         forms[0] = {**forms[0], **enum, "type": [forms[0]["type"], "null"]}
     shape = forms[0] if len(forms) == 1 else {"anyOf": forms}
-    marks = {"x-attachment": m["attachment"], "x-per-call": m["per_call"]}
+    marks = {"x-attachment": m["attachment"], "x-condition": bool(m["condition"]), "x-per-call": m["per_call"]}
     shown = {"default": as_plain(field.default), "description": m["help"], "x-group": m["group"]}
     return {**shape, **shown, **{mark: True for mark, holds in marks.items() if holds}}
 
@@ -186,6 +191,8 @@ def _forms(m: Mapping[str, Plain], accepted: Hint) -> list[dict[str, Plain]]:
     """The schema of each form that a value may have, None aside."""
     if m["attachment"]:
         return [{"type": "string"}]
+    if m["condition"]:
+        return [{"type": "array", "items": {"type": "string"}, "maxItems": MOST_CONDITIONS}]
     if Weights in _members(accepted):
         weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
         layers = {"propertyNames": {"pattern": r"^-\d+$"}, "additionalProperties": weight, "minProperties": 1}
@@ -219,6 +226,14 @@ def as_plain(value: Plain) -> Plain:
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
+def _plain(field: Field, value: Plain | Attachment) -> Plain:
+    if field.metadata["attachment"]:
+        return _described(value)
+    if value is not None and (condition := field.metadata["condition"]):
+        return [condition.parse(item).describe() for item in value]
+    return as_plain(value)
+
+
 def _described(attachment: Attachment) -> Plain:
     """What an attachment is, without its folder."""
     if attachment is None or hasattr(attachment, "describe"):
@@ -236,6 +251,9 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
         if isinstance(value, NO_ATTACHMENT):
             raise _mistyped(field.name, value, "the path of a file")
         return
+    if condition := field.metadata["condition"]:
+        _check_conditions(field.name, condition, value)
+        return
     if Weights in _members(accepted):
         _check_weights(field.name, value)
         return
@@ -244,6 +262,15 @@ def _check(field: Field, accepted: Hint, value: object) -> None:
         raise _mistyped(field.name, value, "a list")
     for item in [value] if items is None else items:
         _check_scalar(field, _scalar_types(accepted), item)
+
+
+def _check_conditions(name: str, condition: type[Condition], value: object) -> None:
+    if not isinstance(value, list):
+        raise _mistyped(name, value, f"a list of {condition.FORM}")
+    if not 1 <= len(value) <= MOST_CONDITIONS:
+        raise _fault(name, f": {len(value)} were passed; pass 1 to {MOST_CONDITIONS}, or leave it out")
+    for item in value:
+        condition.parse(item)
 
 
 def _check_weights(name: str, value: object) -> None:

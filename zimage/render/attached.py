@@ -1,0 +1,128 @@
+"""The files that a request names: opened when it is prepared, plain values in a job, opened again from these.
+
+Attachments are one file each; conditions are lists of files with a number (`settings.conditions`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from zimage.errors import RequestError
+from zimage.loading.controls import ControlFile
+from zimage.loading.files import ModelFiles
+from zimage.loading.registry import DIT
+from zimage.pictures.image import InputPicture, open_image, open_mask
+from zimage.settings.conditions import Condition, Control, Reference, names_of
+from zimage.settings.declared import Request
+from zimage.settings.fields import Hint, Plain
+from zimage.settings.plain import mistake
+from zimage.text.embeddings import Embeddings
+
+Opener = Callable[[Any], Any]
+
+
+def open_picture(given: Any) -> InputPicture:
+    return InputPicture.of(given, open_image)
+
+
+# Each has a name, the hash of its content and, unless it was passed as an object, a path.
+ATTACHMENTS: dict[str, Opener] = {
+    "image": open_picture,
+    "mask": lambda given: InputPicture.of(given, open_mask),
+    "embeddings": Embeddings.of,
+}
+CONDITIONS: dict[str, type[Condition]] = {kind.FIELD: kind for kind in (Reference, Control)}
+FILES: dict[tuple[str, str], Opener] = {
+    (Reference.FIELD, "picture"): open_picture,
+    (Control.FIELD, "picture"): open_picture,
+    (Control.FIELD, "model"): ControlFile.of,
+}
+ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}  # for `mistake`
+
+
+def opened(request: Request, model: ModelFiles) -> dict[str, Any]:
+    """The request's attachments and conditions with their files opened, by field. Raises RequestError."""
+    embeddings, width = request.embeddings, model.config(DIT).cap_feat_dim
+    found = {name: getattr(request, name) for name in ATTACHMENTS if name != "embeddings"}
+    files = {name: None if given is None else ATTACHMENTS[name](given) for name, given in found.items()}
+    files["embeddings"] = None if embeddings is None else Embeddings.of(embeddings, width)
+    return files | {name: _opened_all(kind, getattr(request, name)) for name, kind in CONDITIONS.items()}
+
+
+def pointed(request: Request) -> dict[str, Any]:
+    """The opened files of a request as plain values, from which `reopened` finds them again."""
+    files = {name: value for name in ATTACHMENTS if (value := getattr(request, name)) is not None}
+    listed = {name: value for name in CONDITIONS if (value := getattr(request, name)) is not None}
+    return {name: {**file.describe(), "path": file.path} for name, file in files.items()} | {
+        name: [condition.point() for condition in conditions] for name, conditions in listed.items()
+    }
+
+
+def reopened(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `pointed`: what is `given` by its hash, and all else from its path, if its content is the same.
+
+    Raises RequestError or CheckpointError.
+    """
+    files = {name: _found(name, opener, values[name], given) for name, opener in ATTACHMENTS.items() if name in values}
+    listed = {name: kind for name, kind in CONDITIONS.items() if name in values}
+    return files | {name: [_again(kind, one, given) for one in values[name]] for name, kind in listed.items()}
+
+
+def fault(request: Plain) -> str:
+    """What of a job's request is not as `pointed` returns it, in words; empty where it is."""
+    return next(filter(None, _faults(request)), "")
+
+
+def _faults(request: Plain) -> Iterator[str]:
+    for name in (*ATTACHMENTS, *CONDITIONS):
+        value, place = request.get(name), f"job.request.{name}"
+        if value is None:
+            continue
+        if name in ATTACHMENTS:
+            yield mistake(value, ATTACHMENT, place)
+        elif not isinstance(value, list):
+            yield f"{place} should be a list"
+        else:
+            yield from (mistake(one, _hints(CONDITIONS[name]), f"{place}[{i}]") for i, one in enumerate(value))
+
+
+def _hints(kind: type[Condition]) -> dict[str, Hint]:
+    numbers = [name for name in names_of(kind) if name not in kind.FILES]
+    texts = [f"{role}{part}" for role in kind.FILES for part in ("", "_name", "_hash")]
+    return dict.fromkeys(texts, str) | dict.fromkeys(numbers, float)
+
+
+def _opened_all(kind: type[Condition], given: list[Any] | None) -> list[Condition] | None:
+    return None if given is None else [_with_files(kind.parse(one), {}) for one in given]
+
+
+def _with_files(condition: Condition, files: Mapping[str, Any]) -> Condition:
+    """A condition whose files are these, or its own opened."""
+    values = {name: getattr(condition, name) for name in names_of(type(condition))}
+    own = {role: FILES[condition.FIELD, role](values[role]) for role in condition.FILES if role not in files}
+    return type(condition)(**{**values, **own, **files})
+
+
+def _again(kind: type[Condition], plain: Mapping[str, Any], given: Mapping[str, Any]) -> Condition:
+    files = {
+        role: _found(
+            kind.FIELD,
+            FILES[kind.FIELD, role],
+            {"path": plain[role], "name": plain[f"{role}_name"], "hash": plain[f"{role}_hash"]},
+            given,
+        )
+        for role in kind.FILES
+    }
+    return _with_files(kind.parse({**plain, **files}), files)
+
+
+def _found(name: str, opener: Opener, described: Mapping[str, str], given: Mapping[str, Any]) -> Any:
+    source = given.get(described["hash"], described["path"])
+    if isinstance(source, str) and not source:
+        raise RequestError(
+            f"{name} {described['name']!r} was given as an object; pass it as attachments={{{described['hash']!r}: …}}",
+            fields=(name,),
+        )
+    found = opener(source)
+    if found.hash != described["hash"]:
+        raise RequestError(f"{name} {source} is not the file that the job was prepared with", fields=(name,))
+    return found
