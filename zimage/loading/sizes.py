@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from zimage.dit.model import ZImageDiT, ZImageDiTConfig, padded_length
+from zimage.dit.model import ZImageDiT, ZImageDiTConfig
+from zimage.dit.patch import padded_length
 from zimage.dit.replay import most_tokens
 from zimage.kernels import backend
 from zimage.kernels.scaled_product import LEAST_CAPABILITY
