@@ -60,8 +60,8 @@ class Steering(NamedTuple):
 
     @classmethod
     def of(cls, request: Request, inputs: Sequence[ControlInput], first: int) -> "Steering":
-        assert request.control_flow is not None  # it is prepared
-        return cls(inputs, request.control_start, request.control_end, request.control_flow, first)
+        kind: Flow = "diffusers" if request.control_flow == "diffusers" else "publisher"
+        return cls(inputs, request.control_start, request.control_end, kind, first)
 
     def has_say(self, step: int, steps: int) -> bool:
         """In step number `step` of a schedule of `steps`."""
