@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from zimage.dit.control import ControlNetConfig, check_dtype
+from zimage.dit.control import ControlNet, ControlNetConfig, check_dtype
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.lora import content_hash
@@ -78,9 +76,11 @@ class ControlFile:
         """Its bytes in the form in which the DiT is held."""
         return measure(self.component, dit.device, dit.dtype, dit.widen_late, dit.precision)
 
-    def load(self, dit: ComponentSizes) -> nn.Module:
+    def load(self, dit: ComponentSizes) -> ControlNet:
         """The module with its weights in that form; on a CPU their pages are read when they are used."""
-        return self.component.load(dit.device, dit.dtype, dit.widen_late, (), dit.precision)
+        net = self.component.load(dit.device, dit.dtype, dit.widen_late, (), dit.precision)
+        assert isinstance(net, ControlNet)
+        return net
 
     def check(self, dit: ComponentSizes) -> None:
         """Raise CheckpointError unless it fits the DiT that its blocks run beside, RequestError for a dtype."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from zimage import interrupts
+from zimage.dit.control import ControlNet
 from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch
@@ -48,7 +49,7 @@ class _Loaded:
     copied: int  # bytes that letting it go returns on a CPU
     adapters: Adapters = ()
     ahead: Prefetch | None = None
-    controls: dict[ControlFile, nn.Module] = field(default_factory=dict)  # beside a DiT
+    controls: dict[ControlFile, ControlNet] = field(default_factory=dict)  # beside a DiT
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -100,9 +101,7 @@ class Residency:
         return {name: self._returned(name, held) for name, held in dict(self._held).items()}
 
     @contextmanager
-    def use(
-        self, name: str, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()
-    ) -> Iterator[Any]:
+    def use(self, name: str, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()) -> Iterator[Any]:
         """A component for one piece of work, loaded by `plan`; its device is held during it.
 
         A DiT has these `adapters`, and the modules of these `controls` beside it: see `control`.
@@ -121,7 +120,7 @@ class Residency:
         """The component's device for one piece of work on a module that the caller has in hand."""
         return self._devices[self.places[name].device]
 
-    def control(self, file: ControlFile) -> nn.Module:
+    def control(self, file: ControlFile) -> ControlNet:
         """The module of a control file, inside `use` of the DiT with it."""
         return self._held[DIT].controls[file]
 
@@ -232,7 +231,7 @@ class Residency:
         if extra:
             release_cached(device)
 
-    def _prepared_control(self, file: ControlFile) -> nn.Module:
+    def _prepared_control(self, file: ControlFile) -> ControlNet:
         """Load a ControlNet and transform it as the DiT is."""
         log.debug("loading control %s", file.name)
         with out_of_memory_in(f"{ROWS[CONTROL].title} {file.name}"):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from zimage import flow
 from zimage.dit.control import Controlled, Flow
 from zimage.dit.model import ZImageDiT
 from zimage.errors import RequestError
@@ -46,27 +47,18 @@ GivenControl = tuple[str | os.PathLike[str], Tensor] | tuple[str | os.PathLike[s
 
 
 class Steering(NamedTuple):
-    """ControlNets over a run that begins with step `first`.
-
-    They have a say in the steps that lie wholly between two fractions of those that run, as in diffusers: in step k of
-    n, counted from 0, where start ≤ k/n and (k + 1)/n ≤ end. `flow` is as `zimage.dit.control` has it.
-    """
+    """ControlNets over a run that begins with step `first`; `start` and `end` are those of `flow.steps_between`."""
 
     inputs: Sequence[ControlInput] = ()
     start: float = 0.0
     end: float = 1.0
-    flow: Flow = "publisher"
+    kind: Flow = "publisher"
     first: int = 0
 
     @classmethod
     def of(cls, request: Request, inputs: Sequence[ControlInput], first: int) -> "Steering":
         kind: Flow = "diffusers" if request.control_flow == "diffusers" else "publisher"
         return cls(inputs, request.control_start, request.control_end, kind, first)
-
-    def has_say(self, step: int, steps: int) -> bool:
-        """In step number `step` of a schedule of `steps`."""
-        k, n = step - self.first, steps - self.first
-        return self.start <= k / n and (k + 1) / n <= self.end
 
 
 NOTHING = Steering()
@@ -121,16 +113,12 @@ def widened(latents: Tensor, file: ControlFile, rest: Tensor | None = None) -> T
     if not lacking:
         return latents
     if not file.reads_mask or latents.shape[1] != (file.config.control_in_dim - 1) // 2:
-        text = f"control latents {tuple(latents.shape)} do not fit {file.name}, which reads {file.config.control_in_dim}"
+        text = (
+            f"control latents {tuple(latents.shape)} do not fit {file.name}, which reads {file.config.control_in_dim}"
+        )
         raise RequestError(f"{text} channels", fields=("control",))
     zeros = latents.new_zeros(1, lacking, *latents.shape[-2:])
     return torch.cat((latents, (zeros if rest is None else rest).expand(len(latents), -1, -1, -1)), dim=1)
-
-
-def starts_from_noise(request: Request) -> bool:
-    """Whether an inpainting run is diffusers': from noise alone, where only the ControlNet knows the picture."""
-    masked = request.mask is not None and request.control_flow == "diffusers"
-    return masked and any(control.model.reads_mask for control in request.control or ())
 
 
 def _distinct(request: Request) -> list[Control]:
@@ -151,7 +139,8 @@ class Beside:
 
     def __init__(self, steering: Steering, residency: Residency, dit: ZImageDiT, sigmas: Tensor):
         """`sigmas` (steps,) are those of every step. The DiT must be in use, with the files."""
-        self._steering, self._residency, self._steps = steering, residency, len(sigmas)
+        self._steering, self._residency = steering, residency
+        self._steps = flow.steps_between(steering.first, len(sigmas), steering.start, steering.end)
         nets = [residency.control(one.file) for one in steering.inputs]
         time = dit.time(sigmas) if nets else sigmas
         self._modulations = [net.modulate(time) for net in nets]
@@ -159,9 +148,9 @@ class Beside:
 
     def step(self, i: int) -> list[Controlled]:
         """Those that have a say in step `i`. Only for while the DiT is in use: the modules may be others later."""
-        if not self._steering.has_say(i, self._steps):
+        if i not in self._steps:
             return []
         return [
-            Controlled(self._residency.control(one.file), tokens, modulation.step(i), one.scale, self._steering.flow)
+            Controlled(self._residency.control(one.file), tokens, modulation.step(i), one.scale, self._steering.kind)
             for one, tokens, modulation in zip(self._steering.inputs, self._tokens, self._modulations, strict=True)
         ]

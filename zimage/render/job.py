@@ -198,6 +198,7 @@ def decide(
         small = first_pass_size(width, height, request.hires)
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
+    _check_control(complete, len(passes))
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
     return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
 
@@ -205,6 +206,28 @@ def decide(
 def control_files(request: Request) -> ControlFiles:
     """The files of a prepared request's controls, one for each."""
     return tuple(control.model for control in request.control or ())
+
+
+def starts_from_noise(request: Request) -> bool:
+    """Whether an inpainting run is diffusers': from noise alone, where only the ControlNet knows the picture."""
+    masked = request.mask is not None and request.control_flow == "diffusers"
+    return masked and any(file.reads_mask for file in control_files(request))
+
+
+def _check_control(request: Request, passes: int) -> None:
+    """Raise RequestError for a prepared request whose controls could have no say, or whose strength could not."""
+    if starts_from_noise(request) and request.strength != 1:
+        text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
+        raise RequestError(text, fields=("strength", "control_flow"))
+    steps, start, end = request.steps or 1, request.control_start, request.control_end
+    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
+    begins = [0, first][-passes:]
+    if request.control and not any(flow.steps_between(begin, steps, start, end) for begin in begins):
+        n = steps - first
+        text = (
+            f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
+        )
+        raise RequestError(text, fields=("control_start", "control_end"))
 
 
 def first_pass(job: Job) -> Job:

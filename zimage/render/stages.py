@@ -32,8 +32,8 @@ from zimage.loading.weights import finite
 from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
 from zimage.render import controlling
 from zimage.render.conditioning import Encoder, Texts
-from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering, starts_from_noise
-from zimage.render.job import EMBEDDED, Job, first_pass
+from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
+from zimage.render.job import EMBEDDED, Job, first_pass, starts_from_noise
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
 
@@ -43,9 +43,7 @@ R = TypeVar("R")
 class Components:
     """The components of a pipeline as one job sees them: by its plan, with its adapters and control files."""
 
-    def __init__(
-        self, residency: Residency, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()
-    ):
+    def __init__(self, residency: Residency, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()):
         self.residency, self.plan, self.adapters, self.controls = residency, plan, adapters, controls
 
     def use(self, name: str) -> AbstractContextManager[Any]:
