@@ -5,6 +5,7 @@ import itertools
 import control_nets
 import pytest
 import torch
+from control_formulas import Formula, Given
 from control_nets import DIT, FORMS
 from tiny import arguments, relative_error
 from torch import Tensor
@@ -93,3 +94,74 @@ def test_whole_runs_with_guidance(dit, form):
         velocities = (theirs(others, level, texts) for texts in (positive, negative))
         others = flow.euler_step(others, flow.guide(*velocities, 3.5, 0.0), sigma, following)
     assert relative_error(ours, others) <= RUN_TOLERANCE
+
+
+# ------------------------------------------------------------------ against formulas
+
+
+def given(form: str, scale: float, seed: int = 2, batch: int = 1) -> list[Given]:
+    """What the formula takes of a control, for each image of a batch."""
+    weights, pictures = (
+        control_nets.net(form, seed).state_dict(),
+        control_nets.control_latents(FORMS[form], batch, *SIZE),
+    )
+    return [Given(FORMS[form], weights, picture, scale) for picture in pictures]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_publishers_flow(dit, form):
+    """Two images of unequal captions; the formula takes each alone."""
+    sigma, (x, texts) = torch.tensor([0.7, 0.3]), (latents(), captions())
+    ours = evaluate(dit, x, sigma, texts, controlled(dit, form, sigma))
+    formula = Formula(DIT, dit.state_dict())
+    for i, one in enumerate(given(form, 0.8, batch=2)):
+        assert relative_error(ours[i], formula.velocity(x[i], float(sigma[i]), texts[i], [one])) <= TOLERANCE
+
+
+def test_controls_add_up(dit):
+    """Of different forms and scales, in any order."""
+    sigma, (x, texts) = torch.tensor([0.5]), (latents(1), captions((20,)))
+    controls = [controlled(dit, form, sigma, scale, seed=seed) for form, scale, seed in MANY]
+    want = Formula(DIT, dit.state_dict()).velocity(
+        x[0], 0.5, texts[0], [given(form, scale, seed)[0] for form, scale, seed in MANY]
+    )
+    for order in (controls, controls[::-1]):
+        assert relative_error(evaluate(dit, x, sigma, texts, *order)[0], want) <= TOLERANCE
+
+
+MANY = (("1.0", 0.5, 21), ("2.0", 0.3, 22), ("2.1", 0.7, 23))
+
+
+@pytest.mark.parametrize("kind", ["publisher", "diffusers"])
+@pytest.mark.parametrize("form", FORMS)
+def test_scale_0_gives_the_bits_without(dit, form, kind):
+    sigma, inputs = torch.tensor([0.7, 0.3]), (latents(), captions())
+    x, texts = inputs
+    silent = controlled(dit, form, sigma, 0.0, kind)
+    assert torch.equal(evaluate(dit, x, sigma, texts, silent), evaluate(dit, x, sigma, texts))
+    loud = controlled(dit, "1.0", sigma)
+    both, alone = evaluate(dit, x, sigma, texts, silent, loud), evaluate(dit, x, sigma, texts, loud)
+    assert torch.equal(both, alone)
+
+
+def test_the_flows_differ_in_the_refiners_hints_alone(dit):
+    """1.0 has none, and one flow."""
+    sigma, (x, texts) = torch.tensor([0.5]), (latents(1), captions((20,)))
+    for form in FORMS:
+        ours, theirs = (
+            evaluate(dit, x, sigma, texts, controlled(dit, form, sigma, kind=kind))
+            for kind in ("publisher", "diffusers")
+        )
+        assert torch.equal(ours, theirs) == (form == "1.0")
+
+
+def test_the_levels_of_a_run_are_those_of_its_steps(dit):
+    """Modulated once for all steps, as a run does, then taken one by one."""
+    sigmas, (x, texts) = torch.tensor([1.0, 0.6, 0.2]), (latents(1), captions((20,)))
+    run, modulation = controlled(dit, "2.1", sigmas), dit.modulate(sigmas)
+    run = run._replace(tokens=run.tokens[:1])
+    context = dit.context(dit.refine(texts), *SIZE)
+    for i in range(3):
+        alone = controlled(dit, "2.1", sigmas[i : i + 1])
+        want = dit.velocity(x, dit.modulate(sigmas[i : i + 1]), context, [alone._replace(tokens=run.tokens)])
+        assert relative_error(dit.velocity(x, modulation.step(i), context, [run.step(i)]), want) <= 1e-6

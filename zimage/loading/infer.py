@@ -7,14 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import Stored
-from zimage.loading.registry import DIT, TEXT_ENCODER, VAE
+from zimage.formats.stored import Maps, Stored
+from zimage.loading.registry import CONTROL, DIT, TEXT_ENCODER, VAE
+from zimage.nn.packed import is_packed
 
 NORM_GROUPS = 32
+CONTROLLED = 30  # layers of the published DiT, over which the published ControlNets are spread evenly
+CONTROL_COUNTS = (3, 6, 15)  # lite, 1.0, 2.0 and 2.1
+ROWS = 64  # of a matrix, read at a time
 HEAD_DIM = 128  # of the published DiT: the only one whose split over the axes is known
 ASSUMED = {
     DIT: "DiT from a loose file: RoPE θ 256 over axes of 32, 48 and 48, ε 1e-5, time scale 1000 are assumed",
     TEXT_ENCODER: "text encoder from a loose file: RoPE θ 1,000,000 and ε 1e-6 are assumed",
+    CONTROL: "ControlNet from a loose file: places spread evenly over 30 layers and ε 1e-5 are assumed",
     VAE: "VAE from a loose file: 32 groups, scaling 0.3611 and shift 0.1159 are assumed",
 }
 
@@ -43,8 +48,8 @@ class Shapes:
 
 
 def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> dict[str, object]:
-    """The config of "dit", "text_encoder" or "vae" with these canonical keys. Raises CheckpointError."""
-    return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae}[component](Shapes(file, entries))
+    """The config of a component with these canonical keys. Raises CheckpointError."""
+    return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae, CONTROL: _control}[component](Shapes(file, entries))
 
 
 def _dit(shapes: Shapes) -> dict[str, object]:
@@ -105,6 +110,62 @@ def _vae(shapes: Shapes) -> dict[str, object]:
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     }
+
+
+def _control(shapes: Shapes) -> dict[str, object]:
+    head_dim = shapes.side("control_layers.0.attention.norm_q.weight", 0, axes=1, multiple=2)
+    embedder, refiner = "control_all_x_embedder.2-1.weight", _control_refiner(shapes)
+    dim = shapes.side(embedder, 0, axes=2, multiple=head_dim)
+    shared = refiner == "control_layers"
+    return {
+        "_class_name": "ZImageControlNetModel",
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "n_kv_heads": dim // head_dim,
+        "norm_eps": 1e-5,
+        "n_refiner_layers": 2 if shared else _count(shapes, "control_noise_refiner."),
+        "control_in_dim": shapes.side(embedder, 1, axes=2, multiple=LATENT_PATCH) // LATENT_PATCH,
+        "control_layers_places": _control_places(shapes),
+        "control_refiner_layers_places": [0, 1] if refiner else [],
+        "add_control_noise_refiner": refiner,
+    }
+
+
+def _control_refiner(shapes: Shapes) -> str | None:
+    """Which blocks give hints to the noise refiner.
+
+    None of 1.0's: they have no projections. 2.0 was published with a refiner that was never trained, whose projections
+    are still zeros: its joint blocks stand in for it.
+    """
+    if not any(key.startswith("control_noise_refiner.") for key in shapes.entries):
+        return "control_layers"
+    projection = shapes.entries.get("control_noise_refiner.0.before_proj.weight")
+    if projection is None:
+        return None
+    return "control_layers" if _is_zero(projection) else "control_noise_refiner"
+
+
+def _is_zero(matrix: Stored) -> bool:
+    """Whether all values are zeros: a few rows at a time, so that most files are read no further than the first."""
+    if not matrix.is_number or len(matrix.shape) != 2:
+        return False  # which the check of its kind and shape reports
+    values = matrix.read(Maps())
+    for i in range(0, matrix.shape[0], ROWS):
+        end = min(i + ROWS, matrix.shape[0])
+        rows = values.rows(i, end).decode() if is_packed(values) else values[i:end].float()
+        if rows.any():
+            return False
+    return True
+
+
+def _control_places(shapes: Shapes) -> list[int]:
+    count = _count(shapes, "control_layers.")
+    if count not in CONTROL_COUNTS:
+        raise CheckpointError(
+            f"{shapes.file}: {count} control layers; a loose file does not say to which layers of the DiT they belong "
+            f"({', '.join(map(str, CONTROL_COUNTS))} are known): use a folder with its config.json"
+        )
+    return list(range(0, CONTROLLED, CONTROLLED // count))
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

@@ -14,11 +14,20 @@ from torch import nn
 from zimage.dit import ContextRefiner, ControlNet, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes, dit_reads, text_encoder_bytes, text_encoder_reads, vae_bytes, vae_reads
+from zimage.loading.sizes import (
+    control_bytes,
+    dit_bytes,
+    dit_reads,
+    text_encoder_bytes,
+    text_encoder_reads,
+    vae_bytes,
+    vae_reads,
+)
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
-TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER, CONTROL = "text_encoder", "dit", "vae", "context_refiner", "control"
+TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
+CONTROL = "control"
 Model = Qwen3 | ZImageDiT | ContextRefiner | ControlNet | AutoencoderKL | AutoencoderKLWan
 
 
@@ -68,16 +77,7 @@ ROWS: dict[str, Row] = {
             inside=DIT,
             in_half=True,
         ),
-        Row(
-            CONTROL,
-            "ControlNet",
-            "controlnet",
-            {"": ControlNet},
-            nn.Module.parameters,
-            dit_bytes,
-            optional=True,
-            transformed=True,
-        ),
+        Row(CONTROL, "ControlNet", "controlnet", {"": ControlNet}, dit_reads, control_bytes, optional=True),
     )
 }
 REQUIRED = tuple(row.name for row in ROWS.values() if not row.optional)  # in the order in which a render needs them

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from zimage.dit.control import ControlNet, ControlNetConfig
 from zimage.dit.model import ZImageDiT, ZImageDiTConfig
 from zimage.dit.patch import padded_length
 from zimage.dit.replay import most_tokens
@@ -62,6 +63,11 @@ def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, devic
     """
     maps = 2 * _hidden(config) + (8 + CONTROL_MAPS * work.control_streams) * config.dim
     return _dit_tokens(work) * maps * dtype.itemsize
+
+
+def control_bytes(config: ControlNetConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """What a control needs in an evaluation besides the DiT's: its tokens, its stream c, and the DiT's that waits."""
+    return _dit_tokens(work) * 3 * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
@@ -131,11 +137,14 @@ def text_encoder_reads(encoder: nn.Module) -> Iterator[nn.Parameter]:
         yield from layer.parameters()
 
 
+BLOCKS = ("noise_refiner.", "layers.", "control_noise_refiner.", "control_layers.")
+
+
 def dit_reads(dit: nn.Module) -> Iterator[nn.Parameter]:
-    """What denoising reads, in its order: `modulate` comes before the blocks."""
+    """What denoising reads of a DiT or a ControlNet, in its order: `modulate` comes before the blocks."""
     blocks = []
     for name, weight in dit.named_parameters():
-        if name.startswith(("noise_refiner.", "layers.")) and "adaLN" not in name:
+        if name.startswith(BLOCKS) and "adaLN" not in name:
             blocks.append(weight)
         else:
             yield weight
@@ -343,7 +352,7 @@ def _block_names(component: Sized) -> Iterator[list[str]]:
 
 def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Half-precision products on a CPU repack a matrix each time; convolutions do not."""
-    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | ZImageDiT)
+    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | ZImageDiT | ControlNet)
     return _largest_matrix(model) * 2 if half else 0
 
 
