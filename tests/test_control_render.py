@@ -1,9 +1,13 @@
 """Renders with ControlNets: against diffusers' two pipelines, step by step, in memory, by their files."""
 
+import dataclasses
 import json
+import shutil
+import sys
 
 import control_nets
 import lora_files
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,8 +19,12 @@ from tiny import relative_error
 import zimage
 from zimage import flow
 from zimage.dit import ZImageDiT
-from zimage.errors import RequestError
+from zimage.errors import CheckpointError, RequestError
+from zimage.loading import controls
 from zimage.loading.controls import ControlFile
+from zimage.nn.layers import WideningLinear
+from zimage.nn.quant import QuantisedLinear
+from zimage.pictures.canny import canny
 from zimage.pictures.image import from_pil, mask_tensor
 from zimage.render import controlling
 from zimage.render.state import RenderState
@@ -196,17 +204,18 @@ def test_a_say_in_no_step_after_the_first_leaves_the_first_steps_as_they_were(pi
     ("settings", "words"),
     [
         ({"control_start": 0.5, "control_end": 0.5}, "control_start 0.5 must be below the control_end 0.5"),
-        ({"control_start": 0.3, "control_end": 0.4}, "holds none of the 4 steps whole; each is 1/4"),
-        ({"control_end": 0.2}, "control_start 0 to control_end 0.2 holds none"),
+        ({"control_start": 0.3, "control_end": 0.4}, "hold none of the 4 steps whole; each is 1/4"),
+        ({"control_end": 0.2}, "control_start 0 and control_end 0.2 hold none"),
         ({"control": None, "control_end": 0.5}, "control_end: it has no effect without a control file"),
         ({"control": None, "control_flow": "diffusers"}, "control_flow: it has no effect without a control file"),
         ({"control": None, "control_preprocess": "canny"}, "control_preprocess: it has no effect"),
-        ({"control": [("nowhere", "pose.png")]}, "pose.png"),
+        ({"control": [("nowhere", RED)]}, "it does not exist; pass a file"),
+        ({"control": [(RED, RED)]}, "it should be the path of one"),
     ],
 )
 def test_what_cannot_be_is_one_line(pipe, files, settings, words):
     given = {"control": [(files["2.1"], picture(*SIZE))], **settings}
-    with pytest.raises(RequestError, match=words) as caught:
+    with pytest.raises((RequestError, CheckpointError), match=words) as caught:
         pipe.prepare(zimage.Request("a", seed=1, steps=4, **given))
     assert caught.value.fields
 
@@ -275,9 +284,7 @@ def test_the_mask_is_read_by_all_but_the_first_version(pipe, files):
     image, mask = picture(*SIZE, seed=1), grey_mask(*SIZE)
     for form in ("1.0", "2.1"):
         file = ControlFile.of(files[form])
-        job = pipe.prepare(
-            zimage.Request("a", seed=1, image=image, mask=mask, control=[(files[form], picture(*SIZE))])
-        )
+        job = pipe.prepare(zimage.Request("a", seed=1, image=image, mask=mask, control=[(files[form], picture(*SIZE))]))
         pixel_mask = mask_tensor(mask, *SIZE)
         found = controlling.pictures(job, pixel_mask)
         assert len(found) == 1 + file.reads_mask
@@ -383,3 +390,146 @@ def test_a_batch_may_have_a_control_for_each_image(pipe, files):
 def test_latents_that_do_not_fit(pipe, files, form, shape, words):
     with pytest.raises(RequestError, match=words):
         pipe.denoise(pipe.encode(PROMPTS), torch.zeros(2, 16, 6, 10), controls=[(files[form], torch.zeros(shape))])
+
+
+# ------------------------------------------------------------------ files
+
+
+def changed(files, tmp_path, **config) -> str:
+    """A control folder of the form 2.1 for another DiT."""
+    sizes = {**FORMS["2.1"], **config}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    net = tiny.randomised(control_nets.ControlNet.from_config(sizes), 1)
+    save_file(net.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"dim": 96, "n_heads": 3, "n_kv_heads": 3}, "for a DiT of width 96; this one has 64"),
+        ({"n_heads": 4, "n_kv_heads": 4}, "heads 4; this one has 2"),
+        ({"control_layers_places": [0, 5]}, "at least 6 layers; this one has 5"),
+        ({"control_refiner_layers_places": [0, 3], "n_refiner_layers": 4}, "at least 4 noise refiner layers"),
+        ({"control_in_dim": 20}, r"it reads 20 channels; 16 \(the control latents\) or 33"),
+    ],
+)
+def test_a_file_for_another_dit_is_refused(pipe, files, tmp_path, config, words):
+    path = changed(files, tmp_path, **config)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        pipe.prepare(zimage.Request("a", control=[(path, RED)]))
+    assert caught.value.fields == ("control",)
+    assert path in str(caught.value)
+
+
+def test_another_component_is_refused_by_what_it_holds(pipe, folder):
+    with pytest.raises(CheckpointError, match=r"control: .*holds no control; it holds dit"):
+        pipe.prepare(
+            zimage.Request("a", control=[(folder / "transformer" / "diffusion_pytorch_model.safetensors", RED)])
+        )
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(pipe, files, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(files["2.1"], copy)
+    hashed = []
+    content = controls.content_hash
+    monkeypatch.setattr(controls, "content_hash", lambda file: hashed.append(file) or content(file))
+    first, second = (ControlFile.of(copy) for _ in range(2))
+    assert first is second
+    assert len(hashed) == 1
+    assert first == ControlFile.of(files["2.1"]), "the same content"
+    job = pipe.prepare(zimage.Request("a", seed=1, steps=1, control=[(copy, RED)]))
+    save_file(control_nets.net("2.1", seed=9).state_dict(), copy / "diffusion_pytorch_model.safetensors")
+    assert ControlFile.of(copy) != first
+    with pytest.raises(RequestError, match="not the file that the job was prepared with"):
+        zimage.Job.from_dict(job.to_dict(), {job.request.control[0].picture.hash: RED})
+
+
+def test_metadata_names_no_folders(pipe, files, tmp_path):
+    result = pipe.generate("a", seed=1, steps=2, control=[(files["2.1"], RED, 0.6)], control_end=0.5)
+    request = result.metadata[0]["request"]
+    file = ControlFile.of(files["2.1"])
+    assert request["control"][0].items() >= {"model_name": "2.1", "model_hash": file.hash, "scale": 0.6}.items()
+    assert (request["control_end"], request["control_flow"]) == (0.5, "publisher")
+    assert files["2.1"] not in str(result.metadata)
+
+
+# ------------------------------------------------------------------ forms of weights
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_its_matrices_are_quantised_as_the_dits(folder, files, precision):
+    plain, quantised = (zimage.ZImage.load(folder, device="cpu", precision=p) for p in ("bf16", precision))
+    control = [(files["2.1"], picture(*SIZE))]
+    found = [render(pipe, control=control, steps=2) for pipe in (plain, quantised)]
+    assert 0 < relative_error(*found) < 0.5
+    (net,) = quantised.residency._held["dit"].controls.values()
+    assert (
+        sum(isinstance(module, QuantisedLinear) for module in net.modules()) == 4 * 5
+    )  # w1 to w3 are no multiples of 8
+    sizes, plan = ControlFile.of(files["2.1"]).sizes(quantised.planner.sizes["dit"]), quantised.prepare
+    assert sizes.precision == precision
+    assert (
+        plan(zimage.Request("a", control=control)).plan.work.controls
+        < plain.prepare(zimage.Request("a", control=control)).plan.work.controls
+    )
+
+
+def test_widened_late_as_the_dit_is(folder, files, monkeypatch):
+    """Where casting the DiT would take too much room, the control file is not cast either; the bits stay."""
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype="fp32")
+    control = [(files["2.1"], picture(*SIZE))]
+    want = render(pipe, control=control)
+    sizes = dataclasses.replace(pipe.planner.sizes["dit"], widen_late=True)
+    net = ControlFile.of(files["2.1"]).load(sizes)
+    assert any(isinstance(module, WideningLinear) for module in net.modules())
+    monkeypatch.setattr(ControlFile, "load", lambda file, dit: net)
+    pipe.release()
+    assert torch.equal(render(pipe, control=control), want)
+
+
+def test_blocks_are_compiled_with_the_dits(folder, files, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("zimage.loading.residency.compile_blocks", lambda module: compiled.append(type(module)))
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype="fp32", compile=True)
+    render(pipe, control=[(files["lite"], RED)], steps=1)
+    assert compiled == [ZImageDiT, control_nets.ControlNet]
+
+
+@pytest.mark.full
+def test_compiled_blocks_compute_the_same(folder, files):
+    control = [(files["lite"], picture(*SIZE))]
+    pipes = [zimage.ZImage.load(folder, device="cpu", dtype="fp32", compile=compiled) for compiled in (True, False)]
+    assert relative_error(*(render(pipe, control=control, steps=2) for pipe in pipes)) <= 1e-5
+
+
+def test_fp16_is_refused_before_anything_is_loaded(folder, files):
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype="fp16")
+    with pytest.raises(RequestError, match="does not run in dtype fp16; use bf16 or fp32"):
+        pipe.prepare(zimage.Request("a", control=[(files["2.1"], RED)]))
+    assert pipe.loaded == ()
+
+
+# ------------------------------------------------------------------ edges
+
+
+def test_edges_are_drawn_in_the_size_of_the_pass(pipe, files):
+    pytest.importorskip("cv2")
+    large = picture(160, 96)
+    edges = canny(zimage.pictures.image.fit(large, *SIZE))
+    assert set(np.unique(np.asarray(edges))) == {0, 255}
+    drawn, by_hand = (
+        render(pipe, control=[(files["2.1"], given)], control_preprocess=how)
+        for given, how in ((large, "canny"), (edges, None))
+    )
+    assert torch.equal(drawn, by_hand)
+    assert not torch.equal(drawn, render(pipe, control=[(files["2.1"], large)]))
+
+
+def test_without_opencv_the_error_names_the_extra(pipe, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    request = zimage.Request("a", control=[(files["2.1"], RED)], control_preprocess="canny")
+    with pytest.raises(RequestError, match=r"needs OpenCV .*zimage-torch\[canny\]") as caught:
+        pipe.prepare(request)
+    assert caught.value.fields == ("control_preprocess",)

@@ -34,8 +34,6 @@ CPU = torch.device("cpu")
 # Bytes of an int8 product's sums for each value of the widest map, where no kernel scales them at the product's end:
 # 598 MB were measured where 412 were counted. With the kernel, and in fp8, quantised inputs take less than plain ones.
 INT8_SUMS = 4.5
-CONTROL_MAPS = 3  # of width dim, for each ControlNet
-
 # ------------------------------------------------------------------ the work of a stage
 
 
@@ -59,13 +57,15 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image.
 
-    A ControlNet beside it keeps its own stream, the control picture's tokens and, meanwhile, a hint.
+    Of each ControlNet beside it, as `control_bytes` says.
     """
-    maps = 2 * _hidden(config) + (8 + CONTROL_MAPS * work.control_streams) * config.dim
-    return _dit_tokens(work) * maps * dtype.itemsize
+    own = _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+    return own + work.control_streams * control_bytes(config, work, dtype)
 
 
-def control_bytes(config: ControlNetConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+def control_bytes(
+    config: ControlNetConfig | ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
+) -> int:
     """What a control needs in an evaluation besides the DiT's: its tokens, its stream c, and the DiT's that waits."""
     return _dit_tokens(work) * 3 * config.dim * dtype.itemsize
 

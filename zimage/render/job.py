@@ -18,6 +18,7 @@ from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
+from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
 from zimage.render import attached
 from zimage.render.conditioning import ChatParts, Text, Texts
@@ -215,7 +216,9 @@ def starts_from_noise(request: Request) -> bool:
 
 
 def _check_control(request: Request, passes: int) -> None:
-    """Raise RequestError for a prepared request whose controls could have no say, or whose strength could not."""
+    """Raise RequestError where controls or the strength would have no say, or control pictures cannot be made."""
+    if request.control_preprocess:
+        opencv()
     if starts_from_noise(request) and request.strength != 1:
         text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
         raise RequestError(text, fields=("strength", "control_flow"))
