@@ -179,10 +179,14 @@ class Residency:
                 self._read_ahead(name)
         elif ROWS[name].transformed:
             self._adapted(self._held[name], adapters)
-        for file in controls:
-            if file not in self._held[name].controls:
-                self._held[name].controls[file] = self._prepared_control(file)
+        if name == DIT:
+            self._bring_controls(self._held[name], controls)
         return self._held[name]
+
+    def _bring_controls(self, held: _Loaded, wanted: ControlFiles) -> None:
+        for file in wanted:
+            if file not in held.controls:
+                held.controls[file] = self._prepared_control(file)
 
     def _read_ahead(self, name: str) -> None:
         held = self._held[name]
