@@ -322,6 +322,33 @@ def test_interleaved_jobs_with_other_controls_keep_their_bits(pipe, files):
     assert seen == {(), ("lite",), ("1.0", "2.0")}, "each with exactly its own"
 
 
+def test_what_stays_in_memory_is_what_the_next_plan_counts(folder, files):
+    """Beside a DiT that stays; it goes before another stage of a job without it, and the weights of two are counted."""
+    pipe = zimage.ZImage.load(folder, device="cpu", dtype="fp32", residency="keep")
+
+    def held() -> list[str]:
+        return [file.name for file in pipe.residency._held["dit"].controls]
+
+    one, other = ((files[form], RED) for form in ("lite", "2.1"))
+    plain, single, both = (
+        pipe.prepare(zimage.Request(prompt, seed=1, steps=1, control=control))
+        for prompt, control in (("a", None), ("b", [one]), ("c", [one, other, one]))
+    )
+    counted = [job.plan.stages["vae"].weights - plain.plan.stages["vae"].weights for job in (plain, single, both)]
+    sizes = [ControlFile.of(file).sizes(pipe.planner.sizes["dit"]).resident for file, _ in (one, other)]
+    assert counted == [0, sizes[0], sum(sizes)]
+    list(pipe.run(both))
+    assert held() == ["lite", "2.1"]
+    assert pipe.residency.copies["dit"] == 0, "views of files"
+    for event in pipe.run(single):
+        assert event.stage != "encode control" or not held(), "more than this plan counts"
+    assert held() == ["lite"]
+    for event in pipe.run(plain):
+        assert event.stage != "encode" or event.step == 0 or not held()
+    pipe.release()
+    assert pipe.loaded == ()
+
+
 def test_a_render_that_goes_on_ends_in_the_same_bits(pipe, files):
     given = {"control": [(files["2.1"], picture(*SIZE))], "control_end": 0.75, "hires": 1.5, "width": 96, "height": 64}
     job = pipe.prepare(zimage.Request(["a", "b"], seed=[1, 2], steps=4, strength=0.8, **given))
