@@ -15,6 +15,7 @@ from zimage.dit.control import Controlled, Flow
 from zimage.dit.model import ZImageDiT
 
 TOLERANCE, RUN_TOLERANCE = 1e-5, 1e-4  # fp32, of the largest value: an evaluation, a whole run
+BF16_RATIO = 1.1
 SIZE = (6, 10)
 
 
@@ -32,9 +33,11 @@ def latents(batch: int = 2, seed: int = 4) -> Tensor:
     return torch.randn(batch, 16, *SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def controlled(dit, form: str, sigma: Tensor, scale: float = 0.8, kind: Flow = "publisher", **others) -> Controlled:
+def controlled(
+    dit, form: str, sigma: Tensor, scale: float = 0.8, kind: Flow = "publisher", seed: int = 2, dtype=torch.float32
+) -> Controlled:
     """A control of this form at noise levels sigma (B,)."""
-    net = control_nets.net(form, **others)
+    net = control_nets.net(form, seed).to(dtype)
     tokens = net.embed(control_nets.control_latents(FORMS[form], len(sigma), *SIZE), dit.x_pad_token)
     return Controlled(net, tokens, net.modulate(dit.time(sigma)), scale, kind)
 
@@ -60,9 +63,15 @@ class Theirs:
         type(self.net).from_transformer(self.net, self.dit)
         self.control = control_nets.control_latents(FORMS[form], 2, *SIZE)
 
+    def to(self, dtype: torch.dtype) -> "Theirs":
+        self.dit.to(dtype), self.net.to(dtype)
+        return self
+
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, texts: list[Tensor]) -> Tensor:
-        images, control = (list(batch.unsqueeze(2).unbind()) for batch in (x, self.control))
+        dtype = self.dit.dtype
+        images, control = (list(batch.to(dtype).unsqueeze(2).unbind()) for batch in (x, self.control))
+        texts = [text.to(dtype) for text in texts]
         hints = self.net(images, 1 - sigma, texts, control, conditioning_scale=self.scale)
         out = self.dit(images, 1 - sigma, texts, return_dict=False, controlnet_block_samples=hints)[0]
         return -torch.stack(out).squeeze(2)
@@ -94,6 +103,21 @@ def test_whole_runs_with_guidance(dit, form):
         velocities = (theirs(others, level, texts) for texts in (positive, negative))
         others = flow.euler_step(others, flow.guide(*velocities, 3.5, 0.0), sigma, following)
     assert relative_error(ours, others) <= RUN_TOLERANCE
+
+
+@pytest.mark.parity
+@torch.no_grad()
+def test_bf16():
+    """Our RMS error against float64 over the reference's own, all forms together; weights are exact in bf16."""
+    ours, theirs = [], []
+    for form in FORMS:
+        dit, sigma, inputs = control_nets.dit(), torch.tensor([0.75, 0.25]), (latents().bfloat16(), captions())
+        exact = Theirs(dit, form, 0.8).to(torch.float64)(inputs[0], sigma.double(), inputs[1])
+        other = Theirs(dit, form, 0.8).to(torch.bfloat16)(inputs[0], sigma.double(), inputs[1])
+        one = controlled(dit.bfloat16(), form, sigma, kind="diffusers", dtype=torch.bfloat16)
+        ours.append(evaluate(dit, inputs[0], sigma, inputs[1], one) - exact)
+        theirs.append(other - exact)
+    assert torch.cat(ours).square().mean().sqrt() <= BF16_RATIO * torch.cat(theirs).square().mean().sqrt()
 
 
 # ------------------------------------------------------------------ against formulas

@@ -66,8 +66,11 @@ def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, devic
 def control_bytes(
     config: ControlNetConfig | ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
 ) -> int:
-    """What a control needs in an evaluation besides the DiT's: its tokens, its stream c, and the DiT's that waits."""
-    return _dit_tokens(work) * 3 * config.dim * dtype.itemsize
+    """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
+
+    A hint comes and goes where less is held than within a block.
+    """
+    return _dit_tokens(work) * 2 * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
