@@ -139,7 +139,7 @@ def test_whole_inpainting_runs(pipe, files, theirs, form, guidance):
     masks = [mask] * len(PROMPTS)  # unlike the pictures, it repeats no mask
     reference = theirs(form, control, guidance, 0.75, image=image, mask_image=masks)
     given = {"image": image, "mask": mask, "control": [(files[form], control)], "control_flow": "diffusers"}
-    assert relative_error(render(pipe, guidance=guidance, **given), reference) <= TOLERANCE
+    assert relative_error(render(pipe, guidance=guidance, paste=False, **given), reference) <= TOLERANCE
 
 
 # ------------------------------------------------------------------ which flow, which steps, which scale
@@ -284,14 +284,29 @@ def test_the_mask_is_read_by_all_but_the_first_version(pipe, files):
     image, mask = picture(*SIZE, seed=1), grey_mask(*SIZE)
     for form in ("1.0", "2.1"):
         file = ControlFile.of(files[form])
-        job = pipe.prepare(zimage.Request("a", seed=1, image=image, mask=mask, control=[(files[form], picture(*SIZE))]))
-        pixel_mask = mask_tensor(mask, *SIZE)
-        found = controlling.pictures(job, pixel_mask)
+        given = {"image": image, "mask": mask, "paste": False, "control": [(files[form], picture(*SIZE))]}
+        job = pipe.prepare(zimage.Request("a", seed=1, **given))
+        rendered = job.rendered()
+        found = controlling.pictures(job, rendered)
         assert len(found) == 1 + file.reads_mask
-        (one,) = controlling.inputs(job, [pipe.vae.encode(x) for x in found], pixel_mask)
+        (one,) = controlling.inputs(job, [pipe.vae.encode(x) for x in found], rendered)
         assert one.latents.shape == (1, file.config.control_in_dim, 6, 10)
+    pixel_mask = mask_tensor(mask, *SIZE)
     assert torch.equal(one.latents[:, 16:17], 1 - flow.latent_mask(pixel_mask, 6, 10)), "1 is keep"
     assert torch.equal(found[1][0][:, pixel_mask[0, 0] > 0], torch.zeros(3, int(pixel_mask.sum())))
+
+
+def test_a_region_that_is_rendered_alone_has_its_part_of_the_control_picture(pipe, files):
+    image, control = picture(160, 96), picture(320, 192, seed=2)
+    mask = Image.new("L", image.size)
+    mask.paste(255, (16, 16, 48, 48))
+    given = {"image": image, "mask": mask, "mask_crop": 0, "width": 64, "height": 64}
+    job = pipe.prepare(zimage.Request("a", seed=1, steps=1, **given, control=[(files["2.1"], control)]))
+    shown, masked = controlling.pictures(job, job.rendered())
+    region = control.resize(image.size, Image.Resampling.LANCZOS).crop(job.frame.box)
+    assert torch.equal(shown, from_pil(region.resize((64, 64), Image.Resampling.LANCZOS)))
+    assert shown.shape == masked.shape == (1, 3, 64, 64)
+    assert [event.image.size for event in pipe.run(job) if event.image is not None] == [(160, 96)]
 
 
 def test_strength_has_no_place_in_diffusers_inpainting(pipe, files):

@@ -142,6 +142,8 @@ BASE = {
 GUIDED = {"guidance": 2.0, "steps": 2}
 BLENDED = {"tile_mode": "blend", "tile_overlap": 16}
 STARTED = {"image": "{files}/start.png", "steps": 4}
+MASKED = STARTED | {"mask": "{files}/mask.png"}
+CORNERED = STARTED | {"mask": "{files}/corner.png"}
 LONG = {"prompt": "a cat on a mat " * 20}
 WRITTEN = {"model": "{other}", "rewriter": "rewrite-expand", "rewrite_seed": 5, "max_tokens": 8}
 ELSEWHERE = {"encoder_url": "{server}"}
@@ -192,6 +194,12 @@ CASES = [
     Case("strength", 0.2, beside=STARTED),
     Case("strength", 0.2, beside={"hires": 2.0, "steps": 4}),
     Case("mask", "{files}/mask.png", beside=STARTED | {"strength": 0.6}),
+    Case("mask", "alpha", beside={"image": "{files}/clear.png", "steps": 4}),
+    Case("mask_invert", True, beside=MASKED),
+    Case("mask_blur", 4.0, beside=CORNERED),
+    Case("mask_crop", 0, beside=CORNERED),
+    Case("extend", "0,16,7,0", differs("size", (71, 64)), beside=STARTED | {"width": None, "height": None}),
+    Case("paste", False, beside=MASKED),
     Case("hires", 2.0, beside={"steps": 4}),
     Case("images", 2, differs("names", ["a-cat-1.png", "a-cat-2.png"])),
     # decoding
@@ -303,6 +311,12 @@ def places(tiny_folder, tmp_path_factory):
 def _write_files(folder: Path) -> None:
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "start.png")
     Image.linear_gradient("L").resize((64, 48)).rotate(180).save(folder / "mask.png")
+    corner = Image.new("L", (64, 48))
+    corner.paste(255, (0, 0, 8, 8))
+    corner.save(folder / "corner.png")
+    clear = Image.new("RGBA", (64, 48), "red")
+    clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    clear.save(folder / "clear.png")
     style = lora_files.NAMINGS["kohya"](lora_files.factors([lora_files.ONE]))
     lora_files.write(folder / "style.safetensors", style)
     lora_files.write(folder / "both.safetensors", style | {"lora_te_x.lora_down.weight": torch.ones(1)})

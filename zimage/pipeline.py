@@ -162,10 +162,11 @@ class ZImage(Captioner):
 
         `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
-        (1, 1, h, w) is 0 they stay. `controls` are (file, latents, scale) each: a control file, what it reads, as
-        `vae.encode` returns it for a control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after
-        them, and the factor of what it adds. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError,
-        and CheckpointError for an unusable control file.
+        (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
+        `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
+        control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
+        it adds. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError, and CheckpointError for an
+        unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")

@@ -20,7 +20,8 @@ from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
 from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
-from zimage.render import attached
+from zimage.pictures.inpaint import Frame
+from zimage.render import attached, canvas
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.settings.declared import Request
@@ -29,7 +30,7 @@ from zimage.settings.plain import mistake
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "frame", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -38,6 +39,7 @@ JOB: dict[str, Hint] = {
     "negative_texts": list[str],
     "token_ids": dict[str, list[int]],
     "passes": list[tuple[int, int, str]],
+    "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
     "seeds": list[int],
     "loras": list[LoraUse],
@@ -60,8 +62,9 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `passes` are one, or two with `hires`; `sigmas` the noise levels, falling from 1 to 0; `seeds` one per
-    image; `model`, `dtype` and `precision` are those that it was prepared for.
+    text once; `passes` are one, or two with `hires`; `frame` is the part of a picture that is rendered: all of it,
+    but for inpainting; `sigmas` the noise levels, falling from 1 to 0; `seeds` one per image; `model`, `dtype` and
+    `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -69,6 +72,7 @@ class Job:
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
     passes: tuple[Pass, ...]
+    frame: Frame
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
@@ -88,6 +92,18 @@ class Job:
         """Images in all."""
         return len(self.seeds)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures that come out."""
+        return self.frame.size
+
+    def rendered(self) -> canvas.Rendered:
+        """The picture that the last pass starts from, and its mask, at the size of that pass; see `canvas.rendered`.
+
+        Only for a request with an image. It is computed at each call.
+        """
+        return canvas.rendered(self.request, self.frame, *self.passes[-1][:2])
+
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""
         return Text(formatted, self.token_ids[formatted], self.request.layers)
@@ -100,6 +116,7 @@ class Job:
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
             "passes": [list(one) for one in self.passes],
+            "frame": list(self.frame),
             "sigmas": list(self.sigmas),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
@@ -124,6 +141,7 @@ class Job:
             tuple(plain["negative_texts"]),
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
             tuple(Pass(*one) for one in plain["passes"]),
+            Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
@@ -166,7 +184,7 @@ def decide(
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values = filled(request, model, parts)
+    values, frame = filled(request, model, parts)
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
@@ -201,7 +219,8 @@ def decide(
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     _check_control(complete, len(passes))
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
-    return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
+    sizes = tuple(passes)
+    return Job(complete, prompts, negatives, ids, sizes, frame, tuple(sigmas), tuple(seeds), loras, plan, **facts)
 
 
 def control_files(request: Request) -> ControlFiles:
@@ -211,8 +230,9 @@ def control_files(request: Request) -> ControlFiles:
 
 def starts_from_noise(request: Request) -> bool:
     """Whether an inpainting run is diffusers': from noise alone, where only the ControlNet knows the picture."""
-    masked = request.mask is not None and request.control_flow == "diffusers"
-    return masked and any(file.reads_mask for file in control_files(request))
+    masked = request.mask is not None or request.extend is not None
+    reads = any(file.reads_mask for file in control_files(request))
+    return masked and reads and request.control_flow == "diffusers"
 
 
 def _check_control(request: Request, passes: int) -> None:
