@@ -13,6 +13,7 @@ from torch import Tensor
 from zimage import flow
 from zimage.dit.control import Controlled, Flow
 from zimage.dit.model import ZImageDiT
+from zimage.errors import RequestError
 
 TOLERANCE, RUN_TOLERANCE = 1e-5, 1e-4  # fp32, of the largest value: an evaluation, a whole run
 BF16_RATIO = 1.1
@@ -189,3 +190,23 @@ def test_the_levels_of_a_run_are_those_of_its_steps(dit):
         alone = controlled(dit, "2.1", sigmas[i : i + 1])
         want = dit.velocity(x, dit.modulate(sigmas[i : i + 1]), context, [alone._replace(tokens=run.tokens)])
         assert relative_error(dit.velocity(x, modulation.step(i), context, [run.step(i)]), want) <= 1e-6
+
+
+def test_one_picture_serves_a_batch(dit):
+    sigma, (x, texts) = torch.tensor([0.7, 0.3]), (latents(), captions())
+    both = controlled(dit, "2.1", sigma)
+    one = both._replace(tokens=both.tokens[:1])
+    twice = both._replace(tokens=both.tokens[:1].repeat(2, 1, 1))
+    assert torch.equal(evaluate(dit, x, sigma, texts, one), evaluate(dit, x, sigma, texts, twice))
+    with pytest.raises(RequestError, match=r"do not fit the image's \(2, 32, 64\); it must be of the same size"):
+        evaluate(dit, x, sigma, texts, both._replace(tokens=torch.zeros(1, 64, 64)))
+
+
+def test_gradients_reach_its_weights(dit):
+    """Nothing in an evaluation is done in place, so that a ControlNet can be trained."""
+    sigma, (x, texts) = torch.tensor([0.7, 0.3]), (latents(), captions())
+    net = control_nets.net("2.1").requires_grad_(True)
+    tokens = net.embed(control_nets.control_latents(FORMS["2.1"], 2, *SIZE), dit.x_pad_token)
+    evaluate(dit, x, sigma, texts, Controlled(net, tokens, net.modulate(dit.time(sigma)))).square().mean().backward()
+    silent = [name for name, weight in net.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert silent == []

@@ -21,7 +21,7 @@ from zimage.cli.gen import gen
 from zimage.dit import ZImageDiT
 from zimage.loading.files import ModelFiles, open_model
 from zimage.render import stages
-from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.settings.declared import ALL_SETTINGS, VISION_BLENDS, LoadSettings
 from zimage.settings.profiles import FIELDS
 from zimage.text import Qwen3
 from zimage.text.embeddings import save_embeddings
@@ -141,6 +141,8 @@ BASE = {
 }
 GUIDED = {"guidance": 2.0, "steps": 2}
 BLENDED = {"tile_mode": "blend", "tile_overlap": 16}
+SEEING = {"model": "{seeing}", "vision_model": "{seeing}/vision"}
+SEEN = SEEING | {"reference": ["{files}/seen.png"]}
 STARTED = {"image": "{files}/start.png", "steps": 4}
 MASKED = STARTED | {"mask": "{files}/mask.png"}
 CORNERED = STARTED | {"mask": "{files}/corner.png"}
@@ -179,6 +181,16 @@ CASES = [
     *[Case("long_prompt", mode, beside=LONG) for mode in ("truncate", "interpolate", "pool", "attention_pool")],
     Case("negative", "dogs", beside=GUIDED),
     Case("embeddings", "{files}/two.safetensors", beside={"prompt": None, "embeddings": "{files}/one.safetensors"}),
+    # references
+    Case("reference", ["{files}/seen.png"], beside=SEEING),
+    Case("reference", ["{files}/seen.png:0.6"], beside=SEEN),
+    Case("reference", ["{files}/one.safetensors"]),
+    *[Case("vision_blend", mode, beside=SEEN) for mode in VISION_BLENDS[1:]],
+    Case("vision_layer", -1, beside=SEEN),
+    Case("vision_tokens", "all", beside=SEEN),
+    Case("vision_text", "a cat", beside=SEEN | {"vision_tokens": "all"}),
+    Case("vision_model", "{seeing}/vision", helps("as vision_model"), beside=SEEN | {"vision_model": None}),
+    Case("vision_mode", "tower", beside=SEEN),
     # sampling
     Case("steps", 2),
     Case("seed", 2),
@@ -289,7 +301,7 @@ def test_the_table_is_complete():
 
 
 @pytest.fixture(scope="module")
-def places(tiny_folder, tmp_path_factory):
+def places(tiny_folder, seeing_folder, tmp_path_factory):
     """What stands in the table in braces."""
     folder = tmp_path_factory.mktemp("flags")
     parts = (Qwen3.from_config(tiny.QWEN), ZImageDiT.from_config(tiny.DIT), AutoencoderKL.from_config(tiny.KL))
@@ -303,13 +315,14 @@ def places(tiny_folder, tmp_path_factory):
     slow.drip = 0.002
     with chat_server.serving(chat_server.said("A fine cat.")) as server, chat_server.serving(slow) as slow_server:
         yield {
-            **{"tiny": tiny_folder, "other": other, "files": folder, "asked": server.asked},
+            **{"tiny": tiny_folder, "seeing": seeing_folder, "other": other, "files": folder, "asked": server.asked},
             **{"server": server.url, "slow": slow_server.url},
         }
 
 
 def _write_files(folder: Path) -> None:
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "start.png")
+    Image.radial_gradient("L").resize((96, 80)).convert("RGB").save(folder / "seen.png")
     Image.linear_gradient("L").resize((64, 48)).rotate(180).save(folder / "mask.png")
     corner = Image.new("L", (64, 48))
     corner.paste(255, (0, 0, 8, 8))

@@ -95,3 +95,5 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     longest = max(job.token_counts)
     if r.long_prompt != "none" and longest > pipe.texts.limit:
         yield describe(longest, pipe.texts.limit, r.long_prompt)
+    if note := pipe.describe_references(r, longest):
+        yield note

@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.lora import content_hash
 from zimage.loading.files import Component
 from zimage.loading.finding import component_folder
+from zimage.loading.plan import Workload
 from zimage.loading.registry import CONTROL
 from zimage.loading.sizes import ComponentSizes, measure
 from zimage.settings.paths import user_path
@@ -99,6 +100,13 @@ class ControlFile:
 ControlFiles = tuple[ControlFile, ...]
 _opened: dict[str, tuple[str, ControlFile]] = {}  # by path, with the stamp of its files
 _lock = threading.Lock()
+
+
+def with_controls(work: Workload, files: ControlFiles, dit: ComponentSizes) -> Workload:
+    """The work with these files beside the DiT, one for each control. Raises as `check` does."""
+    for file in files:
+        file.check(dit)
+    return replace(work, controls=weight_bytes(files, dit), control_streams=len(files))
 
 
 def weight_bytes(files: Iterable[ControlFile], dit: ComponentSizes) -> int:

@@ -3,13 +3,15 @@
 What shapes cannot show is assumed to be as published; `ASSUMED` tells the user so.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from zimage.errors import CheckpointError
 from zimage.formats.stored import Maps, Stored
-from zimage.loading.registry import CONTROL, DIT, TEXT_ENCODER, VAE
+from zimage.loading.registry import CONTROL, DIT, TEXT_ENCODER, VAE, VISION
 from zimage.nn.packed import is_packed
+from zimage.text.qwen3_vl import TEXT
 
 NORM_GROUPS = 32
 CONTROLLED = 30  # layers of the published DiT, over which the published ControlNets are spread evenly
@@ -19,10 +21,14 @@ HEAD_DIM = 128  # of the published DiT: the only one whose split over the axes i
 ASSUMED = {
     DIT: "DiT from a loose file: RoPE θ 256 over axes of 32, 48 and 48, ε 1e-5, time scale 1000 are assumed",
     TEXT_ENCODER: "text encoder from a loose file: RoPE θ 1,000,000 and ε 1e-6 are assumed",
+    VISION: "vision model from a loose file: heads, the layers of deepstack, RoPE θ 10,000 and 5,000,000 and ε 1e-6 as "
+    "published are assumed",
     CONTROL: "ControlNet from a loose file: places spread evenly over 30 layers and ε 1e-5 are assumed",
     VAE: "VAE from a loose file: 32 groups, scaling 0.3611 and shift 0.1159 are assumed",
 }
 
+VISION_HEADS = 16  # of every published tower
+DEEPSTACK = {24: [5, 11, 17], 27: [8, 16, 24]}  # depth of a published tower → the layers of its features
 LATENT_PATCH = 4  # values of a latent channel in a patch
 
 
@@ -49,7 +55,8 @@ class Shapes:
 
 def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> dict[str, object]:
     """The config of a component with these canonical keys. Raises CheckpointError."""
-    return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae, CONTROL: _control}[component](Shapes(file, entries))
+    known = {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae, VISION: _vision, CONTROL: _control}
+    return known[component](Shapes(file, entries))
 
 
 def _dit(shapes: Shapes) -> dict[str, object]:
@@ -77,22 +84,56 @@ def _dit(shapes: Shapes) -> dict[str, object]:
     }
 
 
-def _text_encoder(shapes: Shapes) -> dict[str, object]:
-    layer = "model.layers.0"
+def _text_encoder(shapes: Shapes, stack: str = "model.") -> dict[str, object]:
+    """Qwen3, whose layers and embeddings have names that begin with `stack`."""
+    layer = f"{stack}layers.0"
     head_dim = shapes.side(f"{layer}.self_attn.q_norm.weight", 0, axes=1, multiple=2)
     key_heads = shapes.side(f"{layer}.self_attn.k_proj.weight", 0, axes=2, multiple=head_dim) // head_dim
     heads = shapes.side(f"{layer}.self_attn.q_proj.weight", 0, axes=2, multiple=key_heads * head_dim) // head_dim
     return {
         "model_type": "qwen3",
-        "vocab_size": shapes.side("model.embed_tokens.weight", 0, axes=2),
-        "hidden_size": shapes.side("model.embed_tokens.weight", 1, axes=2),
+        "vocab_size": shapes.side(f"{stack}embed_tokens.weight", 0, axes=2),
+        "hidden_size": shapes.side(f"{stack}embed_tokens.weight", 1, axes=2),
         "intermediate_size": shapes.side(f"{layer}.mlp.gate_proj.weight", 0, axes=2),
-        "num_hidden_layers": _count(shapes, "model.layers."),
+        "num_hidden_layers": _count(shapes, f"{stack}layers."),
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
+    }
+
+
+def _vision(shapes: Shapes) -> dict[str, object]:
+    """Qwen3-VL, or its tower alone."""
+    tower = _vision_tower(shapes)
+    if not any(key.startswith(TEXT) for key in shapes.entries):
+        return tower
+    text = {**_text_encoder(shapes, TEXT), "model_type": "qwen3_vl_text", "rope_theta": 5_000_000.0}
+    return {"model_type": "qwen3_vl", "vision_config": tower, "text_config": text}
+
+
+def _vision_tower(shapes: Shapes) -> dict[str, object]:
+    visual = "model.visual."
+    depth = _count(shapes, f"{visual}blocks.")
+    if depth not in DEEPSTACK:
+        raise CheckpointError(
+            f"{shapes.file}: a vision tower of {depth} layers; a loose file does not say which of them give features "
+            f"(of {' and '.join(map(str, DEEPSTACK))} layers it is known): use a folder with its config.json"
+        )
+    width = shapes.side(f"{visual}blocks.0.mlp.linear_fc1.weight", 1, axes=2, multiple=VISION_HEADS)
+    merged = shapes.side(f"{visual}merger.linear_fc1.weight", 1, axes=2, multiple=width)
+    return {
+        "model_type": "qwen3_vl_vision",
+        "depth": depth,
+        "hidden_size": width,
+        "intermediate_size": shapes.side(f"{visual}blocks.0.mlp.linear_fc1.weight", 0, axes=2),
+        "num_heads": VISION_HEADS,
+        "out_hidden_size": shapes.side(f"{visual}merger.linear_fc2.weight", 0, axes=2),
+        "num_position_embeddings": shapes.side(f"{visual}pos_embed.weight", 0, axes=2),
+        "deepstack_visual_indexes": DEEPSTACK[depth],
+        "patch_size": shapes.side(f"{visual}patch_embed.proj.weight", 4, axes=5),
+        "spatial_merge_size": math.isqrt(merged // width),
     }
 
 

@@ -14,7 +14,8 @@ class Workload:
     `tile_mode` "" leaves the choice to the planner; `tile_size` 0 is the default. `stored_tokens` is the room, in
     tokens, of the text encoder's cache when it writes; 0 when it only encodes. `loras` are the bytes of LoRAs where
     they are computed beside their layers, `controls` those of the weights of ControlNets, and `control_streams` is how
-    many run beside the DiT.
+    many run beside the DiT. `vision_patches` are those of the largest reference picture, and `vision_tokens` the tokens
+    of the longest text that is read with such pictures; 0 without any.
     """
 
     width: int
@@ -27,6 +28,8 @@ class Workload:
     loras: int = 0
     controls: int = 0
     control_streams: int = 0
+    vision_patches: int = 0
+    vision_tokens: int = 0
 
     @property
     def pixels(self) -> int:
@@ -50,6 +53,7 @@ class StagePlan:
     pinned: int = 0  # page-locked on the host, for streaming to a GPU
     beside: tuple[str, ...] = ()  # other components that may be in memory meanwhile; `weights` counts them
     tile_mode: str = ""  # of the VAE's stage
+    passing: bool = False  # whether its component is let go after it, whatever room there is
 
     @property
     def peak(self) -> int:
@@ -79,6 +83,11 @@ class MemoryPlan:
     @property
     def tile_mode(self) -> str:
         return next((stage.tile_mode for stage in self.stages.values() if stage.tile_mode), "off")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all components stay that may."""
+        return all(name in self.kept or stage.passing for name, stage in self.stages.items())
 
     def excess(self, stage: StagePlan) -> int:
         """Bytes by which a stage exceeds what its device allows; negative where there is room."""

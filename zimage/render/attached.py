@@ -3,7 +3,9 @@
 Attachments are one file each; conditions are lists of files with a number (`settings.conditions`).
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -18,13 +20,20 @@ from zimage.settings.conditions import Condition, Control, Reference, names_of
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
-from zimage.text.embeddings import Embeddings
+from zimage.text.embeddings import SAVED, Embeddings
 
 Opener = Callable[[Any], Any]
 
 
 def open_picture(given: Any) -> InputPicture:
     return InputPicture.of(given, open_image)
+
+
+def open_reference(given: Any) -> InputPicture | Embeddings:
+    """A picture, or in its place the caption of one, which `see` saved in a file of embeddings."""
+    is_path = isinstance(given, str | os.PathLike)
+    saved = Path(given).suffix == SAVED if is_path else not isinstance(given, Image.Image | InputPicture)
+    return Embeddings.of(given) if saved else open_picture(given)
 
 
 # Each has a name, the hash of its content and, unless it was passed as an object, a path.
@@ -35,7 +44,7 @@ ATTACHMENTS: dict[str, Opener] = {
 }
 CONDITIONS: dict[str, type[Condition]] = {kind.FIELD: kind for kind in (Reference, Control)}
 FILES: dict[tuple[str, str], Opener] = {
-    (Reference.FIELD, "picture"): open_picture,
+    (Reference.FIELD, "picture"): open_reference,
     (Control.FIELD, "picture"): open_picture,
     (Control.FIELD, "model"): ControlFile.of,
 }
@@ -132,6 +141,11 @@ def _alpha_again(values: Mapping[str, Any], given: Mapping[str, Any]) -> InputPi
     source = {hash: given[image["hash"]]} if image["hash"] in given else {}
     mask: InputPicture = _found("image", lambda given: _alpha_mask(open_alpha(given)), {**image, "hash": hash}, source)
     return mask
+
+
+def opened_references(given: list[Any] | None) -> list[Reference]:
+    """References with their pictures opened. Raises RequestError, and CheckpointError for damaged embeddings."""
+    return [Reference(open_reference(one.picture), one.alpha) for one in map(Reference.parse, given or [])]
 
 
 def _opened_all(kind: type[Condition], given: list[Any] | None) -> list[Condition] | None:

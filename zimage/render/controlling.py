@@ -24,7 +24,6 @@ from zimage.dit.model import ZImageDiT
 from zimage.errors import RequestError
 from zimage.loading.controls import ControlFile
 from zimage.loading.residency import Residency
-from zimage.loading.sizes import ComponentSizes
 from zimage.pictures.canny import canny
 from zimage.pictures.image import fit, from_pil
 from zimage.render.canvas import Rendered, alongside, pastes
@@ -94,11 +93,10 @@ def _kept(job: Job, rendered: Rendered | None) -> Tensor | None:
     return rendered.kept if rendered and reads else None
 
 
-def control_input(given: GivenControl, noise: Tensor, dit: ComponentSizes) -> ControlInput:
+def control_input(given: GivenControl, noise: Tensor) -> ControlInput:
     """What a library user passes for a run from this noise (B, 16, h, w), checked. Raises RequestError."""
     path, latents, scale = vars(Control(*given)).values()
     file = ControlFile.of(path)
-    file.check(dit)
     if latents.ndim != 4 or latents.shape[-2:] != noise.shape[-2:] or len(latents) not in (1, len(noise)):
         wanted = f"(1 or {len(noise)}, channels, {noise.shape[-2]}, {noise.shape[-1]})"
         text = f"control latents {tuple(latents.shape)} of {file.name} should be {wanted}"
