@@ -55,6 +55,12 @@ def rendered(request: Request, frame: Frame, width: int, height: int) -> Rendere
     return Rendered(from_pil(picture), mask_values(region))
 
 
+def alongside(picture: Image.Image, frame: Frame, size: tuple[int, int]) -> Image.Image:
+    """Another picture of the whole scene, cut and scaled as the picture that is rendered."""
+    cut = inpaint.cut(fit(picture, *frame.size), frame)
+    return _resized(cut, size, Image.Resampling.LANCZOS)
+
+
 class Pasting:
     """Puts the pictures of a job back to where they belong; made once, since all have the same place."""
 
