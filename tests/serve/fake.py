@@ -48,12 +48,17 @@ class FakeService:
     async def loras(self) -> dict[str, Path]:
         return {"style": self.folder / "style.safetensors"}
 
+    async def controls(self) -> dict[str, Path]:
+        return {"union": self.folder / "union.safetensors"}
+
     async def submit(self, asked: Asked, key: str | None = None) -> JobView:
         if self.refusal:
             raise self.refusal
         self.asked.append(asked)
         known = {name: value for name, value in asked.values.items() if value is not None}
-        request = Request.from_mapping({**DEFAULTS, **known, **dict.fromkeys(asked.attachments, "file")})
+        listed = {name: [{**one.values, "picture": "file"} for one in some] for name, some in asked.conditions.items()}
+        files = {**dict.fromkeys(asked.attachments, "file"), **listed}
+        request = Request.from_mapping({**DEFAULTS, **known, **files})
         seeds = [(request.seed or 0) + k for k in range(request.count)]
         id = f"job{len(self.asked)}"
         values = {**request.to_mapping(), "lora": list(asked.lora)}

@@ -89,7 +89,7 @@ def test_a_bomb_costs_nothing(uploads, kind):
 def test_without_its_limits_a_bomb_would_be_kept(uploads, kind, monkeypatch):
     """They do it, and not some damage of these files."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    uploads._most_pixels = 10**11
+    uploads.most_pixels = 10**11
     assert keep(uploads, BOMBS[kind]).path.exists()
 
 

@@ -33,17 +33,18 @@ LONGEST_HEADER = 1 << 20  # bytes of a header of embeddings: one tensor, and the
 
 @dataclass(frozen=True)
 class Upload:
-    """A kept file."""
+    """A kept file. `pixels`: what a picture has of them, once it is decoded; of other files 0."""
 
     hash: str
     path: Path
+    pixels: int = 0
 
 
 class Uploads:
     """The folder of the files; any thread may use it."""
 
     def __init__(self, folder: Path, settings: ServeSettings):
-        self.folder, self._most_pixels, self._most_bytes = folder, settings.max_decoded, settings.max_upload << 20
+        self.folder, self.most_pixels, self._most_bytes = folder, settings.max_decoded, settings.max_upload << 20
         self._turn = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -86,23 +87,23 @@ class Uploads:
                 if known:
                     os.utime(path)
             if known:  # perhaps as something else: the same bytes may come as a picture and as embeddings
-                self._look(name, path)
-                return Upload(hash, path)
+                return Upload(hash, path, self._look(name, path))
             with beside(path) as temporary:
                 temporary.write_bytes(content)
-                self._look(name, temporary)
+                pixels = self._look(name, temporary)
                 os.replace(temporary, path)
-        return Upload(hash, path)
+        return Upload(hash, path, pixels)
 
-    def _look(self, name: str, path: Path) -> None:
-        """Raise RequestError or TooLarge for a file that should not be opened any further."""
+    def _look(self, name: str, path: Path) -> int:
+        """Its pixels. Raises RequestError or TooLarge for a file that should not be opened any further."""
         look = _look_at_tensors if name == EMBEDDINGS else self._look_at_picture
         with named({str(path): name}):
-            look(name, path)
+            return look(name, path)
 
-    def _look_at_picture(self, name: str, path: Path) -> None:
+    def _look_at_picture(self, name: str, path: Path) -> int:
         with opened(path) as picture:
-            check_pixels(name, picture, self._most_pixels)
+            check_pixels(name, picture, self.most_pixels)
+            return picture.width * picture.height
 
 
 def check_pixels(name: str, picture: Image.Image, most: int) -> None:
@@ -130,7 +131,7 @@ def named(places: Mapping[str, str]) -> Iterator[None]:
         raise RequestError(text, fields=error.fields or found) from None
 
 
-def _look_at_tensors(name: str, path: Path) -> None:
+def _look_at_tensors(name: str, path: Path) -> int:
     """The header of a safetensors file; the worker reads the values."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -139,3 +140,4 @@ def _look_at_tensors(name: str, path: Path) -> None:
         problems = read_header(stream, path.stat().st_size).problems
     if problems:
         raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})", fields=(name,))
+    return 0

@@ -135,7 +135,7 @@ def _running(router: APIRouter, service: Service) -> None:
 def _lists(router: APIRouter, service: Service) -> None:
     for name, (description, entries) in LISTS.items():
         listed_here = answers(content(description, listed(RECORD), entries), form=A1111)
-        router.add_api_route(f"/{name}", _constant(entries), name=name, responses=listed_here, summary=description)
+        router.add_api_route(f"/{name}", constant(entries), name=name, responses=listed_here, summary=description)
 
     one = content("One entry.", listed(RECORD))
 
@@ -306,7 +306,9 @@ def _texts_of(data: bytes, most_pixels: int) -> dict[str, Plain]:
     return {"info": texts.parameters, "items": {key: text for key, text in others.items() if text}}
 
 
-def _constant(entries: list[Plain]) -> Any:
+def constant(entries: Plain) -> Any:
+    """An endpoint that always answers the same."""
+
     async def listing() -> Response:
         return JSONResponse(entries)
 

@@ -18,7 +18,8 @@ from zimage.pictures.foreign import OURS, USUAL, guidance_of
 from zimage.pictures.image import nearest_side, open_mask
 from zimage.pictures.opening import opened_bytes
 from zimage.pictures.parameters import LORA as TAG
-from zimage.serve.asking import ATTACHMENTS, LORA, NAMES, lora_names
+from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, NAMES, lora_names
+from zimage.serve.forms.a1111_control import SCRIPTS, controls
 from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
 from zimage.serve.uploads import check_pixels
 from zimage.settings.declared import LONGEST_TEXT
@@ -33,6 +34,7 @@ INSTEAD = {  # how clients call what we call otherwise
     "hires": "hr_scale",
     "strength": "denoising_strength",
     "image": "init_images",
+    **dict.fromkeys(("control", "control_start", "control_end", "control_preprocess"), SCRIPTS),
 }
 # Values that ask for nothing, of fields that have no meaning here; besides these none, false, zero and empty ones do.
 NOTHING: dict[str, Plain] = {
@@ -47,7 +49,7 @@ NOTHING: dict[str, Plain] = {
     "override_settings_restore_afterwards": True,
     "do_not_save_grid": True,
 }
-HEAVY = ("init_images", "alwayson_scripts", *ATTACHMENTS)  # what an answer does not repeat
+HEAVY = ("init_images", SCRIPTS, *ATTACHMENTS, *CONDITIONS)  # what an answer does not repeat
 MOST_NAMED = 50  # fields in a warning
 
 
@@ -99,14 +101,17 @@ def translated(sent: Mapping[str, Plain], usual: Mapping[str, Plain], model: str
     """A body under our names. `usual`: what the server draws where a request says nothing. Raises RequestError."""
     given = {name: _whole(value) for name, value in sent.items() if value is not None}
     check_overrides(given.pop("override_settings", {}), model)
+    scripts = given.pop(SCRIPTS, {})
     fields = Fields.from_mapping({name: value for name, value in given.items() if name in Fields.names()})
     own = {name: value for name, value in given.items() if name in NAMES and name not in Fields.names()}
     if isinstance(own.get("seed"), int) and own["seed"] < 0:
         del own["seed"]
     values, ignored = _in_our_terms(fields, given, own, usual)
+    controlled, unused = controls(scripts, values.get("image"))
+    values |= controlled
     for name in own.keys() & values.keys() - {"prompt", LORA, "width", "height"}:
         raise RequestError(f"{name} is set too; pass only one of them", fields=(name,))  # `named_as` puts theirs before
-    return Translated(fields, {**own, **values}, [*ignored, *shown(given.keys() - KNOWN, given)])
+    return Translated(fields, {**own, **values}, [*ignored, *unused, *shown(given.keys() - KNOWN, given)])
 
 
 def check_overrides(settings: Plain, model: str) -> list[str]:

@@ -66,7 +66,7 @@ function bodyOf(request, files) {
   if (Object.keys(files).length === 0) return request;
   const form = new FormData();
   form.append("request", new Blob([encode(request)], { type: "application/json" }), "request.json");
-  for (const [name, file] of Object.entries(files)) form.append(name, file, file.name ?? `${name}.png`);
+  for (const [name, some] of Object.entries(files)) for (const file of [some].flat()) form.append(name, file, file.name ?? `${name}.png`);
   return form;
 }
 

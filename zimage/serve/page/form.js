@@ -9,6 +9,8 @@ const NEEDS = {
   negative: (form) => form.effective("guidance") > 0,
   mask: (form) => form.effective("image") !== undefined,
   strength: (form) => form.effective("image") !== undefined || form.effective("hires") !== undefined,
+  reference: (form) => form.schema.vision.available,
+  control: (form) => form.schema.control.names.length > 0,
 };
 const LIMITS = { steps: "max_steps", images: "max_images", width: "max_side", height: "max_side" };
 const DRAFT = "zimage.draft";
@@ -75,26 +77,29 @@ export class Form extends EventTarget {
     return this.fields.get(name)?.effective;
   }
 
-  /** What is set and has an effect: {values, files}. `only` picks some of the fields. */
+  /** What is set and has an effect: {values, files}, of a list an array each. `only` picks some of the fields. */
   read(only = () => true) {
     const values = {};
     const files = {};
     for (const [name, field] of this.fields) {
       const value = this.#applies(name) && only(field) ? field.value : undefined;
-      if (value !== undefined) (field.property["x-attachment"] ? files : values)[name] = value;
+      if (value !== undefined && field.property["x-condition"]) {
+        values[name] = value.map((one) => one.values);
+        files[name] = value.map((one) => one.file);
+      } else if (value !== undefined) (field.property["x-attachment"] ? files : values)[name] = value;
     }
     return { values, files };
   }
 
   /** The settings that make a caption of a prompt. */
   text() {
-    return this.read(({ name, property }) => property["x-group"] === "Text" && !property["x-attachment"] && name !== "negative").values;
+    return this.read(({ name, property }) => property["x-group"] === "Text" && !isFile(property) && name !== "negative").values;
   }
 
   /** Set these fields and leave all others open; attachments stay unless `values` holds them. */
   fill(values) {
     for (const [name, field] of this.fields) {
-      if (!field.property["x-attachment"]) field.value = values[name] ?? undefined;
+      if (!isFile(field.property)) field.value = values[name] ?? undefined;
       field.fault("");
     }
     this.refresh();
@@ -103,7 +108,7 @@ export class Form extends EventTarget {
   reset() {
     const prompt = this.field("prompt").value;
     this.fill({ prompt });
-    for (const field of this.fields.values()) if (field.property["x-attachment"]) field.value = undefined;
+    for (const field of this.fields.values()) if (isFile(field.property)) field.value = undefined;
     this.refresh();
     this.dispatchEvent(new Event("reset"));
   }
@@ -128,6 +133,9 @@ export class Form extends EventTarget {
     for (const field of this.fields.values()) field.fault("");
   }
 }
+
+/** Whether a field holds files of the user's, one or several, which no record carries. */
+export const isFile = (property) => Boolean(property["x-attachment"] || property["x-condition"]);
 
 const withLimit = (property, limit) =>
   limit === undefined || property.maximum === undefined ? property : { ...property, maximum: Math.min(property.maximum, limit) };

@@ -1,6 +1,7 @@
 // Nicer controls of fields that every picture has: template, seed, the picture to start from and its mask.
 import { el, icon, tool } from "./dom.js";
 import { Attachment, Field, Whole } from "./fields.js";
+import { Pictures } from "./pictures.js";
 
 /** A button that opens the template picker, and shows what is chosen. */
 class Template extends Field {
@@ -108,5 +109,9 @@ class Mask extends Attachment {
 
 const SPECIAL = { template: Template, seed: Seed, image: Picture, mask: Mask };
 
-/** The control of a well-known field, if it has one of its own. */
-export const makeSpecial = (name, property, fallback) => SPECIAL[name] && new SPECIAL[name](name, property, fallback);
+/** The control of a well-known field, or of a list of pictures, if it has one of its own. */
+export function makeSpecial(name, property, fallback) {
+  const Kind = SPECIAL[name] ?? (property["x-condition"] ? Pictures : undefined);
+  return Kind && new Kind(name, property, fallback);
+}
+
