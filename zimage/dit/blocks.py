@@ -29,6 +29,10 @@ class BlockModulation(NamedTuple):
     scale_mlp: Tensor
     gate_mlp: Tensor
 
+    def level(self, i: int) -> "BlockModulation":
+        """That of the i-th noise level alone."""
+        return BlockModulation(*(part[i : i + 1] for part in self))
+
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float):
@@ -115,6 +119,15 @@ class Block(nn.Module):
         normed = scaled_norm(self.ffn_norm1, x, m.scale_mlp, self.feed_forward.form, units.stream)
         changed, scale = self.feed_forward(normed, units)
         return gated(self.ffn_norm2, x, changed, m.gate_mlp, 1.0, scale)
+
+
+def blocks_of(modules: nn.ModuleList) -> list[Block]:
+    return [block for block in modules if isinstance(block, Block)]
+
+
+def modulations(blocks: nn.ModuleList, time: Tensor) -> list[BlockModulation]:
+    """Those of a group of blocks at time embeddings (B, 256)."""
+    return [block.modulate(time) for block in blocks_of(blocks)]
 
 
 def gated(

@@ -9,6 +9,8 @@ Data flow of one denoising run:
     sizes ───────────────────────────────┴→ context (once per image)
     all σ ───────────────────────────────→ modulate (once per run)
     latents, modulation.step(i), context → velocity (once per step)
+
+ControlNets run beside it: see `zimage.dit.control`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zimage.dit import reach
-from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder
-from zimage.dit.patch import patchify, unpatchify
+from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder, blocks_of, modulations
+from zimage.dit.control import Controlled, ControlStream, check_dtype
+from zimage.dit.patch import PATCH, SEQUENCE_MULTIPLE, embed_patches, padded_length, unpatchify
 from zimage.dit.rope import Rotation, caption_positions, image_positions, rotation
 from zimage.dit.units import PLAIN, Units
 from zimage.errors import RequestError
@@ -42,8 +45,6 @@ from zimage.nn.config import (
 )
 from zimage.nn.layers import RMSNorm
 
-SEQUENCE_MULTIPLE = 32  # the learned pad tokens fill every sequence up to a multiple of this, and are attended
-PATCH = 2
 Positions = Annotated[int, Between(1, 1 << 20)]  # along one axis
 
 
@@ -105,10 +106,8 @@ class Modulation:
     def step(self, i: int) -> "Modulation":
         """The modulation of the i-th noise level alone."""
 
-        def row(blocks: list[BlockModulation]) -> list[BlockModulation]:
-            return [BlockModulation(*(part[i : i + 1] for part in block)) for block in blocks]
-
-        return Modulation(row(self.noise_refiner), row(self.layers), self.final[i : i + 1], self.units)
+        refiner, layers = ([block.level(i) for block in part] for part in (self.noise_refiner, self.layers))
+        return Modulation(refiner, layers, self.final[i : i + 1], self.units)
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class CaptionStream(nn.Module):
 
     def _unmodulated(self) -> tuple[Units, list[BlockModulation] | list[None]]:
         """The units of the context refiner, and the modulations that put its blocks in them."""
-        blocks = _blocks_of(self.context_refiner)
+        blocks = blocks_of(self.context_refiner)
         if not self.in_half:
             return PLAIN, [None] * len(blocks)
         neutral = [reach.unmodulated(block, self.cap_pad_token.device) for block in blocks]
@@ -246,15 +245,19 @@ class ZImageDiT(CaptionStream):
 
     def modulate(self, sigma: Tensor) -> Modulation:
         """The modulations of all blocks at noise levels σ (B,)."""
-        time = self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
+        time = self.time(sigma)
         modulation = Modulation(
-            _modulations(self.noise_refiner, time), _modulations(self.layers, time), self.final_layer.modulate(time)
+            modulations(self.noise_refiner, time), modulations(self.layers, time), self.final_layer.modulate(time)
         )
         return self._in_units(modulation) if self.in_half else modulation
 
+    def time(self, sigma: Tensor) -> Tensor:
+        """The time embeddings (B, 256) of noise levels σ (B,)."""
+        return self.t_embedder(1 - sigma.to(self.x_pad_token.device, torch.float32))
+
     def _in_units(self, m: Modulation) -> Modulation:
         """The modulation that holds the activations of all blocks in units."""
-        refiner, layers, context = map(_blocks_of, (self.noise_refiner, self.layers, self.context_refiner))
+        refiner, layers, context = map(blocks_of, (self.noise_refiner, self.layers, self.context_refiner))
         image = reach.embedded(self.x_embedder, self._patch_norm(), self.x_pad_token)
         entry = max(image, self._caption_reach() + reach.branches(context, self.x_pad_token.device))
         units = reach.units([*refiner, *layers], [*m.noise_refiner, *m.layers], entry)
@@ -286,43 +289,58 @@ class ZImageDiT(CaptionStream):
             padding=Padding.of([padded + length for length in lengths], tokens.device),
         )
 
-    def velocity(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
-        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w)."""
+    def velocity(
+        self, latents: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled] = ()
+    ) -> Tensor:
+        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up."""
         (h, w), units = latents.shape[-2:], modulation.units
-        image = units.enter(self._embed_image(latents))
-        for block, m in zip(self.noise_refiner, modulation.noise_refiner, strict=True):
-            image = self._run(block, image, context.image_rotation, None, m, units)
+        image = units.enter(embed_patches(latents, self.config.in_channels, self.x_embedder, self.x_pad_token))
+        image, streams = self._refine_image(image, modulation, context, controls)
         x = torch.cat((image, units.enter(context.tokens)), dim=1)  # (B, Np + Lp, dim)
-        for block, m in zip(self.layers, modulation.layers, strict=True):
-            x = self._run(block, x, context.rotation, context.padding, m, units)
+        for stream in streams:
+            if not stream.is_apart:
+                stream.join(x, context.tokens, context.rotation, context.padding)
+        x = self._through(self.layers, modulation.layers, x, context.rotation, context.padding, units, streams)
         patches = self.final_layer(units.leave(x[:, : (h // PATCH) * (w // PATCH)]), modulation.final)
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
-    def _embed_image(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, Np, dim): learned pads follow the image tokens and are attended like any token."""
-        C, h, w = latents.shape[1:]
-        if self.config.in_channels != C or h % PATCH or w % PATCH:
-            raise RequestError(
-                f"latents of shape {tuple(latents.shape)} do not fit; "
-                f"they must have {self.config.in_channels} channels and even sides"
-            )
-        tokens = self.x_embedder(patchify(latents.to(self.x_pad_token), PATCH))
-        pads = self.x_pad_token.expand(len(tokens), padded_length(tokens.shape[1]) - tokens.shape[1], -1)
-        return torch.cat((tokens, pads), dim=1)
+    def _refine_image(
+        self, image: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled]
+    ) -> tuple[Tensor, list[ControlStream]]:
+        """Refined image tokens (B, Np, dim), and the streams of those controls that have a say."""
+        streams = [ControlStream(control, image, context.image_rotation) for control in controls if control.scale]
+        if streams:
+            check_dtype(image.dtype)
+
+        def refined(beside: Sequence[ControlStream]) -> Tensor:
+            blocks, m, turn = self.noise_refiner, modulation.noise_refiner, context.image_rotation
+            return self._through(blocks, m, image, turn, None, modulation.units, beside)
+
+        for stream in streams:
+            if stream.is_apart:
+                joint = torch.cat((refined([stream]), context.tokens), dim=1)
+                stream.join(joint, context.tokens, context.rotation, context.padding)
+        return refined([stream for stream in streams if not stream.is_apart]), streams
+
+    def _through(
+        self,
+        blocks: nn.ModuleList,
+        modulation: Sequence[BlockModulation],
+        x: Tensor,
+        turn: Rotation,
+        padding: Padding | None,
+        units: Units,
+        streams: Sequence[ControlStream],
+    ) -> Tensor:
+        """x (B, L, dim) after these blocks, each followed by the hints that belong to its place."""
+        for place, (block, m) in enumerate(zip(blocks, modulation, strict=True)):
+            for stream in streams:
+                stream.advance(place)
+            x = self._run(block, x, turn, padding, m, units)
+            for stream in streams:
+                x = stream.add_hint(place, x)
+        return x
 
 
 def _blocks(config: ZImageDiTConfig, count: int, modulated: bool) -> nn.ModuleList:
     return nn.ModuleList(Block(config.dim, config.n_heads, config.norm_eps, modulated) for _ in range(count))
-
-
-def _blocks_of(modules: nn.ModuleList) -> list[Block]:
-    return [block for block in modules if isinstance(block, Block)]
-
-
-def _modulations(blocks: nn.ModuleList, time: Tensor) -> list[BlockModulation]:
-    return [block.modulate(time) for block in _blocks_of(blocks)]
-
-
-def padded_length(length: int) -> int:
-    """The length to which a sequence is padded."""
-    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE

@@ -1,6 +1,15 @@
-"""Latents ↔ patch tokens. Shapes: B batch, C channels, h × w latents, p patch side; channels run fastest in a patch."""
+"""Latents ↔ patch tokens. Shapes: B batch, C channels, h × w latents, p patch side; channels run fastest in a patch.
 
-from torch import Tensor
+N image tokens, Np = N padded to a multiple of 32.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from zimage.errors import RequestError
+
+SEQUENCE_MULTIPLE = 32  # the learned pad tokens fill every sequence up to a multiple of this, and are attended
+PATCH = 2
 
 
 def patchify(latents: Tensor, p: int) -> Tensor:
@@ -14,3 +23,23 @@ def unpatchify(tokens: Tensor, h: int, w: int, p: int) -> Tensor:
     """(B, (h/p)·(w/p), p·p·C) → (B, C, h, w): the inverse of `patchify`."""
     x = tokens.unflatten(1, (h // p, w // p)).unflatten(-1, (p, p, -1))  # (B, h/p, w/p, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, h, w)
+
+
+def embed_patches(latents: Tensor, channels: int, embedder: nn.Module, pad: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, Np, dim): the learned `pad` (1, dim) follows the image tokens and is attended like any token.
+
+    Raises RequestError for latents of other than `channels` channels, or of odd sides.
+    """
+    C, h, w = latents.shape[1:]
+    if channels != C or h % PATCH or w % PATCH:
+        raise RequestError(
+            f"latents of shape {tuple(latents.shape)} do not fit; they must have {channels} channels and even sides"
+        )
+    tokens = embedder(patchify(latents.to(pad), PATCH))
+    pads = pad.expand(len(tokens), padded_length(tokens.shape[1]) - tokens.shape[1], -1)
+    return torch.cat((tokens, pads), dim=1)
+
+
+def padded_length(length: int) -> int:
+    """The length to which a sequence is padded."""
+    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE

@@ -2,17 +2,19 @@
 
 A graph is captured for each shape of latents and captions, and for each choice of units in fp16. The latents, the
 modulation and the context are its inputs, so one graph serves all steps, prompts and guidance; the weights are not, so
-`forget` must be called when they move.
+`forget` must be called when they move. An evaluation with ControlNets is never captured: each of their blocks is work
+of its own, a graph would be captured for every choice of files and scales, and it would hold their weights.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from zimage.dit.blocks import BlockModulation
+from zimage.dit.control import Controlled
 from zimage.dit.model import Context, Modulation, ZImageDiT, ZImageDiTConfig
 from zimage.dit.rope import Rotation
 from zimage.dit.units import Units
@@ -53,12 +55,14 @@ class ReplayedVelocity:
         self._dit, self._graphs = weakref.ref(dit), graphs
         self.captured: dict[tuple, Callable[..., Tensor]] = {}
 
-    def __call__(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
+    def __call__(
+        self, latents: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled] = ()
+    ) -> Tensor:
         dit = self._dit()
         assert dit is not None  # its caller holds it
         tokens = len(latents) * context.rotation.cos.shape[1]
-        if context.padding is not None or torch.is_grad_enabled() or not pays(dit.config, tokens):
-            return type(dit).velocity(dit, latents, modulation, context)
+        if controls or context.padding is not None or torch.is_grad_enabled() or not pays(dit.config, tokens):
+            return type(dit).velocity(dit, latents, modulation, context, controls)
         inputs = list(_tensors(latents, modulation, context))
         varying = latents, modulation.final, context.tokens, context.rotation.cos
         key = (modulation.units, *((x.shape, x.dtype, x.device) for x in varying))

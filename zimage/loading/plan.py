@@ -13,7 +13,8 @@ class Workload:
 
     `tile_mode` "" leaves the choice to the planner; `tile_size` 0 is the default. `stored_tokens` is the room, in
     tokens, of the text encoder's cache when it writes; 0 when it only encodes. `loras` are the bytes of LoRAs where
-    they are computed beside their layers.
+    they are computed beside their layers, `controls` those of the weights of ControlNets, and `control_streams` is how
+    many run beside the DiT.
     """
 
     width: int
@@ -24,6 +25,8 @@ class Workload:
     tile_size: int = 0
     stored_tokens: int = 0
     loras: int = 0
+    controls: int = 0
+    control_streams: int = 0
 
     @property
     def pixels(self) -> int:

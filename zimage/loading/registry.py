@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage.dit import ContextRefiner, ZImageDiT
+from zimage.dit import ContextRefiner, ControlNet, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import dit_bytes, dit_reads, text_encoder_bytes, text_encoder_reads, vae_bytes, vae_reads
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
-TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
-Model = Qwen3 | ZImageDiT | ContextRefiner | AutoencoderKL | AutoencoderKLWan
+TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER, CONTROL = "text_encoder", "dit", "vae", "context_refiner", "control"
+Model = Qwen3 | ZImageDiT | ContextRefiner | ControlNet | AutoencoderKL | AutoencoderKLWan
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,16 @@ ROWS: dict[str, Row] = {
             optional=True,
             inside=DIT,
             in_half=True,
+        ),
+        Row(
+            CONTROL,
+            "ControlNet",
+            "controlnet",
+            {"": ControlNet},
+            nn.Module.parameters,
+            dit_bytes,
+            optional=True,
+            transformed=True,
         ),
     )
 }

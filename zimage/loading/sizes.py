@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from zimage.dit.model import ZImageDiT, ZImageDiTConfig, padded_length
+from zimage.dit.model import ZImageDiT, ZImageDiTConfig
+from zimage.dit.patch import padded_length
 from zimage.dit.replay import most_tokens
 from zimage.kernels import backend
 from zimage.kernels.scaled_product import LEAST_CAPABILITY
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 # Bytes of an int8 product's sums for each value of the widest map, where no kernel scales them at the product's end:
 # 598 MB were measured where 412 were counted. With the kernel, and in fp8, quantised inputs take less than plain ones.
 INT8_SUMS = 4.5
-
+CONTROL_MAPS = 3  # of width dim, for each ControlNet
 
 # ------------------------------------------------------------------ the work of a stage
 
@@ -55,8 +56,12 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 
 
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image."""
-    return _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image.
+
+    A ControlNet beside it keeps its own stream, the control picture's tokens and, meanwhile, a hint.
+    """
+    maps = 2 * _hidden(config) + (8 + CONTROL_MAPS * work.control_streams) * config.dim
+    return _dit_tokens(work) * maps * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:

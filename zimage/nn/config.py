@@ -6,6 +6,7 @@ A needed key that the file lacks is an error, never a guess; so is a value that 
 """
 
 import dataclasses
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, TypeVar
@@ -95,6 +96,8 @@ def _checked(cls: type, key: str, hint: Hint, value: object) -> object:
 
 def _fits(hint: Hint, value: object) -> bool:
     kind, bounds = _parts(hint)
+    if words := _words(kind):
+        return (value is None or isinstance(value, str)) and value in words
     if typing.get_origin(kind) is tuple:
         item, count = _items(kind, bounds)
         is_list = isinstance(value, list | tuple) and count.low <= len(value) <= count.high
@@ -109,6 +112,8 @@ def _fits(hint: Hint, value: object) -> bool:
 
 def _described(hint: Hint) -> str:
     kind, bounds = _parts(hint)
+    if words := _words(kind):
+        return " or ".join("null" if word is None else repr(word) for word in words)
     if typing.get_origin(kind) is tuple:
         item, count = _items(kind, bounds)
         return f"a list of {_range(count, ' to ')} values {_described(item)}"
@@ -129,6 +134,13 @@ def _parts(hint: Hint) -> tuple[Hint, Between]:
         return hint, Between(-float("inf"), float("inf"))
     kind, bounds = typing.get_args(hint)
     return kind, bounds
+
+
+def _words(kind: Hint) -> tuple[str | None, ...]:
+    """The words of a Literal, and None where it may be absent; empty for every other type."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    literals = [typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal]
+    return (*(word for words in literals for word in words), *([None] if literals and len(parts) > 1 else []))
 
 
 def _items(kind: Hint, bounds: Between) -> tuple[Hint, Between]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from zimage.errors import RequestError
+from zimage.loading.controls import ControlFile
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import DIT
 from zimage.pictures.image import InputPicture, open_image, open_mask
@@ -33,6 +34,7 @@ CONDITIONS: dict[str, type[Condition]] = {kind.FIELD: kind for kind in (Referenc
 FILES: dict[tuple[str, str], Opener] = {
     (Reference.FIELD, "picture"): open_picture,
     (Control.FIELD, "picture"): open_picture,
+    (Control.FIELD, "model"): ControlFile.of,
 }
 ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}  # for `mistake`
 

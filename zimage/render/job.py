@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from zimage import flow
 from zimage.errors import RequestError
+from zimage.loading.controls import ControlFiles, weight_bytes
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
@@ -175,7 +176,20 @@ def decide(
     texts.warn_of_length(longest, request.long_prompt)
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
-    work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
+    files = [control.model for control in values["control"] or ()]
+    for file in files:
+        file.check(planner.sizes[DIT])
+    work = Workload(
+        width,
+        height,
+        longest,
+        together,
+        request.tile_mode or "",
+        request.tile_size or 0,
+        loras=beside,
+        controls=weight_bytes(files, planner.sizes[DIT]),
+        control_streams=len(files),
+    )
     plan = planner.plan(work, loaded)
     if must_fit:
         planner.check(plan, loaded)
@@ -186,6 +200,11 @@ def decide(
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
     return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
+
+
+def control_files(request: Request) -> ControlFiles:
+    """The files of a prepared request's controls, one for each."""
+    return tuple(control.model for control in request.control or ())
 
 
 def first_pass(job: Job) -> Job:

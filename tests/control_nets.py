@@ -1,0 +1,51 @@
+"""Tiny ControlNets of every published form, and a tiny DiT that they go with."""
+
+from typing import Any
+
+import torch
+from tiny import DIT as SMALL
+from tiny import randomised
+from torch import Tensor
+
+from zimage.dit import ControlNet, ZImageDiT
+
+DIT = {**SMALL, "n_layers": 5, "n_refiner_layers": 2}
+_SHARED = {"_class_name": "ZImageControlNetModel", "qk_norm": True, "all_patch_size": [2], "all_f_patch_size": [1]}
+_SIZES = {key: DIT[key] for key in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "norm_eps")}
+
+
+def _form(places: list[int], channels: int, refiner: str | None, refiner_places: list[int] | None) -> dict[str, Any]:
+    return {
+        **_SHARED,
+        **_SIZES,
+        "control_layers_places": places,
+        "control_in_dim": channels,
+        "add_control_noise_refiner": refiner,
+        "control_refiner_layers_places": refiner_places,
+    }
+
+
+FORMS = {
+    "1.0": _form([0, 3], 16, None, None),
+    "2.0": _form([0, 2, 4], 33, "control_layers", [0, 1]),
+    "2.1": _form([0, 2, 4], 33, "control_noise_refiner", [0, 1]),
+    "lite": _form([0, 2], 33, "control_noise_refiner", [0, 1]),
+}
+PUBLISHED = {
+    form: {**config, "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "control_layers_places": places}
+    for (form, config), places in zip(
+        FORMS.items(), ([0, 5, 10, 15, 20, 25], list(range(0, 30, 2)), list(range(0, 30, 2)), [0, 10, 20]), strict=True
+    )
+}
+
+
+def dit(seed: int = 1, **changes: Any) -> ZImageDiT:
+    return randomised(ZImageDiT.from_config({**DIT, **changes}), seed).eval().requires_grad_(False)
+
+
+def net(form: str, seed: int = 2, **changes: Any) -> ControlNet:
+    return randomised(ControlNet.from_config({**FORMS[form], **changes}), seed).eval().requires_grad_(False)
+
+
+def control_latents(config: dict[str, Any], batch: int, h: int, w: int, seed: int = 5) -> Tensor:
+    return torch.randn(batch, config["control_in_dim"], h, w, generator=torch.Generator().manual_seed(seed))
