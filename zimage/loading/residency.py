@@ -100,9 +100,7 @@ class Residency:
         return {name: self._returned(name, held) for name, held in dict(self._held).items()}
 
     @contextmanager
-    def use(
-        self, name: str, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()
-    ) -> Iterator[Any]:
+    def use(self, name: str, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()) -> Iterator[Any]:
         """A component for one piece of work, loaded by `plan`; its device is held during it.
 
         A DiT has these `adapters`, and the modules of these `controls` beside it: see `control`.

@@ -121,7 +121,9 @@ def widened(latents: Tensor, file: ControlFile, rest: Tensor | None = None) -> T
     if not lacking:
         return latents
     if not file.reads_mask or latents.shape[1] != (file.config.control_in_dim - 1) // 2:
-        text = f"control latents {tuple(latents.shape)} do not fit {file.name}, which reads {file.config.control_in_dim}"
+        text = (
+            f"control latents {tuple(latents.shape)} do not fit {file.name}, which reads {file.config.control_in_dim}"
+        )
         raise RequestError(f"{text} channels", fields=("control",))
     zeros = latents.new_zeros(1, lacking, *latents.shape[-2:])
     return torch.cat((latents, (zeros if rest is None else rest).expand(len(latents), -1, -1, -1)), dim=1)

@@ -43,9 +43,7 @@ R = TypeVar("R")
 class Components:
     """The components of a pipeline as one job sees them: by its plan, with its adapters and control files."""
 
-    def __init__(
-        self, residency: Residency, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()
-    ):
+    def __init__(self, residency: Residency, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()):
         self.residency, self.plan, self.adapters, self.controls = residency, plan, adapters, controls
 
     def use(self, name: str) -> AbstractContextManager[Any]:
