@@ -26,6 +26,7 @@ from zimage.serve.forms import (
     page,
     session,
     texts,
+    vision,
 )
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
@@ -96,7 +97,7 @@ def build(service: Service, door: Door) -> FastAPI:
 
     handlers: dict[Any, Any] = {HTTPException: _unknown, Exception: _failed}
     app = FastAPI(lifespan=life, exception_handlers=handlers, redirect_slashes=False, docs_url=None, redoc_url=None)
-    forms = (encoder, hidden_states, texts, meta)
+    forms = (encoder, hidden_states, texts, vision, meta)
     for form in forms if service.settings.encoder_only else (own, history, openai, a1111, controlnet, page, *forms):
         app.include_router(form.routes(service))
     app.include_router(session.routes(door))

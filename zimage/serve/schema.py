@@ -26,6 +26,7 @@ UPLOADED = {
     "reference": "Pictures that the prompt's caption is mixed with, each by its alpha, from 0 to 1",
     "control": "Pictures that ControlNets of this server follow, each with its model and the scale of its hints",
 }
+SIGHT = ("vision_text", "vision_layer", "vision_tokens")
 NUMBERS = {"alpha": 1.0, "scale": MAX_CONTROL_SCALE}  # of conditions, from 0
 SMALL_PNG = (  # 16 × 16 px of one colour
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR4nGPUiFrAQApgIkn1qIZRDUNKAwCpoQFCcQgOjQAAAABJRU5ErkJggg=="
@@ -124,6 +125,12 @@ def conditions_schema(name: str, most: int, models: Sequence[str] | None) -> Sch
     needed = [MODEL] if MODEL in kind.FILES else []
     entry = whole("", {part: parts[part] for part in names_of(kind)}, needed)
     return {**field, "description": f"{UPLOADED[name]}.", "items": entry, "maxItems": most}
+
+
+def sight_fields() -> dict[str, Schema]:
+    """How a picture is looked at."""
+    fields = json_schema(Request)["properties"]
+    return {name: fields[name] for name in SIGHT}
 
 
 def own_fields(settings: ServeSettings) -> dict[str, Schema]:

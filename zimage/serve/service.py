@@ -206,6 +206,11 @@ class Service:
         """A quick question to a worker. Raises as the pipeline does, or Unavailable."""
         return await self._worker().ask(op, **plain)
 
+    async def ask_all(self, op: str, **plain: Plain) -> list[dict[str, Plain]]:
+        """The same to every worker that is ready. Raises Unavailable where there is none."""
+        ready = [worker for worker in self.dispatcher.workers if worker.state in (READY, BUSY)]
+        return list(await asyncio.gather(*(worker.ask(op, **plain) for worker in ready or [self._worker()])))
+
     async def compute(self, op: str, **asked: Plain) -> dict[str, Plain]:
         """Short work that goes before the queue: "encode" or "rewrite". Raises as the pipeline does."""
         if self.dispatcher.stopping:

@@ -46,15 +46,17 @@ async function failure(response) {
   return new ApiError(response.status, message ?? `The server answered ${response.status}.`, fields ?? []);
 }
 
-async function ask(method, path, options) {
+async function answered(method, path, options) {
   let response = await send(method, path, options);
   while (response.status === 401 && signIn) {
     await signIn();
     response = await send(method, path, options);
   }
   if (!response.ok) throw await failure(response);
-  return parse(await response.text());
+  return response;
 }
+
+const ask = async (method, path, options) => parse(await (await answered(method, path, options)).text());
 
 const query = (values) => new URLSearchParams(Object.entries(values).filter(([, value]) => value)).toString();
 
@@ -79,6 +81,11 @@ export async function submit(request, files) {
     if (error.status !== 0) throw error;
     return ask("POST", "/api/jobs", options);
   }
+}
+
+/** What is seen in a picture, as a file of embeddings. */
+export async function extract(values, picture) {
+  return (await answered("POST", "/api/vl/extract", { body: bodyOf(values, { picture }) })).blob();
 }
 
 export const schema = () => ask("GET", "/api/schema");

@@ -4,13 +4,19 @@ import { $, el } from "./dom.js";
 import { labelOf, makeField } from "./fields.js";
 import { makeSpecial } from "./special.js";
 
+const beside = (...names) => (form) => names.some((name) => form.effective(name) !== undefined);
 // What has an effect only beside something else. Without it the control is hidden and sends nothing.
 const NEEDS = {
   negative: (form) => form.effective("guidance") > 0,
-  mask: (form) => form.effective("image") !== undefined,
-  strength: (form) => form.effective("image") !== undefined || form.effective("hires") !== undefined,
+  mask: beside("image"),
+  extend: beside("image"),
+  strength: beside("image", "hires"),
+  mask_invert: beside("mask"),
+  ...Object.fromEntries(["mask_blur", "mask_crop", "paste"].map((name) => [name, beside("mask", "extend")])),
   reference: (form) => form.schema.vision.available,
+  ...Object.fromEntries(["vision_blend", "vision_layer", "vision_tokens", "vision_text"].map((name) => [name, beside("reference")])),
   control: (form) => form.schema.control.names.length > 0,
+  ...Object.fromEntries(["control_start", "control_end", "control_flow", "control_preprocess"].map((name) => [name, beside("control")])),
 };
 const LIMITS = { steps: "max_steps", images: "max_images", width: "max_side", height: "max_side" };
 const DRAFT = "zimage.draft";
