@@ -16,6 +16,7 @@ from zimage.serve.asking import Asked
 from zimage.serve.refusals import Conflict, NotFound
 from zimage.serve.service import Launch
 from zimage.serve.stream import Message
+from zimage.serve.uploads import Uploads
 from zimage.serve.view import JobView
 from zimage.settings.declared import Request
 from zimage.settings.serving import ServeSettings
@@ -40,6 +41,9 @@ class FakeService:
         self.history, self.folder = self, folder
         self.asked: list[Asked] = []
         self.cancelled: list[str] = []
+        self.computed: list[tuple[str, dict]] = []
+        self.cleared = 0
+        self.uploads = Uploads(folder / "uploads", self.settings)
         self.hold, self.deleted, self.error, self.refusal = False, False, None, None
         self.views: dict[str, JobView] = {}
         self._over: dict[str, asyncio.Event] = {}
@@ -122,6 +126,18 @@ class FakeService:
         for image in self.views[id].images:
             yield Message(0, "", "image", {"image": image})
         yield Message(0, "", "end", self.views[id].plain())
+
+    async def ask_all(self, op: str, **plain) -> list[dict]:
+        assert op == "vision"
+        self.cleared += plain.get("clear", False)
+        cache = {"hits": 3, "misses": 1, "evictions": 0, "disk_hits": 0, "size": 1, "bytes": 64, "hit_rate": 0.75}
+        return [{"loaded": False, "cache": cache}, {"loaded": True, "cache": cache}]
+
+    async def compute(self, op: str, **asked) -> dict:
+        self.computed.append((op, asked))
+        path = self.folder / "seen.safetensors"
+        path.write_bytes(b"seen")
+        return {"path": str(path), "hash": "f00d"}
 
     async def ask(self, op: str, **plain) -> dict:
         assert op == "tokens"
