@@ -15,7 +15,7 @@ import torch
 import zimage
 from zimage.dit import ZImageDiT
 from zimage.settings.declared import ALL_SETTINGS
-from zimage.text import Qwen3
+from zimage.text import Qwen3, Qwen3VL
 from zimage.vae import AutoencoderKL
 
 
@@ -58,6 +58,17 @@ def tiny_folder(tmp_path_factory):
     parts = (Qwen3.from_config(tiny.QWEN), ZImageDiT.from_config(tiny.DIT), AutoencoderKL.from_config(tiny.KL))
     states = [tiny.randomised(part, seed).state_dict() for seed, part in enumerate(parts)]
     return tiny.write_model(tmp_path_factory.mktemp("models") / "tiny", *states, tiny.KL)
+
+
+@pytest.fixture(scope="session")
+def seeing_folder(tmp_path_factory):
+    """The same with a text encoder that has tokens for pictures, and in its folder `vision` a model that sees them."""
+    parts = (Qwen3.from_config(tiny.SEEING_QWEN), ZImageDiT.from_config(tiny.DIT), AutoencoderKL.from_config(tiny.KL))
+    states = [tiny.randomised(part, seed).state_dict() for seed, part in enumerate(parts)]
+    folder = tmp_path_factory.mktemp("models") / "seeing"
+    tiny.write_model(folder, *states, tiny.KL, text_config=tiny.SEEING_QWEN)
+    tiny.write_vision(folder / "vision", tiny.randomised(Qwen3VL.from_config(tiny.VL), 3).state_dict())
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Tiny models for tests: published configs in small, random weights that hide nothing, and a whole model folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,36 @@ QWEN = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
 }
+
+SEEING_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+SEEING_QWEN = {**QWEN, "vocab_size": VOCAB + len(SEEING_TOKENS)}  # an encoder that can read what a tower sees
+VL = {
+    "model_type": "qwen3_vl",
+    "image_token_id": VOCAB + 2,
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "out_hidden_size": QWEN["hidden_size"],
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0, 2],
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "text_config": {
+        **SEEING_QWEN,
+        "model_type": "qwen3_vl_text",
+        "num_hidden_layers": 3,
+        "rope_theta": 5_000_000.0,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 4, 4]},
+    },
+}
+PIXELS = {"size": {"shortest_edge": 1024, "longest_edge": 1 << 22}, "patch_size": 8, "merge_size": 2}
 
 DIT = {
     "_class_name": "ZImageTransformer2DModel",
@@ -121,8 +151,8 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float((ours.double() - reference.double()).abs().max() / reference.double().abs().max())
 
 
-def tokenizer() -> Tokenizer:
-    """Bytes and special tokens only: cuts text as Qwen does, and merges nothing."""
+def tokenizer(more: Sequence[str] = ()) -> Tokenizer:
+    """Bytes and special tokens only, and `more` of these: cuts text as Qwen does, and merges nothing."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     fast.normalizer = normalizers.NFC()
@@ -130,7 +160,7 @@ def tokenizer() -> Tokenizer:
         [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(list(SPECIAL_TOKENS))
+    fast.add_special_tokens([*SPECIAL_TOKENS, *more])
     return fast
 
 
@@ -141,10 +171,11 @@ def write_model(
     vae: Mapping,
     vae_config: Mapping,
     dit_config: Mapping = DIT,
+    text_config: Mapping = QWEN,
 ) -> Path:
     """A model folder in the published layout with these state dicts (the VAE's as published); returns `folder`."""
     parts = {
-        "text_encoder": (QWEN, text_encoder, "model"),
+        "text_encoder": (text_config, text_encoder, "model"),
         "transformer": (dit_config, transformer, "diffusion_pytorch_model"),
         "vae": (vae_config, vae, "diffusion_pytorch_model"),
     }
@@ -155,5 +186,15 @@ def write_model(
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "tokenizer").mkdir()
-    tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
+    more = SEEING_TOKENS if text_config["vocab_size"] > VOCAB else ()
+    tokenizer(more).save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
+def write_vision(folder: Path, weights: Mapping[str, Tensor], config: Mapping = VL, pixels: Mapping = PIXELS) -> Path:
+    """The folder of a vision model, as published; returns it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
     return folder

@@ -7,6 +7,7 @@ its files: a server that encodes for other machines is made of it.
 """
 
 import logging
+import math
 import os
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,22 @@ from zimage.loading.plan import MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
+from zimage.loading.vision import with_vision
+from zimage.render.attached import open_picture, opened_references
 from zimage.render.conditioning import CachedEncoder, Encoder, Identified, LocalEncoder, Text, Texts, TokenCount
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.rewriting import Rewrite, Rewriter
-from zimage.settings.declared import SIZE_MULTIPLE, LoadSettings, RewriteSettings, TextSettings
+from zimage.render.seeing import Look, View, Vision, mixed, needed, references, see, views_of
+from zimage.render.stages import Components
+from zimage.settings.declared import (
+    HIDDEN_LAYER,
+    SIZE_MULTIPLE,
+    VISION_TOKENS,
+    CaptionSettings,
+    LoadSettings,
+    RewriteSettings,
+    TextSettings,
+)
 from zimage.settings.environment import from_environment
 from zimage.settings.paths import user_path
 from zimage.text.cache import EmbeddingCache
@@ -55,6 +68,7 @@ class Captioner:
         self.captions_from: Identified = remote or LocalEncoder(model, self.residency)
         self.cache = EmbeddingCache(settings.cache_entries, _cache_folder(settings, remote))
         self.encoder: Encoder = CachedEncoder(self.captions_from, self.cache)
+        self.vision = Vision.of(model, self.residency, self.cache)
         self.rewriter = Rewriter(model.tokenizer, self.residency, self.texts, self.planner, remote)
 
     @classmethod
@@ -73,8 +87,9 @@ class Captioner:
         if checked.encoder_url:
             text = "encoder_url: what only encodes needs a text encoder of its own; leave it out"
             raise RequestError(text, fields=("encoder_url",))
-        model = open_model(path, checked, default=DEMO, elsewhere=(DIT, VAE))
-        return cls(model, choose_places([TEXT_ENCODER], checked, dtype), checked)
+        model = with_vision(open_model(path, checked, default=DEMO, elsewhere=(DIT, VAE)), checked)
+        here = [name for name in model.components if name not in (DIT, VAE)]
+        return cls(model, choose_places(here, checked, dtype), checked)
 
     @property
     def is_demo(self) -> bool:
@@ -98,26 +113,45 @@ class Captioner:
         """How long a prompt is and what will become of it. Keywords are the fields of TextSettings."""
         return self.texts.count(prompt, TextSettings.from_mapping(text))
 
-    def encode(self, prompts: str | Sequence[str], **text: Any) -> list[Tensor]:
+    def encode(self, prompts: str | Sequence[str], **settings: Any) -> list[Tensor]:
         """Caption embeddings (L, caption width), real tokens only, one tensor per prompt; each prompt runs alone.
 
-        Keywords are the fields of TextSettings: chat parts, template, layers, long_prompt. Raises RequestError, and
-        RemoteError where another machine encodes.
+        Keywords are the fields of CaptionSettings: chat parts, template, layers, long_prompt, references. Raises
+        RequestError, and RemoteError where another machine encodes.
         """
-        settings = TextSettings.from_mapping(text)
-        parts = self.texts.parts(settings)
+        given = CaptionSettings.from_mapping(settings)
+        parts = self.texts.parts(given)
+        found = references(opened_references(given.reference), given, self.model, self.vision)
         formatted = [parts.format(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        texts = [Text(one, self.texts.tokenize(one), settings.layers) for one in formatted]
-        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), settings.long_prompt)
-        return [self.texts.shorten(self.caption(one), settings.long_prompt) for one in texts]
+        texts = [Text(one, self.texts.tokenize(one), given.layers) for one in formatted]
+        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), given.long_prompt)
+        seen = {view.key: self._seen(view) for view in views_of(found)}
+        captions = [self.texts.shorten(self.caption(one), given.long_prompt) for one in texts]
+        if not found:
+            return captions
+        return [self._here(mixed(caption, given, found, seen, self.texts.limit)) for caption in captions]
 
     def caption(self, text: Text) -> Tensor:
         """The caption (L, caption width) of a text, all its tokens, where the text encoder is; from elsewhere, here."""
         caption = self.encoder.known(text)
         if caption is None:
             with out_of_memory_in(ROWS[TEXT_ENCODER].title):
-                caption = self.encoder.encode(text, self._encoding_plan(len(text.ids)))
-        return caption.to(self.places[TEXT_ENCODER].device) if TEXT_ENCODER in self.places else caption
+                caption = self.encoder.encode(text, self._plan(_work(len(text.ids))))
+        return self._here(caption)
+
+    def see(self, picture: Any, text: str = "", layer: int = HIDDEN_LAYER, tokens: str = VISION_TOKENS[0]) -> Tensor:
+        """The caption (L, caption width) of a picture, as a `reference` is mixed with a prompt's; needs a vision model.
+
+        `picture` is a path or a PIL picture, `text` stands behind it, `tokens` is "image" (those of the picture alone)
+        or "all". Raises RequestError.
+        """
+        for name, value in {"vision_text": text, "vision_layer": layer, "vision_tokens": tokens}.items():
+            CaptionSettings.check_one(name, value)
+        return self._seen(needed(self.vision).view(open_picture(picture), Look(text, layer, tokens)))
+
+    def _seen(self, view: View) -> Tensor:
+        plan = self._plan(_work(0, vision_patches=math.prod(view.grid), vision_tokens=len(view.ids)))
+        return self._here(exhausted(see(Components(self.residency, plan), needed(self.vision), view)))
 
     def rewrite(self, prompt: str, **settings: Any) -> Rewrite:
         """A fuller prompt, written by the text encoder's own weights or by a server; to be encoded like any other.
@@ -127,8 +161,16 @@ class Captioner:
         """
         return exhausted(self.rewriter.pieces(prompt, RewriteSettings.from_mapping(settings)))
 
-    def _encoding_plan(self, tokens: int) -> MemoryPlan:
-        return self.planner.plan(Workload(SIZE_MULTIPLE, SIZE_MULTIPLE, tokens, tile_mode="off"), self.residency.copies)
+    def _here(self, caption: Tensor) -> Tensor:
+        return caption.to(self.places[TEXT_ENCODER].device) if TEXT_ENCODER in self.places else caption
+
+    def _plan(self, work: Workload) -> MemoryPlan:
+        return self.planner.plan(work, self.residency.copies)
+
+
+def _work(tokens: int, **vision: int) -> Workload:
+    """That of encoding or seeing alone."""
+    return Workload(SIZE_MULTIPLE, SIZE_MULTIPLE, tokens, tile_mode="off", **vision)
 
 
 def checked_settings(device: str, settings: Mapping[str, Any]) -> LoadSettings:

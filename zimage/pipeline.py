@@ -37,7 +37,9 @@ from zimage.loading.files import ModelFiles, load_component, open_model
 from zimage.loading.loras import Loras, LoraUse, bytes_beside
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import MemoryPlan, Workload
-from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.vision import with_vision
+from zimage.pictures.image import InputPicture
 from zimage.render import stages
 from zimage.render.conditioning import SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
@@ -93,7 +95,7 @@ class ZImage(Captioner):
         """
         checked = checked_settings(device, settings)
         elsewhere = (TEXT_ENCODER,) if checked.encoder_url else ()
-        model = open_model(path, checked, default=DEMO, elsewhere=elsewhere)
+        model = with_vision(open_model(path, checked, default=DEMO, elsewhere=elsewhere), checked)
         here = [name for name in model.components if name not in elsewhere]
         return cls(model, choose_places(here, checked, dtype), checked)
 
@@ -122,20 +124,24 @@ class ZImage(Captioner):
 
     def _components(self, work: Workload | None = None, controls: ControlFiles = ()) -> stages.Components:
         """For stages called one by one: planned for this work, else for a picture of the usual size."""
-        if work is None:
-            side = usual_side(self.model)
-            work = Workload(side, side, len(self.tokenize("")))
         adapters = self.lora.list()
         work = dataclasses.replace(
-            work,
+            work or self._usual,
             loras=bytes_beside(adapters, self.dtype),
             controls=weight_bytes(controls, self.planner.sizes[DIT]),
             control_streams=len(controls),
         )
         return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters, controls)
 
-    def _encoding_plan(self, tokens: int) -> MemoryPlan:
-        return self._components().plan
+    @property
+    def _usual(self) -> Workload:
+        side = usual_side(self.model)
+        return Workload(side, side, len(self.tokenize("")))
+
+    def _plan(self, work: Workload) -> MemoryPlan:
+        """For what draws nothing: as for a picture of the usual size, so that what is kept for these stays."""
+        patches, tokens = work.vision_patches, work.vision_tokens
+        return self._components(dataclasses.replace(self._usual, vision_patches=patches, vision_tokens=tokens)).plan
 
     # ------------------------------------------------------------------ stages
 
@@ -218,7 +224,15 @@ class ZImage(Captioner):
         """
         adapters = self.lora.list() if loras is None else self.lora.read(loras)
         job = decide(
-            request, self.model, self.texts, self.planner, adapters, self.residency.copies, self._facts, must_fit
+            request,
+            self.model,
+            self.texts,
+            self.planner,
+            adapters,
+            self.residency.copies,
+            self._facts,
+            must_fit,
+            self.vision,
         )
         self._prepared.add(job)
         return job
@@ -239,7 +253,7 @@ class ZImage(Captioner):
         encoder = self.encoder if embeddings is None else SavedEmbeddings(embeddings.caption, self.encoder)
         begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own
         self.check_state(begun, job)
-        return stages.run(components, job, encoder, self.texts, begun, hooks)
+        return stages.run(components, job, encoder, self.texts, begun, hooks, self.vision)
 
     def generate(self, prompt: str | list[str] | None = None, **settings: Any) -> Result:
         """Render to the end. Keywords are the fields of Request; `prompt` and `seed` may be lists."""
@@ -264,6 +278,7 @@ class ZImage(Captioner):
         request = job.request
         prompt = request.prompts[index // request.images]
         single = {"prompt": prompt, "seed": job.seeds[index], "images": 1, "template": None}
+        looks = any(isinstance(r.picture, InputPicture) for r in request.reference or [])
         return {
             "version": __version__,
             "request": {**request.to_mapping(), **single},
@@ -272,9 +287,10 @@ class ZImage(Captioner):
             "dtype": job.dtype,
             "precision": job.precision,
             "lora": [use.describe() for use in job.loras],
+            **({"vision": self.vision.describe()} if self.vision and looks else {}),
             "attention": self.residency.attention,
             "compile": self.settings.compile,
-            "device": device_names(self.places),
+            "device": device_names({name: self.places[name] for name in REQUIRED if name in self.places}),
             "torch": torch.__version__,
         }
 

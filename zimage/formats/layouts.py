@@ -54,6 +54,10 @@ GGUF_QWEN3: tuple[Pair, ...] = (
 )
 BARE_QWEN3: tuple[Pair, ...] = (("model.{rest}", "{rest}"),)  # saved from the decoder alone
 
+BARE_VL: tuple[Pair, ...] = (("model.{rest}", "{rest}"),)  # saved without the head
+SPLIT_VL: tuple[Pair, ...] = (("model.visual.{rest}", "visual.{rest}"), ("model.language_model.{rest}", "model.{rest}"))
+TOWER_VL: tuple[Pair, ...] = (("model.visual.{rest}", "{rest}"),)  # saved from the vision tower alone
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -95,6 +99,10 @@ LAYOUTS = (
     Layout("transformers", "text_encoder", "model.layers.0.self_attn.q_proj.weight", unused=_LM_HEAD),
     Layout("bare", "text_encoder", "layers.0.self_attn.q_proj.weight", BARE_QWEN3, unused=_LM_HEAD),
     Layout("gguf", "text_encoder", "blk.0.attn_q.weight", GGUF_QWEN3, unused=_LM_HEAD),
+    Layout("transformers", "vision", "model.visual.patch_embed.proj.weight", unused=_LM_HEAD),
+    Layout("bare", "vision", "language_model.embed_tokens.weight", BARE_VL),
+    Layout("split", "vision", "visual.patch_embed.proj.weight", SPLIT_VL, unused=_LM_HEAD),
+    Layout("tower", "vision", "deepstack_merger_list.0.norm.weight", TOWER_VL),
     Layout("diffusers", "vae", "decoder.mid_block.resnets.0.conv1.weight"),
     Layout(
         "ldm",
@@ -108,6 +116,7 @@ PREFIXES = {
     "dit": ("", "model.diffusion_model.", "diffusion_model."),
     "text_encoder": ("", "text_encoders.qwen3_4b.transformer.", "text_encoders.llm."),  # ComfyUI's, sd.cpp's
     "vae": ("", "vae.", "first_stage_model."),
+    "vision": ("",),
 }
 
 

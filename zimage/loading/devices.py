@@ -29,7 +29,7 @@ def choose_places(names: Iterable[str], settings: LoadSettings, dtype: str | tor
     """The place of each component: its own device if one is named, and the dtype that suits it. Raises RequestError."""
     places = {}
     for name in names:
-        own = f"{name}_device"
+        own = f"{ROWS[name].placed_with or name}_device"
         field = own if getattr(settings, own, None) else "device"
         device = choose_device(getattr(settings, field), field)
         places[name] = Place(device, choose_dtype(dtype, device, ROWS[name].in_half))

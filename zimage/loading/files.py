@@ -64,7 +64,9 @@ class Component:
             described_by = path / "config.json"
             config = read_json(described_by)
             check_config(described_by, config)
-            return cls(name, config, Checkpoint.of_folder(path, whole), described_by)
+            checkpoint, as_stored = Checkpoint.of_folder(path, whole), ROWS[whole].as_stored
+            described = as_stored(config, checkpoint.entries) if as_stored else config
+            return cls(name, described, checkpoint, described_by)
         checkpoint = Checkpoint.of_file(path, whole)
         return cls(name, architecture(whole, path, checkpoint.entries), checkpoint)
 
@@ -246,7 +248,8 @@ class ModelFiles:
     @cached_property
     def fingerprint(self) -> str:
         """Digits that distinguish this model's weights from others."""
-        return "-".join(component.checkpoint.fingerprint()[:4] for component in self.components.values())
+        drawing = (self.components[name] for name in REQUIRED if name in self.components)
+        return "-".join(component.checkpoint.fingerprint()[:4] for component in drawing)
 
     def skeleton(self, name: str) -> Any:
         """A component's module on meta: its config and shapes without its weights."""
@@ -337,7 +340,8 @@ def _schedule(dit: Path, variant: str | None, folder: Path | None) -> tuple[floa
 def load_component(
     path: str | Path, name: str, device: str = "cpu", dtype: str | torch.dtype | None = None
 ) -> nn.Module:
-    """Load one component by itself: "text_encoder", "dit", "context_refiner" or "vae".
+    """Load one component by itself: "text_encoder", "dit", "context_refiner", "vae", "vision" (Qwen3-VL) or
+    "vision_tower" (the same without its text stack).
 
     `path` is the model folder, the component's own, or a loose file. Raises RequestError or CheckpointError.
     """

@@ -27,7 +27,7 @@ from zimage.loading.devices import Place
 from zimage.loading.files import ModelFiles
 from zimage.loading.memory import available_memory, process_memory
 from zimage.loading.plan import MemoryPlan, StagePlan, Workload
-from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE, VISION, VISION_TOWER
 from zimage.loading.sizes import BlockBytes, ComponentSizes, measure
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, LoadSettings
 
@@ -56,6 +56,7 @@ class Planner:
         self._base = {device: _base_bytes(device) for device in devices}
         # A component may compute in fp32 though its file is bf16; casting it whole would double its memory.
         self.sizes = {name: self._measured(model, name, place) for name, place in places.items()}
+        self._vision = [name for name in self.sizes if name in (VISION, VISION_TOWER)]
 
     def _measured(self, model: ModelFiles, name: str, place: Place) -> ComponentSizes:
         component, (device, dtype) = model.components[name], place
@@ -76,14 +77,24 @@ class Planner:
         kept: set[str] = set()
         limits = {}
         for device in self._base:
-            names = [name for name, sizes in self.sizes.items() if sizes.device == device]
+            names = [n for n, sizes in self.sizes.items() if sizes.device == device and not ROWS[n].optional]
             limits[str(device)] = limit = self._limit(device, loaded)
             all_of_them = self._together(names, work, self._keeping_limit(device, limit))
             found = all_of_them or {name: self._accompanied(name, names, work, limit) for name in names}
             kept.update(names if all_of_them else self._staying(found))
             stages |= found
-        ordered = {name: stages[name] for name in self.sizes}
+        seeing = {name: self._seeing(name, kept, work, limits) for name in self._vision if work.vision_patches}
+        ordered = seeing | {name: stages[name] for name in self.sizes if name in stages}
         return MemoryPlan(work, ordered, frozenset(kept), limits, self.settings.memory)
+
+    def _seeing(self, name: str, kept: set[str], work: Workload, limits: Mapping[str, int]) -> StagePlan:
+        """The stage of a vision model, which is let go after it: beside what is kept on its device, else alone."""
+        device = self.sizes[name].device
+        limit, there = limits[str(device)], [n for n in self.sizes if n in kept and self.sizes[n].device == device]
+        beside = self._stage(name, work, (name, *there))
+        if there and beside.peak <= self._keeping_limit(device, limit):
+            return beside
+        return self._alone(name, work, limit)
 
     def plan_writing(self, tokens: int, loaded: Mapping[str, int] = NOTHING) -> MemoryPlan:
         """How the text encoder writes a text of `tokens` in total. Raises RequestError if it does not fit."""

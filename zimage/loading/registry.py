@@ -1,10 +1,11 @@
 """One row per component: what it is called, where it lies, which module it is, and which transformations apply to it.
 
 This is the only place that lists them. To add one, add a row: it is then opened, checked, planned, loaded and
-released like the others; an `optional` one is only loaded by itself (`load_component`), no pipeline contains it.
+released like the others. An `optional` one is loaded by itself (`load_component`), or for a stage of its own where a
+request needs it, as the vision model is.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,23 @@ from torch import nn
 from zimage.dit import ContextRefiner, ControlNet, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes, dit_reads, text_encoder_bytes, text_encoder_reads, vae_bytes, vae_reads
-from zimage.text import Qwen3
+from zimage.loading.sizes import (
+    dit_bytes,
+    dit_reads,
+    text_encoder_bytes,
+    text_encoder_reads,
+    vae_bytes,
+    vae_reads,
+    vision_bytes,
+    vision_reads,
+)
+from zimage.text import Qwen3, Qwen3VL
+from zimage.text.qwen3_vl import Qwen3VLTower, as_stored
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER, CONTROL = "text_encoder", "dit", "vae", "context_refiner", "control"
-Model = Qwen3 | ZImageDiT | ContextRefiner | ControlNet | AutoencoderKL | AutoencoderKLWan
+VISION, VISION_TOWER = "vision", "vision_tower"  # with the text stack that its file may hold, and without
+Model = Qwen3 | Qwen3VL | ZImageDiT | ContextRefiner | ControlNet | AutoencoderKL | AutoencoderKLWan
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,10 @@ class Row:
     optional: bool = False
     inside: str = ""  # the component whose file it shares: it is loaded by itself only
     transformed: bool = False  # whether precision, LoRAs and compilation apply to it
+    # The config of a file with certain keys, where files may hold less than the config says.
+    as_stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None
     in_half: bool = False  # whether it computes in fp16; where that is asked for, the others compute in fp32
+    placed_with: str = ""  # the component on whose device it is put, if it has no setting of its own
 
     def build(self, config: Mapping[str, object]) -> Model:
         """A module of the class and the sizes that a config asks for. Raises ConfigError."""
@@ -77,6 +92,28 @@ ROWS: dict[str, Row] = {
             dit_bytes,
             optional=True,
             transformed=True,
+        ),
+        Row(
+            VISION,
+            "vision model",
+            "vision",
+            {"": Qwen3VL},
+            vision_reads,
+            vision_bytes,
+            optional=True,
+            as_stored=as_stored,
+            placed_with=TEXT_ENCODER,
+        ),
+        Row(
+            VISION_TOWER,
+            "vision tower",
+            "vision",
+            {"": Qwen3VLTower},
+            vision_reads,
+            vision_bytes,
+            optional=True,
+            inside=VISION,
+            placed_with=TEXT_ENCODER,
         ),
     )
 }

@@ -24,6 +24,7 @@ from zimage.loading.streaming import buffer_bytes
 from zimage.nn.quant import quantisable
 from zimage.settings.declared import BLEND_TILE, SIZE_MULTIPLE
 from zimage.text.qwen3 import Qwen3, Qwen3Config
+from zimage.text.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
 from zimage.vae.tiling import runs_kernels, strip_values
@@ -39,10 +40,25 @@ CONTROL_MAPS = 3  # of width dim, for each ControlNet
 
 
 def text_encoder_bytes(config: Qwen3Config, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one layer: the feed-forward's hidden maps, q, k and v in fp32 and a few of its width."""
+    """About the peak of one layer on the longest text, with pictures or without, and what writing needs."""
+    read = max(work.tokens, work.vision_tokens) * _text_maps(config, dtype)
+    return read + (writing_bytes(config, work.stored_tokens, dtype) if work.stored_tokens else 0)
+
+
+def _text_maps(config: Qwen3Config, dtype: torch.dtype) -> int:
+    """For each token: the feed-forward's hidden maps, q, k and v in fp32 and a few of the stack's width."""
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    maps = (2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads
-    return work.tokens * maps + (writing_bytes(config, work.stored_tokens, dtype) if work.stored_tokens else 0)
+    return (2 * config.intermediate_size + 6 * config.hidden_size) * dtype.itemsize + 4 * heads
+
+
+def vision_bytes(config: Qwen3VLConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """About the peak of one layer of the tower, or of the text stack if it has one; patches and positions are fp32."""
+    tower = config.vision
+    rotated = 3 * tower.hidden_size * (dtype.itemsize + 4)
+    maps = (2 * tower.intermediate_size + 3 * tower.hidden_size) * dtype.itemsize
+    seen = work.vision_patches * max(maps, rotated)
+    read = work.vision_tokens * _text_maps(config.text, dtype) if config.text else 0
+    return max(seen, read)
 
 
 def writing_bytes(config: Qwen3Config, tokens: int, dtype: torch.dtype) -> int:
@@ -129,6 +145,14 @@ def text_encoder_reads(encoder: nn.Module) -> Iterator[nn.Parameter]:
     assert isinstance(encoder, Qwen3)
     for layer in encoder.model.layers[:-1]:
         yield from layer.parameters()
+
+
+def vision_reads(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What looking reads, and then encoding with the model's own text stack, as with any."""
+    assert isinstance(model, Qwen3VL)
+    yield from model.model.visual.parameters()
+    if model.text is not None:
+        yield from text_encoder_reads(model.text)
 
 
 def dit_reads(dit: nn.Module) -> Iterator[nn.Parameter]:
@@ -343,7 +367,7 @@ def _block_names(component: Sized) -> Iterator[list[str]]:
 
 def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Half-precision products on a CPU repack a matrix each time; convolutions do not."""
-    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | ZImageDiT)
+    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | Qwen3VL | ZImageDiT)
     return _largest_matrix(model) * 2 if half else 0
 
 

@@ -3,8 +3,12 @@
 Attachments are one file each; conditions are lists of files with a number (`settings.conditions`).
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from zimage.errors import RequestError
 from zimage.loading.controls import ControlFile
@@ -15,13 +19,20 @@ from zimage.settings.conditions import Condition, Control, Reference, names_of
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
-from zimage.text.embeddings import Embeddings
+from zimage.text.embeddings import SAVED, Embeddings
 
 Opener = Callable[[Any], Any]
 
 
 def open_picture(given: Any) -> InputPicture:
     return InputPicture.of(given, open_image)
+
+
+def open_reference(given: Any) -> InputPicture | Embeddings:
+    """A picture, or in its place the caption of one, which `see` saved in a file of embeddings."""
+    is_path = isinstance(given, str | os.PathLike)
+    saved = Path(given).suffix == SAVED if is_path else not isinstance(given, Image.Image | InputPicture)
+    return Embeddings.of(given) if saved else open_picture(given)
 
 
 # Each has a name, the hash of its content and, unless it was passed as an object, a path.
@@ -32,7 +43,7 @@ ATTACHMENTS: dict[str, Opener] = {
 }
 CONDITIONS: dict[str, type[Condition]] = {kind.FIELD: kind for kind in (Reference, Control)}
 FILES: dict[tuple[str, str], Opener] = {
-    (Reference.FIELD, "picture"): open_picture,
+    (Reference.FIELD, "picture"): open_reference,
     (Control.FIELD, "picture"): open_picture,
     (Control.FIELD, "model"): ControlFile.of,
 }
@@ -89,6 +100,11 @@ def _hints(kind: type[Condition]) -> dict[str, Hint]:
     numbers = [name for name in names_of(kind) if name not in kind.FILES]
     texts = [f"{role}{part}" for role in kind.FILES for part in ("", "_name", "_hash")]
     return dict.fromkeys(texts, str) | dict.fromkeys(numbers, float)
+
+
+def opened_references(given: list[Any] | None) -> list[Reference]:
+    """References with their pictures opened. Raises RequestError, and CheckpointError for damaged embeddings."""
+    return [Reference(open_reference(one.picture), one.alpha) for one in map(Reference.parse, given or [])]
 
 
 def _opened_all(kind: type[Condition], given: list[Any] | None) -> list[Condition] | None:

@@ -22,13 +22,14 @@ from zimage.pictures.image import first_pass_size
 from zimage.render import attached
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
+from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -36,6 +37,7 @@ JOB: dict[str, Hint] = {
     "texts": list[str],
     "negative_texts": list[str],
     "token_ids": dict[str, list[int]],
+    "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
     "sigmas": list[float],
     "seeds": list[int],
@@ -59,14 +61,16 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `passes` are one, or two with `hires`; `sigmas` the noise levels, falling from 1 to 0; `seeds` one per
-    image; `model`, `dtype` and `precision` are those that it was prepared for.
+    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`;
+    `sigmas` the noise levels, falling from 1 to 0; `seeds` one per image; `model`, `dtype` and `precision` are those
+    that it was prepared for.
     """
 
     request: Request
     texts: tuple[str, ...]
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
+    glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -98,6 +102,7 @@ class Job:
             "texts": list(self.texts),
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
+            "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
             "sigmas": list(self.sigmas),
             "seeds": list(self.seeds),
@@ -122,6 +127,7 @@ class Job:
             tuple(plain["texts"]),
             tuple(plain["negative_texts"]),
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
+            tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
             tuple(map(float, plain["sigmas"])),
             tuple(plain["seeds"]),
@@ -159,6 +165,7 @@ def decide(
     loaded: Mapping[str, int],
     facts: Mapping[str, str],
     must_fit: bool,
+    vision: Vision | None = None,
 ) -> Job:
     """The job that a request makes, on what is free when the `loaded` components are let go and return these bytes.
 
@@ -174,6 +181,7 @@ def decide(
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
     texts.warn_of_length(longest, request.long_prompt)
+    found = references(values["reference"], request, model, vision)
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
     files = [control.model for control in values["control"] or ()]
@@ -190,7 +198,8 @@ def decide(
         controls=weight_bytes(files, planner.sizes[DIT]),
         control_streams=len(files),
     )
-    plan = planner.plan(work, loaded)
+    lengths = [len(ids[text]) if text else len(embeddings.caption) for text in prompts]
+    plan = planner.plan(with_references(work, request, found, lengths, texts.limit), loaded)
     if must_fit:
         planner.check(plan, loaded)
     passes = [Pass(width, height, plan.tile_mode)]
@@ -199,7 +208,19 @@ def decide(
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
-    return Job(complete, prompts, negatives, ids, tuple(passes), tuple(sigmas), tuple(seeds), loras, plan, **facts)
+    return Job(
+        complete,
+        prompts,
+        negatives,
+        ids,
+        glimpses(found),
+        tuple(passes),
+        tuple(sigmas),
+        tuple(seeds),
+        loras,
+        plan,
+        **facts,
+    )
 
 
 def control_files(request: Request) -> ControlFiles:

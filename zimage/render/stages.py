@@ -26,7 +26,7 @@ from zimage.loading.controls import ControlFiles
 from zimage.loading.loras import Adapters
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import MemoryPlan
-from zimage.loading.registry import DIT, ROWS, VAE
+from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
 from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
@@ -34,6 +34,7 @@ from zimage.render import controlling
 from zimage.render.conditioning import Encoder, Texts
 from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering, starts_from_noise
 from zimage.render.job import EMBEDDED, Job, first_pass
+from zimage.render.seeing import Reading, Vision, look, mixed, read, references, unread, views_of
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
 
@@ -79,13 +80,19 @@ class Conditions(NamedTuple):
 
 
 def run(
-    components: Components, job: Job, encoder: Encoder, texts: Texts, state: RenderState, hooks: Sequence["Hook"] = ()
+    components: Components,
+    job: Job,
+    encoder: Encoder,
+    texts: Texts,
+    state: RenderState,
+    hooks: Sequence["Hook"] = (),
+    vision: Vision | None = None,
 ) -> Generator[Event, None, None]:
     """A whole job. Closing the generator cancels it; `state` is what an earlier run of the job has done."""
     second = job.request.hires is None or bool(state.small)  # whether the state is one of the last pass
     latents = state.finished if second else []
     if len(latents) < job.count:
-        conditions = yield from encode(components, job, encoder, texts)
+        conditions = yield from encode(components, job, encoder, texts, vision)
         sources = yield from start_from(components, job, conditions, state, hooks)
         events = denoise(components, job, conditions, sources, state if second else RenderState(), hooks)
         latents = yield from components.stage(DIT, events)
@@ -95,13 +102,36 @@ def run(
 # ------------------------------------------------------------------ captions
 
 
-def encode(components: Components, job: Job, encoder: Encoder, texts: Texts) -> Generator[Event, None, Conditions]:
-    """The caption of each distinct text, once. What encodes is loaded only for texts that are not known already."""
+def encode(
+    components: Components, job: Job, encoder: Encoder, texts: Texts, vision: Vision | None = None
+) -> Generator[Event, None, Conditions]:
+    """The caption of each distinct text, once, those of prompts mixed with the captions of references.
+
+    What sees and what encodes are loaded only for pictures and texts that are not known already.
+    """
+    found = references(job.request.reference, job.request, components.residency.model, vision)
+    readings = (yield from look(components, vision, views_of(found))) if vision else []
     known = {text: encoder.known(job.text(text)) for text in job.token_ids}
     missing = any(caption is None for caption in known.values())
-    events = _encode_texts(components, job, encoder, texts, known)
-    found = yield from components.stage(encoder.component if missing else "", events)
-    return Conditions([found[t] for t in job.texts], found[job.negative_texts[0]] if job.negative_texts else None)
+    events = _captions(components, job, encoder, texts, known, vision, readings)
+    name = encoder.component if missing else TEXT_ENCODER if unread(readings) else ""
+    captions, seen = yield from components.stage(name, events)
+    prompts = {t: mixed(captions[t], job.request, found, seen, texts.limit) for t in dict.fromkeys(job.texts)}
+    return Conditions([prompts[t] for t in job.texts], captions[job.negative_texts[0]] if job.negative_texts else None)
+
+
+def _captions(
+    components: Components,
+    job: Job,
+    encoder: Encoder,
+    texts: Texts,
+    known: dict[str, Tensor | None],
+    vision: Vision | None,
+    readings: Sequence[Reading],
+) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The captions of texts, and those of the pictures that are seen."""
+    seen = (yield from read(components, vision, readings)) if vision else {}
+    return (yield from _encode_texts(components, job, encoder, texts, known)), seen
 
 
 def _encode_texts(

@@ -35,6 +35,9 @@ RESIDENCIES = ("auto", "keep", "stage")
 TILE_MODES = ("exact", "blend", "off")
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE_OVERLAP = 64  # px
+VISION_BLENDS = ("interpolate", "linear", "concat", "style_only", "graduated", "attention_weighted", "adain")
+VISION_TOKENS = ("image", "all")
+VISION_MODES = ("full", "tower")
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
 TEXT_PARTS = ("template", "system_prompt", "thinking_content", "assistant_content")
 LONGEST_TEXT = 100_000  # characters of a prompt or a chat part; some sixty pages
@@ -108,8 +111,50 @@ class TextSettings(Settings):
         return self.layer_weights or {HIDDEN_LAYER if self.hidden_layer is None else self.hidden_layer: 1.0}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(TextSettings):
+    """The same with pictures: how captions of references are made and mixed in. Raises RequestError."""
+
+    reference: Conditions = setting(
+        None,
+        "Picture that the prompt's caption is mixed with, or what `see` saved of one, and how much of it, from 0 to 1; "
+        "repeat it to add several. Default: none, and 0.3 of each.",
+        group="References",
+        metavar=Reference.FORM,
+        condition=Reference,
+    )
+    vision_blend: str = setting(
+        VISION_BLENDS[0],
+        "How a reference's caption is mixed with the prompt's: resampled to its length (interpolate), then only in the "
+        "last third of the dimensions (style_only), more towards the end (graduated) or sparing what matters "
+        "(attention_weighted); at the longer length (linear); behind it (concat; ALPHA is the share of its tokens); or "
+        "by mean and deviation alone (adain).",
+        group="References",
+        choices=VISION_BLENDS,
+    )
+    vision_layer: int = setting(
+        HIDDEN_LAYER,
+        "Layer at which references are read, counted from the end; some find -6 or -8 cleaner.",
+        group="References",
+        minimum=-1000,
+        maximum=-1,
+    )
+    vision_tokens: str = setting(
+        VISION_TOKENS[0],
+        "What is taken of a reference that is read: its image tokens, or all, the text round it included.",
+        group="References",
+        choices=VISION_TOKENS,
+    )
+    vision_text: str = setting(
+        "",
+        "Text that is read behind each reference, such as a question about it.",
+        group="References",
+        longest=LONGEST_TEXT,
+    )
+
+
 @dataclass(frozen=True)
-class Request(TextSettings):
+class Request(CaptionSettings):
     """One call of the pipeline. None means: what the checkpoint's kind asks for (`ZImage.prepare` fills it in).
 
     `prompt` may be a list; `seed` a single number, one per prompt, or one per image. `image`, `mask` and `embeddings`
@@ -129,14 +174,6 @@ class Request(TextSettings):
         group="Text",
         metavar="FILE",
         attachment=True,
-    )
-    reference: Conditions = setting(
-        None,
-        "Picture that the prompt's caption is mixed with, and how much of it, from 0 to 1; repeat it to add several. "
-        "Default: none, and 0.3 of each.",
-        group="Text",
-        metavar=Reference.FORM,
-        condition=Reference,
     )
     width: int | None = setting(
         None, "Width in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
@@ -355,6 +392,20 @@ class LoadSettings(Settings):
     variant: str | None = setting(
         None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"
     )
+    vision_model: str | None = setting(
+        None,
+        "Model that sees references: the folder of Qwen/Qwen3-VL-4B-Instruct, or its vision tower as a loose file. "
+        "Default: none.",
+        group="References",
+        path=True,
+    )
+    vision_mode: str | None = setting(
+        None,
+        "What reads the references that the vision model sees: its own text stack (full), or the text encoder (tower). "
+        "Default: full where the vision model's files hold a text stack.",
+        choices=VISION_MODES,
+        group="References",
+    )
     encoder_url: str | None = setting(
         None,
         "Server on another machine, such as `zimage serve --encoder-only`, that encodes prompts and rewrites them; the "
@@ -480,6 +531,11 @@ class LoadSettings(Settings):
         if self.encoder_url and self.text_encoder_device:
             text = "text_encoder_device: the text encoder is on another machine; leave it out, or the encoder_url"
             raise RequestError(text, fields=("text_encoder_device", "encoder_url"))
+        if self.encoder_url and self.vision_mode == "tower":
+            text = (
+                "vision_mode: with tower the text encoder reads, and it is on another machine; use full, or leave out "
+            )
+            raise RequestError(text + "the encoder_url", fields=("vision_mode", "encoder_url"))
         for text in self.lora or []:
             split_lora(text)
 

@@ -1,15 +1,16 @@
-"""From a prompt to caption embeddings. Torch and tokenizers are imported when a class that needs them is first used."""
+"""From prompts and pictures to captions. Torch and tokenizers are imported when a class that needs them is used."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zimage.text.qwen3 import Qwen3
+    from zimage.text.qwen3_vl import Qwen3VL
     from zimage.text.tokenizer import Tokenizer
 
-__all__ = ["Qwen3", "Tokenizer"]
+__all__ = ["Qwen3", "Qwen3VL", "Tokenizer"]
 
-_MODULES = {"Qwen3": "qwen3", "Tokenizer": "tokenizer"}
+_MODULES = {"Qwen3": "qwen3", "Qwen3VL": "qwen3_vl", "Tokenizer": "tokenizer"}
 
 
 def __getattr__(name: str) -> object:

@@ -3,7 +3,7 @@
     <|im_start|>system          only with a system prompt
     {system_prompt}<|im_end|>
     <|im_start|>user
-    {prompt}<|im_end|>
+    {prompt}<|im_end|>          pictures stand before it
     <|im_start|>assistant
     <think>                     only with a think block, which may be empty
     {thinking_content}
@@ -14,10 +14,15 @@
 The assistant's turn stays open if it has no content: the model was trained on captions that end with its header.
 """
 
+from collections.abc import Sequence
+
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 THINK = "<think>"
 END_THINK = "</think>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+IMAGE_PAD = "<|image_pad|>"
 PARTS = ("system_prompt", "thinking_content", "assistant_content")
 
 
@@ -36,3 +41,9 @@ def format_chat(
     think = f"{THINK}\n{thinking_content or ''}\n{END_THINK}\n\n" if think_block else ""
     answer = f"{assistant_content}{IM_END}" if assistant_content else ""
     return f"{system}{user}{IM_START}assistant\n{think}{answer}"
+
+
+def seen_text(text: str, counts: Sequence[int], system_prompt: str | None = None) -> str:
+    """One conversation about pictures with `counts` image tokens each: exactly the text of Qwen3-VL's own template."""
+    pictures = "".join(f"{VISION_START}{IMAGE_PAD * count}{VISION_END}" for count in counts)
+    return format_chat(pictures + text, system_prompt)

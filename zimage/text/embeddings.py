@@ -23,6 +23,7 @@ from zimage.formats.stored import FLOATS, TensorFile
 from zimage.settings.fields import Plain
 
 TENSOR = "embeddings"
+SAVED = ".safetensors"
 FORMAT, VERSION = "zimage-embeddings", "1"
 MAX_BYTES = 1 << 30
 
@@ -60,8 +61,8 @@ class Embeddings:
 def save_embeddings(path: str | os.PathLike[str], caption: Tensor, request: Mapping[str, Plain], encoder: str) -> None:
     """Write a caption (L, C), whole or not at all, and replace any earlier file. Raises RequestError or OutputError."""
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise RequestError(f"embeddings {quoted(path.name)} should end in .safetensors")
+    if path.suffix != SAVED:
+        raise RequestError(f"embeddings {quoted(path.name)} should end in {SAVED}")
     _check_values(caption, f"the caption for {path.name}", RequestError)
     metadata = {"format": FORMAT, "version": VERSION, "encoder": encoder, "request": json.dumps(dict(request))}
     try:

@@ -33,8 +33,10 @@ from zimage.nn.config import (
     section,
 )
 from zimage.nn.layers import NarrowLinear, RMSNorm, TokenEmbedding
+from zimage.text.sight import Sight, axes, positions
 
 PREFIX = "model."
+Pairs = Annotated[int, Between(0, 2048)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Qwen3Config:
     head_dim: HeadSize
     rms_norm_eps: Epsilon
     rope_theta: Positive
+    mrope_section: tuple[Pairs, Pairs, Pairs] = (24, 20, 20)  # of a head that turn by time, height and width
 
     IMPLEMENTED: ClassVar = {
         "model_type": ("qwen3",),
@@ -77,10 +80,11 @@ class Qwen3Config:
 class Qwen3(nn.Module):
     """Token ids → hidden states: 0 is the token embeddings, n the output of the last layer after the final norm."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Qwen3Config, model: "Qwen3Decoder | None" = None):
+        """With the stack `model`, where another module has it, else one of its own."""
         super().__init__()
         self.config = config
-        self.model = Qwen3Decoder(config)
+        self.model = model or Qwen3Decoder(config)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
     @classmethod
@@ -93,49 +97,60 @@ class Qwen3(nn.Module):
         for layer in self.model.layers:
             yield layer, list(layer.parameters())
 
-    def forward(self, ids: Tensor, layer: int = -2, cache: "KVCache | PlacedCache | None" = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        layer: int = -2,
+        cache: "KVCache | PlacedCache | None" = None,
+        sight: Sight | None = None,
+    ) -> Tensor:
         """Hidden state `layer` (B, L, hidden) of ids (B, L); the layers above it do not run.
 
         `layer` counts from the end, as in the reference's list of n + 1 states: −1 is the last layer's output after the
         final norm, −2 the second-last layer's output, without a norm. Right padding never changes real tokens.
-        With a `cache`, the ids follow the tokens that it holds, and are added to them.
+        With a `cache`, the ids follow the tokens that it holds, and are added to them. With a `sight`, ids (1, L) hold
+        its pad token once for each of its image tokens.
         """
         states = self.config.num_hidden_layers + 1
         if not -states <= layer < states:
             raise RequestError(f"hidden layer {layer} does not exist; use −{states} to −1")
         index = layer % states
-        for i, state in enumerate(self.hidden_states(ids, cache)):
+        for i, state in enumerate(self.hidden_states(ids, cache, sight)):
             if i == index:
                 return state
         raise AssertionError("unreachable: the index was checked above")
 
-    def blend(self, ids: Tensor, layers: Mapping[int, float]) -> Tensor:
+    def blend(self, ids: Tensor, layers: Mapping[int, float], sight: Sight | None = None) -> Tensor:
         """Weighted mean (B, L, hidden) of several hidden states; the weights are divided by their sum.
 
         Layers above the highest one needed do not run, and a single layer is returned as it is.
         """
         if len(layers) == 1:
-            return self(ids, next(iter(layers)))
+            return self(ids, next(iter(layers)), sight=sight)
         states = self.config.num_hidden_layers + 1
         weights = {layer % states: weight / sum(layers.values()) for layer, weight in layers.items()}
         total = torch.zeros(())
-        for i, state in enumerate(self.hidden_states(ids)):
+        for i, state in enumerate(self.hidden_states(ids, sight=sight)):
             if i in weights:
                 total = total + weights[i] * (state if state.dtype == torch.float64 else state.float())
                 if i == max(weights):
                     return total.to(state.dtype)
         raise RequestError(f"hidden layers {sorted(layers)} do not all exist; use −{states} to −1")
 
-    def hidden_states(self, ids: Tensor, cache: "KVCache | PlacedCache | None" = None) -> Iterator[Tensor]:
-        """Yield the n + 1 hidden states (B, L, hidden), each computed on demand."""
-        model = self.model
+    def hidden_states(
+        self, ids: Tensor, cache: "KVCache | PlacedCache | None" = None, sight: Sight | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the n + 1 hidden states (B, L, hidden), each computed on demand: what the layer above it reads."""
+        model, places = self.model, sight.places(ids) if sight else None
+        turn = half_rotation(_positions(ids, cache, sight), self.config)
         x = model.embed_tokens(ids).to(model.norm.weight.dtype)
+        if sight and places is not None:
+            x = sight.shown(x, places)
         yield x
-        L = ids.shape[1]
-        position = cache.positions(L) if cache else torch.arange(L, dtype=torch.float32, device=x.device)
-        turn = half_rotation(position, self.config)
         for i, layer in enumerate(model.layers):
             x = layer(x, turn, cache.layers[i] if cache else None)
+            if sight and places is not None:
+                x = sight.deepened(x, places, i)
             yield model.norm(x) if i == len(model.layers) - 1 else x
 
     @torch.no_grad()
@@ -305,11 +320,23 @@ class PlacedLayer(NamedTuple):
         return memory[:, :, : self.window].transpose(1, 2)
 
 
+def _positions(ids: Tensor, cache: KVCache | PlacedCache | None, sight: Sight | None) -> Tensor:
+    """Those of ids (B, L): (L,), or (3, L) in time, height and width where pictures are among them."""
+    if sight:
+        return positions(ids[0], sight.grids, sight.pad)
+    L = ids.shape[1]
+    return cache.positions(L) if cache else torch.arange(L, dtype=torch.float32, device=ids.device)
+
+
 def half_rotation(position: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, D/2) at positions (L,), fp32 like the reference: pair k turns by position · θ^(−2k/D)."""
+    """cos and sin (L, D/2), fp32 like the reference: pair k turns by position · θ^(−2k/D).
+
+    Of positions (L,), or (3, L) in time, height and width, of which pair k has the one that `axes` says.
+    """
     D = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=position.device) / D)
-    angle = position[:, None] * frequencies
+    own = position[axes(D // 2, config.mrope_section)].T if position.ndim == 2 else position[:, None]  # (L, D/2 or 1)
+    angle = own * frequencies
     return angle.cos(), angle.sin()
 
 

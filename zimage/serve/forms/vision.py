@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from zimage.errors import RequestError
-from zimage.serve.asking import REFERENCE, from_base64, unknown
+from zimage.serve.asking import REFERENCE, Files, from_base64, unknown
 from zimage.serve.bodies import FormRoute, read_with_files
 from zimage.serve.conditions import PICTURE
 from zimage.serve.forms.encoder import taken
@@ -130,7 +130,7 @@ def _drawing(router: APIRouter, service: Service) -> None:
         return await picture_of(service, request, wanted)
 
 
-def sight(values: Mapping[str, Plain], files: Mapping[str, list[bytes]]) -> tuple[bytes, dict[str, Plain]]:
+def sight(values: Mapping[str, Plain], files: Files) -> tuple[bytes, dict[str, Plain]]:
     """The picture of a body, and how it is looked at. Raises RequestError."""
     for name in values:
         if name not in (PICTURE, *SIGHT):
