@@ -8,10 +8,11 @@ import os
 import control_nets
 import pytest
 import tiny
-from hostile import BOMBS, picture
+import torch
+from hostile import BOMBS, picture, tensors
 from PIL import Image
 from running import Server
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 import zimage
 from zimage.cli import main
@@ -85,6 +86,7 @@ def test_files_in_parts_are_the_same_as_base64(server):
     assert server.pixels(server.draw(**DRAWN, control=entries)) == [pixels(answer.content)]
 
 
+@pytest.mark.full
 def test_a_job_with_controls_outlives_its_server(server, new_server, model, controls):
     options = ("--model", str(model), "--control-folder", str(controls), "--dtype", "fp32")
     entry = {"model": "lite", "picture": base64.b64encode(picture()).decode()}
@@ -148,3 +150,84 @@ def test_gen_draws_there_what_it_draws_here(server, model, controls, tmp_path, m
     assert main(again) == 2, "its files are needed"
     assert main([*again, "--control", "lite:pose.png:0.9"]) == 0
     assert pixels((tmp_path / "again.png").read_bytes()) == pixels((tmp_path / "here.png").read_bytes())
+
+
+# ---------------------------------------------------------------------- references
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory, seeing_folder):
+    options = ("--model", str(seeing_folder), "--vision-model", str(seeing_folder / "vision"), "--dtype", "fp32")
+    running = Server(tmp_path_factory.mktemp("seeing") / "data", *options).start()
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.said()
+
+
+@pytest.fixture(scope="module")
+def eyes(seeing_folder):
+    return zimage.ZImage.load(seeing_folder, vision_model=str(seeing_folder / "vision"), dtype="fp32")
+
+
+def test_references_draw_what_the_library_draws(seeing, eyes):
+    pictures = [picture(), picture(size=(32, 64))]
+    entries = [
+        {"picture": base64.b64encode(one).decode(), "alpha": a} for one, a in zip(pictures, (0.5, 0.25), strict=True)
+    ]
+    job = seeing.draw(**DRAWN, reference=entries)
+    given = [(Image.open(io.BytesIO(one)), a) for one, a in zip(pictures, (0.5, 0.25), strict=True)]
+    expected = eyes.generate(**DRAWN, reference=given).images[0]
+    assert seeing.pixels(job) == [expected.tobytes()]
+    assert expected.tobytes() != eyes.generate(**DRAWN).images[0].tobytes()
+    parts = [("request", (None, json.dumps({**DRAWN, "reference": [{"alpha": 0.5}, {"alpha": 0.25}]})))]
+    parts += [("reference", ("a.png", one)) for one in pictures]
+    answer = seeing.http.post("/api/vl/generate", files=parts)
+    assert answer.status_code == 200, answer.text
+    assert pixels(answer.content) == expected.tobytes()
+
+
+def test_what_is_seen_is_a_reference_and_a_caption_of_its_own(seeing, eyes):
+    seeing.http.delete("/api/vl/cache").raise_for_status()
+    answer = seeing.http.post("/api/vl/extract", files={"picture": ("a.png", picture())})
+    assert answer.status_code == 200, answer.text
+    caption = load(answer.content)["embeddings"]
+    assert torch.equal(caption, eyes.see(Image.open(io.BytesIO(picture()))).cpu())
+    told = seeing.http.get("/api/vl/cache").json()
+    assert (told["size"], told["hits"]) == (1, 0)
+    seen = [("request", (None, json.dumps({**DRAWN, "reference": [{"alpha": 0.5}]})))]
+    drawn = seeing.http.post("/api/generate", files=[*seen, ("reference", ("x", answer.content))])
+    assert drawn.status_code == 200, drawn.text
+    looked = seeing.http.post("/api/generate", files=[*seen, ("reference", ("x", picture()))])
+    assert pixels(drawn.content) == pixels(looked.content)
+    assert seeing.http.delete("/api/vl/cache").json()["size"] == 0
+
+
+def test_several_pictures_of_an_edit_are_looked_at(seeing, eyes):
+    parts = [("image[]", ("a.png", picture())), ("image[]", ("b.png", picture(size=(32, 64))))]
+    fields = {"prompt": "a cat", "size": "64x48", "seed": "7", "steps": "3"}
+    answer = seeing.http.post("/v1/images/edits", files=parts, data=fields)
+    assert answer.status_code == 200, answer.text
+    given = [Image.open(io.BytesIO(one)) for one in (picture(), picture(size=(32, 64)))]
+    expected = eyes.generate(**DRAWN, reference=given).images[0]
+    assert pixels(base64.b64decode(answer.json()["data"][0]["b64_json"])) == expected.tobytes()
+
+
+def test_it_says_what_it_looks_with(seeing, server):
+    told = seeing.http.get("/api/vl/status").json()
+    assert (told["available"], told["model"], told["mode"]) == (True, "vision", "full")
+    assert seeing.http.get("/api/schema").json()["vision"]["available"]
+    assert not server.http.get("/api/schema").json()["vision"]["available"]
+    entry = {"picture": base64.b64encode(picture()).decode()}
+    answer = server.http.post("/api/jobs", json={"prompt": "a", "reference": [entry]})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["fields"][0] == "reference"
+    assert "vision" in answer.json()["error"]["message"]
+
+
+def test_a_sight_that_is_asked_for_wrongly(seeing):
+    parts = {"request": (None, '{"vision_layer": -500}'), "picture": ("a.png", picture())}
+    answer = seeing.http.post("/api/vl/extract", files=parts)
+    assert (answer.status_code, answer.json()["error"]["fields"]) == (422, ["vision_layer"])
+    parts = {"picture": ("a.png", tensors())}
+    answer = seeing.http.post("/api/vl/extract", files=parts)
+    assert (answer.status_code, answer.json()["error"]["fields"]) == (422, ["picture"])

@@ -17,7 +17,7 @@ from zimage.pictures.parameters import LORA as TAG
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, NAMES, lora_names
 from zimage.serve.forms.a1111_control import SCRIPTS, controls
 from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
-from zimage.settings.declared import LONGEST_TEXT, MAX_BLUR, MAX_SIDE
+from zimage.settings.declared import LONGEST_TEXT, MAX_SIDE
 from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
 
@@ -72,7 +72,7 @@ class Fields(Settings):
     )
     init_images: list[str] | None = setting(None, "The picture to start from: base64 or a data URL.")
     mask: str | None = setting(None, "What of the picture is repainted: base64 or a data URL.")
-    mask_blur: float | None = setting(None, "Blur of the mask in pixels.", minimum=0, maximum=MAX_BLUR)
+    mask_blur: float | None = setting(None, "Blur of the mask in pixels.", minimum=0)
     inpainting_mask_invert: int | bool = setting(0, "1: what is black is repainted.", minimum=0, maximum=1)
     inpainting_fill: int = setting(
         ORIGINAL, "What is behind the mask at first: 1, the picture; others are ignored.", minimum=0, maximum=3
