@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browsing import PHONE, SENT_JOBS, drop, sent_jobs, until, window, write
+from browsing import PHONE, SENT_JOBS, able, drop, sent_jobs, until, window, write
 from PIL import Image
 from running import Server
 
@@ -35,14 +35,6 @@ FILES = {  # the same: files, or pictures of a list
     **{name: ("control",) for name in FIELDS if name.startswith("control_")},
 }
 CONDITIONS = {"reference": [{"alpha": 0.3}], "control": [{"model": "union", "scale": 0.75}]}  # as they come
-
-
-def able(route):
-    """A server that can look at pictures, and has a control file."""
-    schema = route.fetch().json()
-    schema["vision"], schema["control"] = {"available": True, "name": "vl", "mode": "full"}, {"names": ["union", "x"]}
-    schema["request"]["properties"]["control"]["items"]["properties"]["model"]["enum"] = ["union", "x"]
-    route.fulfill(json=schema)
 
 
 @pytest.fixture(scope="module")
