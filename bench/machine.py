@@ -16,7 +16,6 @@ def describe_machine() -> dict[str, Any]:
 
     models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = next((int(x.split()[1]) // 1024**2 for x in _lines("/proc/meminfo") if x.startswith("MemTotal")), None)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "cpu": (models or [platform.machine()])[0],
         "cores": os.cpu_count(),
@@ -24,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _said_by("git", "rev-parse", "--short", "HEAD"),
     }
 
 
@@ -38,19 +37,18 @@ def describe_gpu(device: Any) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device),
         "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
         "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": _driver(),
+        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
         "cuda": torch.version.cuda,
         "packages": {name: found for name in named if (found := _version(name))},
     }
 
 
-def _driver() -> str:
-    """The driver's version, as its own tool tells it."""
+def _said_by(*command: str) -> str:
+    """The first word that a command prints; nothing where it is not installed or fails."""
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
+        return ""
 
 
 def _version(package: str) -> str | None:

@@ -107,6 +107,7 @@ class Spec:
     of_rounded: bool = False  # fp32 results tell of values that were rounded to the inputs' dtype
     rounds_once: bool = True  # results have the inputs' dtype; False: they are fp32 whatever the inputs
     exact: bool = False  # the same bits as the reference
+    half_only: bool = False  # the op takes its reference in fp32
     narrow_loads: bool = False  # what is read lies at addresses that allow no 128 bits at a time
 
 

@@ -88,10 +88,10 @@ def reference_merge(moments):
 def reference_normalise(x, statistics, weight, bias, eps, out):
     mean, variance = statistics.repeat_interleave(x.shape[1] // statistics.shape[1], dim=1)  # (C,) each
     if x.device.type != "cpu":
-        x = x.float()  # not every device mixes dtypes here
+        x = x.to(mean.dtype)  # not every device mixes dtypes here
     x = x.contiguous(memory_format=torch.channels_last)
     if x.dtype in (torch.float16, torch.bfloat16) or x.device.type != "cpu":
-        weight, bias = weight.float(), bias.float()  # all arguments per channel must have one dtype
+        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)  # all arguments per channel must have one dtype
     return out.copy_(F.silu(F.batch_norm(x, mean, variance, weight, bias, eps=eps), inplace=True))
 
 

@@ -43,11 +43,13 @@ def reference(x, weight):
         return F.linear(x, weight)
     room = (0, -x.shape[-1] % DEPTH)
     rows, columns = (F.pad(t.float(), room).unflatten(-1, (-1, DEPTH)).flatten(0, -3) for t in (x, weight))
-    rows, columns = rows.transpose(0, 1), columns.permute(1, 2, 0)  # (parts, M, DEPTH), (parts, DEPTH, N)
-    partial = rows.new_zeros(len(rows), rows.shape[1], len(weight))
-    for a, b in zip(rows.split(UNIT, dim=2), columns.split(UNIT, dim=1), strict=True):
-        partial = partial.baddbmm_(a, b).half().float()
-    return partial.sum(dim=0).half().view(*x.shape[:-1], len(weight))
+    sums = rows.new_zeros(len(rows), len(weight))
+    for part in range(rows.shape[1]):
+        few = torch.zeros_like(sums)
+        for a, b in zip(rows[:, part].split(UNIT, dim=1), columns[:, part].split(UNIT, dim=1), strict=True):
+            few = few.addmm_(a, b.t()).half().float()
+        sums += few
+    return sums.half().view(*x.shape[:-1], len(weight))
 
 
 @jit

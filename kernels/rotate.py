@@ -177,6 +177,7 @@ ROTATE_SPEC = Spec(
     model={"L": 4128, "C": 10240, "group": 256},
     least_bytes=lambda x, group: 2 * bytes_of(x),
     least_capability=CAPABILITY,
+    half_only=True,
 )
 
 

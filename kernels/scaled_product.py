@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zimage.kernels.backend import Spec, bytes_of, choose, enqueue, jit, tl
@@ -17,6 +18,7 @@ from zimage.kernels.tuning import Configuration, quickest
 
 FP8 = torch.float8_e4m3fn
 LEAST_CAPABILITY = {torch.int8: 80, FP8: 89}  # of what Triton compiles to tensor cores
+LEAST_ROWS = 17  # that PyTorch's int8 product takes on a GPU
 GROUP = 8  # rows of tiles that are computed side by side, so that they share what the cache holds
 # All give the same bits in int8, whose sums are exact; none spills registers on any GPU that these tests compile for.
 CONFIGURATIONS = (
@@ -50,9 +52,12 @@ def library(rows, row_scale, weight, scale, bias, dtype):
 
 def reference(rows, row_scale, weight, scale, bias, dtype):
     """fp8 values are multiplied in `dtype`: e4m3 fits in bf16 without loss."""
-    sums = (
-        torch._int_mm(rows, weight.t()).float() if rows.dtype is torch.int8 else rows.to(dtype) @ weight.to(dtype).t()
-    )
+    if rows.dtype is torch.int8:
+        few = rows.is_cuda and len(rows) < LEAST_ROWS
+        padded = F.pad(rows, (0, 0, 0, LEAST_ROWS - len(rows))) if few else rows
+        sums = torch._int_mm(padded, weight.t())[: len(rows)].float()
+    else:
+        sums = rows.to(dtype) @ weight.to(dtype).t()
     out = sums * row_scale * scale
     return (out if bias is None else out + bias).to(dtype)
 

@@ -1,13 +1,16 @@
 """The reference implementations at the sizes of `tiny`, called alike. Needs the extra `parity`."""
 
+import copy
+from typing import Any, NamedTuple
 from unittest import mock
 
 import diffusers
 import torch
 import transformers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from tiny import DIT, KL, QWEN, SCHEDULER, WAN, arguments, randomised
+from tiny import DIT, KL, QWEN, SCHEDULER, VISION, WAN, arguments, randomised
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 transformers.logging.set_verbosity_error()
 diffusers.logging.set_verbosity_error()
@@ -40,6 +43,49 @@ def velocity(model, latents: Tensor, sigma: Tensor, captions: list[Tensor]) -> T
     """The model's output for latents (B, C, h, w), negated as its pipeline does."""
     out = model(list(latents.unsqueeze(2).unbind()), 1 - sigma, captions, return_dict=False)[0]
     return -torch.stack(out).squeeze(2)
+
+
+def vision(seed: int, **text: Any) -> transformers.Qwen3VLForConditionalGeneration:
+    """With changes to the text stack's config. Its learned positions count as much as the patches."""
+    config = copy.deepcopy(VISION)
+    config["text_config"].update(text)
+    model = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**config))
+    randomised(model, seed).model.visual.pos_embed.weight.data.mul_(8)
+    return model.eval()
+
+
+class Seen(NamedTuple):
+    """What the reference gives for pictures and, if it was passed ids, for a text with them."""
+
+    tokens: Tensor
+    deepstack: list[Tensor]
+    states: list[Tensor]  # what each text layer reads, and the last one's output after the norm
+
+
+@torch.no_grad()
+def seen(model, inputs, ids: Tensor | None = None) -> Seen:
+    """`inputs` are the processor's, `ids` (1, L) of a text."""
+    looked = model.model.visual(inputs["pixel_values"].to(model.dtype), grid_thw=inputs["image_grid_thw"])
+    states: list[Tensor] = []
+    if ids is not None:
+        # Its list of hidden states holds what layers return, before the features of pictures are added to that.
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+            for layer in model.model.language_model.layers
+        ]
+        kinds = (ids == model.config.image_token_id).int()
+        states.append(model.model(input_ids=ids, mm_token_type_ids=kinds, **inputs).last_hidden_state)
+        for hook in hooks:
+            hook.remove()
+    return Seen(looked.pooler_output, looked.deepstack_features, states)
+
+
+def vision_inputs(pictures, least: int, most: int):
+    """Patches and grids of pictures, from the processor that reads Qwen3-VL's settings."""
+    half = [0.5] * 3
+    size = {"shortest_edge": least, "longest_edge": most}
+    processor = Qwen2VLImageProcessorPil(size=size, patch_size=16, image_mean=half, image_std=half)
+    return processor(images=pictures, return_tensors="pt")
 
 
 def statistics(model) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from zimage.cli.gen import gen
 from zimage.dit import ZImageDiT
 from zimage.loading.files import ModelFiles, open_model
 from zimage.render import stages
-from zimage.settings.declared import ALL_SETTINGS, LoadSettings
+from zimage.settings.declared import ALL_SETTINGS, VISION_BLENDS, LoadSettings
 from zimage.settings.profiles import FIELDS
 from zimage.text import Qwen3
 from zimage.text.embeddings import save_embeddings
@@ -141,7 +141,11 @@ BASE = {
 }
 GUIDED = {"guidance": 2.0, "steps": 2}
 BLENDED = {"tile_mode": "blend", "tile_overlap": 16}
+SEEING = {"model": "{seeing}", "vision_model": "{seeing}/vision"}
+SEEN = SEEING | {"reference": ["{files}/seen.png"]}
 STARTED = {"image": "{files}/start.png", "steps": 4}
+MASKED = STARTED | {"mask": "{files}/mask.png"}
+CORNERED = STARTED | {"mask": "{files}/corner.png"}
 LONG = {"prompt": "a cat on a mat " * 20}
 WRITTEN = {"model": "{other}", "rewriter": "rewrite-expand", "rewrite_seed": 5, "max_tokens": 8}
 ELSEWHERE = {"encoder_url": "{server}"}
@@ -177,6 +181,16 @@ CASES = [
     *[Case("long_prompt", mode, beside=LONG) for mode in ("truncate", "interpolate", "pool", "attention_pool")],
     Case("negative", "dogs", beside=GUIDED),
     Case("embeddings", "{files}/two.safetensors", beside={"prompt": None, "embeddings": "{files}/one.safetensors"}),
+    # references
+    Case("reference", ["{files}/seen.png"], beside=SEEING),
+    Case("reference", ["{files}/seen.png:0.6"], beside=SEEN),
+    Case("reference", ["{files}/one.safetensors"]),
+    *[Case("vision_blend", mode, beside=SEEN) for mode in VISION_BLENDS[1:]],
+    Case("vision_layer", -1, beside=SEEN),
+    Case("vision_tokens", "all", beside=SEEN),
+    Case("vision_text", "a cat", beside=SEEN | {"vision_tokens": "all"}),
+    Case("vision_model", "{seeing}/vision", helps("as vision_model"), beside=SEEN | {"vision_model": None}),
+    Case("vision_mode", "tower", beside=SEEN),
     # sampling
     Case("steps", 2),
     Case("seed", 2),
@@ -192,6 +206,12 @@ CASES = [
     Case("strength", 0.2, beside=STARTED),
     Case("strength", 0.2, beside={"hires": 2.0, "steps": 4}),
     Case("mask", "{files}/mask.png", beside=STARTED | {"strength": 0.6}),
+    Case("mask", "alpha", beside={"image": "{files}/clear.png", "steps": 4}),
+    Case("mask_invert", True, beside=MASKED),
+    Case("mask_blur", 4.0, beside=CORNERED),
+    Case("mask_crop", 0, beside=CORNERED),
+    Case("extend", "0,16,7,0", differs("size", (71, 64)), beside=STARTED | {"width": None, "height": None}),
+    Case("paste", False, beside=MASKED),
     Case("hires", 2.0, beside={"steps": 4}),
     Case("images", 2, differs("names", ["a-cat-1.png", "a-cat-2.png"])),
     # decoding
@@ -281,7 +301,7 @@ def test_the_table_is_complete():
 
 
 @pytest.fixture(scope="module")
-def places(tiny_folder, tmp_path_factory):
+def places(tiny_folder, seeing_folder, tmp_path_factory):
     """What stands in the table in braces."""
     folder = tmp_path_factory.mktemp("flags")
     parts = (Qwen3.from_config(tiny.QWEN), ZImageDiT.from_config(tiny.DIT), AutoencoderKL.from_config(tiny.KL))
@@ -295,14 +315,21 @@ def places(tiny_folder, tmp_path_factory):
     slow.drip = 0.002
     with chat_server.serving(chat_server.said("A fine cat.")) as server, chat_server.serving(slow) as slow_server:
         yield {
-            **{"tiny": tiny_folder, "other": other, "files": folder, "asked": server.asked},
+            **{"tiny": tiny_folder, "seeing": seeing_folder, "other": other, "files": folder, "asked": server.asked},
             **{"server": server.url, "slow": slow_server.url},
         }
 
 
 def _write_files(folder: Path) -> None:
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "start.png")
+    Image.radial_gradient("L").resize((96, 80)).convert("RGB").save(folder / "seen.png")
     Image.linear_gradient("L").resize((64, 48)).rotate(180).save(folder / "mask.png")
+    corner = Image.new("L", (64, 48))
+    corner.paste(255, (0, 0, 8, 8))
+    corner.save(folder / "corner.png")
+    clear = Image.new("RGBA", (64, 48), "red")
+    clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    clear.save(folder / "clear.png")
     style = lora_files.NAMINGS["kohya"](lora_files.factors([lora_files.ONE]))
     lora_files.write(folder / "style.safetensors", style)
     lora_files.write(folder / "both.safetensors", style | {"lora_te_x.lora_down.weight": torch.ones(1)})

@@ -226,7 +226,7 @@ def test_extreme_shapes_need_no_giant_in_between():
     ],
 )
 def test_natural_sizes(size, settings, expected):
-    assert natural_size(Image.new("L", size), **settings) == expected
+    assert natural_size(size, **settings) == expected
 
 
 def test_masks_are_cut_at_one_half():

@@ -34,6 +34,9 @@ MATRIX = {  # tensor cores' instructions; those of fp16 that add in fp16, too
     "fp8_product": r"(QMMA|QGMMA)\b",
     "fp16_product": r"(HMMA|HGMMA)\.\w+\.F16\b",
 }
+# What sums of fp8 products lose on tensor cores, as a share of the results: Hopper keeps 14 bits of the largest term.
+# A simulation of that gives the RMS errors of an H100 within 6 % (1.2e-4, 1.0e-4 and 6e-5), and 1.4e-3 at most.
+SUMS = {"fp8_product": (2e-4, 2e-3)} if ON_GPU else {}  # (RMS, most)
 SPECS = {spec.name: spec for spec in specs()}
 off_gpu = pytest.mark.skipif(ON_GPU, reason="the interpreter was not chosen: there is a GPU")
 
@@ -82,6 +85,7 @@ def stored(tensor: Tensor) -> Tensor:
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Every new tensor starts as NaN (or the largest integer), so that a value never written is seen."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch before 2.10 refuses products on a GPU
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -96,7 +100,7 @@ def widened(argument, dtype):
 
 def agree(launched, spec, args, dtype) -> None:
     """The reference's bits, if the spec says so; else as near to float64 as the reference is, overall, and no element
-    off by more than two roundings.
+    off by more than two roundings, or in a product that rounds its sums, by much more than the reference's worst.
     """
     if spec.exact:
         for ours, theirs in zip(results(launched), results(spec.reference(*clones(args))), strict=True):
@@ -118,10 +122,12 @@ def agree(launched, spec, args, dtype) -> None:
         error, own = ((value.double() - truth).abs() for value in (ours, theirs))
         assert not error.isnan().any()
         size = truth.square().mean().sqrt()
-        assert rms(error) <= 1.1 * rms(own) + 5e-7 * size, f"{rms(error):.2e}, the reference's {rms(own):.2e}"
+        lost, most = SUMS.get(spec.name, (0.0, 0.0))
+        assert rms(error) <= 1.1 * rms(own) + (5e-7 + lost) * size, f"{rms(error):.2e}, the reference's {rms(own):.2e}"
         rounded = dtype if spec.of_rounded else ours.dtype
-        unit = torch.finfo(rounded).eps if spec.rounds_once and rounded.itemsize == 2 else 5e-7
-        assert (error <= unit * (truth.abs() + size)).all(), f"{float((error / (truth.abs() + size)).max()):.1e}"
+        unit = most + (torch.finfo(rounded).eps if spec.rounds_once and rounded.itemsize == 2 else 5e-7)
+        worst, own_worst = (float((value / (truth.abs() + size)).max()) for value in (error, own))
+        assert worst <= max(unit, 1.1 * own_worst if spec.flops else 0), f"{worst:.1e}, the reference's {own_worst:.1e}"
 
 
 def rms(values: Tensor) -> Tensor:
@@ -136,6 +142,8 @@ CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, spec in SPECS.items()
 def test_numbers_and_memory(name, case, dtype, nan_filled):
     """As the reference, every element written, nothing touched outside the tensors, no two programs in conflict."""
     spec = SPECS[name]
+    if spec.half_only and dtype is torch.float32:
+        pytest.skip("the op launches it in half precision only")
     args = arguments(spec, spec.cases[case], dtype)
     given = clones(args)
     if ON_GPU:
@@ -147,6 +155,16 @@ def test_numbers_and_memory(name, case, dtype, nan_filled):
     for i, (before, after) in enumerate(zip(args, given, strict=True)):
         if isinstance(before, Tensor) and i not in spec.in_place:
             assert torch.equal(stored(before), stored(after)), f"argument {i} was changed"
+
+
+def test_off_a_cpu_all_numbers_of_a_group_norm_have_one_dtype(monkeypatch):
+    """cuDNN refuses others, as where this kernel's own test computes in float64 on a GPU."""
+    seen = []
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", lambda x, *rest, eps: seen.append((x, *rest)) or x)
+    for dtype, inside in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        x, channels = torch.empty(1, 8, 2, 2, dtype=dtype, device="meta"), torch.empty(8, dtype=dtype, device="meta")
+        SPECS["group_norm_silu"].reference(x, channels[:4].view(2, 2).to(inside), channels, channels, 1e-6, x)
+        assert {tensor.dtype for tensor in seen.pop()} == {inside}
 
 
 BY_TOKENS = [name for name, spec in SPECS.items() if hasattr(inspect.getmodule(spec.launch), "tokens_per_program")]

@@ -51,7 +51,14 @@ def grey_mask(width: int, height: int) -> Image.Image:
 def render(pipe, image, mask, steps, strength, guidance):
     """Latents (B, 16, h, w) and pictures (B, 3, H, W) in [0, 1] of our whole pipeline."""
     request = zimage.Request(
-        prompt=PROMPTS, seed=SEEDS, image=image, mask=mask, steps=steps, strength=strength, guidance=guidance
+        prompt=PROMPTS,
+        seed=SEEDS,
+        image=image,
+        mask=mask,
+        paste=False,
+        steps=steps,
+        strength=strength,
+        guidance=guidance,
     )
     events = list(pipe.run(request))
     latents = [e.latents for e in events if e.stage == "denoise" and e.step == e.total]

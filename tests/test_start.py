@@ -90,20 +90,22 @@ def test_metadata_holds_name_and_hash_and_no_path(pipe, picture, tmp_path):
 def test_outside_the_mask_the_picture_stays(pipe, picture):
     mask = Image.new("L", (64, 48))
     mask.paste(255, (32, 0, 64, 48))
-    events = list(pipe.run(zimage.Request(prompt="a", seed=1, steps=3, image=picture, mask=mask)))
+    events = list(pipe.run(zimage.Request(prompt="a", seed=1, steps=3, image=picture, mask=mask, paste=False)))
     latents = [e.latents for e in events if e.latents is not None][-1]
     clean = pipe.vae.encode(zimage.pictures.image.from_pil(picture))
     assert torch.equal(latents[..., :4], clean[..., :4])
     assert not torch.isclose(latents[..., 4:], clean[..., 4:]).any()
     stretched = mask.resize((20, 90))
-    again = pipe.generate("a", seed=1, steps=3, image=picture, mask=stretched).images[0]
+    again = pipe.generate("a", seed=1, steps=3, image=picture, mask=stretched, paste=False).images[0]
     assert again.tobytes() == next(e.image for e in events if e.image).tobytes(), "a mask is stretched over its image"
 
 
 def test_the_picture_is_read_in_the_tiles_that_are_asked_for(pipe, picture):
     tiles = {"tile_size": 32, "tile_overlap": 8, "tile_mode": "blend"}
     nothing = Image.new("L", (64, 48))
-    events = list(pipe.run(zimage.Request(prompt="a", seed=1, steps=2, image=picture, mask=nothing, **tiles)))
+    events = list(
+        pipe.run(zimage.Request(prompt="a", seed=1, steps=2, image=picture, mask=nothing, paste=False, **tiles))
+    )
     latents = [e.latents for e in events if e.latents is not None][-1]
     assert torch.equal(latents, pipe.vae.encode(zimage.pictures.image.from_pil(picture), **tiles))
 

@@ -114,6 +114,34 @@ WAN = {
     "z_dim": 16,
 }
 
+VISION = {
+    "model_type": "qwen3_vl",
+    "image_token_id": VOCAB - 1,
+    "tie_word_embeddings": True,
+    "text_config": {
+        **QWEN,
+        "model_type": "qwen3_vl_text",
+        "num_hidden_layers": 5,  # more than those that get features, and their last one
+        "rope_theta": 5_000_000.0,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 3, 3]},
+    },
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 5,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_heads": 3,
+        "out_hidden_size": QWEN["hidden_size"],
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 1, 3],
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 

@@ -29,7 +29,7 @@ from zimage.render.attached import open_picture, opened_references
 from zimage.render.conditioning import CachedEncoder, Encoder, Identified, LocalEncoder, Text, Texts, TokenCount
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.rewriting import Rewrite, Rewriter
-from zimage.render.seeing import Look, View, Vision, mixed, needed, references, see, views_of
+from zimage.render.seeing import Look, View, Vision, glimpses, mixed, needed, references, see, views_of
 from zimage.render.stages import Components
 from zimage.settings.declared import (
     HIDDEN_LAYER,
@@ -42,6 +42,7 @@ from zimage.settings.declared import (
 )
 from zimage.settings.environment import from_environment
 from zimage.settings.paths import user_path
+from zimage.text.blend import describe_blend
 from zimage.text.cache import EmbeddingCache
 from zimage.text.templates import user_folder
 from zimage.weights import DEMO
@@ -131,6 +132,12 @@ class Captioner:
             return captions
         return [self._here(mixed(caption, given, found, seen, self.texts.limit)) for caption in captions]
 
+    def describe_references(self, settings: CaptionSettings, tokens: int) -> str:
+        """One line on how the captions of opened references are mixed with one of so many tokens; empty without any."""
+        found = glimpses(references(settings.reference, settings, self.model, self.vision))
+        shown = tokens if settings.long_prompt == "none" else min(tokens, self.texts.limit)
+        return describe_blend(settings.vision_blend, shown, [one[1:] for one in found], self.texts.limit)
+
     def caption(self, text: Text) -> Tensor:
         """The caption (L, caption width) of a text, all its tokens, where the text encoder is; from elsewhere, here."""
         caption = self.encoder.known(text)
@@ -142,8 +149,8 @@ class Captioner:
     def see(self, picture: Any, text: str = "", layer: int = HIDDEN_LAYER, tokens: str = VISION_TOKENS[0]) -> Tensor:
         """The caption (L, caption width) of a picture, as a `reference` is mixed with a prompt's; needs a vision model.
 
-        `picture` is a path or a PIL picture, `text` stands behind it, `tokens` is "image" (those of the picture alone)
-        or "all". Raises RequestError.
+        `picture` is a path or a PIL picture, `tokens` is "image" (those of the picture alone) or "all", which have the
+        `text` behind it, too. Raises RequestError.
         """
         for name, value in {"vision_text": text, "vision_layer": layer, "vision_tokens": tokens}.items():
             CaptionSettings.check_one(name, value)

@@ -31,7 +31,7 @@ from zimage.dit import ZImageDiT
 from zimage.dit.control import Flow
 from zimage.errors import RequestError
 from zimage.events import Event, Result
-from zimage.loading.controls import ControlFiles, weight_bytes
+from zimage.loading.controls import ControlFiles, with_controls
 from zimage.loading.devices import Place, choose_places, device_names
 from zimage.loading.files import ModelFiles, load_component, open_model
 from zimage.loading.loras import Loras, LoraUse, bytes_beside
@@ -125,12 +125,8 @@ class ZImage(Captioner):
     def _components(self, work: Workload | None = None, controls: ControlFiles = ()) -> stages.Components:
         """For stages called one by one: planned for this work, else for a picture of the usual size."""
         adapters = self.lora.list()
-        work = dataclasses.replace(
-            work or self._usual,
-            loras=bytes_beside(adapters, self.dtype),
-            controls=weight_bytes(controls, self.planner.sizes[DIT]),
-            control_streams=len(controls),
-        )
+        work = dataclasses.replace(work or self._usual, loras=bytes_beside(adapters, self.dtype))
+        work = with_controls(work, controls, self.planner.sizes[DIT])
         return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters, controls)
 
     @property
@@ -168,10 +164,11 @@ class ZImage(Captioner):
 
         `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
-        (1, 1, h, w) is 0 they stay. `controls` are (file, latents, scale) each: a control file, what it reads, as
-        `vae.encode` returns it for a control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after
-        them, and the factor of what it adds. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError,
-        and CheckpointError for an unusable control file.
+        (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
+        `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
+        control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
+        it adds. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError, and CheckpointError for an
+        unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
@@ -185,7 +182,7 @@ class ZImage(Captioner):
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
         start = flow.start(noise, sigmas, strength, clean, mask)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
-        inputs = [control_input(given, noise, self.planner.sizes[DIT]) for given in controls]
+        inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))

@@ -33,7 +33,7 @@ def tests(bench: Bench) -> Iterator[Task]:
 
 def _pytest(file: str) -> Row:
     needs("pytest")
-    workers = ["-n", str(min(4, os.cpu_count() or 1))]
+    workers = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]  # most of the time is compiling
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", *workers, file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)

@@ -60,6 +60,12 @@ def test_every_size_and_dtype_has_its_product(way):
         assert products == {expected}
 
 
+def test_pytorchs_int8_product_is_given_the_rows_that_it_needs():
+    with torch.no_grad(), pretend(capability=(7, 5)):
+        layer = QuantisedLinear(nn.Linear(96, 64, device=CARD, dtype=torch.bfloat16), torch.int8)
+        assert layer(torch.zeros(1, 3, 96, device=CARD, dtype=torch.bfloat16)).shape == (1, 3, 64)
+
+
 @pytest.mark.parametrize(("dtype", "kernels"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0)], ids=str)
 def test_only_half_precision_is_rotated_by_the_kernel(dtype, kernels):
     """Without matrix units, a tile of fp32 spills kilobytes of registers."""

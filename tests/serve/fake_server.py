@@ -62,6 +62,7 @@ class Fake:
     def accept(self, request: dict[str, Any]) -> dict[str, Any]:
         """The job of a request; the same one for the same key."""
         asked = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
+        asked.pop("mask", None)  # a real one tells its name and hash
         prompts = asked["prompt"] if isinstance(asked.get("prompt"), list) else [asked.get("prompt", "")]
         first = asked.get("seed", 7)
         seeds = [first + k for _ in prompts for k in range(asked["images"])]

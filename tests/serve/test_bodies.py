@@ -107,6 +107,13 @@ def test_base64_and_data_urls_are_read():
     assert from_base64("image", text) == from_base64("image", f"data:image/png;base64,{text[:3]}\n{text[3:]}")
 
 
+def test_a_mask_may_lie_in_its_image():
+    found = ask({"image": "YWJj", "mask": "alpha"})
+    assert (found.values, found.attachments) == ({"mask": "alpha"}, {"image": b"abc"})
+    assert fields_at_fault({"image": "alpha"}) == ("image",)
+    assert fields_at_fault({"mask": "alpha"}, {"mask": [b"abc"]}) == ("mask",)
+
+
 def test_a_file_and_base64_of_one_name_are_a_contradiction():
     assert fields_at_fault({"image": "YWJj"}, {"image": [b"abc"]}) == ("image",)
 

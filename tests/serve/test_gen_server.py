@@ -90,6 +90,15 @@ def test_files_are_uploaded_under_their_names(gen, tmp_path):
     assert asked.request == {"prompt": "a cat", "images": 1, "strength": 0.5}
 
 
+def test_a_mask_that_lies_in_the_image_is_no_file(gen, tmp_path):
+    Image.new("RGBA", (32, 32)).save(tmp_path / "start.png")
+    (tmp_path / "alpha").write_bytes(b"of the same name")
+    with serving() as server:
+        assert gen(server, "a cat", "--image", "start.png", "--mask", "alpha", "--extend", "8,0,0,0")[0] == 0
+    assert list(server.submitted.files) == ["image"]
+    assert server.submitted.request == {"prompt": "a cat", "images": 1, "mask": "alpha", "extend": "8,0,0,0"}
+
+
 def test_pictures_of_conditions_come_as_files_in_their_order(gen, tmp_path):
     for name in ("a", "b", "pose"):
         (tmp_path / f"{name}.png").write_bytes(name.encode())

@@ -17,7 +17,7 @@ from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
 from zimage.cli.templates import templates
-from zimage.cli.tokens import encode, tokens
+from zimage.cli.tokens import encode, see, tokens
 from zimage.cli.weights import weights
 from zimage.errors import ZImageError, one_line
 from zimage.settings.environment import DEBUG
@@ -62,7 +62,7 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, tokens, templates, config, info, weights):
+for command in (gen, serve, rewrite, encode, see, tokens, templates, config, info, weights):
     cli.add_command(command)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zimage.render.job import Job
 
 LISTED = 5  # tensors of a loose file
+REFERENCE = (1024, 1024)  # of a picture in the plan; larger ones are seen at about this size
 PLANNED = ("width", "height", "batch_size", "tile_mode", "tile_size", "tile_overlap")
 
 
@@ -113,7 +114,7 @@ def _print(facts: dict[str, Plain]) -> None:
     terminal.out(
         f"memory        {facts['dtype']} on {facts['device']}: "
         + ", ".join(f"{name} {_size(stage['peak'])}" for name, stage in facts["plan"]["stages"].items())
-        + (" (all components stay loaded)" if len(facts["plan"]["kept"]) == len(facts["components"]) else "")
+        + (" (all components stay loaded)" if facts["plan"]["keeps_all"] else "")
     )
 
 
@@ -145,9 +146,13 @@ def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
 
 
 def _job(pipe: "ZImage", size: dict[str, Plain]) -> "Job":
-    """A job for nothing but its plan: as many images as are denoised together."""
+    """A job for nothing but its plan: as many images as are denoised together, a reference if they can be seen."""
+    from PIL import Image
+
     shift, images = 3.0 if pipe.model.shift is None else None, size.get("batch_size", 1)
-    return pipe.prepare(Request(prompt="", images=images, shift=shift, seed=0, **size), must_fit=False)
+    seen = [Image.new("RGB", REFERENCE)] if pipe.vision else None
+    request = Request(prompt="", images=images, shift=shift, seed=0, reference=seen, **size)
+    return pipe.prepare(request, must_fit=False)
 
 
 def _describe_component(component: "Component", pipe: "ZImage") -> dict[str, Plain]:

@@ -86,6 +86,8 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     if pipe.is_demo and (r.system_prompt or r.thinking_content or r.assistant_content):
         yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
     yield introduced(vars(r), f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}")
+    if job.size != job.passes[-1][:2]:
+        yield f"that is the region of the mask; the picture is {job.size[0]}×{job.size[1]}, as it was"
     if r.guidance == 1 and not is_base(pipe.model):
         yield "guidance 1 runs the model twice per step; ComfyUI's CFG 1, which is off, is --guidance 0"
     if hint := unknown_words(pipe.model.origin, r.prompts):
@@ -93,3 +95,5 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     longest = max(job.token_counts)
     if r.long_prompt != "none" and longest > pipe.texts.limit:
         yield describe(longest, pipe.texts.limit, r.long_prompt)
+    if note := pipe.describe_references(r, longest):
+        yield note

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from zimage.cli import terminal
 from zimage.errors import RequestError, one_line
-from zimage.settings.declared import LoadSettings, Request, split_lora
+from zimage.settings.declared import MASK_ALPHA, LoadSettings, Request, split_lora
 from zimage.settings.fields import Plain, fields
 from zimage.settings.profiles import PICTURE, Entry, Resolved
 from zimage.text.chat import PARTS
@@ -34,12 +34,19 @@ def read_origin(source: Path | None, given: dict[str, Plain]) -> Record:
     check_values(source, origin["request"])
     for name in FROM_FILES:
         before = origin["request"].get(name)
-        if before and not given.get(name):
+        if before and not given.get(name) and not _is_alpha(name, before):
             raise RequestError(f"{source} was made from the {name} {plain(before)}; pass it with --{name}")
     left_out = FROM_FILES if given.get("template") is None else [*FROM_FILES, *PARTS, "force_think_block"]
     request = {name: value for name, value in origin["request"].items() if name not in left_out and value is not None}
     files = {name: origin["request"].get(name) for name in FROM_FILES}
+    if _is_alpha("mask", files["mask"]) and not given.get("mask"):
+        request["mask"] = MASK_ALPHA
     return {**origin, "request": request, "files": files, "note": note}
+
+
+def _is_alpha(name: str, file: Plain) -> bool:
+    """Whether a mask lies in the image that is passed again."""
+    return name == "mask" and isinstance(file, dict) and file.get("name") == MASK_ALPHA
 
 
 def check_values(source: Path | str, request: Record) -> None:

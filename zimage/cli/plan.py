@@ -40,6 +40,7 @@ def plan_facts(plan: MemoryPlan) -> dict[str, object]:
         "fits": plan.fits,
         "tile_mode": plan.tile_mode,
         "kept": sorted(plan.kept),
+        "keeps_all": plan.keeps_all,
         "limits": dict(plan.limits),
         "stages": {
             name: {
@@ -65,7 +66,7 @@ def _limits(plan: MemoryPlan) -> str:
 
 def _strategy(plan: MemoryPlan) -> str:
     streamed = [stage.title for stage in plan.stages.values() if stage.streamed]
-    kept = "all components stay loaded" if len(plan.kept) == len(plan.stages) else _kept(plan)
+    kept = "all components stay loaded" if plan.keeps_all else _kept(plan)
     streaming = f"{' and '.join(streamed)} streamed" if streamed else ""
     return ", ".join(filter(None, [kept, DECODING[plan.tile_mode], streaming]))
 

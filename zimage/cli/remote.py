@@ -22,7 +22,7 @@ from zimage.formats.json_text import json_object
 from zimage.serve.asking import OPERATORS
 from zimage.serve.conditions import PICTURE
 from zimage.settings.conditions import Condition
-from zimage.settings.declared import MAX_SIDE, LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import Hint, Plain, as_plain, fields
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
@@ -207,7 +207,7 @@ def body_of(drawing: Drawing) -> Record:
         body["lora"] = lora
     for name, conditions in _conditions(drawing).items():  # their pictures come as files, in this order
         body[name] = [{key: value for key, value in vars(one).items() if key != PICTURE} for one in conditions]
-    return {name: value for name, value in body.items() if name not in FILES}
+    return {name: value for name, value in body.items() if name not in FILES or value == MASK_ALPHA}
 
 
 def _conditions(drawing: Drawing) -> dict[str, list[Condition]]:
@@ -219,7 +219,7 @@ def _conditions(drawing: Drawing) -> dict[str, list[Condition]]:
 def _files(drawing: Drawing) -> list[tuple[str, tuple[str, bytes]]]:
     """The attachments by their fields, and the pictures of conditions, each with its name and content."""
     asked = drawing.resolved.of(Request)
-    paths = [(name, asked[name]) for name in FILES if asked.get(name)]
+    paths = [(name, asked[name]) for name in FILES if asked.get(name) and asked[name] != MASK_ALPHA]
     paths += [(name, one.picture) for name, conditions in _conditions(drawing).items() for one in conditions]
     return [(name, _read(name, path)) for name, path in paths]
 

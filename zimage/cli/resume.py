@@ -18,7 +18,7 @@ from zimage.cli.target import check_output, holds
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import destination
 from zimage.formats.lock import Lock
-from zimage.settings.declared import LoadSettings, Request
+from zimage.settings.declared import MASK_ALPHA, LoadSettings, Request
 from zimage.settings.fields import Hint, Plain, as_plain
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
@@ -143,7 +143,8 @@ def _opened(path: Path, given: Record) -> Keeping:
     _check_record(path, record)
     stored = _request_of(record)
     for name, value in given.items():
-        now, then = (os.path.abspath(value) if name in FILES else value), stored.get(name)
+        is_path = name in FILES and value != MASK_ALPHA
+        now, then = (os.path.abspath(value) if is_path else value), stored.get(name)
         if name in CONDITIONS:
             now, then = _named(name, value), _named(name, then)
         if name == "template":

@@ -241,6 +241,9 @@ class ControlStream:
     def __init__(self, control: Controlled, image: Tensor, rotation: Rotation):
         self.control = control
         net, m = control.net, control.modulation
+        if control.tokens.shape[1:] != image.shape[1:] or len(control.tokens) not in (1, len(image)):
+            shapes = f"{tuple(control.tokens.shape)} do not fit the image's {tuple(image.shape)}"
+            raise RequestError(f"the tokens of a control picture {shapes}; it must be of the same size")
         self._c = control.tokens.expand(len(image), -1, -1)
         self._begin(net.refiner, m.refiner, net.config.refiner_places, image, rotation, None)
 

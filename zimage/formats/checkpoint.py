@@ -11,7 +11,7 @@ from zimage.errors import CheckpointError
 from zimage.formats import gguf as gguf_file
 from zimage.formats.files import require_file
 from zimage.formats.json_text import read_json
-from zimage.formats.layouts import Layout, recognise, split_names
+from zimage.formats.layouts import Layout, begins, recognise, split_names
 from zimage.formats.quantised import COMPANIONS, gathered
 from zimage.formats.stored import A_PICKLE, Maps, Stored, is_pickle, stored_in
 from zimage.formats.unsupported import check_tensors
@@ -51,6 +51,11 @@ class Checkpoint:
             holds = " and ".join(found) or f"unknown keys: {listing(list(raw))}"
             raise CheckpointError(f"{file} holds no {component}; it holds {holds}")
         return cls(file, [file], _canonical(raw, *found[component]), found[component][1])
+
+    def without(self, unused: Callable[[str], bool]) -> "Checkpoint":
+        """The same files, less the tensors that a model knowingly does not use."""
+        entries = {key: stored for key, stored in self.entries.items() if not unused(key)}
+        return Checkpoint(self.origin, self.files, entries, self.layout)
 
     def reader(self) -> Callable[[str], Tensor | Packed]:
         """key → view of the mapped file, or packed matrix of views; values are read from disk only when they are used.
@@ -134,9 +139,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _canonical(raw: dict[str, Stored], prefix: str, layout: Layout) -> dict[str, Stored]:
     """The tensors behind `prefix` under canonical keys: fused matrices split by rows, 1 × 1 convolutions flattened."""
-    own = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
-    others = [other for other, _ in recognise(raw).values() if other and other != prefix]
-    own = {key: value for key, value in own.items() if prefix or not key.startswith(tuple(others))}
+    begin, all_begin = begins(raw)[layout.component], begins(raw).values()
+    longer = tuple(other for other in all_begin if other != begin and other.startswith(begin))  # they take precedence
+    mine = {key: value for key, value in raw.items() if key.startswith(begin) and not key.startswith(longer)}
+    own = {key.removeprefix(prefix): value for key, value in mine.items()}
     last, entries = layout.last_index(own), dict[str, Stored]()
     for key, stored in own.items():
         names = split_names(key) if layout.fused else None

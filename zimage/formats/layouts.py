@@ -21,6 +21,7 @@ NATIVE_DIT: tuple[Pair, ...] = (
     ("{block}.attention.norm_q.{rest}", "{block}.attention.q_norm.{rest}"),
     ("{block}.attention.norm_k.{rest}", "{block}.attention.k_norm.{rest}"),
 )
+NATIVE_CONTROL = NATIVE_DIT[2:]  # the blocks' names; its embedder keeps its own
 LDM_VAE: tuple[Pair, ...] = (
     ("encoder.down_blocks.{i}.resnets.{j}.conv_shortcut.{rest}", "encoder.down.{i}.block.{j}.nin_shortcut.{rest}"),
     ("encoder.down_blocks.{i}.resnets.{j}.{rest}", "encoder.down.{i}.block.{j}.{rest}"),
@@ -70,6 +71,7 @@ class Layout:
     fused: bool = False  # q, k and v of the DiT's attention lie in one matrix
     flat: str = r"(?!)"  # canonical matrices that are stored as 1 × 1 convolutions
     unused: frozenset[str] = field(default_factory=frozenset)  # foreign keys of tensors that no model needs
+    stem: str = ""  # what its keys begin with; it counts where another component has the same prefix
 
     def canonical(self, key: str, last: int = 0) -> str:
         """The canonical name of a foreign key; `last` is the highest index, from which `{~i}` counts down."""
@@ -96,6 +98,8 @@ LAYOUTS = (
         fused=True,
         unused=frozenset({"norm_final.weight"}),
     ),
+    Layout("native", "control", "control_layers.0.attention.qkv.weight", NATIVE_CONTROL, fused=True, stem="control_"),
+    Layout("diffusers", "control", "control_all_x_embedder.2-1.weight", stem="control_"),
     Layout("transformers", "text_encoder", "model.layers.0.self_attn.q_proj.weight", unused=_LM_HEAD),
     Layout("bare", "text_encoder", "layers.0.self_attn.q_proj.weight", BARE_QWEN3, unused=_LM_HEAD),
     Layout("gguf", "text_encoder", "blk.0.attn_q.weight", GGUF_QWEN3, unused=_LM_HEAD),
@@ -117,6 +121,7 @@ PREFIXES = {
     "text_encoder": ("", "text_encoders.qwen3_4b.transformer.", "text_encoders.llm."),  # ComfyUI's, sd.cpp's
     "vae": ("", "vae.", "first_stage_model."),
     "vision": ("",),
+    "control": ("", "model.diffusion_model.", "diffusion_model."),
 }
 
 
@@ -133,6 +138,16 @@ def recognise(keys: Mapping[str, object]) -> dict[str, tuple[str, Layout]]:
             if prefix + known.signature in keys:
                 found.setdefault(known.component, (prefix, known))
     return found
+
+
+def begins(keys: Mapping[str, object]) -> dict[str, str]:
+    """Component → what its keys in a file begin with: its prefix, and its stem where another has that prefix too."""
+    found = recognise(keys)
+    prefixes = [prefix for prefix, _ in found.values()]
+    return {
+        component: prefix + (known.stem if prefixes.count(prefix) > 1 else "")
+        for component, (prefix, known) in found.items()
+    }
 
 
 def split_names(fused: str) -> tuple[str, str, str] | None:

@@ -10,18 +10,17 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from zimage.dit.control import ControlNetConfig, check_dtype
+from zimage.dit.control import ControlNet, ControlNetConfig, check_dtype
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.lora import content_hash
 from zimage.loading.files import Component
 from zimage.loading.finding import component_folder
+from zimage.loading.plan import Workload
 from zimage.loading.registry import CONTROL
 from zimage.loading.sizes import ComponentSizes, measure
 from zimage.settings.paths import user_path
@@ -78,9 +77,11 @@ class ControlFile:
         """Its bytes in the form in which the DiT is held."""
         return measure(self.component, dit.device, dit.dtype, dit.widen_late, dit.precision)
 
-    def load(self, dit: ComponentSizes) -> nn.Module:
+    def load(self, dit: ComponentSizes) -> ControlNet:
         """The module with its weights in that form; on a CPU their pages are read when they are used."""
-        return self.component.load(dit.device, dit.dtype, dit.widen_late, (), dit.precision)
+        net = self.component.load(dit.device, dit.dtype, dit.widen_late, (), dit.precision)
+        assert isinstance(net, ControlNet)
+        return net
 
     def check(self, dit: ComponentSizes) -> None:
         """Raise CheckpointError unless it fits the DiT that its blocks run beside, RequestError for a dtype."""
@@ -99,6 +100,13 @@ class ControlFile:
 ControlFiles = tuple[ControlFile, ...]
 _opened: dict[str, tuple[str, ControlFile]] = {}  # by path, with the stamp of its files
 _lock = threading.Lock()
+
+
+def with_controls(work: Workload, files: ControlFiles, dit: ComponentSizes) -> Workload:
+    """The work with these files beside the DiT, one for each control. Raises as `check` does."""
+    for file in files:
+        file.check(dit)
+    return replace(work, controls=weight_bytes(files, dit), control_streams=len(files))
 
 
 def weight_bytes(files: Iterable[ControlFile], dit: ComponentSizes) -> int:

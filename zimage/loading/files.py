@@ -25,6 +25,7 @@ from zimage.loading.sizes import CPU, BlockBytes
 from zimage.loading.streaming import Blocks
 from zimage.loading.weights import (
     Folds,
+    LeavesOut,
     check_fit,
     half_matrices,
     held_as,
@@ -54,6 +55,8 @@ class Component:
         self.name, self.config, self.checkpoint = name, config, checkpoint
         self._described_by = described_by or checkpoint.origin
         self.skeleton = self._build()
+        if isinstance(self.skeleton, LeavesOut):
+            self.checkpoint = checkpoint.without(self.skeleton.leaves_out)
         check_fit(self.skeleton, self.checkpoint, self._other_keys())
 
     @classmethod
@@ -340,8 +343,8 @@ def _schedule(dit: Path, variant: str | None, folder: Path | None) -> tuple[floa
 def load_component(
     path: str | Path, name: str, device: str = "cpu", dtype: str | torch.dtype | None = None
 ) -> nn.Module:
-    """Load one component by itself: "text_encoder", "dit", "context_refiner", "vae", "vision" (Qwen3-VL) or
-    "vision_tower" (the same without its text stack).
+    """Load one component by itself: "text_encoder", "dit", "context_refiner", "control" (a ControlNet), "vae",
+    "vision" (Qwen3-VL) or "vision_tower" (the same without its text stack).
 
     `path` is the model folder, the component's own, or a loose file. Raises RequestError or CheckpointError.
     """

@@ -3,21 +3,32 @@
 What shapes cannot show is assumed to be as published; `ASSUMED` tells the user so.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from zimage.errors import CheckpointError
-from zimage.formats.stored import Stored
-from zimage.loading.registry import DIT, TEXT_ENCODER, VAE
+from zimage.formats.stored import Maps, Stored
+from zimage.loading.registry import CONTROL, DIT, TEXT_ENCODER, VAE, VISION
+from zimage.nn.packed import is_packed
+from zimage.text.qwen3_vl import TEXT
 
 NORM_GROUPS = 32
+CONTROLLED = 30  # layers of the published DiT, over which the published ControlNets are spread evenly
+CONTROL_COUNTS = (3, 6, 15)  # lite, 1.0, 2.0 and 2.1
+ROWS = 64  # of a matrix, read at a time
 HEAD_DIM = 128  # of the published DiT: the only one whose split over the axes is known
 ASSUMED = {
     DIT: "DiT from a loose file: RoPE θ 256 over axes of 32, 48 and 48, ε 1e-5, time scale 1000 are assumed",
     TEXT_ENCODER: "text encoder from a loose file: RoPE θ 1,000,000 and ε 1e-6 are assumed",
+    VISION: "vision model from a loose file: heads, the layers of deepstack, RoPE θ 10,000 and 5,000,000 and ε 1e-6 as "
+    "published are assumed",
+    CONTROL: "ControlNet from a loose file: places spread evenly over 30 layers and ε 1e-5 are assumed",
     VAE: "VAE from a loose file: 32 groups, scaling 0.3611 and shift 0.1159 are assumed",
 }
 
+VISION_HEADS = 16  # of every published tower
+DEEPSTACK = {24: [5, 11, 17], 27: [8, 16, 24]}  # depth of a published tower → the layers of its features
 LATENT_PATCH = 4  # values of a latent channel in a patch
 
 
@@ -43,8 +54,9 @@ class Shapes:
 
 
 def architecture(component: str, file: Path, entries: Mapping[str, Stored]) -> dict[str, object]:
-    """The config of "dit", "text_encoder" or "vae" with these canonical keys. Raises CheckpointError."""
-    return {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae}[component](Shapes(file, entries))
+    """The config of a component with these canonical keys. Raises CheckpointError."""
+    known = {DIT: _dit, TEXT_ENCODER: _text_encoder, VAE: _vae, VISION: _vision, CONTROL: _control}
+    return known[component](Shapes(file, entries))
 
 
 def _dit(shapes: Shapes) -> dict[str, object]:
@@ -72,22 +84,56 @@ def _dit(shapes: Shapes) -> dict[str, object]:
     }
 
 
-def _text_encoder(shapes: Shapes) -> dict[str, object]:
-    layer = "model.layers.0"
+def _text_encoder(shapes: Shapes, stack: str = "model.") -> dict[str, object]:
+    """Qwen3, whose layers and embeddings have names that begin with `stack`."""
+    layer = f"{stack}layers.0"
     head_dim = shapes.side(f"{layer}.self_attn.q_norm.weight", 0, axes=1, multiple=2)
     key_heads = shapes.side(f"{layer}.self_attn.k_proj.weight", 0, axes=2, multiple=head_dim) // head_dim
     heads = shapes.side(f"{layer}.self_attn.q_proj.weight", 0, axes=2, multiple=key_heads * head_dim) // head_dim
     return {
         "model_type": "qwen3",
-        "vocab_size": shapes.side("model.embed_tokens.weight", 0, axes=2),
-        "hidden_size": shapes.side("model.embed_tokens.weight", 1, axes=2),
+        "vocab_size": shapes.side(f"{stack}embed_tokens.weight", 0, axes=2),
+        "hidden_size": shapes.side(f"{stack}embed_tokens.weight", 1, axes=2),
         "intermediate_size": shapes.side(f"{layer}.mlp.gate_proj.weight", 0, axes=2),
-        "num_hidden_layers": _count(shapes, "model.layers."),
+        "num_hidden_layers": _count(shapes, f"{stack}layers."),
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
+    }
+
+
+def _vision(shapes: Shapes) -> dict[str, object]:
+    """Qwen3-VL, or its tower alone."""
+    tower = _vision_tower(shapes)
+    if not any(key.startswith(TEXT) for key in shapes.entries):
+        return tower
+    text = {**_text_encoder(shapes, TEXT), "model_type": "qwen3_vl_text", "rope_theta": 5_000_000.0}
+    return {"model_type": "qwen3_vl", "vision_config": tower, "text_config": text}
+
+
+def _vision_tower(shapes: Shapes) -> dict[str, object]:
+    visual = "model.visual."
+    depth = _count(shapes, f"{visual}blocks.")
+    if depth not in DEEPSTACK:
+        raise CheckpointError(
+            f"{shapes.file}: a vision tower of {depth} layers; a loose file does not say which of them give features "
+            f"(of {' and '.join(map(str, DEEPSTACK))} layers it is known): use a folder with its config.json"
+        )
+    width = shapes.side(f"{visual}blocks.0.mlp.linear_fc1.weight", 1, axes=2, multiple=VISION_HEADS)
+    merged = shapes.side(f"{visual}merger.linear_fc1.weight", 1, axes=2, multiple=width)
+    return {
+        "model_type": "qwen3_vl_vision",
+        "depth": depth,
+        "hidden_size": width,
+        "intermediate_size": shapes.side(f"{visual}blocks.0.mlp.linear_fc1.weight", 0, axes=2),
+        "num_heads": VISION_HEADS,
+        "out_hidden_size": shapes.side(f"{visual}merger.linear_fc2.weight", 0, axes=2),
+        "num_position_embeddings": shapes.side(f"{visual}pos_embed.weight", 0, axes=2),
+        "deepstack_visual_indexes": DEEPSTACK[depth],
+        "patch_size": shapes.side(f"{visual}patch_embed.proj.weight", 4, axes=5),
+        "spatial_merge_size": math.isqrt(merged // width),
     }
 
 
@@ -105,6 +151,62 @@ def _vae(shapes: Shapes) -> dict[str, object]:
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     }
+
+
+def _control(shapes: Shapes) -> dict[str, object]:
+    head_dim = shapes.side("control_layers.0.attention.norm_q.weight", 0, axes=1, multiple=2)
+    embedder, refiner = "control_all_x_embedder.2-1.weight", _control_refiner(shapes)
+    dim = shapes.side(embedder, 0, axes=2, multiple=head_dim)
+    shared = refiner == "control_layers"
+    return {
+        "_class_name": "ZImageControlNetModel",
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "n_kv_heads": dim // head_dim,
+        "norm_eps": 1e-5,
+        "n_refiner_layers": 2 if shared else _count(shapes, "control_noise_refiner."),
+        "control_in_dim": shapes.side(embedder, 1, axes=2, multiple=LATENT_PATCH) // LATENT_PATCH,
+        "control_layers_places": _control_places(shapes),
+        "control_refiner_layers_places": [0, 1] if refiner else [],
+        "add_control_noise_refiner": refiner,
+    }
+
+
+def _control_refiner(shapes: Shapes) -> str | None:
+    """Which blocks give hints to the noise refiner.
+
+    None of 1.0's: they have no projections. 2.0 was published with a refiner that was never trained, whose projections
+    are still zeros: its joint blocks stand in for it.
+    """
+    if not any(key.startswith("control_noise_refiner.") for key in shapes.entries):
+        return "control_layers"
+    projection = shapes.entries.get("control_noise_refiner.0.before_proj.weight")
+    if projection is None:
+        return None
+    return "control_layers" if _is_zero(projection) else "control_noise_refiner"
+
+
+def _is_zero(matrix: Stored) -> bool:
+    """Whether all values are zeros: a few rows at a time, so that most files are read no further than the first."""
+    if not matrix.is_number or len(matrix.shape) != 2:
+        return False  # which the check of its kind and shape reports
+    values = matrix.read(Maps())
+    for i in range(0, matrix.shape[0], ROWS):
+        end = min(i + ROWS, matrix.shape[0])
+        rows = values.rows(i, end).decode() if is_packed(values) else values[i:end].float()
+        if rows.any():
+            return False
+    return True
+
+
+def _control_places(shapes: Shapes) -> list[int]:
+    count = _count(shapes, "control_layers.")
+    if count not in CONTROL_COUNTS:
+        raise CheckpointError(
+            f"{shapes.file}: {count} control layers; a loose file does not say to which layers of the DiT they belong "
+            f"({', '.join(map(str, CONTROL_COUNTS))} are known): use a folder with its config.json"
+        )
+    return list(range(0, CONTROLLED, CONTROLLED // count))
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

@@ -53,6 +53,7 @@ class StagePlan:
     pinned: int = 0  # page-locked on the host, for streaming to a GPU
     beside: tuple[str, ...] = ()  # other components that may be in memory meanwhile; `weights` counts them
     tile_mode: str = ""  # of the VAE's stage
+    passing: bool = False  # whether its component is let go after it, whatever room there is
 
     @property
     def peak(self) -> int:
@@ -82,6 +83,11 @@ class MemoryPlan:
     @property
     def tile_mode(self) -> str:
         return next((stage.tile_mode for stage in self.stages.values() if stage.tile_mode), "off")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all components stay that may."""
+        return all(name in self.kept or stage.passing for name, stage in self.stages.items())
 
     def excess(self, stage: StagePlan) -> int:
         """Bytes by which a stage exceeds what its device allows; negative where there is room."""

@@ -232,6 +232,7 @@ class Planner:
             blocks=len(sizes.blocks),
             beside=tuple(n for n in there if n != name),
             tile_mode=work.tile_mode if name == VAE else "",
+            passing=ROWS[name].optional,
         )
 
     # ------------------------------------------------------------------ limits

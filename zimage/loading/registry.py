@@ -16,6 +16,7 @@ from zimage.dit import ContextRefiner, ControlNet, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import (
+    control_bytes,
     dit_bytes,
     dit_reads,
     text_encoder_bytes,
@@ -29,8 +30,9 @@ from zimage.text import Qwen3, Qwen3VL
 from zimage.text.qwen3_vl import Qwen3VLTower, as_stored
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
-TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER, CONTROL = "text_encoder", "dit", "vae", "context_refiner", "control"
+TEXT_ENCODER, DIT, VAE, CONTEXT_REFINER = "text_encoder", "dit", "vae", "context_refiner"
 VISION, VISION_TOWER = "vision", "vision_tower"  # with the text stack that its file may hold, and without
+CONTROL = "control"
 Model = Qwen3 | Qwen3VL | ZImageDiT | ContextRefiner | ControlNet | AutoencoderKL | AutoencoderKLWan
 
 
@@ -84,16 +86,6 @@ ROWS: dict[str, Row] = {
             in_half=True,
         ),
         Row(
-            CONTROL,
-            "ControlNet",
-            "controlnet",
-            {"": ControlNet},
-            nn.Module.parameters,
-            dit_bytes,
-            optional=True,
-            transformed=True,
-        ),
-        Row(
             VISION,
             "vision model",
             "vision",
@@ -115,6 +107,7 @@ ROWS: dict[str, Row] = {
             inside=VISION,
             placed_with=TEXT_ENCODER,
         ),
+        Row(CONTROL, "ControlNet", "controlnet", {"": ControlNet}, dit_reads, control_bytes, optional=True),
     )
 }
 REQUIRED = tuple(row.name for row in ROWS.values() if not row.optional)  # in the order in which a render needs them

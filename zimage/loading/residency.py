@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from zimage import interrupts
+from zimage.dit.control import ControlNet
 from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch
@@ -48,7 +49,7 @@ class _Loaded:
     copied: int  # bytes that letting it go returns on a CPU
     adapters: Adapters = ()
     ahead: Prefetch | None = None
-    controls: dict[ControlFile, nn.Module] = field(default_factory=dict)  # beside a DiT
+    controls: dict[ControlFile, ControlNet] = field(default_factory=dict)  # beside a DiT
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -119,7 +120,7 @@ class Residency:
         """The component's device for one piece of work on a module that the caller has in hand."""
         return self._devices[self.places[name].device]
 
-    def control(self, file: ControlFile) -> nn.Module:
+    def control(self, file: ControlFile) -> ControlNet:
         """The module of a control file, inside `use` of the DiT with it."""
         return self._held[DIT].controls[file]
 
@@ -178,10 +179,14 @@ class Residency:
                 self._read_ahead(name)
         elif ROWS[name].transformed:
             self._adapted(self._held[name], adapters)
-        for file in controls:
-            if file not in self._held[name].controls:
-                self._held[name].controls[file] = self._prepared_control(file)
+        if name == DIT:
+            self._bring_controls(self._held[name], controls)
         return self._held[name]
+
+    def _bring_controls(self, held: _Loaded, wanted: ControlFiles) -> None:
+        for file in wanted:
+            if file not in held.controls:
+                held.controls[file] = self._prepared_control(file)
 
     def _read_ahead(self, name: str) -> None:
         held = self._held[name]
@@ -230,7 +235,7 @@ class Residency:
         if extra:
             release_cached(device)
 
-    def _prepared_control(self, file: ControlFile) -> nn.Module:
+    def _prepared_control(self, file: ControlFile) -> ControlNet:
         """Load a ControlNet and transform it as the DiT is."""
         log.debug("loading control %s", file.name)
         with out_of_memory_in(f"{ROWS[CONTROL].title} {file.name}"):

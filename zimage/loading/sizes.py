@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from zimage.dit.control import ControlNet, ControlNetConfig
 from zimage.dit.model import ZImageDiT, ZImageDiTConfig
 from zimage.dit.patch import padded_length
 from zimage.dit.replay import most_tokens
@@ -34,8 +35,6 @@ CPU = torch.device("cpu")
 # Bytes of an int8 product's sums for each value of the widest map, where no kernel scales them at the product's end:
 # 598 MB were measured where 412 were counted. With the kernel, and in fp8, quantised inputs take less than plain ones.
 INT8_SUMS = 4.5
-CONTROL_MAPS = 3  # of width dim, for each ControlNet
-
 # ------------------------------------------------------------------ the work of a stage
 
 
@@ -52,12 +51,13 @@ def _text_maps(config: Qwen3Config, dtype: torch.dtype) -> int:
 
 
 def vision_bytes(config: Qwen3VLConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one layer of the tower, or of the text stack if it has one; patches and positions are fp32."""
+    """About the peak of one layer of the tower, or of the text stack if it has one, with what was seen so far."""
     tower = config.vision
-    rotated = 3 * tower.hidden_size * (dtype.itemsize + 4)
-    maps = (2 * tower.intermediate_size + 3 * tower.hidden_size) * dtype.itemsize
-    seen = work.vision_patches * max(maps, rotated)
-    read = work.vision_tokens * _text_maps(config.text, dtype) if config.text else 0
+    hidden = (2 * tower.intermediate_size + 3 * tower.hidden_size) * dtype.itemsize
+    turned = (6 * dtype.itemsize + 11) * tower.hidden_size  # q and k are rotated in fp32
+    token, features = tower.out_hidden_size * dtype.itemsize, len(tower.deepstack_visual_indexes)
+    seen = work.vision_patches * (max(hidden, turned) + features * token // tower.spatial_merge_size**2)
+    read = work.vision_tokens * (_text_maps(config.text, dtype) + (1 + features) * token) if config.text else 0
     return max(seen, read)
 
 
@@ -74,10 +74,20 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image.
 
-    A ControlNet beside it keeps its own stream, the control picture's tokens and, meanwhile, a hint.
+    Of each ControlNet beside it, as `control_bytes` says.
     """
-    maps = 2 * _hidden(config) + (8 + CONTROL_MAPS * work.control_streams) * config.dim
-    return _dit_tokens(work) * maps * dtype.itemsize
+    own = _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+    return own + work.control_streams * control_bytes(config, work, dtype)
+
+
+def control_bytes(
+    config: ControlNetConfig | ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
+) -> int:
+    """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
+
+    A hint comes and goes where less is held than within a block.
+    """
+    return _dit_tokens(work) * 2 * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
@@ -155,11 +165,14 @@ def vision_reads(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from text_encoder_reads(model.text)
 
 
+BLOCKS = ("noise_refiner.", "layers.", "control_noise_refiner.", "control_layers.")
+
+
 def dit_reads(dit: nn.Module) -> Iterator[nn.Parameter]:
-    """What denoising reads, in its order: `modulate` comes before the blocks."""
+    """What denoising reads of a DiT or a ControlNet, in its order: `modulate` comes before the blocks."""
     blocks = []
     for name, weight in dit.named_parameters():
-        if name.startswith(("noise_refiner.", "layers.")) and "adaLN" not in name:
+        if name.startswith(BLOCKS) and "adaLN" not in name:
             blocks.append(weight)
         else:
             yield weight
@@ -367,7 +380,7 @@ def _block_names(component: Sized) -> Iterator[list[str]]:
 
 def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Half-precision products on a CPU repack a matrix each time; convolutions do not."""
-    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | Qwen3VL | ZImageDiT)
+    half = dtype == torch.bfloat16 and isinstance(model, Qwen3 | Qwen3VL | ZImageDiT | ControlNet)
     return _largest_matrix(model) * 2 if half else 0
 
 

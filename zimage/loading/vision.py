@@ -81,22 +81,22 @@ def _opened(path: Path, mode: str | None) -> Component:
 
 
 def _check(model: ModelFiles, vision: Component, settings: LoadSettings) -> None:
-    """Raise an error unless a vision model's captions are as the DiT takes them."""
-    config, pad = config_of(vision), model.tokenizer.id_of(IMAGE_PAD)
+    """Raise an error unless a vision model's captions are as the DiT takes them, and its texts as the tokenizer's."""
+    config = config_of(vision)
     config.pixel_limits(vision.checkpoint.origin)
-    if pad != config.image_token_id:
-        raise CheckpointError(f"its pictures are token {config.image_token_id}, and the tokenizer has {pad} for them")
     if config.text:
         _check_equal("captions", config.text.hidden_size, "the model's", caption_width(model))
         if model.tokenizer.vocab_size > config.text.vocab_size:
             found = f"{model.tokenizer.vocab_size} entries exceed its {config.text.vocab_size}"
             raise CheckpointError(f"the tokenizer's {found}")
-        return
-    if settings.encoder_url:
+    elif settings.encoder_url:
         text = "its files hold the vision tower alone, for which the text encoder reads, and that is on another machine"
         raise RequestError(f"vision_model: {text}; pass {WHERE}", fields=("vision_model", "encoder_url"))
-    width = model.config(TEXT_ENCODER).hidden_size
-    _check_equal("image tokens", config.vision.out_hidden_size, "the text encoder's", width)
+    else:
+        width = model.config(TEXT_ENCODER).hidden_size
+        _check_equal("image tokens", config.vision.out_hidden_size, "the text encoder's", width)
+    if (pad := model.tokenizer.id_of(IMAGE_PAD)) != config.image_token_id:
+        raise CheckpointError(f"its pictures are token {config.image_token_id}, and the tokenizer has {pad} for them")
 
 
 def _check_equal(what: str, ours: int, whose: str, theirs: int) -> None:

@@ -36,6 +36,13 @@ class Halves(Protocol):
     in_half: bool
 
 
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A model that does not use some of the tensors that are published with it."""
+
+    def leaves_out(self, key: str) -> bool: ...
+
+
 def check_fit(model: nn.Module, checkpoint: Checkpoint, other_keys: Iterable[str] = ()) -> None:
     """Raise CheckpointError with all missing, unexpected and misshapen keys; `other_keys` belong to other modules."""
     _check_keys(checkpoint, _published_shapes(model), set(other_keys), late_matrices(model))

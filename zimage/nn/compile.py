@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 1  # the axis of a block's activations and of its rotation tables
+GROUPS = ("context_refiner", "noise_refiner", "layers", "control_noise_refiner", "control_layers")
 KINDS = 64  # compilations of a block: by its modulation, its units, and which layers have branches of which ranks
 
 
 def compile_blocks(dit: nn.Module) -> None:
-    """Compile the DiT's blocks in place; the first use of each kind takes some seconds."""
+    """Compile the blocks of a DiT or a ControlNet in place; the first use of each kind takes some seconds."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)  # of the whole process
     torch._dynamo.config.specialize_float = True  # as well: kernels take the units of fp16 as constants
-    blocks = [b for name in ("context_refiner", "noise_refiner", "layers") for b in dit.get_submodule(name).children()]
+    blocks = [block for name, group in dit.named_children() if name in GROUPS for block in group.children()]
     compiled = torch.compile(type(blocks[0]).forward, fullgraph=True)
     for block in blocks:
         block.forward = partial(_run, compiled, weakref.ref(block))  # a cycle would outlive the model

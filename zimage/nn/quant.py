@@ -23,8 +23,9 @@ from zimage.nn.packed import PackedLinear, Scaled
 log = logging.getLogger("zimage")
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-# Small, sensitive to error, or both; names of modules in the DiT.
-SKIPPED = r"x_embedder|cap_embedder|t_embedder|adaLN_modulation|final_layer"
+# Small, sensitive to error, or both; names of modules in the DiT and in ControlNets. The projections of a ControlNet
+# multiply a stream that was not normed: beside its largest values the others would be rounded to zero.
+SKIPPED = r"x_embedder|cap_embedder|t_embedder|adaLN_modulation|final_layer|before_proj|after_proj"
 UNITS = {"int8": 8, "fp8": 16}  # PyTorch's products on GPUs take sizes that are multiples of these
 ENDS_KEPT = {"int8": 0, "fp8": 2}  # joint blocks at either end that are not quantised: e4m3 has three bits of mantissa
 FP8_CAPABILITY = (8, 9)
@@ -124,5 +125,6 @@ def check_precision(precision: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def _kept_blocks(dit: nn.Module, precision: str) -> list[str]:
-    ends, count = ENDS_KEPT[precision], len(list(dit.get_submodule("layers").children()))
+    layers = dict(dit.named_children()).get("layers")  # a ControlNet has none, and its ends are none of the DiT's
+    ends, count = ENDS_KEPT[precision], len(list(layers.children())) if layers else 0
     return [f"layers.{i}" for i in range(count) if i < ends or i >= count - ends]

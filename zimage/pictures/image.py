@@ -45,14 +45,6 @@ class InputPicture:
         """Plain values for a picture's metadata, which names no folders."""
         return {"name": self.name, "hash": self.hash}
 
-    def natural_size(self) -> tuple[int, int]:
-        """(width, height) for a render of its own size, as the function of this name says."""
-        return natural_size(self.picture)
-
-    def tensor(self, width: int, height: int) -> "Tensor":
-        """An image at this size: (1, 3, H, W) in [−1, 1]."""
-        return from_pil(fit(self.picture, width, height))
-
 
 def to_pil(images: "Tensor") -> list[Image.Image]:
     """(B, 3, H, W) tensor in [−1, 1], rounded to the nearest of 256 levels, or of such levels → PIL images."""
@@ -67,6 +59,14 @@ def from_pil(image: Image.Image) -> "Tensor":
 
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(2 * pixels - 1).permute(2, 0, 1)[None].contiguous()
+
+
+def mask_values(mask: Image.Image) -> "Tensor":
+    """A mask → (1, 1, H, W) fp32 in [0, 1]."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)[None, None]
 
 
 def mask_tensor(mask: Image.Image, width: int, height: int) -> "Tensor":
@@ -95,23 +95,23 @@ def open_mask(source: Given) -> Image.Image:
     return _on_ground(source, "black").convert("L")
 
 
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled by Lanczos until it covers width × height, and cut to its centre there.
+def fit(image: Image.Image, width: int, height: int, by: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """Scaled until it covers width × height, and cut to its centre there.
 
     Only what is kept is computed: a long strip needs no giant in between. A picture of that size comes back untouched.
     """
     if image.size == (width, height):
         return image
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (width, height), by)
 
 
-def natural_size(image: Image.Image, multiple: int = SIZE_MULTIPLE, longest: int = MAX_SIDE) -> tuple[int, int]:
-    """(width, height) for a render of a picture's own size: each side at the nearest multiple, at least one.
+def natural_size(size: tuple[int, int], multiple: int = SIZE_MULTIPLE, longest: int = MAX_SIDE) -> tuple[int, int]:
+    """(width, height) for a render of a picture of this size: each side at the nearest multiple, at least one.
 
     A picture with a side past `longest` is scaled down to it first, both sides alike.
     """
-    scale, most = min(1.0, longest / max(image.size)), longest // multiple
-    width, height = (min(max(int(side * scale / multiple + 0.5), 1), most) * multiple for side in image.size)
+    scale, most = min(1.0, longest / max(size)), longest // multiple
+    width, height = (min(max(int(side * scale / multiple + 0.5), 1), most) * multiple for side in size)
     return width, height
 
 
@@ -138,7 +138,7 @@ def content_hash(image: Image.Image) -> str:
 def _on_ground(source: Given, ground: str) -> Image.Image:
     """The picture on a ground of one colour, as "RGB". It carries no metadata: it was turned upright by them."""
     name, image = decoded(source)
-    image = _eight_bits(image, name)
+    image = eight_bits(image, name)
     flat = _over(image, ground) if image.has_transparency_data else image.convert("RGB")
     flat.info = {}
     return flat
@@ -154,7 +154,7 @@ def _over(image: Image.Image, ground: str) -> Image.Image:
     return flat
 
 
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+def eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Modes with more than 8 bits, which Pillow would clip at 255, as "L"; 16-bit values are rounded to 8 bits."""
     if image.mode == "LAB":
         raise RequestError(f"{name} has LAB colours, which are not read; save it with RGB colours")

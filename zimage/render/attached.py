@@ -14,9 +14,10 @@ from zimage.errors import RequestError
 from zimage.loading.controls import ControlFile
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import DIT
-from zimage.pictures.image import InputPicture, open_image, open_mask
+from zimage.pictures.image import InputPicture, content_hash, open_image, open_mask
+from zimage.pictures.inpaint import open_alpha
 from zimage.settings.conditions import Condition, Control, Reference, names_of
-from zimage.settings.declared import Request
+from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
 from zimage.text.embeddings import SAVED, Embeddings
@@ -53,8 +54,8 @@ ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}  # for `mi
 def opened(request: Request, model: ModelFiles) -> dict[str, Any]:
     """The request's attachments and conditions with their files opened, by field. Raises RequestError."""
     embeddings, width = request.embeddings, model.config(DIT).cap_feat_dim
-    found = {name: getattr(request, name) for name in ATTACHMENTS if name != "embeddings"}
-    files = {name: None if given is None else ATTACHMENTS[name](given) for name, given in found.items()}
+    files: dict[str, Any] = {"image": None if request.image is None else open_picture(request.image)}
+    files["mask"] = _opened_mask(request)
     files["embeddings"] = None if embeddings is None else Embeddings.of(embeddings, width)
     return files | {name: _opened_all(kind, getattr(request, name)) for name, kind in CONDITIONS.items()}
 
@@ -73,7 +74,13 @@ def reopened(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
     Raises RequestError or CheckpointError.
     """
-    files = {name: _found(name, opener, values[name], given) for name, opener in ATTACHMENTS.items() if name in values}
+    files = {
+        name: _found(name, opener, source, given)
+        for name, opener in ATTACHMENTS.items()
+        if (source := values.get(name)) and not _is_alpha(source)
+    }
+    if _is_alpha(values.get("mask")):
+        files["mask"] = _alpha_again(values, given)
     listed = {name: kind for name, kind in CONDITIONS.items() if name in values}
     return files | {name: [_again(kind, one, given) for one in values[name]] for name, kind in listed.items()}
 
@@ -100,6 +107,40 @@ def _hints(kind: type[Condition]) -> dict[str, Hint]:
     numbers = [name for name in names_of(kind) if name not in kind.FILES]
     texts = [f"{role}{part}" for role in kind.FILES for part in ("", "_name", "_hash")]
     return dict.fromkeys(texts, str) | dict.fromkeys(numbers, float)
+
+
+def _opened_mask(request: Request) -> InputPicture | None:
+    """The mask that is named; an image that is extended brings its transparent pixels along, where it has any."""
+    if request.mask is not None and request.mask != MASK_ALPHA:
+        return InputPicture.of(request.mask, open_mask)
+    if request.mask is None and (request.extend is None or isinstance(request.image, InputPicture)):
+        return None
+    mask = open_alpha(request.image)
+    if mask.getbbox() is not None:
+        return _alpha_mask(mask)
+    if request.mask is None:
+        return None
+    text = "mask: no pixel of the image is transparent; pass the file of a mask, or an image with transparent areas"
+    raise RequestError(text, fields=("mask", "image"))
+
+
+def _alpha_mask(mask: Image.Image) -> InputPicture:
+    return InputPicture(mask, MASK_ALPHA, content_hash(mask), MASK_ALPHA)
+
+
+def _is_alpha(described: Mapping[str, str] | None) -> bool:
+    """Whether a mask lies in its image: no file that is pointed to has a relative path."""
+    return described is not None and described["path"] == MASK_ALPHA
+
+
+def _alpha_again(values: Mapping[str, Any], given: Mapping[str, Any]) -> InputPicture:
+    """The mask that lies in the image, from the image's own file, or what is given in its place."""
+    if "image" not in values:
+        raise RequestError("mask: the job has no image in which it lies", fields=("mask", "image"))
+    image, hash = values["image"], values["mask"]["hash"]
+    source = {hash: given[image["hash"]]} if image["hash"] in given else {}
+    mask: InputPicture = _found("image", lambda given: _alpha_mask(open_alpha(given)), {**image, "hash": hash}, source)
+    return mask
 
 
 def opened_references(given: list[Any] | None) -> list[Reference]:

@@ -1,13 +1,15 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
+import dataclasses
 import secrets
 from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import VAE
-from zimage.pictures.image import InputPicture, nearest_side
+from zimage.pictures.inpaint import Frame, whole
 from zimage.render import attached
+from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
@@ -16,12 +18,15 @@ BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Tu
 USUAL_SIDE = 1024
 
 
-def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, Any]:
-    """Everything that a request leaves open but `tile_mode`, its files opened. Raises RequestError, CheckpointError."""
+def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[str, Any], Frame]:
+    """Everything that a request leaves open but `tile_mode`, its files opened; and the frame of what it renders.
+
+    Raises RequestError, CheckpointError.
+    """
     guidance = either(request.guidance, 4.0 if is_base(model) else 0.0)
     attachments = attached.opened(request, model)
-    width, height = _size(request, model, attachments["image"])
-    return {
+    width, height, frame = _placed(request, attachments, usual_side(model))
+    values = {
         **parts._asdict(),
         **attachments,
         "width": width,
@@ -35,6 +40,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> dict[str, A
         "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
+    return values, frame
 
 
 def is_base(model: ModelFiles) -> bool:
@@ -58,23 +64,16 @@ def usual_side(model: ModelFiles) -> int:
     return min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
 
 
-def _size(request: Request, model: ModelFiles, image: InputPicture | None) -> tuple[int, int]:
-    """What was given; else the picture's own, in its proportions where one side was given; else the checkpoint's."""
-    if image is None:
-        side = usual_side(model)
-        return either(request.width, side), either(request.height, side)
-    wide, high = image.picture.size
-    if request.width and request.height:
-        return request.width, request.height
-    if request.width:
-        return request.width, nearest_side(request.width * high / wide)
-    if request.height:
-        return nearest_side(request.height * wide / high), request.height
-    return image.natural_size()
+def _placed(request: Request, attachments: dict[str, Any], side: int) -> tuple[int, int, Frame]:
+    """The size of the render and its frame. Without a picture: what was given, else the checkpoint's."""
+    if request.image is None:
+        width, height = either(request.width, side), either(request.height, side)
+        return width, height, whole((width, height))
+    return placed(dataclasses.replace(request, **attachments), side)
 
 
 def _strength(request: Request) -> float | None:
     """What is behind a mask is painted anew altogether; both as the reference does."""
     if request.image is None and request.hires is None:
         return None
-    return either(request.strength, STRENGTH if request.mask is None else 1.0)
+    return either(request.strength, STRENGTH if request.mask is None and request.extend is None else 1.0)

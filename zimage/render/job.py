@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 from zimage import flow
 from zimage.errors import RequestError
-from zimage.loading.controls import ControlFiles, weight_bytes
+from zimage.loading.controls import ControlFiles, with_controls
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
+from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
-from zimage.render import attached
+from zimage.pictures.inpaint import Frame
+from zimage.render import attached, canvas
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
@@ -29,7 +31,7 @@ from zimage.settings.plain import mistake
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -39,6 +41,7 @@ JOB: dict[str, Hint] = {
     "token_ids": dict[str, list[int]],
     "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
+    "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
     "seeds": list[int],
     "loras": list[LoraUse],
@@ -62,8 +65,8 @@ class Job:
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`;
-    `sigmas` the noise levels, falling from 1 to 0; `seeds` one per image; `model`, `dtype` and `precision` are those
-    that it was prepared for.
+    `frame` is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling
+    from 1 to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -72,6 +75,7 @@ class Job:
     token_ids: Mapping[str, tuple[int, ...]]
     glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
+    frame: Frame
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
@@ -91,6 +95,18 @@ class Job:
         """Images in all."""
         return len(self.seeds)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures that come out."""
+        return self.frame.size
+
+    def rendered(self) -> canvas.Rendered:
+        """The picture that the last pass starts from, and its mask, at the size of that pass; see `canvas.rendered`.
+
+        Only for a request with an image. It is computed at each call.
+        """
+        return canvas.rendered(self.request, self.frame, *self.passes[-1][:2])
+
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""
         return Text(formatted, self.token_ids[formatted], self.request.layers)
@@ -104,6 +120,7 @@ class Job:
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
             "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
+            "frame": list(self.frame),
             "sigmas": list(self.sigmas),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
@@ -129,6 +146,7 @@ class Job:
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
             tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
+            Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
@@ -172,7 +190,7 @@ def decide(
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values = filled(request, model, parts)
+    values, frame = filled(request, model, parts)
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
@@ -184,20 +202,9 @@ def decide(
     found = references(values["reference"], request, model, vision)
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
-    files = [control.model for control in values["control"] or ()]
-    for file in files:
-        file.check(planner.sizes[DIT])
-    work = Workload(
-        width,
-        height,
-        longest,
-        together,
-        request.tile_mode or "",
-        request.tile_size or 0,
-        loras=beside,
-        controls=weight_bytes(files, planner.sizes[DIT]),
-        control_streams=len(files),
-    )
+    files = tuple(control.model for control in values["control"] or ())
+    work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
+    work = with_controls(work, files, planner.sizes[DIT])
     lengths = [len(ids[text]) if text else len(embeddings.caption) for text in prompts]
     plan = planner.plan(with_references(work, request, found, lengths, texts.limit), loaded)
     if must_fit:
@@ -207,6 +214,7 @@ def decide(
         small = first_pass_size(width, height, request.hires)
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
+    _check_control(complete, len(passes))
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
     return Job(
         complete,
@@ -215,6 +223,7 @@ def decide(
         ids,
         glimpses(found),
         tuple(passes),
+        frame,
         tuple(sigmas),
         tuple(seeds),
         loras,
@@ -226,6 +235,31 @@ def decide(
 def control_files(request: Request) -> ControlFiles:
     """The files of a prepared request's controls, one for each."""
     return tuple(control.model for control in request.control or ())
+
+
+def starts_from_noise(request: Request) -> bool:
+    """Whether an inpainting run is diffusers': from noise alone, where only the ControlNet knows the picture."""
+    masked = request.mask is not None or request.extend is not None
+    reads = any(file.reads_mask for file in control_files(request))
+    return masked and reads and request.control_flow == "diffusers"
+
+
+def _check_control(request: Request, passes: int) -> None:
+    """Raise RequestError where controls or the strength would have no say, or control pictures cannot be made."""
+    if request.control_preprocess:
+        opencv()
+    if starts_from_noise(request) and request.strength != 1:
+        text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
+        raise RequestError(text, fields=("strength", "control_flow"))
+    steps, start, end = request.steps or 1, request.control_start, request.control_end
+    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
+    begins = [0, first][-passes:]
+    if request.control and not any(flow.steps_between(begin, steps, start, end) for begin in begins):
+        n = steps - first
+        text = (
+            f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
+        )
+        raise RequestError(text, fields=("control_start", "control_end"))
 
 
 def first_pass(job: Job) -> Job:

@@ -29,11 +29,12 @@ from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
-from zimage.pictures.image import fit, from_pil, mask_tensor, to_pil
+from zimage.pictures.image import fit, from_pil, to_pil
 from zimage.render import controlling
+from zimage.render.canvas import Pasting, pastes
 from zimage.render.conditioning import Encoder, Texts
-from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering, starts_from_noise
-from zimage.render.job import EMBEDDED, Job, first_pass
+from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
+from zimage.render.job import EMBEDDED, Job, first_pass, starts_from_noise
 from zimage.render.seeing import Reading, Vision, look, mixed, read, references, unread, views_of
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
@@ -179,16 +180,15 @@ def start_from(
 def _sources(components: Components, job: Job, small: list[Tensor]) -> Generator[Event, None, Sources]:
     """What a job's last pass is given; `small` are the latents that the pass before it ended in."""
     request, (width, height, _) = job.request, job.passes[-1]
-    mask, clean = _pixel_mask(job), None
+    rendered, clean = None if request.image is None else job.rendered(), None
     if small:
         enlarged = (from_pil(fit(_drawn(components, first_pass(job), latents), width, height)) for latents in small)
         clean = yield from _encode_pictures(components, job, "enlarge", enlarged, job.count)
-    elif request.image is not None and not starts_from_noise(request):
-        pictures = [request.image.tensor(width, height)]
-        clean = (yield from _encode_pictures(components, job, "encode image", pictures, 1)) * job.count
-    read = controlling.pictures(job, mask)
-    encoded = yield from _encode_pictures(components, job, "encode control", read, len(read))
-    return Sources(clean, controlling.inputs(job, encoded, mask))
+    elif rendered and not starts_from_noise(request):
+        clean = (yield from _encode_pictures(components, job, "encode image", [rendered.picture], 1)) * job.count
+    shown = controlling.pictures(job, rendered)
+    encoded = yield from _encode_pictures(components, job, "encode control", shown, len(shown))
+    return Sources(clean, controlling.inputs(job, encoded, rendered))
 
 
 def _encode_pictures(
@@ -304,8 +304,7 @@ class _Batch:
                 self.beside.step(i),
             )
             latents = flow.euler_step(latents, self.evaluate(moment), sigmas[i], sigmas[i + 1])
-            if start.mask is not None and start.clean is not None:
-                latents = flow.keep_outside(latents, start.clean, start.noise, start.mask, sigmas[i + 1])
+            latents = start.kept(latents, i, sigmas[i + 1])
             if i in (start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
                 finite(latents, "the DiT", dit)
         return latents
@@ -340,11 +339,11 @@ def denoise(
 ) -> Generator[Event, None, list[Tensor]]:
     """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
     request, finished = job.request, list(state.finished)
-    sigmas = torch.tensor(job.sigmas)
+    sigmas, mask = torch.tensor(job.sigmas), _latent_mask(components, job)
     guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
     for first in range(len(finished), job.count, request.batch_size):
         batch = range(first, min(first + request.batch_size, job.count))
-        start, done = _start(components, job, batch, sources.clean, sigmas), 0
+        start, done = _start(components, job, batch, sources.clean, mask, sigmas), 0
         total = len(sigmas) - 1 - start.step
         steering = Steering.of(request, sources.controls, start.step)
         if first == len(state.finished) and state.latents is not None:
@@ -361,42 +360,44 @@ def denoise(
     return finished
 
 
-def _start(components: Components, job: Job, batch: range, clean: list[Tensor] | None, sigmas: Tensor) -> flow.Start:
+def _start(
+    components: Components, job: Job, batch: range, clean: list[Tensor] | None, mask: Tensor | None, sigmas: Tensor
+) -> flow.Start:
     """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
-    request, factor = job.request, components.residency.model.skeleton(VAE).spatial_factor
-    width, height, _ = job.passes[-1]
-    h, w = height // factor, width // factor
-    channels = components.config(DIT).in_channels
+    channels, (h, w) = components.config(DIT).in_channels, _latent_size(components, job)
     noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
     if clean is None:
         return flow.start(noise, sigmas)
     begin = torch.cat([clean[i] for i in batch]).cpu()
-    return flow.start(noise, sigmas, request.strength or 1.0, begin, _latent_mask(job, h, w))
+    return flow.start(noise, sigmas, job.request.strength or 1.0, begin, mask)
 
 
-def _latent_mask(job: Job, h: int, w: int) -> Tensor | None:
-    """(1, 1, h, w): 1 where the picture is painted anew."""
-    mask = _pixel_mask(job)
-    return None if mask is None else flow.latent_mask(mask, h, w)
-
-
-def _pixel_mask(job: Job) -> Tensor | None:
-    """(1, 1, H, W): 1 where the picture is painted anew. A mask of another size is stretched over the image."""
-    request = job.request
-    if request.mask is None:
+def _latent_mask(components: Components, job: Job) -> Tensor | None:
+    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back, as `Job.rendered`."""
+    mask = None if job.request.image is None else job.rendered().mask
+    if mask is None:
         return None
-    mask = request.mask.picture.resize(request.image.picture.size, Image.Resampling.LANCZOS)
-    return mask_tensor(mask, *job.passes[-1][:2])
+    reduced = flow.soft_latent_mask if pastes(job.request) else flow.latent_mask
+    return reduced(mask, *_latent_size(components, job))
+
+
+def _latent_size(components: Components, job: Job) -> tuple[int, int]:
+    """(h, w) of a job's last pass."""
+    factor = components.residency.model.skeleton(VAE).spatial_factor
+    width, height, _ = job.passes[-1]
+    return height // factor, width // factor
 
 
 # ------------------------------------------------------------------ decoding
 
 
 def decode(components: Components, job: Job, latents: list[Tensor], done: int) -> Generator[Event, None, None]:
-    """The pictures of finished latents, after the first `done`."""
+    """The pictures of finished latents, after the first `done`, pasted back to where they belong."""
+    place = Pasting(job.request, job.frame) if pastes(job.request) and done < len(latents) else None
     for i in range(done, len(latents)):
         yield Event("decode", 0, 1, i, len(latents))
-        yield Event("decode", 1, 1, i, len(latents), image=_drawn(components, job, latents[i]))
+        image = _drawn(components, job, latents[i])
+        yield Event("decode", 1, 1, i, len(latents), image=place.onto(image) if place else image)
 
 
 def _drawn(components: Components, job: Job, latents: Tensor) -> Image.Image:

@@ -17,7 +17,7 @@ from zimage.errors import SHOWN, RequestError, one_line, quoted
 from zimage.serve.conditions import Piece, pieces
 from zimage.serve.shelf import LONGEST_NAME, check_name
 from zimage.settings.conditions import Condition, Control, Reference
-from zimage.settings.declared import Request, RewriteSettings, split_scale
+from zimage.settings.declared import MASK_ALPHA, Request, RewriteSettings, split_scale
 from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
 from zimage.settings.serving import ServeSettings
 
@@ -28,7 +28,7 @@ CONDITIONS: dict[str, type[Condition]] = {
 REQUEST = tuple(name for name in Request.names() if name not in (*ATTACHMENTS, *CONDITIONS))
 OPERATORS = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # a request that sets these sends prompts elsewhere
 REWRITE = tuple(name for name in RewriteSettings.names() if name not in OPERATORS)
-LORA, CONTROL, REFERENCE, WRITTEN = "lora", Control.FIELD, Reference.FIELD, "max_tokens"
+LORA, CONTROL, REFERENCE, MASK, WRITTEN = "lora", Control.FIELD, Reference.FIELD, "mask", "max_tokens"
 NAMES = (*REQUEST, *ATTACHMENTS, *CONDITIONS, *REWRITE, LORA)
 Files = Mapping[str, Sequence[bytes]]  # by the field that they came in; only a condition's list has more than one
 MOST_LORAS = 32
@@ -39,9 +39,9 @@ DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 class Asked:
     """One request, as a form translates it.
 
-    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one.
-    What is absent or null is open, and the server's defaults are laid under it; prompts are rewritten where `rewriter`
-    is set then.
+    `values` are fields of Request without attachments (but for a mask that lies in its image), `rewrite` fields of
+    RewriteSettings, all checked one by one. What is absent or null is open, and the server's defaults are laid under
+    it; prompts are rewritten where `rewriter` is set then.
     `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings", `conditions` the
     pictures of "reference" and "control" with what belongs to each.
     """
@@ -69,6 +69,8 @@ def asked(values: Mapping[str, Plain], files: Files, form: str, limits: ServeSet
     request, rewrite = _without_open(request), _without_open(rewrite)
     check_limits({**request, **rewrite}, limits)
     single = {name: files[name][0] for name in ATTACHMENTS if name in files}
+    if inline.get(MASK) == MASK_ALPHA:  # it lies in the image
+        request[MASK] = inline.pop(MASK)
     single |= {name: from_base64(name, text) for name, text in inline.items()}
     return Asked(request, rewrite, lora_names(values.get(LORA)), single, _conditions(values, files, limits), form)
 

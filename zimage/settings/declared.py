@@ -44,6 +44,8 @@ LONGEST_TEXT = 100_000  # characters of a prompt or a chat part; some sixty page
 MAX_TEXT_TOKENS = 32_768  # of a whole text: what Qwen3 was trained for, twenty times what the DiT was
 HIDDEN_LAYER = -2  # what the model was trained with: the output of the last layer but one, without a norm
 STRENGTH = 0.6
+MASK_ALPHA = "alpha"  # as a mask: the transparent pixels of the image
+MAX_BLUR = 512  # px
 MAX_LORA_SCALE = 100.0
 CONTROL_FLOWS = ("publisher", "diffusers")
 CONTROL_PREPROCESS = ("canny",)
@@ -147,7 +149,7 @@ class CaptionSettings(TextSettings):
     )
     vision_text: str = setting(
         "",
-        "Text that is read behind each reference, such as a question about it.",
+        "Text that is read behind each reference. Image tokens are read before it, so it shows with --vision-tokens all.",
         group="References",
         longest=LONGEST_TEXT,
     )
@@ -231,7 +233,43 @@ class Request(CaptionSettings):
         maximum=1,
     )
     mask: Attachment = setting(
-        None, "Mask of the image: white areas are repainted.", group="Picture", metavar="FILE", attachment=True
+        None,
+        "Mask of the image: white areas are repainted, grey ones as by that --strength. "
+        f"'{MASK_ALPHA}': the image's transparent areas.",
+        group="Picture",
+        metavar="FILE",
+        attachment=True,
+    )
+    mask_invert: bool = setting(False, "Repaint the black areas of the mask instead of the white.", group="Picture")
+    mask_blur: float | None = setting(
+        None,
+        "Blur the mask by this standard deviation in pixels. Default: not at all.",
+        group="Picture",
+        metavar="PX",
+        minimum=0,
+        maximum=MAX_BLUR,
+    )
+    mask_crop: int | None = setting(
+        None,
+        "Render only the masked region and this many pixels around it, at full size. Default: the whole picture.",
+        group="Picture",
+        metavar="PX",
+        minimum=0,
+        maximum=MAX_SIDE,
+    )
+    extend: str | None = setting(
+        None,
+        "Extend the image by these many pixels, which are painted too.",
+        group="Picture",
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        per_call=True,
+        longest=100,
+    )
+    paste: bool = setting(
+        True,
+        "Keep the image's own pixels outside the mask, up to a soft edge; without, the mask is cut at one half and the "
+        "whole picture passes through the VAE.",
+        group="Picture",
     )
     hires: float | None = setting(
         None,
@@ -319,6 +357,7 @@ class Request(CaptionSettings):
         if self.mask is not None and self.image is None:
             text = "mask: it has no effect without an image; pass the image that it belongs to"
             raise RequestError(text, fields=("mask", "image"))
+        self._check_masking()
         if self.strength is not None and self.image is None and self.hires is None:
             text = "strength: it has no effect without an image or hires; pass one of them or leave it out"
             raise RequestError(text, fields=("strength", "image", "hires"))
@@ -344,6 +383,23 @@ class Request(CaptionSettings):
         if self.control_start >= self.control_end:
             text = f"control_start {self.control_start:g} must be below the control_end {self.control_end:g}"
             raise RequestError(text, fields=("control_start", "control_end"))
+
+    def _check_masking(self) -> None:
+        """What goes with a mask, or with an image that is extended."""
+        if self.extend is not None:
+            split_margins(self.extend)
+        if self.extend is not None and self.image is None:
+            text = "extend: it has no effect without an image; pass the image to extend"
+            raise RequestError(text, fields=("extend", "image"))
+        if self.mask_invert and self.mask is None:
+            raise RequestError("mask_invert: it has no effect without a mask", fields=("mask_invert", "mask"))
+        for name in ("mask_blur", "mask_crop"):
+            if getattr(self, name) is not None and self.mask is None and self.extend is None:
+                text = f"{name}: it has no effect without a mask or extend; pass one of them or leave it out"
+                raise RequestError(text, fields=(name, "mask", "extend"))
+        if self.mask_crop is not None and not self.paste:
+            text = "mask_crop: the region that it renders is pasted back; leave it out, or paste on"
+            raise RequestError(text, fields=("mask_crop", "paste"))
 
     @property
     def prompts(self) -> list[str]:
@@ -615,6 +671,19 @@ class RewriteSettings(Sampling):
 
 
 ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettings)
+
+
+def split_margins(text: str) -> tuple[int, int, int, int]:
+    """LEFT,TOP,RIGHT,BOTTOM → pixels. Raises RequestError unless one is above 0 and none below, or above MAX_SIDE."""
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.strip().isdecimal() and len(number) < 10 for number in numbers):
+        told = "should be four numbers of pixels, LEFT,TOP,RIGHT,BOTTOM, such as 0,0,256,0"
+        raise RequestError(f"extend {quoted(text)} {told}", fields=("extend",))
+    left, top, right, bottom = (int(number) for number in numbers)
+    if not 0 < max(left, top, right, bottom) <= MAX_SIDE:
+        told = f"should extend one side at least, and none by more than {MAX_SIDE:,} px"
+        raise RequestError(f"extend {quoted(text)} {told}", fields=("extend",))
+    return left, top, right, bottom
 
 
 def split_lora(text: str) -> tuple[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from zimage.errors import quoted
 from zimage.nn.config import check_implemented, fault, read_architecture, section
 from zimage.text.qwen3 import Qwen3, Qwen3Config, Qwen3Decoder
 from zimage.text.sight import Sight
@@ -49,7 +50,7 @@ class Qwen3VLConfig:
         if sum(self.text.mrope_section) != self.text.head_dim // 2:
             raise fault(
                 type(self),
-                f"mrope_section = {list(self.text.mrope_section)} must add up to head_dim / 2 = "
+                f"mrope_section = {list(self.text.mrope_section)} in rope_scaling must add up to head_dim / 2 = "
                 f"{self.text.head_dim // 2}",
             )
 
@@ -66,7 +67,7 @@ class Qwen3VLConfig:
         read = cls(VisionTowerConfig.read(vision), cls._text(text) if text else None, pad)
         end = read.text.vocab_size if read.text else 1 << 24
         if not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < end:
-            raise fault(cls, f"image_token_id = {pad!r} should be of type int, from 0 to {end - 1:,}")
+            raise fault(cls, f"image_token_id = {quoted(pad)} should be of type int, from 0 to {end - 1:,}")
         return read
 
     @classmethod

@@ -31,8 +31,12 @@ PixelCount = Annotated[int, Between(1, 1 << 30)]
 class Pixels(NamedTuple):
     """A picture as the tower reads it."""
 
-    patches: Tensor  # (R·Q, 3, P, P) fp32 in [−1, 1], group by group
+    levels: Tensor  # (R·Q, 3, P, P) of 0 to 255, the patches group by group
     grid: Grid  # R and Q
+
+    def values(self, device: torch.device) -> Tensor:
+        """The patches in [−1, 1], fp32: mean and deviation are one half."""
+        return self.levels.to(device).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class PixelLimits:
 
 
 def pixels_of(picture: Image.Image, limits: PixelLimits | None = None) -> Pixels:
-    """A picture ("RGB", as `open_image` returns it) brought to its size by bicubic resampling, scaled and cut up.
+    """A picture ("RGB", as `open_image` returns it) brought to its size by bicubic resampling and cut up.
 
     Raises RequestError for one that is too narrow.
     """
@@ -121,7 +125,7 @@ def pixels_of(picture: Image.Image, limits: PixelLimits | None = None) -> Pixels
     side = limits.patch_size
     patches = levels.unflatten(0, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3)  # (R, Q, 3, P, P)
     rows, columns = patches.shape[:2]
-    return Pixels(grouped(patches, limits.merge_size).float() / 127.5 - 1, (rows, columns))
+    return Pixels(grouped(patches, limits.merge_size), (rows, columns))
 
 
 def grouped(values: Tensor, side: int) -> Tensor:

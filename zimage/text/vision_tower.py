@@ -101,18 +101,20 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Pixels) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Patches attend to all of their picture."""
-        config, m = self.config, self.config.spatial_merge_size
-        x = self.patch_embed(pixels.patches)
-        table = self.pos_embed(torch.arange(config.num_position_embeddings, device=x.device)).float()
-        table = table.unflatten(0, (config.side, -1))  # (S, S, C)
-        x = x + grouped(resampled(table, pixels.grid), m).to(x.dtype)
-        turn = axial_rotation(pixels.grid, config, x.device)
-        features: list[Tensor] = []
+        x, features = self._embedded(pixels), list[Tensor]()
+        turn = axial_rotation(pixels.grid, self.config, x.device)
         for i, block in enumerate(self.blocks):
             x = block(x, turn)
-            if i in config.deepstack_visual_indexes:
+            if i in self.config.deepstack_visual_indexes:
                 features.append(self.deepstack_merger_list[len(features)](x))
         return self.merger(x), tuple(features)
+
+    def _embedded(self, pixels: Pixels) -> Tensor:
+        """Patches with their learned positions, (N, C)."""
+        x, config = self.patch_embed(pixels), self.config
+        table = self.pos_embed(torch.arange(config.num_position_embeddings, device=x.device)).float()
+        places = resampled(table.unflatten(0, (config.side, -1)), pixels.grid).to(x.dtype)
+        return x + grouped(places, config.spatial_merge_size)
 
 
 class PatchEmbedding(nn.Module):
@@ -121,10 +123,10 @@ class PatchEmbedding(nn.Module):
         P = config.patch_size
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, (FRAMES, P, P), (FRAMES, P, P))
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(N, 3, P, P) → (N, C). Kernels as large as their stride are one product, which is faster than convolving."""
+    def forward(self, pixels: Pixels) -> Tensor:
+        """(N, C). Kernels as large as their stride are one product, which is faster than convolving."""
         weight = self.proj.weight
-        twice = patches.to(weight.device, weight.dtype).unsqueeze(2).expand(-1, -1, FRAMES, -1, -1)
+        twice = pixels.values(weight.device).to(weight.dtype).unsqueeze(2).expand(-1, -1, FRAMES, -1, -1)
         return F.linear(twice.flatten(1), weight.flatten(1), self.proj.bias)
 
 
@@ -186,8 +188,8 @@ def resampled(table: Tensor, grid: Grid) -> Tensor:
     In fp32 like the reference, whose places follow from a division: i · (S − 1) / (R − 1).
     """
     (top, bottom, down), (left, right, across) = (_taps(size, len(table), table.device) for size in grid)
-    above, below = (torch.lerp(table[row][:, left], table[row][:, right], across[:, None]) for row in (top, bottom))
-    return torch.lerp(above, below, down[:, None, None])
+    rows = torch.lerp(table[top], table[bottom], down[:, None, None])  # (R, S, C)
+    return torch.lerp(rows[:, left], rows[:, right], across[:, None])
 
 
 def _taps(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

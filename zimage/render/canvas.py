@@ -1,0 +1,183 @@
+"""What a render from a picture is painted on: its picture and mask, the part that is rendered, and the way back.
+
+Two ways lead through here. With `paste` masks count by value, the picture keeps its size and its own pixels outside
+the mask, and a part of it may be rendered alone: a `Frame` says which. Without, everything is as in the reference
+(diffusers): the picture is brought to the size of the render, the mask is cut at one half, and what is decoded is what
+comes out.
+
+Shapes: pictures (1, 3, H, W) fp32 in [−1, 1]; masks (1, 1, H, W) fp32, 1 = repaint … 0 = keep.
+"""
+
+from typing import NamedTuple
+
+from PIL import Image, ImageChops, ImageFilter, ImageOps
+from torch import Tensor
+
+from zimage.errors import RequestError
+from zimage.pictures import inpaint
+from zimage.pictures.image import InputPicture, fit, from_pil, mask_tensor, mask_values, natural_size, nearest_side
+from zimage.pictures.inpaint import Frame
+from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, Request, split_margins
+
+NOTHING = (0, 0, 0, 0)  # px that are added to the sides
+
+
+class Rendered(NamedTuple):
+    """A picture as it is rendered, and its mask, if it has one."""
+
+    picture: Tensor
+    mask: Tensor | None
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(1, 1, H, W): 1 where the picture's own pixels stay, 0 where any step repaints them."""
+        return None if self.mask is None else (self.mask == 0).float()
+
+
+def pastes(request: Request) -> bool:
+    """Whether what is rendered is pasted back."""
+    return request.paste and (request.mask is not None or request.extend is not None)
+
+
+def rendered(request: Request, frame: Frame, width: int, height: int) -> Rendered:
+    """The picture (1, 3, H, W) of a request at the size of its render, and the mask (1, 1, H, W) by value.
+
+    This is what image to image and inpainting start from, and what a ControlNet sees of the picture: cropped, extended
+    and scaled as the render is. Without `paste` the mask has only zeros and ones.
+    """
+    if not pastes(request):
+        picture, mask = picture_of(request), mask_of(request)
+        values = None if mask is None else mask_tensor(mask, width, height)
+        return Rendered(from_pil(fit(picture, width, height)), values)
+    picture, region = (inpaint.cut(whole, frame) for whole in _framed(request, frame))
+    picture = _resized(picture, (width, height), Image.Resampling.LANCZOS)
+    region = inpaint.levels(_resized(region, (width, height), Image.Resampling.BILINEAR))
+    return Rendered(from_pil(picture), mask_values(region))
+
+
+def alongside(picture: Image.Image, frame: Frame, size: tuple[int, int]) -> Image.Image:
+    """Another picture of the whole scene, cut and scaled as the picture that is rendered."""
+    cut = inpaint.cut(fit(picture, *frame.size), frame)
+    return _resized(cut, size, Image.Resampling.LANCZOS)
+
+
+class Pasting:
+    """Puts the pictures of a job back to where they belong; made once, since all have the same place."""
+
+    def __init__(self, request: Request, frame: Frame):
+        self.frame = frame
+        self.picture, mask = _framed(request, frame)
+        self.shown = inpaint.edge_of(mask)
+
+    def onto(self, image: Image.Image) -> Image.Image:
+        """The whole picture, with a render in its place."""
+        return inpaint.pasted(image, self.picture, self.shown, self.frame)
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def placed(request: Request, side: int) -> tuple[int, int, Frame]:
+    """(width, height) at which a request from a picture is rendered, and the frame of that.
+
+    `side`: that of a picture of the usual size. Its files are open. Placing it again at that size leads to the same.
+    Raises RequestError where nothing is to be repainted.
+    """
+    size = canvas_size(request)
+    mask = mask_of(request) if pastes(request) else None
+    if mask is None:
+        found = _proportioned(request, size, natural_size(size))
+        return (*found, inpaint.whole(found))
+    if mask.getbbox() is None:
+        text = "mask: it is black, so that nothing would be repainted; make those areas white that should be"
+        raise RequestError(text, fields=("mask",))
+    if request.mask_crop is None:
+        found = _proportioned(request, size, inpaint.rounded_up(*size))
+        return (*found, inpaint.whole(size, found))
+    box = inpaint.region_of(mask, request.mask_crop)
+    own = box[2] - box[0], box[3] - box[1]
+    found = _proportioned(request, own, inpaint.region_size(box, side))
+    return (*found, inpaint.framed(box, found, size))
+
+
+def _proportioned(request: Request, own: tuple[int, int], usual: tuple[int, int]) -> tuple[int, int]:
+    """What was given; else, where one side was, in the proportions of what has this size; else the usual."""
+    if request.width and request.height:
+        return request.width, request.height
+    if request.width:
+        return request.width, nearest_side(request.width * own[1] / own[0])
+    if request.height:
+        return nearest_side(request.height * own[0] / own[1]), request.height
+    return usual
+
+
+def canvas_size(request: Request) -> tuple[int, int]:
+    """(width, height) of the picture with what it is extended by. Raises RequestError where that is too large."""
+    left, top, right, bottom = _margins(request)
+    width, height = _picture(request).size
+    size = width + left + right, height + top + bottom
+    if max(size) > MAX_SIDE:
+        text = f"extend: the picture would be {size[0]} × {size[1]} px; each side may be at most {MAX_SIDE} px"
+        raise RequestError(text, fields=("extend", "image"))
+    return size
+
+
+# ---------------------------------------------------------------------- the canvas
+
+
+def picture_of(request: Request) -> Image.Image:
+    """The picture "RGB", extended, with the colours around them in areas that have none of their own."""
+    picture = _picture(request)
+    blank = Image.new("L", picture.size)
+    if _is_alpha(request) and not request.mask_invert:
+        assert request.mask is not None
+        blank = request.mask.picture
+        picture = inpaint.unmixed(picture, blank)
+    if (margins := _margins(request)) != NOTHING:
+        picture, blank = inpaint.extended(picture, margins), inpaint.extended(blank, margins, 255)
+    return inpaint.filled(picture, blank) if blank.getextrema()[1] == 255 else picture
+
+
+def mask_of(request: Request) -> Image.Image | None:
+    """The mask "L" of the extended picture, blurred; None where nothing is masked.
+
+    What is new, or was transparent, is repainted whole, however the mask is blurred.
+    """
+    margins, size = _margins(request), _picture(request).size
+    if request.mask is None and margins == NOTHING:
+        return None
+    mask = blank = Image.new("L", size)
+    if request.mask is not None:
+        by = Image.Resampling.BILINEAR if request.paste else Image.Resampling.LANCZOS  # which would ring
+        mask = _resized(request.mask.picture, size, by)
+        mask = ImageOps.invert(mask) if request.mask_invert else mask
+        blank = mask if _is_alpha(request) else blank
+    mask, blank = (inpaint.extended(one, margins, 255) for one in (mask, blank))
+    if request.mask_blur:
+        mask = ImageChops.lighter(mask.filter(ImageFilter.GaussianBlur(request.mask_blur)), blank)
+    return inpaint.levels(mask) if request.paste else mask
+
+
+def _framed(request: Request, frame: Frame) -> tuple[Image.Image, Image.Image]:
+    """The picture as it comes out but for its paint, and the mask of it."""
+    mask = mask_of(request)
+    assert mask is not None, "a frame belongs to a mask"
+    mask = inpaint.levels(fit(mask, *frame.size, Image.Resampling.BILINEAR))
+    return fit(picture_of(request), *frame.size), mask
+
+
+def _resized(image: Image.Image, size: tuple[int, int], by: Image.Resampling) -> Image.Image:
+    return image if image.size == size else image.resize(size, by)
+
+
+def _margins(request: Request) -> inpaint.Margins:
+    return NOTHING if request.extend is None else split_margins(request.extend)
+
+
+def _picture(request: Request) -> Image.Image:
+    opened: InputPicture = request.image
+    return opened.picture
+
+
+def _is_alpha(request: Request) -> bool:
+    return request.mask is not None and request.mask.path == MASK_ALPHA
