@@ -152,6 +152,58 @@ def test_gen_draws_there_what_it_draws_here(server, model, controls, tmp_path, m
     assert pixels((tmp_path / "again.png").read_bytes()) == pixels((tmp_path / "here.png").read_bytes())
 
 
+# ---------------------------------------------------------------------- masks
+
+
+def see_through(size=(64, 48)):
+    """A picture whose left half is transparent."""
+    image = Image.linear_gradient("L").resize(size).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def encoded(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def test_a_mask_that_lies_in_the_image_and_a_wider_canvas(server, pipe):
+    common = {"prompt": "a cat", "seed": 7, "steps": 3, "mask": "alpha", "mask_blur": 2.0, "extend": "16,0,0,16"}
+    job = server.draw(**common, image=encoded(see_through()))
+    expected = pipe.generate(**common, image=see_through()).images[0]
+    assert expected.size == (80, 64)
+    assert server.pixels(job) == [expected.tobytes()]
+
+
+def test_masks_of_the_web_ui_are_ours(server, pipe):
+    image, mask = see_through().convert("RGB"), Image.new("L", (64, 48))
+    mask.paste(255, (8, 8, 24, 24))
+    asked = {"prompt": "a cat", "seed": 7, "steps": 3, "width": 64, "height": 48, "denoising_strength": 0.7}
+    masked = {"init_images": [encoded(image)], "mask": encoded(mask), "mask_blur": 2, "inpainting_mask_invert": 0}
+    region = {"inpaint_full_res": True, "inpaint_full_res_padding": 8}
+    answer = server.http.post("/sdapi/v1/img2img", json={**asked, **masked, **region})
+    assert answer.status_code == 200, answer.text
+    ours = {"image": image, "mask": mask, "mask_blur": 2.0, "mask_crop": 8, "strength": 0.7}
+    expected = pipe.generate(**DRAWN, **ours).images[0]
+    (drawn,) = answer.json()["images"]
+    assert pixels(base64.b64decode(drawn)) == expected.tobytes()
+    inverted = server.http.post("/sdapi/v1/img2img", json={**asked, **masked, "inpainting_mask_invert": 1}).json()
+    expected = pipe.generate(**DRAWN, **{**ours, "mask_crop": None}, mask_invert=True).images[0]
+    assert pixels(base64.b64decode(inverted["images"][0])) == expected.tobytes()
+
+
+def test_a_unit_of_the_web_ui_is_a_control(server, pipe, controls):
+    assert server.http.get("/controlnet/model_list").json() == {"model_list": ["lite"]}
+    unit = {"image": encoded(see_through()), "model": "lite [0badcafe]", "weight": 0.9, "guidance_end": 0.7}
+    asked = {**DRAWN, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
+    answer = server.http.post("/sdapi/v1/txt2img", json=asked)
+    assert answer.status_code == 200, answer.text
+    given = (str(controls / "lite"), see_through(), 0.9)
+    expected = pipe.generate(**DRAWN, control=[given], control_end=0.7).images[0]
+    assert pixels(base64.b64decode(answer.json()["images"][0])) == expected.tobytes()
+
+
 # ---------------------------------------------------------------------- references
 
 
