@@ -13,13 +13,14 @@ import tiny
 import torch
 from control_nets import DIT, FORMS
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import relative_error
 
 import zimage
 from zimage import flow
+from zimage.cli import main
 from zimage.dit import ZImageDiT
-from zimage.errors import CheckpointError, RequestError
+from zimage.errors import CheckpointError, NonFiniteError, RequestError
 from zimage.loading import controls
 from zimage.loading.controls import ControlFile
 from zimage.nn.layers import WideningLinear
@@ -61,11 +62,7 @@ def folder(tmp_path_factory):
 def files(tmp_path_factory):
     """Form → a component folder of it."""
     root = tmp_path_factory.mktemp("controls")
-    for form, config in FORMS.items():
-        (root / form).mkdir()
-        (root / form / "config.json").write_text(json.dumps(config))
-        save_file(control_nets.net(form).state_dict(), root / form / "diffusion_pytorch_model.safetensors")
-    return {form: str(root / form) for form in FORMS}
+    return {form: str(control_nets.write(root / form, form)) for form in FORMS}
 
 
 @pytest.fixture(scope="module")
@@ -437,15 +434,6 @@ def test_latents_that_do_not_fit(pipe, files, form, shape, words):
 # ------------------------------------------------------------------ files
 
 
-def changed(files, tmp_path, **config) -> str:
-    """A control folder of the form 2.1 for another DiT."""
-    sizes = {**FORMS["2.1"], **config}
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    net = tiny.randomised(control_nets.ControlNet.from_config(sizes), 1)
-    save_file(net.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
-    return str(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -456,8 +444,8 @@ def changed(files, tmp_path, **config) -> str:
         ({"control_in_dim": 20}, r"it reads 20 channels; 16 \(the control latents\) or 33"),
     ],
 )
-def test_a_file_for_another_dit_is_refused(pipe, files, tmp_path, config, words):
-    path = changed(files, tmp_path, **config)
+def test_a_file_for_another_dit_is_refused(pipe, tmp_path, config, words):
+    path = str(control_nets.write(tmp_path, "2.1", **config))
     with pytest.raises(CheckpointError, match=words) as caught:
         pipe.prepare(zimage.Request("a", control=[(path, RED)]))
     assert caught.value.fields == ("control",)
@@ -482,7 +470,7 @@ def test_a_file_is_hashed_again_only_when_it_has_changed(pipe, files, tmp_path, 
     assert len(hashed) == 1
     assert first == ControlFile.of(files["2.1"]), "the same content"
     job = pipe.prepare(zimage.Request("a", seed=1, steps=1, control=[(copy, RED)]))
-    save_file(control_nets.net("2.1", seed=9).state_dict(), copy / "diffusion_pytorch_model.safetensors")
+    control_nets.write(copy, "2.1", seed=9)
     assert ControlFile.of(copy) != first
     with pytest.raises(RequestError, match="not the file that the job was prepared with"):
         zimage.Job.from_dict(job.to_dict(), {job.request.control[0].picture.hash: RED})
@@ -575,3 +563,73 @@ def test_without_opencv_the_error_names_the_extra(pipe, files, monkeypatch):
     with pytest.raises(RequestError, match=r"needs OpenCV .*zimage-torch\[canny\]") as caught:
         pipe.prepare(request)
     assert caught.value.fields == ("control_preprocess",)
+
+
+# ------------------------------------------------------------------ on the command line
+
+
+@pytest.fixture
+def command(folder, files, tmp_path, monkeypatch, capsys):
+    """`gen` with the model, in a folder with a control picture; returns status and what it said."""
+    monkeypatch.chdir(tmp_path)
+    picture(*SIZE).save("pose.png")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        given = ["--model", str(folder), "--device", "cpu", "--dtype", "fp32"]
+        status = main(["gen", *given, *arguments])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def test_a_picture_is_drawn_again_with_its_control_file(command, files, tmp_path):
+    settings = ["a cat", "--seed", "1", "--steps", "2", "--width", "80", "--height", "48", "--control-end", "0.5"]
+    assert command(*settings, "--control", f"{files['2.1']}:pose.png:0.6", "-o", "first.png")[0] == 0
+    status, said = command("--from", "first.png", "-o", "again.png")
+    assert status == 2
+    assert "was made from the control" in said
+    assert "pass it with --control" in said
+    shutil.copytree(files["2.1"], "renamed")
+    status, said = command("--from", "first.png", "--control", "renamed:pose.png:0.6", "-o", "again.png")
+    assert (status, "pixels may differ" in said) == (0, False), said
+    assert Image.open("first.png").tobytes() == Image.open("again.png").tobytes()
+    control = f"{files['lite']}:pose.png:0.6"
+    status, said = command("--from", "first.png", "--control", control, "-o", "other.png")
+    assert (status, "control was" in said) == (0, True), said
+
+
+def test_a_render_is_resumed_with_its_control_file(command, files):
+    given = ["a cat", "--seed", "1", "--steps", "3", "--control", f"{files['2.1']}:pose.png", "-v"]
+    status, said = command(*given, "-o", "whole.png")
+    assert status == 0
+    assert f"control       2.1 at 0.75 ({ControlFile.of(files['2.1']).hash}): reads 33 channels" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zimage.render.stages.finite", failing_after(3))
+        assert command(*given, "--save-state", "state", "-o", "half.png")[0] != 0
+    status, said = command("--resume", "state", "-o", "half.png")
+    assert status == 0, said
+    assert Image.open("half.png").tobytes() == Image.open("whole.png").tobytes()
+
+
+def failing_after(count: int):
+    """A check of a stage's values that breaks off the render at this call."""
+    left = iter(range(count))
+
+    def finite(values, source, model):
+        if next(left, None) is None:
+            raise NonFiniteError("broken off")
+        return values
+
+    return finite
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_info_describes_a_control_file(form, tmp_path, capsys):
+    size = {"dim": 256, "n_heads": 2, "n_kv_heads": 2}  # heads as published
+    places = {"1.0": [0, 5, 10, 15, 20, 25], "lite": [0, 10, 20]}.get(form, list(range(0, 30, 2)))
+    control_nets.write(tmp_path, form, **size, control_layers_places=places)
+    assert main(["info", str(tmp_path / "diffusion_pytorch_model.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert f"reads {FORMS[form]['control_in_dim']} channels, adds after layers {', '.join(map(str, places))}" in said
+    assert ("of the noise refiner" in said) == (form != "1.0")
+    assert "use it with --control" in said

@@ -6,7 +6,7 @@ Pictures are "RGB" and masks "L": 0 = keep … 255 = repaint, with the values be
 Sizes are in pixels. Outside the mask and its edge the canvas keeps its own pixels, bit for bit.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageChops
 
@@ -24,6 +24,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 Margins = tuple[int, int, int, int]  # the same sides
 EDGE = 16  # px beyond the mask over which a render fades into the picture: two cells of latents
 TONE = 8  # px
+FINE = 4  # parts of a level in which a tone is averaged; up to 32 levels are one, more is another picture
 BLACK, WHITE = 7, 248  # the last level that counts as black, the first that counts as white: what JPEG makes of them
 LEVELS = [0 if level <= BLACK else 255 if level >= WHITE else level for level in range(256)]
 LONGEST = 2  # a cropped region's long side over its short one, where the picture has room
@@ -148,8 +149,7 @@ def unmixed(image: Image.Image, transparency: Image.Image) -> Image.Image:
         return image
     missing = 255 - np.asarray(image, dtype=np.int32)
     opacity = 255 - np.asarray(transparency, dtype=np.int32)[..., None]
-    own = 255 - np.minimum((missing * 255 + opacity // 2) // np.maximum(opacity, 1), 255)
-    return Image.fromarray(own.astype(np.uint8))
+    return _from_values(255 - (missing * 255 + opacity // 2) // np.maximum(opacity, 1))
 
 
 def _with_alpha(image: Image.Image, alpha: Image.Image) -> Image.Image:
@@ -251,19 +251,22 @@ def pasted(rendered: Image.Image, picture: Image.Image, shown: Image.Image, fram
 def toned(rendered: Image.Image, picture: Image.Image, shown: Image.Image) -> Image.Image:
     """A render in the tone of the picture around it.
 
-    A VAE gives back colours that differ by some levels, everywhere by about as many. By how many is seen where nothing
-    of the render shows; averaged over cells of TONE pixels and filled in where it does, that is added to it.
+    A VAE gives back colours that differ by some levels, and neighbours by about as many. By how many is seen where
+    nothing of the render shows; averaged over cells of TONE pixels and filled in where it does, that is added to it.
     """
     import numpy as np
 
+    kept = shown.point(lambda level: 255 * (level == 0))
     shift = np.asarray(picture, dtype=np.int16) - np.asarray(rendered, dtype=np.int16)
-    layer = _with_alpha(
-        Image.fromarray((shift + 128).clip(0, 255).astype(np.uint8)), shown.point(lambda x: 255 * (x == 0))
-    )
-    cells = layer.reduce(TONE)
-    smooth = filled(cells.convert("RGB"), cells.getchannel("A").point(lambda x: 255 * (x == 0)))
-    smooth = smooth.resize(
-        rendered.size, Image.Resampling.BICUBIC, (0, 0, rendered.width / TONE, rendered.height / TONE)
-    )
-    values = np.asarray(rendered, dtype=np.int16) + np.asarray(smooth, dtype=np.int16) - 128
+    cells = _with_alpha(_from_values(128 + FINE * shift), kept).reduce(TONE)
+    unseen = cells.getchannel("A").point(lambda level: 255 * (level == 0))
+    box = (0, 0, rendered.width / TONE, rendered.height / TONE)
+    smooth = filled(cells.convert("RGB"), unseen).resize(rendered.size, Image.Resampling.BICUBIC, box)
+    levels = (np.asarray(smooth, dtype=np.int16) - 128 + FINE // 2) // FINE
+    return _from_values(np.asarray(rendered, dtype=np.int16) + levels)
+
+
+def _from_values(values: "NDArray[np.signedinteger[Any]]") -> Image.Image:
+    import numpy as np
+
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))

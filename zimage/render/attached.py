@@ -109,6 +109,11 @@ def _hints(kind: type[Condition]) -> dict[str, Hint]:
     return dict.fromkeys(texts, str) | dict.fromkeys(numbers, float)
 
 
+def opened_references(given: list[Any] | None) -> list[Reference]:
+    """References with their pictures opened. Raises RequestError, and CheckpointError for damaged embeddings."""
+    return [Reference(open_reference(one.picture), one.alpha) for one in map(Reference.parse, given or [])]
+
+
 def _opened_mask(request: Request) -> InputPicture | None:
     """The mask that is named; an image that is extended brings its transparent pixels along, where it has any."""
     if request.mask is not None and request.mask != MASK_ALPHA:
@@ -141,11 +146,6 @@ def _alpha_again(values: Mapping[str, Any], given: Mapping[str, Any]) -> InputPi
     source = {hash: given[image["hash"]]} if image["hash"] in given else {}
     mask: InputPicture = _found("image", lambda given: _alpha_mask(open_alpha(given)), {**image, "hash": hash}, source)
     return mask
-
-
-def opened_references(given: list[Any] | None) -> list[Reference]:
-    """References with their pictures opened. Raises RequestError, and CheckpointError for damaged embeddings."""
-    return [Reference(open_reference(one.picture), one.alpha) for one in map(Reference.parse, given or [])]
 
 
 def _opened_all(kind: type[Condition], given: list[Any] | None) -> list[Condition] | None:

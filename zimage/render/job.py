@@ -64,9 +64,9 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`;
-    `frame` is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling
-    from 1 to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
+    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
+    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
+    to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
     """
 
     request: Request

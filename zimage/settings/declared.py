@@ -149,7 +149,7 @@ class CaptionSettings(TextSettings):
     )
     vision_text: str = setting(
         "",
-        "Text that is read behind each reference. Image tokens are read before it, so it shows with --vision-tokens all.",
+        "Text that is read behind each reference. Image tokens come before it, so it shows with --vision-tokens all.",
         group="References",
         longest=LONGEST_TEXT,
     )
