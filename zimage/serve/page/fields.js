@@ -9,6 +9,7 @@ const LABELS = {
   image: "Picture to start from",
   reference: "References",
   control: "Controls",
+  vision_blend: "Mixed in by",
   control_preprocess: "Made from them first",
   model: "File",
   extend: "Extend by",

@@ -121,7 +121,7 @@ class Margins extends Field {
   }
 
   body() {
-    return el("div", { class: "margins" }, ...this.sides);
+    return el("div", { class: "margin-row" }, ...this.sides);
   }
 
   get value() {
