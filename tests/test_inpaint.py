@@ -503,6 +503,7 @@ BLACK = Image.new("L", (64, 48))
         ({"extend": "0,0,0,0"}, "should extend one side at least", ("extend",)),
         ({"extend": "0,0,99999,0"}, "none by more than 16,384 px", ("extend",)),
         ({"extend": "0,0,16384,0"}, "the picture would be 16448 × 48 px", ("extend", "image")),
+        ({"extend": "0,0,15000,15000"}, "the whole 178,956,970 pixels", ("extend", "image")),
         ({"extend": "0,0,16,0", "image": None}, "extend: it has no effect without an image", ("extend", "image")),
         ({"extend": 16}, "extend 16 is of type int", ("extend",)),
         ({"mask": SPOT, "hires": 2.0}, "does not work with an image to start from", ("hires", "image")),

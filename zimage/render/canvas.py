@@ -17,6 +17,7 @@ from zimage.errors import RequestError
 from zimage.pictures import inpaint
 from zimage.pictures.image import InputPicture, fit, from_pil, mask_tensor, mask_values, natural_size, nearest_side
 from zimage.pictures.inpaint import Frame
+from zimage.pictures.opening import MOST_PIXELS
 from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, Request, split_margins
 
 NOTHING = (0, 0, 0, 0)  # px that are added to the sides
@@ -110,9 +111,9 @@ def canvas_size(request: Request) -> tuple[int, int]:
     left, top, right, bottom = _margins(request)
     width, height = _picture(request).size
     size = width + left + right, height + top + bottom
-    if max(size) > MAX_SIDE:
-        text = f"extend: the picture would be {size[0]} × {size[1]} px; each side may be at most {MAX_SIDE} px"
-        raise RequestError(text, fields=("extend", "image"))
+    if max(size) > MAX_SIDE or size[0] * size[1] > MOST_PIXELS:
+        most = f"a side may have at most {MAX_SIDE} px, and the whole {MOST_PIXELS:,} pixels"
+        raise RequestError(f"extend: the picture would be {size[0]} × {size[1]} px; {most}", fields=("extend", "image"))
     return size
 
 
