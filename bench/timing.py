@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 # Written before every call: more than any GPU's L2 (RTX 4090: 72 MB), which would else hold the inputs of small ops.
-# The writing also keeps the GPU busy while the host launches the call, so that launching one kernel takes no time.
 FLUSH = 256 << 20
+# Before that the GPU waits about a millisecond, in which the host launches the call: where a launch takes longer than
+# the writing, the times of small kernels would be those of launching them.
+HEAD_START = 2_000_000  # of its clock's ticks
 
 
 class Timing(NamedTuple):
@@ -40,6 +42,7 @@ def _on_cpu(call: Callable[[], Any], device: torch.device | str) -> float:
 
 def _on_gpu(call: Callable[[], Any], device: torch.device | str) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
     torch.empty(FLUSH, dtype=torch.int8, device=device).zero_()
     begin.record()
     call()

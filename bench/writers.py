@@ -102,9 +102,11 @@ def int8_convrot(weight: Tensor):
 
 
 def nvfp4(weight: Tensor):
+    from comfy_kitchen import use_backend
     from comfy_kitchen.tensor import TensorCoreNVFP4Layout as tool
 
-    codes, params = tool.quantize(weight.float())
+    with use_backend("eager"):  # its Triton kernel is of instructions that come with sm_100, and is tried before
+        codes, params = tool.quantize(weight.float())
     stored = {"weight": codes, "weight_scale": params.block_scale, "weight_scale_2": params.scale}
     return stored | {"comfy_quant": described({"format": "nvfp4"})}, tool.dequantize(codes, params)
 

@@ -167,7 +167,7 @@ def test_automatic_choice_goes_by_card_and_packages(gpu):
     [
         ("flash2", (8, 9), (), r'pip install "zimage-torch\[flash-attn\]" --no-build'),
         ("xformers", (8, 9), (), "pip install xformers"),
-        ("sage", (8, 9), (), "pip install sageattention"),
+        ("sage", (8, 9), (), "version 2 of github.com/thu-ml/SageAttention"),
         ("flash3", (8, 9), FAKES, "8.9; use auto"),
         ("flash2", (7, 5), FAKES, "7.5; use auto"),
         ("sdpa-flash", (7, 5), (), "7.5; use auto"),

@@ -297,7 +297,7 @@ def test_every_setting_that_names_a_file_is_a_path():
     paths = {n for n, f in FIELDS.items() if f.metadata["path"] or f.metadata["attachment"]}
     assert paths == {
         *("model", "dit", "text_encoder", "vae", "tokenizer", "lora", "lora_folder", "templates"),
-        *("cache_folder", "embeddings", "image", "mask", "token_file", "data"),
+        *("cache_folder", "embeddings", "image", "mask", "token_file", "data", "vision_model"),
     }
 
 

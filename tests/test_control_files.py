@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from control_nets import FORMS, PUBLISHED
+from safetensors.torch import load_file
 from taped import Tapes
 from test_control import SIZE, captions, controlled, evaluate, latents
 from tiny import arguments, relative_error
@@ -32,6 +33,8 @@ from zimage.loading.registry import CONTROL
 from zimage.loading.sizes import control_bytes
 from zimage.loading.streaming import stream, streamed_blocks
 from zimage.nn.compile import compile_blocks
+from zimage.weights.convert import convert
+from zimage.weights.verify import verify
 
 CPU = torch.device("cpu")
 COUNTS = {"1.0": 6, "2.0": 15, "2.1": 15, "lite": 3}  # of control layers, by which a loose file is told
@@ -409,3 +412,18 @@ def test_an_evaluation_with_controls_is_not_captured():
         assert torch.equal(evaluate(dit, *inputs, one), want)
         assert torch.equal(evaluate(dit, *inputs), plain)
     assert len(made.tapes) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_conversion_and_verification(form, tmp_path):
+    """To ComfyUI's names, to a folder, and back: the same tensors but those that are not used."""
+    tensors = state(form)
+    first = loose.save(tensors, tmp_path / "control.safetensors")
+    native, folder = tmp_path / "native.safetensors", tmp_path / "folder"
+    convert(first, native, to="native")
+    assert "control_layers.0.attention.qkv.weight" in load_file(native)
+    convert(native, folder, to="diffusers")
+    written = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert written.keys() == used(form, tensors).keys()
+    assert all(torch.equal(written[key], tensors[key]) for key in written)
+    assert all(report.problems == [] for path in (first, native, folder) for report in verify(path))

@@ -174,11 +174,13 @@ def test_a_planted_circle_is_found():
 
 def test_components_are_rows_and_settings_know_each():
     """The registry lists them; what must be quick to import repeats their names, and must repeat all of them."""
+    from zimage.cli.options import COMPONENTS
     from zimage.cli.weights import COMPONENT
-    from zimage.loading.registry import REQUIRED, ROWS
+    from zimage.loading.registry import CONTROL, REQUIRED, ROWS
     from zimage.settings import LoadSettings
 
-    assert tuple(COMPONENT.choices) == REQUIRED
+    assert COMPONENTS == REQUIRED
+    assert tuple(COMPONENT.choices) == (*REQUIRED, CONTROL)
     assert {*REQUIRED, *(f"{name}_device" for name in REQUIRED)} <= set(LoadSettings.names())
     assert all(row.inside in ROWS for row in ROWS.values() if row.inside)
 

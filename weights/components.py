@@ -12,7 +12,9 @@ from zimage.formats.files import require_file, require_inside
 from zimage.formats.hub_cache import snapshot
 from zimage.formats.json_text import read_json
 from zimage.loading.files import Component
-from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.registry import CONTROL, DIT, ROWS, TEXT_ENCODER, VAE
+
+OWN = tuple(name for name, row in ROWS.items() if not row.inside)  # those that have files of their own
 
 
 def find_components(path: Path) -> dict[str, Path]:
@@ -25,7 +27,7 @@ def find_components(path: Path) -> dict[str, Path]:
     if path.is_file():
         found = dict.fromkeys(components_in(path), path)
     elif path.is_dir():
-        found = {name: path / ROWS[name].folder for name in REQUIRED if (path / ROWS[name].folder).is_dir()}
+        found = {name: path / ROWS[name].folder for name in OWN if (path / ROWS[name].folder).is_dir()}
         _check_links(path, found.values() or [path])
         if not found and (path / "config.json").is_file():
             found = {_component_of(path): path}
@@ -34,8 +36,8 @@ def find_components(path: Path) -> dict[str, Path]:
     else:
         raise CheckpointError(f"{path} does not exist; pass a model folder, a component's folder or a weight file")
     if not found:
-        raise CheckpointError(f"{path} holds no component of a model: none of {', '.join(REQUIRED)}")
-    return {name: found[name] for name in REQUIRED if name in found}
+        raise CheckpointError(f"{path} holds no component of a model: none of {', '.join(OWN)}")
+    return {name: found[name] for name in OWN if name in found}
 
 
 def check_configs(path: Path, configs: Path | None) -> None:
@@ -73,6 +75,7 @@ def _check_links(path: Path, folders: Iterable[Path]) -> None:
 def _component_of(folder: Path) -> str:
     config = read_json(folder / "config.json")
     kinds = {**dict.fromkeys(ROWS[VAE].classes, VAE), "ZImageTransformer2DModel": DIT, "qwen3": TEXT_ENCODER}
+    kinds["ZImageControlNetModel"] = CONTROL
     kind = config.get("_class_name") or config.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{folder / 'config.json'} describes {quoted(kind)}; known kinds are {', '.join(kinds)}")

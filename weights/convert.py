@@ -20,15 +20,20 @@ from zimage.formats.layouts import Layout, fused_name, layout, split_names
 from zimage.formats.pages import forget_pages
 from zimage.formats.stored import DTYPES, Maps, Stored
 from zimage.loading.files import Component
-from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.registry import CONTROL, DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.weights.components import all_finite, check_configs, find_components, open_component
 from zimage.weights.manifest import Progress, silent
 from zimage.weights.writer import DEFAULT_SHARD, Planned, check_space, placing, write_file, write_shards
 
 # Target → component → (prefix of its keys, layout). `diffusers` is a folder or a file, the others are files.
 TARGETS: dict[str, dict[str, tuple[str, str]]] = {
-    "diffusers": {TEXT_ENCODER: ("", "transformers"), DIT: ("", "diffusers"), VAE: ("", "diffusers")},
-    "native": {DIT: ("", "native")},
+    "diffusers": {
+        TEXT_ENCODER: ("", "transformers"),
+        DIT: ("", "diffusers"),
+        VAE: ("", "diffusers"),
+        CONTROL: ("", "diffusers"),
+    },
+    "native": {DIT: ("", "native"), CONTROL: ("", "native")},
     "ldm": {VAE: ("", "ldm")},
     "transformers": {TEXT_ENCODER: ("", "transformers")},
     "bare": {TEXT_ENCODER: ("", "bare")},
@@ -39,7 +44,7 @@ TARGETS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 STORED_AS = {"bf16": "BF16", "fp32": "F32", "fp16": "F16"}
-STEMS = {TEXT_ENCODER: "model", DIT: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model"}
+STEMS = {TEXT_ENCODER: "model", **dict.fromkeys((DIT, VAE, CONTROL), "diffusion_pytorch_model")}
 EXTRAS = (
     "model_index.json",
     "vocabulary.json",

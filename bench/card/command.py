@@ -58,7 +58,7 @@ def card(
 ) -> None:
     """Check and time everything on this machine's NVIDIA GPU: kernels, pictures, steps, files, memory, whole renders.
 
-    Takes at most 9 minutes and 15 GB of disk; weights are made from a seed, and nothing is downloaded. Every row is
+    Takes at most 10 minutes and 15 GB of disk; weights are made from a seed, and nothing is downloaded. Every row is
     checked and timed by itself. One that fails or hangs is stopped, and the others go on. What is not installed is a
     row that says so. The exit status is 0 if no row failed.
 

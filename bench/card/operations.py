@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -17,16 +18,19 @@ from bench.kernels import measure
 from bench.peaks import Peaks
 from bench.timing import timed
 from zimage.kernels import backend, specs
+from zimage.kernels.norm import rms_norm_scale
 from zimage.kernels.quantise import quantise_rows
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_kernels.py",)
+ON_A_GPU = "not machine_code and not the_compiler"  # these run nothing there, and take a minute
 TOKENS, WIDTH, INNER = 4096 + 32, 3840, 10240  # of a step at 1024 × 1024, of the DiT, of its feed-forward
 SECONDS = 0.3  # of timing per row
+LAUNCHES = 500
 
 
 def tests(bench: Bench) -> Iterator[Task]:
-    """pytest on this GPU: every kernel against its reference, on ragged sizes and twice over."""
+    """pytest on this GPU: every kernel against its reference, on ragged sizes and in every dtype."""
     for file in TESTS:
         yield Task(file, partial(_pytest, file))
 
@@ -34,7 +38,7 @@ def tests(bench: Bench) -> Iterator[Task]:
 def _pytest(file: str) -> Row:
     needs("pytest")
     workers = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]  # most of the time is compiling
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", *workers, file]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", *workers, "-k", ON_A_GPU, file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
     row: Row = {word: int(number) for number, word in counts}
@@ -69,6 +73,8 @@ def peaks(bench: Bench) -> Iterator[Task]:
     for name, fast in (("fp8 product", False), ("fp8 product, fast accumulate", True)):
         yield Task(name, partial(lambda fast: product(_fp8_product(*factors(), fast), peak("fp8")), fast))
     yield Task("copy", partial(_copy, device, bench, known))
+    for name, kernel in (("a launch by PyTorch", False), ("a launch by Triton", True)):
+        yield Task(name, partial(_launches, device, kernel))
 
 
 def _factors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -112,6 +118,20 @@ def _copy(device: torch.device, bench: Bench, known: Peaks | None) -> Row:
     ms = timed(lambda: target.copy_(source), device, bench.repeats, SECONDS).ms
     row: Row = {"ms": ms, "gbps": 2 * source.nbytes / ms / 1e6}
     return row | ({"of_peak": row["gbps"] * 1e9 / known.bandwidth} if known else {})
+
+
+def _launches(device: torch.device, kernel: bool) -> Row:
+    """Microseconds of this host's time that a launch takes: a step has 460 to 490 of them."""
+    x = torch.zeros(1, 4, 64, device=device, dtype=torch.bfloat16)
+    call: Callable[[], object] = partial(rms_norm_scale, x, x[0, 0], x[:, :1], 1e-5) if kernel else x.abs
+    call()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(LAUNCHES):
+        call()
+    row = {"launch_us": (time.perf_counter() - started) / LAUNCHES * 1e6}
+    torch.cuda.synchronize(device)
+    return row
 
 
 # ------------------------------------------------------------------ kernels

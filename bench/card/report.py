@@ -12,6 +12,7 @@ FIGURES: dict[str, Callable[[Any], str]] = {  # in this order; others are in the
     "gbps": lambda value: f"{value:.0f} GB/s",
     "of_peak": lambda share: f"{share:.0%} of the maker's figure",
     "over_floor": lambda ratio: f"{ratio:.2f} × floor",
+    "launch_us": lambda us: f"{us:.3g} µs",
     "torch_ms": lambda ms: f"PyTorch {ms:.3g} ms",
     "ms_per_token": lambda ms: f"{ms:.1f} ms a token",
     "first_token_ms": lambda ms: f"first {ms:.0f} ms",

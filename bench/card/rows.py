@@ -51,7 +51,7 @@ class Bench:
 
 
 class Section(NamedTuple):
-    """Rows that belong together, and how many seconds of a run of 9 minutes they may take."""
+    """Rows that belong together, and how many seconds of a run of 10 minutes they may take."""
 
     name: str
     title: str

@@ -179,6 +179,7 @@ def _torch_patches(card: Card, guard: ctypes.CDLL) -> Patches:
         "reset_peak_memory_stats": lambda device=None: card.most.pop(index_of(device), None),
         "set_per_process_memory_fraction": lambda share, device=None: None,
         "empty_cache": lambda: None,
+        "_sleep": lambda ticks: None,
         "synchronize": lambda device=None: card.waited(project_line()),
         "Stream": _Stream,
         "Event": _Event,

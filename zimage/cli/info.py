@@ -68,7 +68,7 @@ def _loose_file(load: dict[str, Plain]) -> dict[str, Any] | None:
 
 
 def _is_whole(facts: dict[str, Any]) -> bool:
-    return len(facts["components"]) == len(COMPONENTS)
+    return set(COMPONENTS) <= set(facts["components"])
 
 
 def _file_lines(facts: dict[str, Any]) -> Iterator[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("keep", "diffusers", "native", "ldm", "transformers", "bare", "all-in-one")
 DTYPES = ("keep", "bf16", "fp32", "fp16")
-COMPONENT = click.Choice(COMPONENTS)
+COMPONENT = click.Choice((*COMPONENTS, "control"))
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -104,8 +104,9 @@ def verify(ctx: click.Context, path: Path, values: bool, no_hashes: bool, config
     "--layout",
     type=click.Choice(LAYOUTS),
     default="keep",
-    help="diffusers: a published folder, or the folder or file of one component. Single files: native (ComfyUI's DiT), "
-    "ldm (VAE), transformers and bare (text encoder with and without `model.`), all-in-one. Default: the layout of IN.",
+    help="diffusers: a published folder, or the folder or file of one component. Single files: native (ComfyUI's DiT "
+    "or ControlNet), ldm (VAE), transformers and bare (text encoder with and without `model.`), all-in-one. "
+    "Default: the layout of IN.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Dtype to write. Default: as stored.")
 @click.option("--component", type=COMPONENT, help="Write only this component. Default: all that the layout holds.")

@@ -151,7 +151,8 @@ def _parsed(cls: Any, given: Any) -> Any:
         needed = " and ".join(cls.FILES)
         raise _fault(cls.FIELD, f": {needed} {'are' if len(cls.FILES) > 1 else 'is'} needed; write {cls.FORM}")
     for role in cls.FILES:
-        if not pairs[role] or isinstance(pairs[role], bool | int | float | list | tuple | dict | bytes):
+        absent = pairs[role] is None or (isinstance(pairs[role], str) and not pairs[role])
+        if absent or isinstance(pairs[role], bool | int | float | list | tuple | dict | bytes):
             raise _fault(cls.FIELD, f": {role} {quoted(pairs[role])} should be the path of a file")
     return cls(**{name: pairs[name] for name in names if name in pairs})
 
