@@ -14,8 +14,8 @@ class Event:
 
     `stage` is "load" (of the component that `detail` names), "see" (a reference), "encode", "encode image", "encode
     control", "denoise", "enlarge" (between two passes) or "decode"; `index` of `count` counts distinct references,
-    texts or images.
-    `latents` (B, 16, h, w) come with denoising steps, `image` with each finished picture.
+    texts or images. `latents` (B, 16, h, w) come with denoising steps, those of the region that is rendered; `image`
+    with each finished picture, the whole of it.
     """
 
     stage: str

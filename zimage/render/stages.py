@@ -373,7 +373,7 @@ def _start(
 
 
 def _latent_mask(components: Components, job: Job) -> Tensor | None:
-    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back, as `Job.rendered`."""
+    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back."""
     mask = None if job.request.image is None else job.rendered().mask
     if mask is None:
         return None
