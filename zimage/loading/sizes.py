@@ -79,11 +79,17 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 
 
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image."""
-    return _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image.
+
+    Of each ControlNet beside it, as `control_bytes` says.
+    """
+    own = _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+    return own + work.control_streams * control_bytes(config, work, dtype)
 
 
-def control_bytes(config: ControlNetConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
+def control_bytes(
+    config: ControlNetConfig | ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
+) -> int:
     """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
 
     A hint comes and goes where less is held than within a block.
