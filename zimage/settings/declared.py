@@ -523,7 +523,7 @@ class LoadSettings(Settings):
     cuda_graphs: bool = setting(
         False,
         "Replay small pictures and written tokens from CUDA graphs, where launching takes longer than computing: the "
-        "demo, 256 × 256, rewriting.",
+        "demo, up to 512 × 512, rewriting.",
         group="Machine",
     )
     residency: str = setting(
