@@ -471,6 +471,12 @@ def test_objects_are_passed_again_by_their_hashes(pipe):
         Job.from_dict(plain, {plain["request"]["image"]["hash"]: photo(50, 40)})
 
 
+def test_a_state_of_more_steps_than_a_grey_mask_leaves_is_refused(pipe):
+    job = pipe.prepare(zimage.Request("a", seed=1, steps=8, image=photo(64, 48), mask=Image.new("L", (64, 48), 128)))
+    with pytest.raises(RequestError, match="5 steps of 4"):
+        list(pipe.run(job, RenderState(latents=torch.zeros(1, 16, 6, 8), step=5)))
+
+
 def test_a_job_whose_region_was_moved_is_not_run(pipe, files):
     job = pipe.prepare(zimage.Request("a", seed=1, image="start.png", mask="spot.png", mask_crop=4))
     plain = json.loads(json.dumps(job.to_dict()))

@@ -20,6 +20,7 @@ from torch import Tensor
 from zimage import flow
 from zimage.dit.control import Controlled
 from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.errors import RequestError
 from zimage.events import Event
 from zimage.kernels.tiles import to_levels
 from zimage.loading.controls import ControlFiles
@@ -297,6 +298,8 @@ def denoise(
         steering = Steering.of(request, sources.controls, start.step)
         if first == len(state.finished) and state.latents is not None:
             done = state.step
+            if done >= total:  # how many there are, a mask by value decides
+                raise RequestError(f"the state is that of another render ({done} steps of {total}); start anew")
             start = start._replace(latents=state.latents, step=start.step + done)
         positive = [conditions.prompts[i // request.images] for i in batch]
         negative = None if conditions.negative is None else [conditions.negative] * len(batch)
