@@ -557,3 +557,26 @@ def test_info_shows_the_vision_model_and_its_stage(seeing_folder, capsys):
     told = capsys.readouterr().out
     assert "vision_tower  Qwen3VLTower" in told
     assert "vision tower  cpu" in told
+
+
+def test_a_render_that_was_killed_goes_on_without_being_told_of_its_references(
+    seeing_folder, files, monkeypatch, capsys
+):
+    given = [*options(seeing_folder, *sees(seeing_folder)), "--reference", "a.png:0.5"]
+    assert main(["gen", *GEN, *given, "-o", "whole.png"]) == 0
+    with monkeypatch.context() as patch:
+
+        def killed(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr("zimage.cli.target.Target.save", killed)
+        assert main(["gen", *GEN, *given, "-o", "one.png", "--save-state", "state"]) == 130
+    assert main(["gen", "--resume", "state"]) == 0, capsys.readouterr().err
+    with Image.open("one.png") as one, Image.open("whole.png") as whole:
+        assert one.tobytes() == whole.tobytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("zimage.cli.target.Target.save", killed)
+        assert main(["gen", *GEN, *given, "-o", "two.png", "--save-state", "state"]) == 130
+    picture(3).save("a.png")
+    assert main(["gen", "--resume", "state"]) == 2
+    assert "a.png" in capsys.readouterr().err
