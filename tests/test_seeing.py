@@ -114,7 +114,7 @@ def test_the_vision_model_is_let_go_before_anything_else_is_loaded(seer, counted
             loaded["load"].append(seer.loaded)
     assert len(counted) == 2, "a picture that is named twice is seen once"
     names = seer.vision.component
-    assert [n for n in loaded["load"] if isinstance(n[0], str)][0] == (names,)
+    assert next(n for n in loaded["load"] if isinstance(n[0], str)) == (names,)
     assert all(names not in n for n in loaded["load"][1:] if n and isinstance(n[0], str) and n != (names,))
     steps = 2 if seer.vision.mode == "tower" else 1
     assert {(0, 0, 2), (0, 1, 2), (steps, 0, 2), (steps, 1, 2)} <= set(loaded["see"])
