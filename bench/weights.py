@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from zimage.dit import ZImageDiT
+from zimage.dit import ControlNet, ZImageDiT
 from zimage.loading.weights import on_meta
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
@@ -103,6 +103,15 @@ COMPONENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text_encoder": (Qwen3, TEXT_ENCODER, "model"),
     "transformer": (ZImageDiT, TRANSFORMER, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, VAE, "diffusion_pytorch_model"),
+    "controlnet": (ControlNet, {}, "diffusion_pytorch_model"),
+}
+WHOLE = ("text_encoder", "transformer", "vae")  # of a model folder
+# Forms of ControlNets: layers from one place to the next, channels, and what adds along the noise refiner.
+CONTROLS: dict[str, tuple[int, int, str | None]] = {
+    "1.0": (5, 16, None),
+    "2.0": (2, 33, "control_layers"),
+    "2.1": (2, 33, "control_noise_refiner"),
+    "lite": (10, 33, "control_noise_refiner"),
 }
 SINGLES = {"dit": "native", "text_encoder": "transformers", "vae": "ldm"}  # component → layout
 SHARD_BYTES = 4_000_000_000
@@ -125,8 +134,8 @@ def write_model(
     """
     if (folder / "model_index.json").is_file():
         return folder
-    for name, (_, published, _) in COMPONENTS.items():
-        config = (configs or {}).get(name, published)
+    for name in WHOLE:
+        config = (configs or {}).get(name, COMPONENTS[name][1])
         key = {"text_encoder": "num_hidden_layers", "transformer": "n_layers"}.get(name)
         write_component(folder, name, {**config, key: layers} if layers and key else config, device)
     for name in ("scheduler", "tokenizer"):  # ids of the small vocabulary are valid in the large one
@@ -135,6 +144,20 @@ def write_model(
             (folder / name / file.name).write_bytes(file.read_bytes())
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2))
     return folder
+
+
+def control_config(form: str, transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a ControlNet of this form for a DiT."""
+    every, channels, refiner = CONTROLS[form]
+    shared = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "norm_eps", "qk_norm")
+    return {
+        "_class_name": "ZImageControlNetModel",
+        **{key: transformer[key] for key in shared},
+        "control_in_dim": channels,
+        "control_layers_places": list(range(0, transformer["n_layers"], every)),
+        "control_refiner_layers_places": list(range(transformer["n_refiner_layers"])) if refiner else [],
+        "add_control_noise_refiner": refiner,
+    }
 
 
 def write_component(folder: Path, name: str, config: dict | None = None, device: str = "cpu") -> None:

@@ -1,8 +1,11 @@
 """Tiny ControlNets of every published form, and a tiny DiT that they go with."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tiny import DIT as SMALL
 from tiny import randomised
 from torch import Tensor
@@ -33,6 +36,7 @@ FORMS = {
     "2.1": _form([0, 2, 4], 33, "control_noise_refiner", [0, 1]),
     "lite": _form([0, 2], 33, "control_noise_refiner", [0, 1]),
 }
+BESIDE_TINY = {"n_refiner_layers": 1, "control_layers_places": [0, 1], "control_refiner_layers_places": [0]}
 PUBLISHED = {
     form: {**config, "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "control_layers_places": places}
     for (form, config), places in zip(
@@ -47,6 +51,14 @@ def dit(seed: int = 1, **changes: Any) -> ZImageDiT:
 
 def net(form: str, seed: int = 2, **changes: Any) -> ControlNet:
     return randomised(ControlNet.from_config({**FORMS[form], **changes}), seed).eval().requires_grad_(False)
+
+
+def write(folder: Path, form: str, seed: int = 2, **changes: Any) -> Path:
+    """A component folder of a net; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**FORMS[form], **changes}))
+    save_file(net(form, seed, **changes).state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    return folder
 
 
 def control_latents(config: dict[str, Any], batch: int, h: int, w: int, seed: int = 5) -> Tensor:

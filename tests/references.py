@@ -172,6 +172,36 @@ def from_picture(
         )[0]
 
 
+@torch.no_grad()
+def controlled(
+    model,
+    vae,
+    net,
+    control,
+    seeds: list[int],
+    captions: list[Tensor],
+    negative: list[Tensor] | None,
+    **settings,
+) -> Tensor:
+    """Latents of a run with a ControlNet through the reference's own pipelines, of which one inpaints a picture."""
+    inpainting = "mask_image" in settings
+    build = diffusers.ZImageControlNetInpaintPipeline if inpainting else diffusers.ZImageControlNetPipeline
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    pipe = build(scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=model, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=captions,
+        negative_prompt_embeds=negative,
+        control_image=control,
+        width=control.width,
+        height=control.height,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        return_dict=False,
+        **settings,
+    )[0]
+
+
 def pixels(picture) -> Tensor:
     """(1, 3, H, W) in [−1, 1], as the reference's pipelines read a PIL image."""
     return diffusers.image_processor.VaeImageProcessor(vae_scale_factor=16).preprocess(picture)

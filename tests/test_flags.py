@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import chat_server
+import control_nets
 import lora_files
 import pytest
 import tiny
@@ -146,6 +147,7 @@ SEEN = SEEING | {"reference": ["{files}/seen.png"]}
 STARTED = {"image": "{files}/start.png", "steps": 4}
 MASKED = STARTED | {"mask": "{files}/mask.png"}
 CORNERED = STARTED | {"mask": "{files}/corner.png"}
+CONTROLLED = {"control": ["{files}/union:{files}/start.png"], "steps": 2}
 LONG = {"prompt": "a cat on a mat " * 20}
 WRITTEN = {"model": "{other}", "rewriter": "rewrite-expand", "rewrite_seed": 5, "max_tokens": 8}
 ELSEWHERE = {"encoder_url": "{server}"}
@@ -181,6 +183,13 @@ CASES = [
     *[Case("long_prompt", mode, beside=LONG) for mode in ("truncate", "interpolate", "pool", "attention_pool")],
     Case("negative", "dogs", beside=GUIDED),
     Case("embeddings", "{files}/two.safetensors", beside={"prompt": None, "embeddings": "{files}/one.safetensors"}),
+    # controls
+    Case("control", ["{files}/union:{files}/start.png"]),
+    Case("control", ["{files}/union:{files}/start.png:0.2"], beside=CONTROLLED),
+    Case("control_start", 0.5, beside=CONTROLLED),
+    Case("control_end", 0.5, beside=CONTROLLED),
+    Case("control_flow", "diffusers", beside=CONTROLLED),
+    Case("control_preprocess", "canny", beside=CONTROLLED),
     # references
     Case("reference", ["{files}/seen.png"], beside=SEEING),
     Case("reference", ["{files}/seen.png:0.6"], beside=SEEN),
@@ -336,6 +345,9 @@ def _write_files(folder: Path) -> None:
     for i, name in enumerate(("one", "two")):
         caption = torch.randn(5, tiny.QWEN["hidden_size"], generator=torch.Generator().manual_seed(i))
         save_embeddings(folder / f"{name}.safetensors", caption, {}, "")
+    control_nets.write(
+        folder / "union", "2.1", n_refiner_layers=1, control_layers_places=[0, 1], control_refiner_layers_places=[0]
+    )
     (folder / "templates").mkdir()
     for name, keys in (("photo-overcast", ""), ("thoughtful", "add_think_block: true\n")):
         text = f"---\nname: {name}\ndescription: Mine\ncategory: photo\n{keys}---\nMine.\n"

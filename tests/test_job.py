@@ -274,8 +274,8 @@ def peaks(pipe, monkeypatch):
     use = pipe.residency.use
 
     @contextmanager
-    def used(name, plan, adapters=()):
-        with use(name, plan, adapters) as module:
+    def used(name, plan, *beside_it):
+        with use(name, plan, *beside_it) as module:
             there = set(pipe.loaded)
             beside = sum(pipe.planner.sizes[other].resident for other in there - plan.kept - {name})
             stage = plan.stages[name]

@@ -10,10 +10,12 @@ import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
+import control_nets
 import lora_files
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -504,11 +506,18 @@ def random(shape: torch.Size) -> torch.Tensor:
 
 
 def measure(
-    folder: Path, dtype: str, memory: float | None, size: int = 64, threads: int = 1, code: str = RENDER, **more
+    folder: Path,
+    dtype: str,
+    memory: float | None,
+    size: int = 64,
+    threads: int = 1,
+    code: str = RENDER,
+    control: list[str] | None = None,
+    **more,
 ) -> dict:
     """Render in a process of its own: planned and measured peak, and the picture's digest."""
     settings = {"dtype": dtype, "memory": memory, "residency": "auto" if memory else "stage", **more}
-    arguments = json.dumps([settings, {"width": size, "height": size}])
+    arguments = json.dumps([settings, {"width": size, "height": size, "control": control}])
     command = [sys.executable, "-c", code, arguments, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
@@ -526,6 +535,49 @@ def test_the_peak_is_what_was_planned_at_every_budget(medium):
         assert len({run["pixels"] for run in runs.values()}) == 1
     run = measure(medium, "bf16", None, precision="int8")  # each matrix is cast, quantised, and gone
     assert run["planned"] == pytest.approx(run["peak"], rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory):
+    """A control folder of 0.23 GB for the same DiT, and a picture."""
+    folder = tmp_path_factory.mktemp("control")
+    config = {**control_nets.FORMS["2.1"], **{k: DIT[k] for k in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")}}
+    config["control_layers_places"] = list(range(0, 12, 2))
+    with torch.device("meta"):
+        net = control_nets.ControlNet.from_config(config)
+    weights = {key: random(weight.shape) for key, weight in net.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (64, 64), "red").save(folder / "pose.png")
+    return [f"{folder}:{folder / 'pose.png'}"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget", "size", "settings"),
+    [
+        ("fp32", 0.75, 64, {}),
+        pytest.param("bf16", None, 512, {}, marks=pytest.mark.full),
+        pytest.param("fp32", None, 64, {}, marks=pytest.mark.full),
+        pytest.param("bf16", 0.6, 64, {}, marks=pytest.mark.full),
+        pytest.param("bf16", None, 64, {"precision": "int8"}, marks=pytest.mark.full),
+    ],
+)
+def test_the_peak_with_a_control_is_what_was_planned(medium, control, dtype, budget, size, settings):
+    """Its weights stay while the DiT's blocks are streamed; it is held in the DiT's dtype and precision."""
+    run = measure(medium, dtype, budget, size, control=control, **settings)
+    assert run["planned"] == pytest.approx(run["peak"], rel=0.1), run
+    assert budget is None or run["streamed"][1] > 0
+
+
+def test_a_control_that_does_not_fit_is_refused_with_figures(medium, control, weightless):
+    plans = [plan_of(load(medium, memory=1e-9), control=given) for given in (None, control)]
+    assert plans[1].stages["dit"].weights - plans[0].stages["dit"].weights == plans[1].work.controls > 0.2e9
+    plain, controlled = (plan.tightest.peak for plan in plans)
+    pipe = load(medium, memory=(plain + controlled) / 2e9)
+    assert plan_of(pipe).fits
+    with pytest.raises(RequestError, match=r"in the DiT's stage; .* are allowed .*no size fits: set memory") as caught:
+        pipe.prepare(zimage.Request("a cat", **SMALL, control=control))
+    assert caught.value.fields == ("memory",)
 
 
 @pytest.mark.parametrize("memory", [0.9, 0.65, 0.5])

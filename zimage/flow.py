@@ -69,6 +69,15 @@ def first_step(steps: int, strength: float) -> int:
     return min(int(steps - min(steps * strength, steps)), steps - 1)
 
 
+def steps_between(first: int, steps: int, start: float, end: float) -> list[int]:
+    """The steps from number `first` on that lie wholly between two fractions of all that run, as diffusers has it.
+
+    With n = steps − first, step first + k is one where start ≤ k/n and (k + 1)/n ≤ end.
+    """
+    n = steps - first
+    return [first + k for k in range(n) if start <= k / n and (k + 1) / n <= end]
+
+
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x_σ = (1 − σ)·x₀ + σ·ε in fp32; at σ = 0 and 1 it is `clean` and `noise` to the bit."""
     sigma = sigma.to(clean.device)

@@ -28,8 +28,10 @@ from torch import Tensor
 from zimage import flow
 from zimage.captioner import Captioner, checked_settings
 from zimage.dit import ZImageDiT
+from zimage.dit.control import Flow
 from zimage.errors import RequestError
 from zimage.events import Event, Result
+from zimage.loading.controls import ControlFiles, with_controls
 from zimage.loading.devices import Place, choose_places, device_names
 from zimage.loading.files import ModelFiles, load_component, open_model
 from zimage.loading.loras import Loras, LoraUse, bytes_beside
@@ -40,8 +42,9 @@ from zimage.loading.vision import with_vision
 from zimage.pictures.image import InputPicture
 from zimage.render import stages
 from zimage.render.conditioning import SavedEmbeddings
+from zimage.render.controlling import GivenControl, Steering, control_input
 from zimage.render.defaults import find_shift, usual_side
-from zimage.render.job import Job, decide
+from zimage.render.job import Job, control_files, decide
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.state import RenderState
 from zimage.settings.declared import (
@@ -119,11 +122,12 @@ class ZImage(Captioner):
         with self._components().use(name) as module:
             return module
 
-    def _components(self, work: Workload | None = None) -> stages.Components:
+    def _components(self, work: Workload | None = None, controls: ControlFiles = ()) -> stages.Components:
         """For stages called one by one: planned for this work, else for a picture of the usual size."""
         adapters = self.lora.list()
         work = dataclasses.replace(work or self._usual, loras=bytes_beside(adapters, self.dtype))
-        return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters)
+        work = with_controls(work, controls, self.planner.sizes[DIT])
+        return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters, controls)
 
     @property
     def _usual(self) -> Workload:
@@ -150,6 +154,10 @@ class ZImage(Captioner):
         clean: Tensor | None = None,
         strength: float = STRENGTH,
         mask: Tensor | None = None,
+        controls: Sequence[GivenControl] = (),
+        control_start: float = 0.0,
+        control_end: float = 1.0,
+        control_flow: Flow = "publisher",
         hooks: Sequence[stages.Hook] = (),
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
@@ -157,12 +165,16 @@ class ZImage(Captioner):
         `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
-        `hooks` wrap every evaluation, see `render.stages`. Raises RequestError.
+        `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
+        control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
+        it adds. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError, and CheckpointError for an
+        unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
-        for name, value in {"steps": steps, "shift": shift, **scales}.items():
+        say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
+        for name, value in {"steps": steps, "shift": shift, **scales, **say}.items():
             if value is not None:
                 Request.check_one(name, value)
         if guidance > 0 and negative is None:
@@ -170,10 +182,13 @@ class ZImage(Captioner):
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
         start = flow.start(noise, sigmas, strength, clean, mask)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
-        components = self._components(Workload(width, height, max(map(len, captions)), len(noise)))
+        inputs = [control_input(given, noise) for given in controls]
+        steering = Steering(inputs, control_start, control_end, control_flow, start.step)
+        work = Workload(width, height, max(map(len, captions)), len(noise))
+        components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
             guided = stages.Guidance(*scales.values())
-            *_, latents = stages.denoise_steps(components, captions, negative, start, sigmas, guided, hooks)
+            *_, latents = stages.denoise_steps(components, captions, negative, start, sigmas, guided, steering, hooks)
         return latents
 
     def decode(
@@ -229,7 +244,8 @@ class ZImage(Captioner):
         """
         job = self._checked(self.prepare(job) if isinstance(job, Request) else job)
         self._warn_beyond_training(max(job.passes[-1][:2]))
-        components = stages.Components(self.residency, job.plan, self.lora.read(job.loras))
+        controls = control_files(job.request)
+        components = stages.Components(self.residency, job.plan, self.lora.read(job.loras), controls)
         embeddings = job.request.embeddings
         encoder = self.encoder if embeddings is None else SavedEmbeddings(embeddings.caption, self.encoder)
         begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own

@@ -53,27 +53,38 @@ def step(
     precision: str,
     compiled: bool,
     device: str = "cpu",
+    controlled: bool = False,
 ) -> None:
     import torch
 
     import zimage
+    from zimage.dit.control import Controlled
     from zimage.formats.pages import forget_pages
     from zimage.nn.compile import compile_blocks
     from zimage.nn.quant import quantise
 
     clock.imported()
     clock.on(device)
-    dit: Any = zimage.load_component(folder, "dit", device=device, dtype=None if dtype == "auto" else dtype)
-    if precision != "bf16":
-        quantise(dit, precision, forget_pages)
-    if compiled:
-        compile_blocks(dit)
+
+    def loaded(name: str) -> Any:
+        module = zimage.load_component(folder, name, device=device, dtype=None if dtype == "auto" else dtype)
+        if precision != "bf16":
+            quantise(module, precision, forget_pages)
+        if compiled:
+            compile_blocks(module)
+        return module
+
+    dit, net = loaded("dit"), loaded("control") if controlled else None
     with torch.inference_mode():
         caption = torch.randn(tokens, dit.config.cap_feat_dim, device=device)
         context = dit.context(dit.refine([caption]), size // 8, size // 8)
         latents = torch.randn(1, 16, size // 8, size // 8, device=device)
-        modulation = dit.modulate(torch.tensor([0.5]))
-        clock.repeated("step", lambda: dit.velocity(latents, modulation, context), 2, repeats)
+        sigma, controls = torch.tensor([0.5]), []
+        modulation = dit.modulate(sigma)
+        if net:
+            shown = torch.randn(1, net.config.control_in_dim, size // 8, size // 8, device=device)
+            controls = [Controlled(net, net.embed(shown, dit.x_pad_token), net.modulate(dit.time(sigma)), 0.75)]
+        clock.repeated("step", lambda: dit.velocity(latents, modulation, context, controls), 2, repeats)
     clock.peak()
 
 

@@ -323,10 +323,10 @@ def _sparse(name: str, place: Path) -> object:
 
 def _shown(place: Path, **pixels: object) -> object:
     """It once made the text round the picture first, of 2 GB."""
-    from fuzz import vision
+    from fuzz import seeing
 
-    content = json.dumps({**vision.PIXELS, **pixels}).encode()
-    return vision.see(vision.model_in(place / "model"), place / "vision", {"preprocessor_config.json": content})
+    content = json.dumps({**seeing.PIXELS, **pixels}).encode()
+    return seeing.see(seeing.model_in(place / "model"), place / "vision", {"preprocessor_config.json": content})
 
 
 FILES: dict[str, Callable[[Path], object]] = {

@@ -1,102 +1,147 @@
-"""Mutated vision models, their configs and the pictures that they are shown, each through a whole pipeline."""
+"""Mutated files of a vision model, pictures of any size, and texts with image tokens where none belong."""
 
 import functools
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 from damaged import HEADERS
 from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
 
 import zimage
 from fuzz.configs import CONFIG, another_number, mutated
-from fuzz.weights import TENSORS, State, bytes_of
-from zimage.dit import ZImageDiT
-from zimage.text import Qwen3, Qwen3VL
-from zimage.vae import AutoencoderKL
+from fuzz.weights import TENSORS
+from zimage.loading.files import Component
+from zimage.text import Qwen3VL
+from zimage.text.vision_input import PixelLimits, Pixels, pixels_of
 
 Chance = random.Random
 Case = tuple[str, Callable[[], None]]
-Files = dict[str, bytes]  # by name
-MODES = ("RGB", "L", "RGBA", "P", "1", "I;16", "F")
-PIXELS = {**tiny.PIXELS, "size": {"shortest_edge": 1024, "longest_edge": 1 << 16}}  # more would only take longer
-SIDES = (1, 2, 15, 16, 17, 31, 64, 199, 200, 201, 640, 3000)
+PREPROCESSOR = {
+    **{"size": {"shortest_edge": 4096, "longest_edge": 65_536}, "min_pixels": None, "max_pixels": 8192},
+    **{"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "resample": 3, "do_resize": True},
+    **{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+}
+SIDES = (0, 1, 2, 5, 16, 31, 33, 64, 97, 200, 201, 1000, 4000)
+INSIDE = ("vision_config", "text_config", "rope_scaling", "size")
 
 
 def cases(chance: Chance, folder: Path) -> Iterator[Case]:
-    """Endless mutations; each call sees a picture with what it wrote, in one of the two modes."""
-    model = model_in(folder / "model")
+    """Endless mutations, each of one file of a sound folder, of a picture or of a text."""
+    folder.mkdir(exist_ok=True)
     while True:
-        kind = chance.random()
-        yield (_of_config if kind < 0.45 else _of_file if kind < 0.8 else _of_picture)(chance, model, folder / "vision")
-
-
-def model_in(folder: Path) -> Path:
-    parts = (Qwen3.from_config(tiny.SEEING_QWEN), ZImageDiT.from_config(tiny.DIT), AutoencoderKL.from_config(tiny.KL))
-    states = [tiny.randomised(part, seed).state_dict() for seed, part in enumerate(parts)]
-    shutil.rmtree(folder, ignore_errors=True)
-    return tiny.writemodel_in(folder, *states, tiny.KL, text_config=tiny.SEEING_QWEN)
+        for make in (_config, _config, _limits, _weights, _picture, _text):
+            yield make(chance, folder)
 
 
 @functools.cache
-def _state() -> State:
-    return dict(tiny.randomised(Qwen3VL.from_config(tiny.VL), 3).state_dict())
+def _model() -> Qwen3VL:
+    return tiny.randomised(Qwen3VL.from_config(tiny.VISION), 7).requires_grad_(False)
 
 
-def _of_config(chance: Chance, model: Path, vision: Path) -> Case:
-    """A value of one of its two files, in a random one of the objects within."""
-    change, name = chance.choice(CONFIG), chance.choice(["config.json", "config.json", "preprocessor_config.json"])
-    sound = json.dumps(tiny.VL if name == "config.json" else PIXELS).encode()
-    content = mutated(sound, partial(_within, change), chance)
-    return f"{name}: {change.__name__}", partial(see, model, vision, {name: content}, chance.random())
+def _write(folder: Path, **files: bytes) -> None:
+    """A sound folder, but for the files that are passed: their names with _ for a dot."""
+    state = {key: value.bfloat16().contiguous() for key, value in _model().state_dict().items()}
+    sound = {
+        "config.json": json.dumps(tiny.VISION).encode(),
+        "preprocessor_config.json": json.dumps(PREPROCESSOR).encode(),
+    }
+    sound["model.safetensors"] = files["model_safetensors"] if "model_safetensors" in files else save(state)
+    for name, content in (sound | {key.replace("_json", ".json"): value for key, value in files.items()}).items():
+        if name != "model_safetensors":
+            (folder / name).write_bytes(content)
 
 
-def _within(change: Callable[[dict, Chance], Any], content: dict, chance: Chance) -> bytes | None:
-    inner = [value for value in content.values() if isinstance(value, dict)]
-    inner += [value for each in inner for value in each.values() if isinstance(value, dict)]
-    numbered = [each for each in (content, *inner) if any(type(value) is int for value in each.values())]
-    within = chance.choice(numbered if change is another_number else [content, *inner])
-    made = change(within, chance)
-    if within is content or not isinstance(made, bytes):
-        return made
-    return json.dumps(content).encode().replace(json.dumps(within).encode(), made)
+def _changed(sound: dict[str, Any], chance: Chance) -> tuple[str, bytes]:
+    """A config with a mutation in it, or in an object within it."""
+    numbers = any(type(value) in (int, float) for value in sound.values())
+    mutate = chance.choice([each for each in CONFIG if numbers or each is not another_number])
+    inner = [key for key in INSIDE if key in sound]
+    if not inner or chance.random() < 0.4:
+        return mutate.__name__, mutated(json.dumps(sound).encode(), mutate, chance)
+    key = chance.choice(inner)
+    name, content = _changed(sound[key], chance)
+    return f"{key}: {name}", json.dumps({**sound, key: "INSIDE"}).encode().replace(b'"INSIDE"', content)
 
 
-def _of_file(chance: Chance, model: Path, vision: Path) -> Case:
-    change, state = chance.choice((*HEADERS, *TENSORS)), dict(_state())
-    content = change(bytes_of(state), chance) if change in HEADERS else bytes_of(change(state, chance))
-    mode = chance.random()
-    return f"weights: {change.__name__}", partial(see, model, vision, {"model.safetensors": content}, mode)
+def _config(chance: Chance, folder: Path) -> Case:
+    name, content = _changed(tiny.VISION, chance)
+    part = chance.choice(["vision", "vision_tower"])
+
+    def call() -> None:
+        _write(folder, config_json=content)
+        found = Component.open(part, folder).skeleton.config
+        assert isinstance(found.pixel_limits(folder), PixelLimits)
+
+    return f"{part} config: {name}", call
 
 
-def _of_picture(chance: Chance, model: Path, vision: Path) -> Case:
-    size, kind = (
+def _limits(chance: Chance, folder: Path) -> Case:
+    name, content = _changed(PREPROCESSOR, chance)
+    size = chance.choice(SIDES), chance.choice(SIDES)
+
+    def call() -> None:
+        (folder / "preprocessor_config.json").write_bytes(content)
+        limits = _model().config.pixel_limits(folder)
+        width, height = limits.size(*size)
+        assert width % 32 == height % 32 == 0
+
+    return f"preprocessor, {size}: {name}", call
+
+
+def _weights(chance: Chance, folder: Path) -> Case:
+    state = {key: value.bfloat16().contiguous() for key, value in _model().state_dict().items()}
+    change, part = chance.choice((*HEADERS, *TENSORS)), chance.choice(["vision", "vision_tower"])
+    content = change(save(state), chance) if change in HEADERS else _saved(change(state, chance))
+
+    def call() -> None:
+        _write(folder, model_safetensors=content)
+        model = zimage.load_component(folder, part, dtype="fp32")
+        assert isinstance(model, Qwen3VL)
+        model.look([_noise(64, 64)])
+
+    return f"{part} weights: {change.__name__}", call
+
+
+def _saved(state: dict[str, Tensor]) -> bytes:
+    return save({key: value.contiguous() for key, value in state.items()})
+
+
+def _picture(chance: Chance, folder: Path) -> Case:
+    mode, size = (
+        chance.choice(["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"]),
         (chance.choice(SIDES), chance.choice(SIDES)),
-        chance.choice(MODES),
     )
-    picture, text = Image.new(kind, size), chance.choice(["", "a cat", "<|image_pad|>", "<|vision_end|>", "x" * 5000])
-    look = {"text": text, "layer": chance.choice([-2, -1, 0, -99]), "tokens": chance.choice(["image", "all"])}
-    return f"{kind} picture of {size}, {look}", partial(see, model, vision, {}, chance.random(), picture, **look)
+    limits = PixelLimits(chance.choice([1, 1024, 4096]), chance.choice([4096, 65_536]))
+    return f"picture {mode} {size}", lambda: _look(pixels_of(Image.new(mode, size), limits))
 
 
-def see(
-    model: Path,
-    vision: Path,
-    files: dict[str, bytes],
-    mode: float = 0.0,
-    picture: Image.Image | None = None,
-    **look: Any,
-) -> None:
-    """A picture, by a vision model with these files in place of its own; `mode` from 0 to 1 chooses one of three."""
-    shutil.rmtree(vision, ignore_errors=True)
-    tiny.write_vision(vision, _state(), pixels=PIXELS)
-    for name, content in files.items():
-        (vision / name).write_bytes(content)
-    settings = {"vision_mode": (None, "full", "tower")[int(3 * mode)], "device": "cpu", "dtype": "fp32"}
-    pipe = zimage.ZImage.load(model, vision_model=vision, **settings)
-    pipe.see(picture or Image.new("RGB", (48, 40)), **look)
+def _text(chance: Chance, folder: Path) -> Case:
+    pixels = [_noise(*chance.choice([(32, 32), (64, 96), (96, 32)])) for _ in range(chance.randint(1, 3))]
+    sight = _model().look(pixels)
+    ids = [1]
+    for count in sight.counts:
+        ids += [sight.pad] * (count + chance.choice([0, 0, 0, 1, -1])) + [2] * chance.choice([0, 1, 1, 3])
+    if chance.random() < 0.3:
+        chance.shuffle(ids)
+
+    def call() -> None:
+        model = _model().text
+        assert model is not None
+        assert torch.isfinite(model(torch.tensor([ids]), sight=sight)).all()
+
+    return f"text of {len(ids)} with {len(pixels)} pictures", call
+
+
+def _noise(width: int, height: int) -> Pixels:
+    return pixels_of(Image.effect_noise((width, height), 60), PixelLimits(1, 1 << 20))
+
+
+def _look(pixels: Pixels) -> None:
+    assert torch.isfinite(_model().look([pixels]).tokens).all()

@@ -1,5 +1,6 @@
 """The memory plan, as `info --plan` and `gen --verbose` print it."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zimage.cli import terminal
@@ -27,9 +28,15 @@ def plan_lines(plan: MemoryPlan, refusal: RequestError | None = None) -> list[st
 def show_plan(pipe: "ZImage", job: "Job") -> None:
     """Print a job's plan to standard error. Raises RequestError after it where the job does not fit."""
     refusal = pipe.refusal(job)
-    terminal.note("\n".join(plan_lines(job.plan, refusal)))
+    terminal.note("\n".join([*plan_lines(job.plan, refusal), *_control_lines(job)]))
     if refusal:
         raise refusal
+
+
+def _control_lines(job: "Job") -> Iterator[str]:
+    for control in job.request.control or ():
+        file = control.model
+        yield f"{'control':14}{file.name} at {control.scale:g} ({file.hash}): {file.config.told}"
 
 
 def plan_facts(plan: MemoryPlan) -> dict[str, object]:

@@ -116,6 +116,13 @@ class ControlNetConfig:
         """The places of hints in the noise refiner."""
         return self.control_refiner_layers_places if self.add_control_noise_refiner else ()
 
+    @property
+    def told(self) -> str:
+        """What it reads and where it adds, in words."""
+        refiner = f", after {len(self.refiner_places)} of the noise refiner" if self.refiner_places else ""
+        places = ", ".join(map(str, self.control_layers_places))
+        return f"reads {self.control_in_dim} channels, adds after layers {places}{refiner}"
+
     def check_beside(self, dit: Beside) -> None:
         """Raise ConfigError if a DiT does not have the width, the heads or the layers that this ControlNet is for."""
         for what, wanted, found in (("width", self.dim, dit.dim), ("heads", self.n_heads, dit.n_heads)):

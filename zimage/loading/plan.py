@@ -13,8 +13,9 @@ class Workload:
 
     `tile_mode` "" leaves the choice to the planner; `tile_size` 0 is the default. `stored_tokens` is the room, in
     tokens, of the text encoder's cache when it writes; 0 when it only encodes. `loras` are the bytes of LoRAs where
-    they are computed beside their layers. `vision_patches` are those of the largest reference picture, and
-    `vision_tokens` the tokens of the longest text that is read with such pictures; 0 without any.
+    they are computed beside their layers, `controls` those of the weights of ControlNets, and `control_streams` is how
+    many run beside the DiT. `vision_patches` are those of the largest reference picture, and `vision_tokens` the tokens
+    of the longest text that is read with such pictures; 0 without any.
     """
 
     width: int
@@ -25,6 +26,8 @@ class Workload:
     tile_size: int = 0
     stored_tokens: int = 0
     loras: int = 0
+    controls: int = 0
+    control_streams: int = 0
     vision_patches: int = 0
     vision_tokens: int = 0
 

@@ -215,6 +215,7 @@ class Planner:
         sizes = self.sizes[name]
         weights = sum(self.sizes[n].resident + self.sizes[n].graphs(work) for n in there)
         needed = sizes.work(work)
+        weights += work.controls if DIT in there else 0
         # Writing reads all layers and the head; encoding does not.
         weights += sizes.unread if work.stored_tokens and name == TEXT_ENCODER else 0
         if work.loras and DIT in there and not self.sizes[DIT].merges:

@@ -11,23 +11,25 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from zimage import interrupts
+from zimage.dit.control import ControlNet
 from zimage.dit.replay import forget_graphs
 from zimage.errors import RequestError, quoted
 from zimage.formats.pages import Prefetch
+from zimage.loading.controls import ControlFile, ControlFiles, weight_bytes
 from zimage.loading.devices import Place
 from zimage.loading.files import Component, ModelFiles
 from zimage.loading.graphs import give_graphs
 from zimage.loading.loras import Adapters, bring
 from zimage.loading.memory import out_of_memory_in, release_cached
 from zimage.loading.plan import MemoryPlan, StagePlan
-from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER
+from zimage.loading.registry import CONTROL, DIT, ROWS, TEXT_ENCODER
 from zimage.loading.sizes import ComponentSizes
 from zimage.loading.streaming import bytes_on, resident_weights, stop_streaming, stream, streamed_blocks
 from zimage.nn.attention import choose_attention, head_size, use_attention
@@ -41,12 +43,18 @@ log = logging.getLogger("zimage")
 
 @dataclass
 class _Loaded:
-    """A module in memory, the adapters it carries, and what reads its weights ahead."""
+    """A module in memory, the adapters it carries, the ControlNets beside it, and what reads its weights ahead."""
 
     module: nn.Module
     copied: int  # bytes that letting it go returns on a CPU
     adapters: Adapters = ()
     ahead: Prefetch | None = None
+    controls: dict[ControlFile, ControlNet] = field(default_factory=dict)  # beside a DiT
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Its own, and those of the ControlNets."""
+        return (self.module, *dict(self.controls).values())
 
 
 class Residency:
@@ -90,18 +98,18 @@ class Residency:
     @property
     def copies(self) -> dict[str, int]:
         """Bytes that each loaded component would return if it were let go: views of files return none."""
-        on_gpu = {name: held for name, held in dict(self._held).items() if self.places[name].device.type == "cuda"}
-        others = {name: held.copied for name, held in dict(self._held).items() if name not in on_gpu}
-        return others | {name: bytes_on(held.module, self.places[name].device) for name, held in on_gpu.items()}
+        return {name: self._returned(name, held) for name, held in dict(self._held).items()}
 
     @contextmanager
-    def use(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> Iterator[Any]:
-        """A component for one piece of work, loaded by `plan` with `adapters`; its device is held during it.
+    def use(self, name: str, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()) -> Iterator[Any]:
+        """A component for one piece of work, loaded by `plan`; its device is held during it.
+
+        A DiT has these `adapters`, and the modules of these `controls` beside it: see `control`.
 
         Never yield from a generator inside: another request on the same pipeline would wait forever.
         """
         with self._devices[self.places[name].device]:
-            module = self._brought(name, plan, adapters).module
+            module = self._brought(name, plan, adapters, controls).module
             try:
                 yield module
             finally:
@@ -112,10 +120,14 @@ class Residency:
         """The component's device for one piece of work on a module that the caller has in hand."""
         return self._devices[self.places[name].device]
 
-    def begin(self, name: str, plan: MemoryPlan, adapters: Adapters = ()) -> None:
+    def control(self, file: ControlFile) -> ControlNet:
+        """The module of a control file, inside `use` of the DiT with it."""
+        return self._held[DIT].controls[file]
+
+    def begin(self, name: str, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()) -> None:
         """Begin a stage: load its component and read it ahead."""
         with self._devices[self.places[name].device]:
-            self._brought(name, plan, adapters)
+            self._brought(name, plan, adapters, controls)
             self._read_ahead(name)
             self._busy[name] += 1
 
@@ -153,9 +165,10 @@ class Residency:
 
     # ------------------------------------------------------------------ with the device held
 
-    def _brought(self, name: str, plan: MemoryPlan, adapters: Adapters) -> _Loaded:
+    def _brought(self, name: str, plan: MemoryPlan, adapters: Adapters, controls: ControlFiles) -> _Loaded:
         stage = plan.stages[name]
         self._let_go(self._in_the_way(name, plan))
+        self._let_go_controls(name, plan, controls)
         if name in self._held and streamed_blocks(self._held[name].module) < len(stage.streamed):
             self._let_go([name])
         if name not in self._held:
@@ -166,12 +179,29 @@ class Residency:
                 self._read_ahead(name)
         elif ROWS[name].transformed:
             self._adapted(self._held[name], adapters)
+        if name == DIT:
+            self._bring_controls(self._held[name], controls)
         return self._held[name]
+
+    def _bring_controls(self, held: _Loaded, wanted: ControlFiles) -> None:
+        for file in wanted:
+            if file not in held.controls:
+                held.controls[file] = self._prepared_control(file)
 
     def _read_ahead(self, name: str) -> None:
         held = self._held[name]
         if held.ahead is None:
-            held.ahead = Prefetch(list(resident_weights(held.module, ROWS[name].reads)))
+            weights = list(resident_weights(held.module, ROWS[name].reads))
+            for net in held.controls.values():
+                weights += ROWS[CONTROL].reads(net)
+            held.ahead = Prefetch(weights)
+
+    def _returned(self, name: str, held: _Loaded) -> int:
+        """Bytes that a loaded component would return, the ControlNets beside it among them."""
+        device = self.places[name].device
+        if device.type == "cuda":
+            return sum(bytes_on(module, device) for module in held.modules)
+        return held.copied + sum(file.sizes(self._sizes[name]).copied for file in dict(held.controls))
 
     def _in_the_way(self, name: str, plan: MemoryPlan) -> list[str]:
         """What must go before a stage runs: what its plan does not count, unless another stage is using that and
@@ -180,9 +210,41 @@ class Residency:
         here, stage = self.places[name].device, plan.stages[name]
         others = [n for n in self.loaded if n not in (name, *stage.beside) and self.places[n].device == here]
         used = [n for n in others if self._busy[n]]
-        if stage.peak + sum(self._sizes[n].resident for n in used) <= plan.limits[stage.device]:
+        if stage.peak + sum(map(self._in_use, used)) <= plan.limits[stage.device]:
             return [n for n in others if n not in used]
         return others
+
+    def _in_use(self, name: str) -> int:
+        return self._sizes[name].resident + self._beside(self._held[name])
+
+    def _beside(self, held: _Loaded) -> int:
+        """Bytes of the ControlNets beside a DiT."""
+        return weight_bytes(held.controls, self._sizes[DIT]) if held.controls else 0
+
+    def _let_go_controls(self, name: str, plan: MemoryPlan, wanted: ControlFiles) -> None:
+        """Before the DiT works, what is not `wanted` goes; before others do, all that their plan does not count."""
+        held, (device, _) = self._held.get(DIT), self.places[name]
+        if held is None or self.places[DIT].device != device:
+            return
+        extra = [file for file in held.controls if file not in wanted]
+        if name != DIT:
+            uncounted = self._beside(held) > plan.work.controls and not self._busy[DIT]
+            extra = list(held.controls) if uncounted else []
+        for file in extra:
+            del held.controls[file]
+        if extra:
+            release_cached(device)
+
+    def _prepared_control(self, file: ControlFile) -> ControlNet:
+        """Load a ControlNet and transform it as the DiT is."""
+        log.debug("loading control %s", file.name)
+        with out_of_memory_in(f"{ROWS[CONTROL].title} {file.name}"):
+            net = file.load(self._sizes[DIT])
+        if DIT in self._attend:
+            use_attention(net, self._attend[DIT])
+        if self.settings.compile:
+            compile_blocks(net)
+        return net
 
     def _prepared(self, name: str, stage: StagePlan, adapters: Adapters) -> _Loaded:
         """Load a module, whose matrices are quantised as they come, then transform it, in this order."""

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from zimage.errors import RequestError
+from zimage.loading.controls import ControlFile
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import DIT
 from zimage.pictures.image import InputPicture, content_hash, open_image, open_mask
@@ -45,6 +46,7 @@ CONDITIONS: dict[str, type[Condition]] = {kind.FIELD: kind for kind in (Referenc
 FILES: dict[tuple[str, str], Opener] = {
     (Reference.FIELD, "picture"): open_reference,
     (Control.FIELD, "picture"): open_picture,
+    (Control.FIELD, "model"): ControlFile.of,
 }
 ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}  # for `mistake`
 

@@ -11,7 +11,7 @@ from zimage.pictures.inpaint import Frame, whole
 from zimage.render import attached
 from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
-from zimage.settings.declared import STRENGTH, Request
+from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
@@ -37,6 +37,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         "shift": find_shift(model, request.shift),
         "seed": either(request.seed, secrets.randbelow(2**32)),
         "strength": _strength(request),
+        "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
     return values, frame

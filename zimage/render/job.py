@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from zimage import flow
 from zimage.errors import RequestError
+from zimage.loading.controls import ControlFiles, with_controls
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
+from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
 from zimage.pictures.inpaint import Frame
 from zimage.render import attached, canvas
@@ -99,11 +101,11 @@ class Job:
         return self.frame.size
 
     def rendered(self) -> canvas.Rendered:
-        """The picture that the last pass starts from, and its mask, at the size of that pass; see `canvas.rendered`.
+        """The picture that the last pass starts from and its mask, at the size of that pass, computed at each call.
 
-        Only for a request with an image. It is computed at each call.
+        Only for a request with an image.
         """
-        return canvas.rendered(self.request, self.frame, *self.passes[-1][:2])
+        return canvas.Rendered(self.request, self.frame, *self.passes[-1][:2])
 
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""
@@ -200,7 +202,9 @@ def decide(
     found = references(values["reference"], request, model, vision)
     together = min(request.batch_size, request.count)
     beside = bytes_beside(loras, planner.sizes[DIT].dtype)
+    files = tuple(control.model for control in values["control"] or ())
     work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
+    work = with_controls(work, files, planner.sizes[DIT])
     lengths = [len(ids[text]) if text else len(embeddings.caption) for text in prompts]
     plan = planner.plan(with_references(work, request, found, lengths, texts.limit), loaded)
     if must_fit:
@@ -210,6 +214,7 @@ def decide(
         small = first_pass_size(width, height, request.hires)
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
+    _check_control(complete, len(passes))
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
     return Job(
         complete,
@@ -225,6 +230,36 @@ def decide(
         plan,
         **facts,
     )
+
+
+def control_files(request: Request) -> ControlFiles:
+    """The files of a prepared request's controls, one for each."""
+    return tuple(control.model for control in request.control or ())
+
+
+def starts_from_noise(request: Request) -> bool:
+    """Whether an inpainting run is diffusers': from noise alone, where only the ControlNet knows the picture."""
+    masked = request.mask is not None or request.extend is not None
+    reads = any(file.reads_mask for file in control_files(request))
+    return masked and reads and request.control_flow == "diffusers"
+
+
+def _check_control(request: Request, passes: int) -> None:
+    """Raise RequestError where controls or the strength would have no say, or control pictures cannot be made."""
+    if request.control_preprocess:
+        opencv()
+    if starts_from_noise(request) and request.strength != 1:
+        text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
+        raise RequestError(text, fields=("strength", "control_flow"))
+    steps, start, end = request.steps or 1, request.control_start, request.control_end
+    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
+    begins = [0, first][-passes:]
+    if request.control and not any(flow.steps_between(begin, steps, start, end) for begin in begins):
+        n = steps - first
+        text = (
+            f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
+        )
+        raise RequestError(text, fields=("control_start", "control_end"))
 
 
 def first_pass(job: Job) -> Job:

@@ -3,8 +3,8 @@
 Each begins with its component loaded and read ahead, does one piece of work at a time while it holds the component, and
 yields between them. Work that the state of an earlier run contains is skipped, and the bits are the same.
 
-A hook takes the function that computes a step's velocity and gives another: a ControlNet, guidance split over devices
-or a second noise prediction stand there without another pipeline.
+A hook takes the function that computes a step's velocity and gives another: guidance split over devices or a second
+noise prediction stand there without another pipeline.
 
 Shapes: B images, L caption tokens, C caption width, h × w latents.
 """
@@ -18,9 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from zimage import flow
+from zimage.dit.control import Controlled
 from zimage.dit.model import Context, Modulation, ZImageDiT
 from zimage.events import Event
 from zimage.kernels.tiles import to_levels
+from zimage.loading.controls import ControlFiles
 from zimage.loading.loras import Adapters
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import MemoryPlan
@@ -28,9 +30,11 @@ from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
 from zimage.pictures.image import fit, from_pil, to_pil
+from zimage.render import controlling
 from zimage.render.canvas import Pasting, pastes
 from zimage.render.conditioning import Encoder, Texts
-from zimage.render.job import EMBEDDED, Job, first_pass
+from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
+from zimage.render.job import EMBEDDED, Job, first_pass, starts_from_noise
 from zimage.render.seeing import Reading, Vision, look, mixed, read, references, unread, views_of
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
@@ -39,14 +43,14 @@ R = TypeVar("R")
 
 
 class Components:
-    """The components of a pipeline as one job sees them: by its plan, with its adapters."""
+    """The components of a pipeline as one job sees them: by its plan, with its adapters and control files."""
 
-    def __init__(self, residency: Residency, plan: MemoryPlan, adapters: Adapters = ()):
-        self.residency, self.plan, self.adapters = residency, plan, adapters
+    def __init__(self, residency: Residency, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()):
+        self.residency, self.plan, self.adapters, self.controls = residency, plan, adapters, controls
 
     def use(self, name: str) -> AbstractContextManager[Any]:
         """A component for one piece of work; see `Residency.use`."""
-        return self.residency.use(name, self.plan, self.adapters)
+        return self.residency.use(name, self.plan, self.adapters, self.controls)
 
     def config(self, name: str) -> Any:
         return self.residency.model.config(name)
@@ -60,7 +64,7 @@ class Components:
             return (yield from events)
         yield Event("load", 0, 1, detail=name)
         with out_of_memory_in(ROWS[name].title):
-            self.residency.begin(name, self.plan, self.adapters)
+            self.residency.begin(name, self.plan, self.adapters, self.controls)
         try:
             yield Event("load", 1, 1, detail=name)
             with out_of_memory_in(ROWS[name].title):
@@ -90,8 +94,8 @@ def run(
     latents = state.finished if second else []
     if len(latents) < job.count:
         conditions = yield from encode(components, job, encoder, texts, vision)
-        clean = yield from start_from(components, job, conditions, state, hooks)
-        events = denoise(components, job, conditions, clean, state if second else RenderState(), hooks)
+        sources = yield from start_from(components, job, conditions, state, hooks)
+        events = denoise(components, job, conditions, sources, state if second else RenderState(), hooks)
         latents = yield from components.stage(DIT, events)
     yield from components.stage(VAE, decode(components, job, latents, state.decoded))
 
@@ -149,24 +153,42 @@ def _encode_texts(
 # ------------------------------------------------------------------ what denoising starts from
 
 
+class Sources(NamedTuple):
+    """What a pass is given besides captions.
+
+    `clean` are the latents (1, 16, h, w) that each image starts from, None where it starts from noise alone, and
+    `controls` what ControlNets read.
+    """
+
+    clean: list[Tensor] | None
+    controls: list[ControlInput]
+
+
 def start_from(
     components: Components, job: Job, conditions: Conditions, state: RenderState, hooks: Sequence["Hook"] = ()
-) -> Generator[Event, None, list[Tensor] | None]:
-    """The latents (1, 16, h, w) that each image starts from, where it does not start from noise alone."""
-    request, (width, height, _) = job.request, job.passes[-1]
-    if request.image is not None:
-        events = _encode_pictures(components, job, "encode image", [job.rendered().picture], 1)
-        (clean,) = yield from components.stage(VAE, events)
-        return [clean] * job.count
-    if request.hires is None:
-        return None
-    small = state.small
-    if not small:
-        small = yield from components.stage(DIT, denoise(components, first_pass(job), conditions, None, state, hooks))
+) -> Generator[Event, None, Sources]:
+    """What the last pass is given; of two passes, the first runs here."""
+    request, small = job.request, state.small
+    if request.hires is not None and not small:
+        first = first_pass(job)
+        sources = yield from components.stage(VAE if request.control else "", _sources(components, first, []))
+        small = yield from components.stage(DIT, denoise(components, first, conditions, sources, state, hooks))
+    pictured = small or request.control or request.image is not None
+    return (yield from components.stage(VAE if pictured else "", _sources(components, job, small)))
 
-    enlarged = (from_pil(fit(_drawn(components, first_pass(job), latents), width, height)) for latents in small)
-    events = _encode_pictures(components, job, "enlarge", enlarged, job.count)
-    return (yield from components.stage(VAE, events))
+
+def _sources(components: Components, job: Job, small: list[Tensor]) -> Generator[Event, None, Sources]:
+    """What a job's last pass is given; `small` are the latents that the pass before it ended in."""
+    request, (width, height, _) = job.request, job.passes[-1]
+    rendered, clean = None if request.image is None else job.rendered(), None
+    if small:
+        enlarged = (from_pil(fit(_drawn(components, first_pass(job), latents), width, height)) for latents in small)
+        clean = yield from _encode_pictures(components, job, "enlarge", enlarged, job.count)
+    elif rendered and not starts_from_noise(request):
+        clean = (yield from _encode_pictures(components, job, "encode image", [rendered.picture], 1)) * job.count
+    shown = controlling.pictures(job, rendered)
+    encoded = yield from _encode_pictures(components, job, "encode control", shown, len(shown))
+    return Sources(clean, controlling.inputs(job, encoded, rendered))
 
 
 def _encode_pictures(
@@ -208,6 +230,7 @@ class Evaluation(NamedTuple):
     negative: Context | None
     scale: float
     normalization: float
+    controls: Sequence[Controlled] = ()  # ControlNets that have a say in this step
 
 
 Evaluate = Callable[[Evaluation], Tensor]  # → velocity (B, 16, h, w) fp32
@@ -216,10 +239,11 @@ Hook = Callable[[Evaluate], Evaluate]
 
 def guided_velocity(e: Evaluation) -> Tensor:
     """The model's velocity, with classifier-free guidance where there is any."""
-    velocity = e.dit.velocity(e.latents, e.modulation, e.positive)
+    velocity = e.dit.velocity(e.latents, e.modulation, e.positive, e.controls)
     if e.negative is None or e.scale <= 0:
         return velocity
-    return flow.guide(velocity, e.dit.velocity(e.latents, e.modulation, e.negative), e.scale, e.normalization)
+    negative = e.dit.velocity(e.latents, e.modulation, e.negative, e.controls)
+    return flow.guide(velocity, negative, e.scale, e.normalization)
 
 
 class Guidance(NamedTuple):
@@ -234,9 +258,15 @@ class _Batch:
     """The steps of one batch. Between them it holds no component: one that is let go is gone."""
 
     def __init__(
-        self, components: Components, start: flow.Start, sigmas: Tensor, guidance: Guidance, hooks: Sequence[Hook]
+        self,
+        components: Components,
+        start: flow.Start,
+        sigmas: Tensor,
+        guidance: Guidance,
+        steering: Steering,
+        hooks: Sequence[Hook],
     ):
-        self.components, self.sigmas, self.guidance = components, sigmas, guidance
+        self.components, self.sigmas, self.guidance, self.steering = components, sigmas, guidance, steering
         self.start = start.to(components.device(DIT))
         self.evaluate: Evaluate = guided_velocity
         for hook in hooks:
@@ -252,6 +282,7 @@ class _Batch:
                 return refined
 
             self.modulation = dit.modulate(self.sigmas[:-1])
+            self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
             self.positive = context(positive)
             self.negative = context(negative) if negative and self.guidance.scale > 0 else None
 
@@ -260,9 +291,17 @@ class _Batch:
         start, sigmas = self.start, self.sigmas
         scale = flow.guidance_at(sigmas[i], self.guidance.scale, self.guidance.truncation)
         with self.components.use(DIT) as dit, torch.no_grad():
-            now = self.modulation.step(i)
             moment = Evaluation(
-                dit, latents, i, sigmas, now, self.positive, self.negative, scale, self.guidance.normalization
+                dit,
+                latents,
+                i,
+                sigmas,
+                self.modulation.step(i),
+                self.positive,
+                self.negative,
+                scale,
+                self.guidance.normalization,
+                self.beside.step(i),
             )
             latents = flow.euler_step(latents, self.evaluate(moment), sigmas[i], sigmas[i + 1])
             latents = start.kept(latents, i, sigmas[i + 1])
@@ -278,10 +317,11 @@ def denoise_steps(
     start: flow.Start,
     sigmas: Tensor,
     guidance: Guidance,
+    steering: Steering = NOTHING,
     hooks: Sequence[Hook] = (),
 ) -> Iterator[Tensor]:
     """Yield the latents (B, 16, h, w) fp32 after each Euler step of B captions (L, C), with as many negative ones."""
-    batch = _Batch(components, start, sigmas, guidance, hooks)
+    batch = _Batch(components, start, sigmas, guidance, steering, hooks)
     batch.condition(positive, negative)
     latents = batch.start.latents
     for i in range(start.step, len(sigmas) - 1):
@@ -293,7 +333,7 @@ def denoise(
     components: Components,
     job: Job,
     conditions: Conditions,
-    clean: list[Tensor] | None,
+    sources: Sources,
     state: RenderState,
     hooks: Sequence[Hook] = (),
 ) -> Generator[Event, None, list[Tensor]]:
@@ -303,8 +343,9 @@ def denoise(
     guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
     for first in range(len(finished), job.count, request.batch_size):
         batch = range(first, min(first + request.batch_size, job.count))
-        start, done = _start(components, job, batch, clean, mask, sigmas), 0
+        start, done = _start(components, job, batch, sources.clean, mask, sigmas), 0
         total = len(sigmas) - 1 - start.step
+        steering = Steering.of(request, sources.controls, start.step)
         if first == len(state.finished) and state.latents is not None:
             done = state.step
             start = start._replace(latents=state.latents, step=start.step + done)
@@ -312,7 +353,7 @@ def denoise(
         negative = None if conditions.negative is None else [conditions.negative] * len(batch)
         yield Event("denoise", done, total, first, job.count)
         latents = start.latents
-        steps = denoise_steps(components, positive, negative, start, sigmas, guidance, hooks)
+        steps = denoise_steps(components, positive, negative, start, sigmas, guidance, steering, hooks)
         for step, latents in enumerate(steps, done + 1):
             yield Event("denoise", step, total, first, job.count, latents=latents)
         finished += latents.split(1)
@@ -332,7 +373,7 @@ def _start(
 
 
 def _latent_mask(components: Components, job: Job) -> Tensor | None:
-    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back, as `Job.rendered`."""
+    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back."""
     mask = None if job.request.image is None else job.rendered().mask
     if mask is None:
         return None

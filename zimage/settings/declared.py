@@ -47,6 +47,8 @@ STRENGTH = 0.6
 MASK_ALPHA = "alpha"  # as a mask: the transparent pixels of the image
 MAX_BLUR = 512  # px
 MAX_LORA_SCALE = 100.0
+CONTROL_FLOWS = ("publisher", "diffusers")
+CONTROL_PREPROCESS = ("canny",)
 LORA_PARTS = ("text_encoder",)
 DEFAULT_REWRITER = "rewrite-expand"
 MAX_TOKENS = 512
@@ -284,6 +286,30 @@ class Request(CaptionSettings):
         metavar=Control.FORM,
         condition=Control,
     )
+    control_start: float = setting(
+        0.0,
+        "Let ControlNets have a say from this fraction of the steps on; a step counts where it lies wholly between "
+        "--control-start and --control-end.",
+        group="Picture",
+        minimum=0,
+        maximum=1,
+    )
+    control_end: float = setting(
+        1.0, "Let them have a say up to this fraction of the steps.", group="Picture", minimum=0, maximum=1
+    )
+    control_flow: str | None = setting(
+        None,
+        "Where control files of version 2 and later add along the noise refiner: to the DiT's own stream, as their "
+        "publisher does, or to a copy, as diffusers does, which also inpaints from noise alone. Default: publisher.",
+        group="Picture",
+        choices=CONTROL_FLOWS,
+    )
+    control_preprocess: str | None = setting(
+        None,
+        "Make control pictures first: canny draws the edges of each. Default: use them as they are.",
+        group="Picture",
+        choices=CONTROL_PREPROCESS,
+    )
     images: int = setting(1, "Images per prompt.", group="Picture", flag="-n", minimum=1, maximum=10_000)
     batch_size: int = setting(
         1,
@@ -338,6 +364,7 @@ class Request(CaptionSettings):
         if self.hires is not None and self.image is not None:
             text = "hires: it does not work with an image to start from; pass only one of them"
             raise RequestError(text, fields=("hires", "image"))
+        self._check_control()
         if self.embeddings is not None and self.prompt:
             text = "embeddings: they replace the prompt; pass only one of them"
             raise RequestError(text, fields=("embeddings", "prompt"))
@@ -345,6 +372,17 @@ class Request(CaptionSettings):
         if self.embeddings is not None and parts:
             text = f"embeddings: they contain the whole text; leave out {', '.join(parts)}"
             raise RequestError(text, fields=("embeddings", *parts))
+
+    def _check_control(self) -> None:
+        """How ControlNets are used, which says nothing where there are none."""
+        idle = {"control_start": 0.0, "control_end": 1.0, "control_flow": None, "control_preprocess": None}
+        unused = [name for name, default in idle.items() if getattr(self, name) != default]
+        if unused and not self.control:
+            text = f"{unused[0]}: it has no effect without a control file; pass control or leave it out"
+            raise RequestError(text, fields=(unused[0], "control"))
+        if self.control_start >= self.control_end:
+            text = f"control_start {self.control_start:g} must be below the control_end {self.control_end:g}"
+            raise RequestError(text, fields=("control_start", "control_end"))
 
     def _check_masking(self) -> None:
         """What goes with a mask, or with an image that is extended."""
