@@ -11,6 +11,8 @@ from tiny import randomised
 from torch import Tensor
 
 from zimage.dit import ControlNet, ZImageDiT
+from zimage.dit.control import Controlled, ControlStream
+from zimage.dit.rope import Rotation
 
 DIT = {**SMALL, "n_layers": 5, "n_refiner_layers": 2}
 _SHARED = {"_class_name": "ZImageControlNetModel", "qk_norm": True, "all_patch_size": [2], "all_f_patch_size": [1]}
@@ -61,3 +63,23 @@ def write(folder: Path, form: str, seed: int = 2, **changes: Any) -> Path:
 
 def control_latents(config: dict[str, Any], batch: int, h: int, w: int, seed: int = 5) -> Tensor:
     return torch.randn(batch, config["control_in_dim"], h, w, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def hints(net: ControlNet) -> list[Tensor]:
+    """All hints of an evaluation beside a DiT whose tokens are random: in the noise refiner, then in its layers."""
+    generator, config = torch.Generator().manual_seed(9), net.config
+    image, x, caption = (torch.randn(1, n, config.dim, generator=generator) for n in (32, 64, 32))
+    angle = 6 * torch.rand(1, 64, config.dim // config.n_heads // 2, generator=generator)
+    turn, image_turn = Rotation(angle.cos(), angle.sin()), Rotation(angle[:, :32].cos(), angle[:, :32].sin())
+    time, pad = torch.randn(1, min(config.dim, 256), generator=generator), torch.zeros(1, config.dim)
+    latents = torch.randn(1, config.control_in_dim, 6, 10, generator=generator)
+    stream = ControlStream(Controlled(net, net.embed(latents, pad), net.modulate(time), 0.8), image, image_turn)
+    found = [_hint(stream, place, image) for place in config.refiner_places]
+    stream.join(x, caption, turn, None)
+    return found + [_hint(stream, place, x) for place in config.control_layers_places]
+
+
+def _hint(stream: ControlStream, place: int, x: Tensor) -> Tensor:
+    stream.advance(place)
+    return stream.add_hint(place, torch.zeros_like(x))

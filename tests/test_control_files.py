@@ -21,9 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 import zimage
 from zimage.dit import ControlNet, ZImageDiT
-from zimage.dit.control import Controlled, ControlStream
+from zimage.dit.control import Controlled
 from zimage.dit.replay import replay_velocity
-from zimage.dit.rope import Rotation, rotation
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.formats.stored import Maps, Stored
 from zimage.loading.files import Component
@@ -214,27 +213,9 @@ WORST = {"fp8": 0.06, "int8": 0.02, "Q8_0": 0.02, "Q4_K": 0.2}  # of the largest
 PRODUCTS = {"int8": 0.06, "fp8": 0.2}  # activations are rounded too: the limits of a whole DiT in `test_precision.py`
 
 
-def hints(net: ControlNet) -> list[torch.Tensor]:
-    """All hints of an evaluation beside a DiT whose tokens are random."""
-    generator, dim = torch.Generator().manual_seed(9), net.config.dim
-    image, x, caption = (torch.randn(1, n, dim, generator=generator) for n in (32, 64, 32))
-    turn = rotation(torch.randint(20, (1, 64, 3), generator=generator), loose.DIT["axes_dims"], 256.0)
-    time, pad = torch.randn(1, 256, generator=generator), torch.zeros(1, dim)
-    one = Controlled(net, net.embed(control_nets.control_latents(FORMS["lite"], 1, *SIZE), pad), net.modulate(time))
-    stream = ControlStream(one, image, Rotation(*(part[:, :32] for part in turn)))
-    found = [_hint(stream, place, image) for place in net.config.refiner_places]
-    stream.join(x, caption, turn, None)
-    return found + [_hint(stream, place, x) for place in net.config.control_layers_places]
-
-
-def _hint(stream: ControlStream, place: int, x: torch.Tensor) -> torch.Tensor:
-    stream.advance(place)
-    return stream.add_hint(place, torch.zeros_like(x))
-
-
 def worst(ours: ControlNet, theirs: ControlNet) -> float:
     """The largest relative error of a hint."""
-    pairs = list(zip(hints(ours), hints(theirs), strict=True))
+    pairs = list(zip(control_nets.hints(ours), control_nets.hints(theirs), strict=True))
     assert len(pairs) == len(ours.config.control_layers_places) + 2
     return max(relative_error(*pair) for pair in pairs)
 

@@ -321,6 +321,14 @@ def _sparse(name: str, place: Path) -> object:
     return _load(place / "model")
 
 
+def _shown(place: Path, **pixels: object) -> object:
+    """It once made the text round the picture first, of 2 GB."""
+    from fuzz import seeing
+
+    content = json.dumps({**seeing.PIXELS, **pixels}).encode()
+    return seeing.see(seeing.model_in(place / "model"), place / "vision", {"preprocessor_config.json": content})
+
+
 FILES: dict[str, Callable[[Path], object]] = {
     "pads without rows": lambda place: _loose(place, {"x_pad_token": torch.zeros(1, 0)}),
     "pads of one dimension": lambda place: _loose(place, {"x_pad_token": torch.zeros(64)}),
@@ -354,6 +362,9 @@ FILES: dict[str, Callable[[Path], object]] = {
     "a sparse config": functools.partial(_sparse, "vae/config.json"),
     "a sparse schedule": functools.partial(_sparse, "scheduler/scheduler_config.json"),
     "a sparse tokenizer": functools.partial(_sparse, "tokenizer/tokenizer.json"),
+    "a vision model that asks for pictures of half a billion pixels": lambda place: _shown(
+        place, size={"shortest_edge": 1 << 29, "longest_edge": 1 << 30}
+    ),
 }
 
 

@@ -20,14 +20,17 @@ from zimage.pictures.image import open_image, open_mask
 from zimage.pictures.inpaint import open_alpha
 from zimage.pictures.parameters import parse_parameters
 from zimage.pictures.texts import UNICODE, comment_bytes
+from zimage.text.vision_input import PixelLimits, pixels_of
 
 Call = Callable[[], object]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 ROUNDS = 8  # of each mutation of each file
+SMALL_TOKENS = PixelLimits(max_pixels=1 << 17)
 READERS: dict[str, Callable[[Path], object]] = {
     "image": open_image,
     "mask": open_mask,
     "alpha": open_alpha,
+    "reference": lambda path: pixels_of(open_image(path), SMALL_TOKENS),
     "metadata": read_metadata,
     "settings": read_settings,
 }

@@ -104,21 +104,21 @@ QUANTISED: dict[str, loose.Quantiser] = {
 def _of_file(chance: Chance, folder: Path) -> Case:
     part, name, state = chance.choice(_sources())
     change = chance.choice((*HEADERS, *TENSORS))
-    content = change(_bytes(state), chance) if change in HEADERS else _bytes(change(dict(state), chance))
+    content = change(bytes_of(state), chance) if change in HEADERS else bytes_of(change(dict(state), chance))
 
     def call() -> None:
         file = folder / "mutated.safetensors"
         file.write_bytes(content)
-        _use(zimage.load_component(file, part, dtype="fp32"))
+        used(zimage.load_component(file, part, dtype="fp32"))
 
     return f"{part} {name}: {change.__name__}", call
 
 
-def _bytes(state: State) -> bytes:
+def bytes_of(state: State) -> bytes:
     return save({key: value.contiguous() for key, value in state.items()})
 
 
-def _use(module: torch.nn.Module) -> None:
+def used(module: torch.nn.Module) -> None:
     """Decode a few rows of each quantised matrix: only then are codes and scales read together."""
     for each in module.modules():
         if isinstance(each, PackedLinear):
@@ -209,7 +209,7 @@ def _of_index(chance: Chance, folder: Path) -> Case:
     state = _parts()["dit"]
     shards = dict(zip(names, (sorted(state)[::2], sorted(state)[1::2]), strict=True))
     index = {key: name for name, keys in shards.items() for key in keys}
-    files = {name: _bytes({key: state[key] for key in keys}) for name, keys in shards.items()}
+    files = {name: bytes_of({key: state[key] for key in keys}) for name, keys in shards.items()}
     change = chance.choice((lost, moved, elsewhere, other_map, other_text, doubled))
     return f"index: {change.__name__}", _folder_call(folder / "sharded", *change(index, files, chance))
 

@@ -114,6 +114,11 @@ class Vision:
         self._check_layer(look.layer)
         rows, columns = grid = self.limits.grid(*picture.picture.size)
         count = rows * columns // self.limits.merge_size**2
+        if count > MAX_TEXT_TOKENS:  # before the text is made, which would take seconds and gigabytes
+            told = (
+                f"{count:,} tokens at the size that the vision model asks for; it may have at most {MAX_TEXT_TOKENS:,}"
+            )
+            raise RequestError(f"a reference picture has {told}", fields=("reference",))
         ids = tuple(self._model.tokenizer.encode(seen_text(look.text, [count])))
         if len(ids) > MAX_TEXT_TOKENS:
             text = f"has {len(ids):,} tokens with its picture; it may have at most {MAX_TEXT_TOKENS:,}"
