@@ -67,7 +67,7 @@ def seeing_folder(tmp_path_factory):
     states = [tiny.randomised(part, seed).state_dict() for seed, part in enumerate(parts)]
     folder = tmp_path_factory.mktemp("models") / "seeing"
     tiny.write_model(folder, *states, tiny.KL, text_config=tiny.SEEING_QWEN)
-    tiny.write_vision(folder / "vision", tiny.randomised(Qwen3VL.from_config(tiny.VL), 3).state_dict())
+    tiny.write_vision(folder / "vision", tiny.randomised(Qwen3VL.from_config(tiny.SEEING), 3).state_dict())
     return folder
 
 

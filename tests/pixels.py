@@ -1,4 +1,4 @@
-"""Forty requests, one or more of every mode, whose pixels a change of structure must not move.
+"""Some forty requests, one or more of every mode, whose pixels a change of structure must not move.
 
 `python tests/pixels.py FILE` renders them all and writes {name: SHA-256 of the pixels}; run it at two commits on one
 machine and compare the files (the last bits differ between processors). `test_pixels.py` holds the same requests
@@ -72,6 +72,9 @@ REQUESTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "strips": ({}, {"prompt": PAIR, "tile_mode": "exact", "tile_size": 64}),
     "blended": ({}, {"prompt": PAIR, "tile_mode": "blend", "tile_size": 64, "tile_overlap": 32}),
     "resumed": ({}, {"prompt": [CAT, FOX], "guidance": 1.0}),
+    "pasted": ({}, {"prompt": FOX, "image": "picture", "mask": "mask", "mask_blur": 6.0}),
+    "region": ({}, {"prompt": FOX, "image": "picture", "mask": "mask", "mask_invert": True, "mask_crop": 0}),
+    "extended": ({}, {"prompt": FOX, "image": "picture", "extend": "0,0,61,0", "strength": 0.9}),
 }
 
 

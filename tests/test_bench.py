@@ -176,6 +176,7 @@ def test_tables_of_a_card_come_from_its_rows(tmp_path, monkeypatch):
         {"section": "steps", "name": "diffusers bf16 1024", "ms": 512.0},
         {"section": "attention", "name": "flash2", "absent": "flash_attn | is not installed"},
         {"section": "text", "name": "write", "ms_per_token": 25.2},
+        {"section": "text", "name": "write, CUDA graphs", "not_run": "the section's time was over"},
     ]
     machine = {"torch": "2.13.0", "commit": "abc"}
     about = {"gpu": "RTX 4090", "driver": "580.1", "machine": machine, "command": "python -m bench card"}
@@ -184,6 +185,7 @@ def test_tables_of_a_card_come_from_its_rows(tmp_path, monkeypatch):
     assert "| bf16 | 92.1 (1.14) | 401 (1.13) |" in text
     assert "| diffusers, bf16 | – | 512 |" in text
     assert "compiled" not in text, "a row that failed gives no figure"
+    assert "not run" not in text
     assert "| writing, a token | 25.2 ms a token |" in text
     assert "`python -m bench card` (RTX 4090, driver 580.1, PyTorch 2.13.0, commit abc)" in text
     every = tables.filled("<!-- result: card_rows -->\n<!-- end -->")

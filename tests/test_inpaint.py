@@ -231,14 +231,15 @@ def test_the_edge_falls_from_the_mask_to_nothing():
     assert (np.asarray(inpaint.edge_of(Image.new("L", (9, 9), 255))) == 255).all()
 
 
-@pytest.mark.parametrize("radius", [0, 1, 4, 30])
-def test_sums_over_windows(radius):
-    values = np.random.default_rng(radius).integers(0, 5, (13, 22)).astype(np.int32)
-    expected = [
-        [values[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1].sum() for x in range(22)]
-        for y in range(13)
-    ]
-    assert inpaint.window_sums(values, radius).tolist() == expected
+@pytest.mark.parametrize("seed", range(20))
+def test_the_edge_is_exact_at_both_ends(seed):
+    """All of what is painted, nothing out of reach, whatever Pillow's filter rounds; at the borders too."""
+    generator = np.random.default_rng(seed)
+    painted = generator.random((40, 90)) < generator.choice([0.001, 0.01])
+    shown = np.asarray(inpaint.edge_of(Image.fromarray((painted * generator.integers(1, 256)).astype(np.uint8))))
+    assert (shown[painted] == 255).all()
+    assert (shown[away(painted)] == 0).all()
+    assert (shown[~away(painted)] > 0).all()
 
 
 def test_a_render_takes_on_the_tone_of_the_picture_around_it():
@@ -470,6 +471,23 @@ def test_objects_are_passed_again_by_their_hashes(pipe):
         Job.from_dict(plain, {plain["request"]["image"]["hash"]: photo(50, 40)})
 
 
+def test_a_state_of_more_steps_than_a_grey_mask_leaves_is_refused(pipe):
+    job = pipe.prepare(zimage.Request("a", seed=1, steps=8, image=photo(64, 48), mask=Image.new("L", (64, 48), 128)))
+    with pytest.raises(RequestError, match="5 steps of 4"):
+        list(pipe.run(job, RenderState(latents=torch.zeros(1, 16, 6, 8), step=5)))
+
+
+def test_a_job_whose_region_was_moved_is_not_run(pipe, files):
+    job = pipe.prepare(zimage.Request("a", seed=1, image="start.png", mask="spot.png", mask_crop=4))
+    plain = json.loads(json.dumps(job.to_dict()))
+    plain["frame"][2] += 1
+    with pytest.raises(RequestError, match="the job's frame"):
+        pipe.run(Job.from_dict(plain))
+    plain["frame"][2] = "here"
+    with pytest.raises(RequestError, match=r"job\.frame\[2\] should be a whole number"):
+        Job.from_dict(plain)
+
+
 # ------------------------------------------------------------------ what makes no sense
 
 
@@ -503,6 +521,7 @@ BLACK = Image.new("L", (64, 48))
         ({"extend": "0,0,0,0"}, "should extend one side at least", ("extend",)),
         ({"extend": "0,0,99999,0"}, "none by more than 16,384 px", ("extend",)),
         ({"extend": "0,0,16384,0"}, "the picture would be 16448 × 48 px", ("extend", "image")),
+        ({"extend": "0,0,15000,15000"}, "the whole 178,956,970 pixels", ("extend", "image")),
         ({"extend": "0,0,16,0", "image": None}, "extend: it has no effect without an image", ("extend", "image")),
         ({"extend": 16}, "extend 16 is of type int", ("extend",)),
         ({"mask": SPOT, "hires": 2.0}, "does not work with an image to start from", ("hires", "image")),

@@ -1,4 +1,4 @@
-"""Every mode draws what it drew before: small versions of forty requests' pictures, the same on any machine.
+"""Every mode draws what it drew before: small versions of some forty requests' pictures, the same on any machine.
 
 `python tests/test_pixels.py` writes the goldens anew. Bits are compared by `pixels.py`, on one machine.
 """

@@ -70,7 +70,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(("layer", "tokens", "text"), [(-2, "image", ""), (-1, "all", "a cat"), (-4, "all", "")])
 def test_a_picture_is_read_as_the_modules_read_it(seeing_folder, mode, layer, tokens, text):
     """By hand, from the files alone: tower, then the text stack of either model, and the rows that are wanted."""
-    vision = Qwen3VL.from_config(tiny.VL)
+    vision = Qwen3VL.from_config(tiny.SEEING)
     vision.load_state_dict(load_file(seeing_folder / "vision" / "model.safetensors"))
     encoder = Qwen3.from_config(tiny.SEEING_QWEN)
     encoder.load_state_dict(load_file(seeing_folder / "text_encoder" / "model.safetensors"))
@@ -80,7 +80,7 @@ def test_a_picture_is_read_as_the_modules_read_it(seeing_folder, mode, layer, to
         words = tiny.tokenizer(tiny.SEEING_TOKENS).encode(seen_text(text, sight.counts)).ids
         ids = torch.tensor([words])
         state = (vision.text if mode == "full" else encoder)(ids, layer, sight=sight)[0]
-    expected = state if tokens == "all" else state[ids[0] == tiny.VL["image_token_id"]]
+    expected = state if tokens == "all" else state[ids[0] == tiny.SEEING["image_token_id"]]
     found = load(seeing_folder, mode).see(picture(), text, layer, tokens)
     assert torch.equal(found, expected)
     assert len(found) == (len(words) if tokens == "all" else 6 * 4)  # 96 × 72 pixels in tokens of 16 × 16: 6 × 4.5
@@ -107,18 +107,17 @@ def test_the_vision_model_is_let_go_before_anything_else_is_loaded(seer, counted
     seer.release()
     seer.cache.clear()
     request = zimage.Request("a cat", reference=[picture(), (picture(2), 0.5), picture()], **SMALL)
-    loaded = {"load": []}
+    loaded, told = [], set()
     for event in seer.run(request):
-        loaded.setdefault(event.stage, []).append((event.step, event.index, event.count))
+        told.add((event.stage, event.step, event.index, event.count))
         if event.stage == "load" and event.step == 1:
-            loaded["load"].append(seer.loaded)
+            loaded.append(seer.loaded)
     assert len(counted) == 2, "a picture that is named twice is seen once"
-    names = seer.vision.component
-    assert [n for n in loaded["load"] if isinstance(n[0], str)][0] == (names,)
-    assert all(names not in n for n in loaded["load"][1:] if n and isinstance(n[0], str) and n != (names,))
-    steps = 2 if seer.vision.mode == "tower" else 1
-    assert {(0, 0, 2), (0, 1, 2), (steps, 0, 2), (steps, 1, 2)} <= set(loaded["see"])
-    assert names not in seer.loaded
+    name, steps = seer.vision.component, 2 if seer.vision.mode == "tower" else 1
+    assert loaded[0] == (name,)
+    assert all(name not in names for names in loaded[1:])
+    assert {("see", step, i, 2) for step in (0, steps) for i in (0, 1)} <= told
+    assert name not in seer.loaded
 
 
 def test_each_picture_is_seen_once_for_every_way_of_reading_it(seer, counted):
@@ -302,13 +301,27 @@ def test_where_memory_is_short_the_vision_model_is_alone(seeing_folder):
         assert len(pipe.loaded) == beside
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_that_are_streamed_see_the_same(seeing_folder, monkeypatch, mode):
+    """As if the process itself took nothing, in less memory than the vision model has."""
+    for name in ("_held_bytes", "_base_bytes"):
+        monkeypatch.setattr(f"zimage.loading.planner.{name}", lambda device: 0)
+    request = zimage.Request("a cat", reference=[picture()], **SMALL)
+    whole = load(seeing_folder, mode, residency="stage")
+    stage = whole.prepare(request).plan.stages[whole.vision.component]
+    tight = load(seeing_folder, mode, memory=(stage.peak - stage.weights / 4) / 1e9)
+    job = tight.prepare(request, must_fit=False)
+    assert job.plan.stages[tight.vision.component].streamed
+    assert torch.equal(tight.see(picture()), whole.see(picture()))
+
+
 PEAK = """
 import json, sys
 import zimage
 from PIL import Image
 settings, folder = json.loads(sys.argv[1]), sys.argv[2]
 pipe = zimage.ZImage.load(folder, device="cpu", dtype="fp32", vision_model=folder + "/vision", **settings)
-seen = Image.effect_noise((736, 736), 64).convert("RGB")
+seen = Image.effect_noise((400, 448), 64).convert("RGB")
 job = pipe.prepare(zimage.Request("a cat", steps=1, width=32, height=32, seed=1, reference=[seen]))
 for event in pipe.run(job):
     if event.stage not in ("load", "see"):
@@ -326,11 +339,11 @@ def larger_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("larger") / "model"
     qwen = {**tiny.SEEING_QWEN, "hidden_size": 512, "intermediate_size": 2304, "num_hidden_layers": 6}
     qwen |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    vision = {**tiny.VL["vision_config"], "hidden_size": 512, "intermediate_size": 2048, "out_hidden_size": 512}
+    vision = {**tiny.SEEING["vision_config"], "hidden_size": 512, "intermediate_size": 2048, "out_hidden_size": 512}
     vision |= {"depth": 6, "num_heads": 8, "deepstack_visual_indexes": [1, 3, 5], "num_position_embeddings": 2304}
-    text = {**tiny.VL["text_config"], **{k: qwen[k] for k in qwen if k not in ("model_type", "rope_theta")}}
+    text = {**tiny.SEEING["text_config"], **{k: qwen[k] for k in qwen if k not in ("model_type", "rope_theta")}}
     text |= {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [12, 10, 10]}}
-    config = {**tiny.VL, "vision_config": vision, "text_config": text}
+    config = {**tiny.SEEING, "vision_config": vision, "text_config": text}
     dit = {**tiny.DIT, "cap_feat_dim": 512}
     parts = (
         Qwen3.from_config(qwen),
@@ -379,10 +392,8 @@ def test_what_is_missing_and_where_it_is_got(seeing_folder, tiny_folder, tmp_pat
 
 def narrow(folder: Path, **changes) -> Path:
     """A vision model with other values in its config."""
-    config = {
-        **tiny.VL,
-        **{name: {**tiny.VL[name], **value} if isinstance(value, dict) else value for name, value in changes.items()},
-    }
+    nested = {name: {**tiny.SEEING[name], **value} for name, value in changes.items() if isinstance(value, dict)}
+    config = {**tiny.SEEING, **changes, **nested}
     return tiny.write_vision(folder, tiny.randomised(Qwen3VL.from_config(config), 3).state_dict(), config)
 
 
@@ -445,7 +456,7 @@ def test_what_only_encodes_can_see(seeing_folder):
 @pytest.mark.parametrize(
     ("request_", "words", "field"),
     [
-        ({"vision_layer": -9}, "vision_layer -9 does not exist; use −[45] to −1", "vision_layer"),
+        ({"vision_layer": -9}, "vision_layer -9 does not exist; use −[56] to −1", "vision_layer"),
         ({"vision_text": "<|image_pad|>"}, r"vision_text: leave <\|image_pad\|> out of it", "vision_text"),
         ({"reference": [Image.new("RGB", (900, 3))]}, "a reference picture of 900×3 cannot be read", "reference"),
         ({"reference": [torch.zeros(3, 63)]}, "is 63 wide; this model takes 64", "reference"),
@@ -463,9 +474,7 @@ def test_a_weight_that_is_not_a_number_is_named(seeing_folder, tmp_path):
     weights["model.visual.blocks.0.mlp.linear_fc1.weight"][0, 0] = torch.nan
     folder = tiny.write_vision(tmp_path / "broken", weights)
     pipe = load(seeing_folder, vision_model=folder)
-    with pytest.raises(
-        zimage.ZImageError, match=r"the vision tower holds NaN .* visual.blocks.0.mlp.linear_fc1.weight"
-    ):
+    with pytest.raises(zimage.ZImageError, match=r"tower holds NaN .*visual.blocks.0.mlp.linear_fc1.weight"):
         pipe.see(picture())
     assert pipe.loaded == ()
 

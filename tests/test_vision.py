@@ -238,11 +238,21 @@ def test_groups_of_neighbours():
 def test_limits_under_either_naming(tmp_path, config):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     read = Qwen3VLConfig.read(tiny.VISION).pixel_limits
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"min_pixels": 1, "max_pixels": 2}}')
     assert read(tmp_path) == read(tmp_path / "loose.safetensors") == PixelLimits(4096, 8192)
 
 
+def test_limits_as_transformers_5_writes_them(tmp_path):
+    config = {"image_processor": {"size": {"shortest_edge": 4096, "longest_edge": 8192}, "rescale_factor": 1 / 255}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == PixelLimits(4096, 8192)
+
+
 def test_limits_where_no_file_states_them(tmp_path):
-    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == PixelLimits(65_536, 16_777_216)
+    published = PixelLimits(65_536, 16_777_216)
+    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == published
+    (tmp_path / "processor_config.json").write_text("{}")
+    assert Qwen3VLConfig.read(tiny.VISION).pixel_limits(tmp_path) == published
 
 
 @pytest.mark.parametrize(
@@ -260,6 +270,7 @@ def test_limits_where_no_file_states_them(tmp_path):
         ({"do_resize": False}, "do_resize = False is not implemented"),
         ({"resample": 2}, "resample = 2 is not implemented"),
         ({"temporal_patch_size": 1}, "temporal_patch_size = 1 is not implemented"),
+        ({"rescale_factor": 1.0}, "rescale_factor = 1.0 is not implemented"),
     ],
 )
 def test_limits_that_cannot_be_used(tmp_path, change, words):
@@ -375,7 +386,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_looking_takes_the_memory_that_is_planned(dtype):
-    """A tower of the published proportions; the process' own peak is the plan's concern (test_memory.py)."""
+    """A tower of the published proportions. What a process takes on a CPU is another matter (test_seeing.py)."""
     tower = {**tiny.VISION["vision_config"], "depth": 4, "hidden_size": 256, "intermediate_size": 1024}
     tower |= {"num_heads": 4, "out_hidden_size": 640, "deepstack_visual_indexes": [0, 1, 2]}
     model = Qwen3VLTower.from_config({"model_type": "qwen3_vl", "vision_config": tower}).to(dtype)
@@ -383,7 +394,7 @@ def test_looking_takes_the_memory_that_is_planned(dtype):
     with Live() as live:
         model.look([pixels])
     work = Workload(16, 16, 0, vision_patches=1600)
-    assert vision_bytes(model.config, work, dtype) == pytest.approx(live.most, rel=0.1)
+    assert vision_bytes(model.config, work, dtype, torch.device("cuda")) == pytest.approx(live.most, rel=0.1)
 
 
 def test_a_sight_counts_its_tokens():

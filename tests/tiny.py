@@ -32,36 +32,6 @@ QWEN = {
     "max_position_embeddings": 4096,
 }
 
-SEEING_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-SEEING_QWEN = {**QWEN, "vocab_size": VOCAB + len(SEEING_TOKENS)}  # an encoder that can read what a tower sees
-VL = {
-    "model_type": "qwen3_vl",
-    "image_token_id": VOCAB + 2,
-    "vision_config": {
-        "model_type": "qwen3_vl",
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_heads": 2,
-        "out_hidden_size": QWEN["hidden_size"],
-        "num_position_embeddings": 25,
-        "deepstack_visual_indexes": [0, 2],
-        "patch_size": 8,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "in_channels": 3,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
-    "text_config": {
-        **SEEING_QWEN,
-        "model_type": "qwen3_vl_text",
-        "num_hidden_layers": 3,
-        "rope_theta": 5_000_000.0,
-        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 4, 4]},
-    },
-}
-PIXELS = {"size": {"shortest_edge": 1024, "longest_edge": 1 << 22}, "patch_size": 8, "merge_size": 2}
-
 DIT = {
     "_class_name": "ZImageTransformer2DModel",
     "all_patch_size": [2],
@@ -142,6 +112,16 @@ VISION = {
     },
 }
 
+SEEING_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+SEEING_QWEN = {**QWEN, "vocab_size": VOCAB + len(SEEING_TOKENS)}  # an encoder that can read what a tower sees
+SEEING = {  # and a vision model beside it
+    **VISION,
+    "image_token_id": VOCAB + 2,
+    "text_config": {**VISION["text_config"], "vocab_size": SEEING_QWEN["vocab_size"]},
+    "vision_config": {**VISION["vision_config"], "patch_size": 8},
+}
+PIXELS = {"size": {"shortest_edge": 1024, "longest_edge": 1 << 22}, "patch_size": 8, "merge_size": 2}
+
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
@@ -219,7 +199,9 @@ def write_model(
     return folder
 
 
-def write_vision(folder: Path, weights: Mapping[str, Tensor], config: Mapping = VL, pixels: Mapping = PIXELS) -> Path:
+def write_vision(
+    folder: Path, weights: Mapping[str, Tensor], config: Mapping = SEEING, pixels: Mapping = PIXELS
+) -> Path:
     """The folder of a vision model, as published; returns it."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -12,9 +12,10 @@ from zimage.settings.declared import Request
 class Event:
     """One step of a render. Step 0 marks the beginning of a stage, step = total its end.
 
-    `stage` is "load" (of the component that `detail` names), "encode", "encode image", "encode control", "denoise",
-    "enlarge" (between two passes) or "decode"; `index` of `count` counts distinct texts or images.
-    `latents` (B, 16, h, w) come with denoising steps, `image` with each finished picture.
+    `stage` is "load" (of the component that `detail` names), "see" (a reference), "encode", "encode image", "encode
+    control", "denoise", "enlarge" (between two passes) or "decode"; `index` of `count` counts distinct references,
+    texts or images. `latents` (B, 16, h, w) come with denoising steps, those of the region that is rendered; `image`
+    with each finished picture, the whole of it.
     """
 
     stage: str

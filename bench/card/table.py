@@ -21,8 +21,8 @@ OTHERS = {  # row → its label in the short table
 
 
 def short(result: Mapping[str, Any]) -> str:
-    """Steps by precision and size, and the few other figures of the top README."""
-    rows = {key(row): row for row in result["rows"]}
+    """Steps by precision and size, and the few other figures of the top README, of rows that were run."""
+    rows = {key(row): row for row in result["rows"] if "not_run" not in row}
     sizes = result["settings"]["sizes"]
     lines = _table(["a step, ms (over the floor)", *(f"{size} × {size}" for size in sizes)], _steps(rows, sizes))
     others = [[label, _figure(rows[name])] for name, label in OTHERS.items() if name in rows]

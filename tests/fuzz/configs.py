@@ -53,13 +53,13 @@ def cases(chance: random.Random, folder: Path) -> Iterator[tuple[str, Call]]:
         for file in files:
             sound = file.read_bytes()
             mutate = chance.choice(TOKENIZER if file.name == "tokenizer.json" else CONFIG)
-            file.write_bytes(_mutated(sound, mutate, chance))
+            file.write_bytes(mutated(sound, mutate, chance))
             yield f"{file.parent.name}: {mutate.__name__}", lambda: _open(model)
             file.write_bytes(sound)
     wan = json.dumps(tiny.WAN).encode()
     for _ in range(ROUNDS):
         mutate = chance.choice(CONFIG)
-        content = _mutated(wan, mutate, chance)
+        content = mutated(wan, mutate, chance)
         yield f"Wan VAE: {mutate.__name__}", lambda content=content: _build(content, folder / "wan")
 
 
@@ -86,7 +86,7 @@ def _build(content: bytes, folder: Path) -> None:
         AutoencoderKLWan.from_config(read_json(folder / "config.json"))
 
 
-def _mutated(sound: bytes, mutate: Callable[[dict, random.Random], Any], chance: random.Random) -> bytes:
+def mutated(sound: bytes, mutate: Callable[[dict, random.Random], Any], chance: random.Random) -> bytes:
     content = copy.deepcopy(json.loads(sound))
     made = mutate(content, chance)
     return made if isinstance(made, bytes) else json.dumps(content if made is None else made).encode()

@@ -17,6 +17,7 @@ from zimage.cli import main
 from zimage.pictures.comfyui import parse_graph
 from zimage.pictures.files import read_metadata, read_settings
 from zimage.pictures.image import open_image, open_mask
+from zimage.pictures.inpaint import open_alpha
 from zimage.pictures.parameters import parse_parameters
 from zimage.pictures.texts import UNICODE, comment_bytes
 
@@ -26,6 +27,7 @@ ROUNDS = 8  # of each mutation of each file
 READERS: dict[str, Callable[[Path], object]] = {
     "image": open_image,
     "mask": open_mask,
+    "alpha": open_alpha,
     "metadata": read_metadata,
     "settings": read_settings,
 }

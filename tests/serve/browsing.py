@@ -67,6 +67,14 @@ def window(browser, url, viewport=WIDE, ready=True, allowed=(), routes=None, **o
     assert [one for one in asked if not one.startswith((url, "data:", "blob:"))] == []
 
 
+def able(route):
+    """A server that can look at pictures, and has a control file."""
+    schema = route.fetch().json()
+    schema["vision"], schema["control"] = {"available": True, "name": "vl", "mode": "full"}, {"names": ["union", "x"]}
+    schema["request"]["properties"]["control"]["items"]["properties"]["model"]["enum"] = ["union", "x"]
+    route.fulfill(json=schema)
+
+
 def until(page, holds: str, arg: object = None) -> None:
     """Wait for what JavaScript says, which must be a function; Playwright's own way is stopped by the page's policy."""
     for _ in range(PATIENCE // 25):

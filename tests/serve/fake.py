@@ -16,6 +16,7 @@ from zimage.serve.asking import Asked
 from zimage.serve.refusals import Conflict, NotFound
 from zimage.serve.service import Launch
 from zimage.serve.stream import Message
+from zimage.serve.uploads import Uploads
 from zimage.serve.view import JobView
 from zimage.settings.declared import Request
 from zimage.settings.serving import ServeSettings
@@ -40,6 +41,9 @@ class FakeService:
         self.history, self.folder = self, folder
         self.asked: list[Asked] = []
         self.cancelled: list[str] = []
+        self.computed: list[tuple[str, dict]] = []
+        self.cleared = 0
+        self.uploads = Uploads(folder / "uploads", self.settings)
         self.hold, self.deleted, self.error, self.refusal = False, False, None, None
         self.views: dict[str, JobView] = {}
         self._over: dict[str, asyncio.Event] = {}
@@ -48,12 +52,17 @@ class FakeService:
     async def loras(self) -> dict[str, Path]:
         return {"style": self.folder / "style.safetensors"}
 
+    async def controls(self) -> dict[str, Path]:
+        return {"union": self.folder / "union.safetensors"}
+
     async def submit(self, asked: Asked, key: str | None = None) -> JobView:
         if self.refusal:
             raise self.refusal
         self.asked.append(asked)
         known = {name: value for name, value in asked.values.items() if value is not None}
-        request = Request.from_mapping({**DEFAULTS, **known, **dict.fromkeys(asked.attachments, "file")})
+        listed = {name: [{**one.values, "picture": "file"} for one in some] for name, some in asked.conditions.items()}
+        files = {**dict.fromkeys(asked.attachments, "file"), **listed}
+        request = Request.from_mapping({**DEFAULTS, **known, **files})
         seeds = [(request.seed or 0) + k for k in range(request.count)]
         id = f"job{len(self.asked)}"
         values = {**request.to_mapping(), "lora": list(asked.lora)}
@@ -117,6 +126,18 @@ class FakeService:
         for image in self.views[id].images:
             yield Message(0, "", "image", {"image": image})
         yield Message(0, "", "end", self.views[id].plain())
+
+    async def ask_all(self, op: str, **plain) -> list[dict]:
+        assert op == "vision"
+        self.cleared += plain.get("clear", False)
+        cache = {"hits": 3, "misses": 1, "evictions": 0, "disk_hits": 0, "size": 1, "bytes": 64, "hit_rate": 0.75}
+        return [{"loaded": False, "cache": cache}, {"loaded": True, "cache": cache}]
+
+    async def compute(self, op: str, **asked) -> dict:
+        self.computed.append((op, asked))
+        path = self.folder / "seen.safetensors"
+        path.write_bytes(b"seen")
+        return {"path": str(path), "hash": "f00d"}
 
     async def ask(self, op: str, **plain) -> dict:
         assert op == "tokens"

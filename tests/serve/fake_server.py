@@ -32,7 +32,8 @@ class Asked:
     path: str
     headers: dict[str, str]
     request: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    files: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # of several of one name the last
+    parts: list[tuple[str, str, bytes]] = field(default_factory=list)
     time: float = field(default_factory=time.time)
 
 
@@ -61,6 +62,7 @@ class Fake:
     def accept(self, request: dict[str, Any]) -> dict[str, Any]:
         """The job of a request; the same one for the same key."""
         asked = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
+        asked.pop("mask", None)  # a real one tells its name and hash
         prompts = asked["prompt"] if isinstance(asked.get("prompt"), list) else [asked.get("prompt", "")]
         first = asked.get("seed", 7)
         seeds = [first + k for _ in prompts for k in range(asked["images"])]
@@ -145,8 +147,9 @@ def _app(fake: Fake) -> FastAPI:
     async def submit(request: Request) -> Response:
         if request.headers["content-type"].startswith("multipart/"):
             form = await request.form()
-            parts = {name: part for name, part in form.items() if not isinstance(part, str)}
-            fake.asked[-1].files = {name: (part.filename, await part.read()) for name, part in parts.items()}
+            files = [(name, part) for name, part in form.multi_items() if not isinstance(part, str)]
+            fake.asked[-1].parts = [(name, part.filename, await part.read()) for name, part in files]
+            fake.asked[-1].files = {name: (filename, content) for name, filename, content in fake.asked[-1].parts}
             fake.asked[-1].request = json.loads(form["request"])
         else:
             fake.asked[-1].request = await request.json()

@@ -274,11 +274,55 @@ def test_a_picture_to_start_from(client, service):
     assert "init_images" not in answer.json()["parameters"]
 
 
-@pytest.mark.parametrize(("invert", "expected"), [(0, 255), (1, 0), (True, 0)])
-def test_what_of_a_mask_is_repainted(client, service, invert, expected):
-    body = {"prompt": "a", "init_images": [png()], "mask": png(255, mode="L"), "inpainting_mask_invert": invert}
-    assert client.post("img2img", json=body).status_code == 200
-    assert opened(base64.b64encode(service.asked[-1].attachments["mask"])).convert("L").getpixel((0, 0)) == expected
+MASKS = {
+    "inverted": ({"inpainting_mask_invert": 1}, {"mask_invert": True}),
+    "inverted as well": ({"inpainting_mask_invert": True}, {"mask_invert": True}),
+    "as it is": ({"inpainting_mask_invert": 0, "inpaint_full_res": 0, "inpaint_full_res_padding": 32}, {}),
+    "blurred": ({"mask_blur": 4}, {"mask_blur": 4}),
+    "its region alone": ({"inpaint_full_res": True, "inpaint_full_res_padding": 32}, {"mask_crop": 32}),
+    "without room": ({"inpaint_full_res": 1}, {"mask_crop": 0}),
+    "begun with the picture": ({"inpainting_fill": 1, "denoising_strength": 0.5}, {"strength": 0.5}),
+    "begun with noise": ({"inpainting_fill": 2, "denoising_strength": 1}, {"strength": 1}),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_how_a_mask_is_used(client, service, case):
+    sent, expected = MASKS[case]
+    body = {"prompt": "a", "init_images": [png()], "mask": png(255, mode="L"), **sent}
+    answer = client.post("img2img", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "X-Warning" not in answer.headers
+    assert values(service) == {"prompt": "a", **expected}
+    assert service.asked[-1].attachments["mask"] == base64.b64decode(png(255, mode="L"))
+
+
+@pytest.mark.parametrize("fill", [0, 2, 3])
+def test_another_fill_is_named_in_a_warning(client, fill):
+    body = {"prompt": "a", "init_images": [png()], "mask": png(255, mode="L"), "denoising_strength": 0.5}
+    answer = client.post("img2img", json={**body, "inpainting_fill": fill})
+    assert "inpainting_fill" in answer.headers["X-Warning"]
+
+
+def test_what_a_mask_has_is_ignored_without_one(client, service):
+    asked = {"mask_blur": 4, "inpaint_full_res": True, "inpaint_full_res_padding": 32, "inpainting_mask_invert": 1}
+    answer = client.post("img2img", json={"prompt": "a", "init_images": [png()], **asked})
+    assert answer.status_code == 200, answer.text
+    assert values(service) == {"prompt": "a"}
+    answer = client.post("txt2img", json={"prompt": "a", "mask": png(255, mode="L"), **asked})
+    assert "mask (there is no picture to start from)" in answer.headers["X-Warning"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mask_blur", -1), ("mask_blur", 10_000), ("inpaint_full_res_padding", -1), ("inpainting_fill", 9), ("mask", 7)],
+)
+def test_a_mask_at_fault_is_named_as_the_client_calls_it(client, service, name, value):
+    body = {"prompt": "a", "init_images": [png()], "mask": png(255, mode="L"), "inpaint_full_res": 1, name: value}
+    answer = client.post("img2img", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(name)
+    assert not service.asked
 
 
 @pytest.mark.parametrize(
@@ -407,15 +451,10 @@ def test_settings_of_what_is_no_picture(client, image):
     assert answer.json()["detail"].startswith("image")
 
 
-@pytest.mark.parametrize("path", ["png-info", "img2img"])
-def test_a_huge_picture_is_not_decoded(tmp_path, path):
+def test_a_huge_picture_is_not_decoded(tmp_path):
     """A few kilobytes that stand for many megabytes of pixels."""
     client = TestClient(app_of(form, FakeService(tmp_path, max_decoded=10_000)), base_url="http://testserver/sdapi/v1/")
-    huge = png(0, (300, 300), "L")
-    body = (
-        {"image": huge} if path == "png-info" else {"init_images": [png()], "mask": huge, "inpainting_mask_invert": 1}
-    )
-    answer = client.post(path, json=body)
+    answer = client.post("png-info", json={"image": png(0, (300, 300), "L")})
     assert answer.status_code == 413
     assert "10,000 pixels" in answer.json()["detail"]
 

@@ -32,7 +32,7 @@ def fields_at_fault(values, attachments=None):
 
 def test_values_go_to_whom_they_concern():
     values = {"prompt": "a cat", "steps": 4, "temperature": 0.5, "rewriter": "rewrite-photo", "lora": ["style:0.8"]}
-    found = ask({**values, "image": base64.b64encode(b"png").decode()}, {"mask": b"mask"})
+    found = ask({**values, "image": base64.b64encode(b"png").decode()}, {"mask": [b"mask"]})
     assert found.values == {"prompt": "a cat", "steps": 4}
     assert found.rewrite == {"temperature": 0.5, "rewriter": "rewrite-photo"}
     assert (found.lora, found.attachments, found.form) == (("style:0.8",), {"image": b"png", "mask": b"mask"}, "own")
@@ -107,8 +107,15 @@ def test_base64_and_data_urls_are_read():
     assert from_base64("image", text) == from_base64("image", f"data:image/png;base64,{text[:3]}\n{text[3:]}")
 
 
+def test_a_mask_may_lie_in_its_image():
+    found = ask({"image": "YWJj", "mask": "alpha"})
+    assert (found.values, found.attachments) == ({"mask": "alpha"}, {"image": b"abc"})
+    assert fields_at_fault({"image": "alpha"}) == ("image",)
+    assert fields_at_fault({"mask": "alpha"}, {"mask": [b"abc"]}) == ("mask",)
+
+
 def test_a_file_and_base64_of_one_name_are_a_contradiction():
-    assert fields_at_fault({"image": "YWJj"}, {"image": b"abc"}) == ("image",)
+    assert fields_at_fault({"image": "YWJj"}, {"image": [b"abc"]}) == ("image",)
 
 
 # ---------------------------------------------------------------------- bodies
@@ -235,7 +242,7 @@ ABOUT = About(MODEL, DEFAULTS, 512, "bfloat16", "cpu", [])
 
 
 def test_the_schema_tells_all_that_a_page_needs():
-    found = described(ABOUT, LIMITS, {"steps": 6, "template": None}, ["style"])
+    found = described(ABOUT, LIMITS, {"steps": 6, "template": None}, ["style"], ["union"])
     assert set(found["request"]["properties"]) | set(found["rewrite"]["properties"]) | {"lora"} == set(NAMES)
     assert found["defaults"] == {**DEFAULTS, "steps": 6}
     assert found["request"]["properties"]["steps"]["maximum"] == found["limits"]["max_steps"] == 50
@@ -251,7 +258,10 @@ def test_presets_can_be_rendered():
 
 def test_bodies_hold_every_field():
     assert set(drawing_body(LIMITS)["properties"]) == set(NAMES)
-    assert set(drawing_parts(drawing_body(LIMITS))["properties"]) == {"request", "image", "mask", "embeddings"}
+    assert set(drawing_parts(drawing_body(LIMITS))["properties"]) == {
+        *("request", "image", "mask", "embeddings"),
+        *("reference", "control"),
+    }
     assert {"prompt", "template", "hidden_layer"} <= set(text_body("Text")["properties"])
     assert "width" not in text_body("Text")["properties"]
 

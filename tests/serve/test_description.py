@@ -67,6 +67,7 @@ def test_every_json_body_has_an_example_that_is_accepted(description, operations
 
 # Examples that hold for another server's state: a token, a deleted picture, hashes of another model's tokens.
 NEEDS_MORE = {"/api/session", "/api/history/restore", "/api/captions", "/v1/hidden_states", "/api/rewrite"}
+NEEDS_MORE |= {"/api/vl/extract", "/api/vl/generate"}  # of a server with a vision model
 
 
 def test_everything_that_is_referred_to_is_there(description):

@@ -90,6 +90,35 @@ def test_files_are_uploaded_under_their_names(gen, tmp_path):
     assert asked.request == {"prompt": "a cat", "images": 1, "strength": 0.5}
 
 
+def test_a_mask_that_lies_in_the_image_is_no_file(gen, tmp_path):
+    Image.new("RGBA", (32, 32)).save(tmp_path / "start.png")
+    (tmp_path / "alpha").write_bytes(b"of the same name")
+    with serving() as server:
+        assert gen(server, "a cat", "--image", "start.png", "--mask", "alpha", "--extend", "8,0,0,0")[0] == 0
+    assert list(server.submitted.files) == ["image"]
+    assert server.submitted.request == {"prompt": "a cat", "images": 1, "mask": "alpha", "extend": "8,0,0,0"}
+
+
+def test_pictures_of_conditions_come_as_files_in_their_order(gen, tmp_path):
+    for name in ("a", "b", "pose"):
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    references = ["--reference", "a.png:0.5", "--reference", "b.png"]
+    with serving() as server:
+        assert gen(server, "a cat", *references, "--control", "union:pose.png:0.9", "--seed", 5)[0] == 0
+    asked = server.submitted
+    assert asked.request == {
+        "prompt": "a cat",
+        "images": 1,
+        "seed": 5,
+        "reference": [{"alpha": 0.5}, {"alpha": 0.3}],
+        "control": [{"model": "union", "scale": 0.9}],
+    }
+    assert asked.parts == [
+        *(("reference", "a.png", b"a"), ("reference", "b.png", b"b")),
+        ("control", "pose.png", b"pose"),
+    ]
+
+
 def test_the_token_goes_to_the_server_alone_and_is_never_shown(gen, monkeypatch):
     monkeypatch.setenv("ZIMAGE_TOKEN", f"{TOKEN}\n")
     with serving() as elsewhere, serving() as server:

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import time
+from dataclasses import replace
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ from PIL import Image
 
 from zimage.errors import RequestError
 from zimage.pictures.files import read_metadata
+from zimage.serve.conditions import Piece
 from zimage.serve.forms import openai as form
 from zimage.serve.forms.openai_answer import Partials
 from zimage.serve.forms.openai_request import from_parts, is_known, opaque_mask
@@ -304,6 +306,41 @@ def test_several_pictures_are_refused_by_name(client):
     with pytest.raises(openai.BadRequestError, match="only one") as caught:
         client.images.edit(image=[("a.png", png()), ("b.png", png())], prompt="a dog")
     assert caught.value.param == "image"
+
+
+def seeing(service):
+    service.about = replace(service.about, vision={"model": "vl", "mode": "full"})
+
+
+def test_several_pictures_are_looked_at(client, service):
+    seeing(service)
+    client.images.edit(image=[("a.png", png("red")), ("b.png", png("blue"))], prompt="both")
+    (asked,) = service.asked
+    assert asked.attachments == {}
+    assert [one.picture for one in asked.conditions["reference"]] == [png("red"), png("blue")]
+
+
+@pytest.mark.parametrize("how", [{"mask": mask_png()}, {"extra_body": {"strength": 0.5}}], ids=["mask", "strength"])
+def test_of_several_pictures_the_first_is_redrawn(client, service, how):
+    seeing(service)
+    client.images.edit(image=[("a.png", png("red")), ("b.png", png("blue"))], prompt="both", **how)
+    (asked,) = service.asked
+    assert asked.attachments["image"] == png("red")
+    assert [one.picture for one in asked.conditions["reference"]] == [png("blue")]
+
+
+def test_references_and_controls_stand_beside(client, service):
+    entry = {"model": "union", "picture": base64.b64encode(png()).decode(), "scale": 1}
+    client.images.generate(prompt="a", extra_body={"control": [entry]})
+    assert service.asked[0].conditions["control"] == (Piece(png(), {"model": "union", "scale": 1}),)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", extra_body={"reference": [{"picture": "/etc/passwd"}]})
+    assert caught.value.param == "reference"
+
+
+def test_a_list_and_a_table_of_one_name_are_a_contradiction():
+    with pytest.raises(RequestError, match="lora: it is a list and a table"):
+        from_parts({"lora[]": ["a"], "lora[b]": ["1"]})
 
 
 def test_one_picture_in_a_list_is_one(client, service):

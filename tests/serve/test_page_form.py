@@ -3,9 +3,10 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import pytest
-from browsing import PHONE, SENT_JOBS, drop, sent_jobs, until, window, write
+from browsing import PHONE, SENT_JOBS, able, drop, sent_jobs, until, window, write
 from PIL import Image
 from running import Server
 
@@ -23,8 +24,17 @@ VALUES = {
     "layer_weights": ("-2:0.7,-8:0.3", "-2:0.7,-8:0.3"),
     "seed": ("7, 8", [7, 8]),
     "tile_size": ("512", 512),
+    "extend": ("8", "8,0,0,0"),
 }
 NEEDED = {"negative": {"guidance": "3"}, "strength": {"hires": "2"}}  # without which a control has no effect
+IMAGE, MASK = ("image",), ("image", "mask")
+FILES = {  # the same: files, or pictures of a list
+    **dict.fromkeys(("mask", "extend"), IMAGE),
+    **dict.fromkeys(("mask_invert", "mask_blur", "mask_crop", "paste"), MASK),
+    **{name: ("reference",) for name in FIELDS if name.startswith("vision_")},
+    **{name: ("control",) for name in FIELDS if name.startswith("control_")},
+}
+CONDITIONS = {"reference": [{"alpha": 0.3}], "control": [{"model": "union", "scale": 0.75}]}  # as they come
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,7 @@ def url(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, url):
-    with window(browser, url, allowed=("422",)) as one:
+    with window(browser, url, allowed=("422",), routes={"**/api/schema": able}) as one:
         yield one
 
 
@@ -63,8 +73,8 @@ def put(page, name, property):
     if name == "template":
         return pick_template(page)
     if kind == "checkbox":
-        control.check()
-        return True
+        control.set_checked(not property["default"])
+        return not property["default"]
     if kind == "select-one":
         option = control.locator("option").last.get_attribute("value")
         control.select_option(option)
@@ -116,18 +126,78 @@ def test_every_declared_field_has_a_control_with_an_effect(page, tmp_path):
         page.fill("#field-prompt", "")
         for other, value in NEEDED.get(name, {}).items():
             found(page, other).fill(value)
-        if name == "mask":
-            upload(page, "image", tmp_path)
-        wanted = upload(page, name, tmp_path) if property.get("x-attachment") else put(page, name, property)
+        for other in FILES.get(name, ()):
+            upload(page, other, tmp_path)
+        is_file = property.get("x-attachment") or property.get("x-condition")
+        wanted = upload(page, name, tmp_path) if is_file else put(page, name, property)
         got = submitted(page)
-        if property.get("x-attachment"):
+        if is_file:
             assert sent_jobs(page)[-1]["files"][name] == wanted, name
-        else:
+        if name in CONDITIONS:
+            assert got.pop(name) == CONDITIONS[name]
+        elif not is_file:
             assert got.pop(name) == wanted, name
-        assert set(got) == set(NEEDED.get(name, {})), name
+        assert set(got) == {*NEEDED.get(name, {}), *(set(FILES.get(name, ())) & CONDITIONS.keys())}, name
         fault = page.locator(f"#fault-{name}")
         assert fault.inner_text() == f"{name} is refused", name
         assert page.locator(f"#field-{name}").get_attribute("aria-invalid") == "true", name
+
+
+def test_several_pictures_each_have_values_of_their_own(page, tmp_path):
+    refuse(page)
+    paths = [tmp_path / f"{name}.png" for name in ("a", "b", "c")]
+    for path in paths:
+        Image.new("RGB", (32, 32), "#224466").save(path)
+    page.set_input_files("#field-control", paths[:2])
+    page.set_input_files("#field-control", paths[2:])
+    page.select_option("[aria-label='File of b.png']", "x")
+    page.fill("[aria-label='Scale of b.png']", "1.5")
+    page.locator("[aria-label='Scale of c.png, slider']").fill("0.5")
+    page.click("[aria-label='Remove a.png']")
+    assert page.evaluate("document.activeElement.id") == "field-control"
+    assert submitted(page) == {"control": [{"model": "x", "scale": 1.5}, {"model": "union", "scale": 0.5}]}
+    assert sent_jobs(page)[-1]["files"]["control"] == base64.b64encode(paths[2].read_bytes()).decode()
+    page.locator("[aria-label='Scale of c.png']").focus()
+    page.keyboard.type("e")
+    page.click("#render")
+    assert "Scale of c.png cannot be read" in page.locator("#form-fault").inner_text()
+    page.click("#reset")
+    assert page.locator(".picture-row").count() == 0
+    assert submitted(page) == {}
+
+
+def test_without_what_looks_or_follows_there_is_nothing_to_choose(browser, url):
+    with window(browser, url) as page:
+        for place in ("#references", "#controls", "[data-field=reference]", "[data-field=control]"):
+            assert not page.locator(place).is_visible(), place
+
+
+def test_what_is_seen_is_saved(browser, url, tmp_path):
+    def seen(route):
+        route.fulfill(status=200, content_type="application/octet-stream", body=b"seen")
+
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (32, 32), "#224466").save(path)
+    with window(browser, url, routes={"**/api/schema": able, "**/api/vl/extract": seen}) as page:
+        page.set_input_files("#field-reference", path)
+        with page.expect_download() as download:
+            page.click("#save-sight")
+        assert download.value.suggested_filename == "cat.safetensors"
+        assert Path(download.value.path()).read_bytes() == b"seen"
+        (sent,) = page.evaluate("window.sent.filter(({ url }) => url === '/api/vl/extract')")
+        assert sent["files"] == {"picture": base64.b64encode(path.read_bytes()).decode()}
+        page.set_input_files("#field-reference", path)
+        assert not page.locator("#save-sight").is_visible(), "of one picture at a time"
+
+
+def test_what_cannot_be_seen_is_said(page, tmp_path):
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (32, 32)).save(path)
+    body = json.dumps({"error": {"message": "picture: it is too dark", "fields": ["picture"]}})
+    page.route("**/api/vl/extract", lambda route: route.fulfill(status=422, content_type="application/json", body=body))
+    page.set_input_files("#field-reference", path)
+    page.click("#save-sight")
+    until(page, "() => document.querySelector('#sight-fault').textContent === 'picture: it is too dark'")
 
 
 def test_what_is_left_open_is_not_sent(page):

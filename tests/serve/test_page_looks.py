@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from browsing import PHONE, WIDE, drop, until, window, write
+from browsing import PHONE, WIDE, able, drop, until, window, write
 from histories import fill, history
 from PIL import Image
 from running import Server
@@ -121,7 +121,7 @@ def overflow(page):
 
 
 def test_a_phone_needs_no_sideways_scrolling(browser, url, tmp_path):
-    with window(browser, url, PHONE, has_touch=True) as page:
+    with window(browser, url, PHONE, has_touch=True, routes={"**/api/schema": able}) as page:
         assert overflow(page) == 0
         for section in page.locator("#groups summary").all():
             section.click()
@@ -129,7 +129,8 @@ def test_a_phone_needs_no_sideways_scrolling(browser, url, tmp_path):
         write(page, "averyveryverylongwordwithoutanyspaces" * 20)
         picture = tmp_path / "a-name-of-a-file-that-is-much-too-long-for-a-phone.png"
         Image.new("RGB", (900, 60)).save(picture)
-        page.set_input_files("#field-image", picture)
+        for name in ("image", "reference", "control"):
+            page.set_input_files(f"#field-{name}", picture)
         assert overflow(page) == 0
         for opener, dialog in dialogs(page):
             opener()
@@ -177,7 +178,9 @@ NONE = {theme: [] for theme in THEMES}
 def test_axe_finds_nothing_serious(browser, url, axe, tmp_path, size):
     picture = tmp_path / "start.png"
     Image.new("RGB", (64, 64)).save(picture)
-    with window(browser, url, size) as page:
+    with window(browser, url, size, routes={"**/api/schema": able}) as page:
+        for name in ("reference", "control"):
+            page.set_input_files(f"#field-{name}", picture)
         page.fill("#search", "picture number 99")  # fewer of them, which are all the same to axe
         until(page, "() => document.querySelectorAll('.tile').length < 20")
         for section in page.locator("#groups summary").all():

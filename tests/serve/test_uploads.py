@@ -60,9 +60,28 @@ def test_what_is_kept_as_one_thing_is_looked_at_as_another(uploads):
     assert len(os.listdir(uploads.folder)) == 1
 
 
-def test_embeddings_are_kept_by_their_header(uploads):
-    upload = keep(uploads, tensors({"format": "x"}), "embeddings")
+@pytest.mark.parametrize("name", ["embeddings", "reference"])
+def test_embeddings_are_kept_by_their_header(uploads, name):
+    upload = keep(uploads, tensors({"format": "x"}), name)
     assert upload.path.read_bytes() == tensors({"format": "x"})
+    assert upload.path.suffix == ".safetensors", "by which a reference is told from a picture"
+    assert uploads.path_of(upload.hash) == upload.path
+    os.utime(upload.path, (1, 1))
+    assert uploads.sweep({upload.hash}, older_than=60) == 0
+    assert uploads.sweep(set(), older_than=60) == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_reference_may_be_a_picture(uploads, format):
+    upload = keep(uploads, picture(format), "reference")
+    assert (upload.path.suffix, upload.pixels) == ("", 1200)
+
+
+def test_a_reference_that_is_neither_is_refused_as_a_picture(uploads):
+    for content in (b"x", b"\x02" + bytes(7) + b"{", tensors()[:-9], b"\xff" * 8 + b"{}"):
+        with pytest.raises(RequestError, match=r"reference (cannot be read as a picture|is not a whole)") as caught:
+            keep(uploads, content, "reference")
+        assert caught.value.fields == ("reference",)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -89,7 +108,7 @@ def test_a_bomb_costs_nothing(uploads, kind):
 def test_without_its_limits_a_bomb_would_be_kept(uploads, kind, monkeypatch):
     """They do it, and not some damage of these files."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    uploads._most_pixels = 10**11
+    uploads.most_pixels = 10**11
     assert keep(uploads, BOMBS[kind]).path.exists()
 
 
@@ -177,7 +196,7 @@ def test_a_disk_that_does_not_take_it_leaves_nothing(uploads, monkeypatch, numbe
 
 
 def test_the_loop_goes_on_meanwhile(uploads, monkeypatch):
-    monkeypatch.setattr(Uploads, "_look", lambda self, name, path: time.sleep(0.2))
+    monkeypatch.setattr(Uploads, "_look_at_picture", lambda self, name, path: time.sleep(0.2) or 1)
 
     async def run():
         task = asyncio.create_task(uploads.keep("image", picture()))

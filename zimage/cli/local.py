@@ -87,7 +87,7 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
         yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
     yield introduced(vars(r), f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}")
     if job.size != job.passes[-1][:2]:
-        yield f"that is the region of the mask; the picture is {job.size[0]}×{job.size[1]}, as it was"
+        yield f"rendered at that size and pasted back: the picture comes out in {job.size[0]}×{job.size[1]}"
     if r.guidance == 1 and not is_base(pipe.model):
         yield "guidance 1 runs the model twice per step; ComfyUI's CFG 1, which is off, is --guidance 0"
     if hint := unknown_words(pipe.model.origin, r.prompts):

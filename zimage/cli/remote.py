@@ -6,7 +6,7 @@ request, files ─ POST /api/jobs ─→ job ─ its events ─→ progress; eac
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,15 @@ from zimage import interrupts
 from zimage.cli.drawing import Drawing, introduced, rewriting_told
 from zimage.cli.following import ANSWERS, END, Refused
 from zimage.cli.options import given
-from zimage.cli.origin import FILES, Record, check_values, warn_of_differences
+from zimage.cli.origin import CONDITIONS, FILES, Record, check_values, warn_of_differences
 from zimage.cli.progress import counted
 from zimage.errors import CheckpointError, RemoteError, RequestError, ZImageError, quoted
 from zimage.formats.files import read_file
 from zimage.formats.json_text import json_object
 from zimage.serve.asking import OPERATORS
-from zimage.settings.declared import MAX_SIDE, LoadSettings, Request, RewriteSettings
+from zimage.serve.conditions import PICTURE
+from zimage.settings.conditions import Condition
+from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, LoadSettings, Request, RewriteSettings
 from zimage.settings.fields import Hint, Plain, as_plain, fields
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
@@ -203,23 +205,35 @@ def body_of(drawing: Drawing) -> Record:
         body |= {name: value for name, value in resolved.of(RewriteSettings).items() if name not in OPERATORS}
     if lora := resolved.of(LoadSettings).get("lora"):
         body["lora"] = lora
-    return {name: value for name, value in body.items() if name not in FILES}
+    for name, conditions in _conditions(drawing).items():  # their pictures come as files, in this order
+        body[name] = [{key: value for key, value in vars(one).items() if key != PICTURE} for one in conditions]
+    return {name: value for name, value in body.items() if name not in FILES or value == MASK_ALPHA}
 
 
-def _files(drawing: Drawing) -> dict[str, tuple[str, bytes]]:
-    """The attachments, each with its name and content. Raises RequestError."""
-    found = {}
-    for name in FILES:
-        if value := drawing.resolved.of(Request).get(name):
-            path = user_path(value, name)
-            try:
-                found[name] = (path.name, read_file(path, LARGEST_UPLOAD))
-            except CheckpointError as error:
-                raise RequestError(f"{name}: {error}", fields=(name,)) from None
-    return found
+def _conditions(drawing: Drawing) -> dict[str, list[Condition]]:
+    """References and controls; the model of a control goes by its name on the server."""
+    asked = drawing.resolved.of(Request)
+    return {name: [kind.parse(one) for one in asked[name]] for name, kind in CONDITIONS.items() if asked.get(name)}
 
 
-def _packed(body: Record, files: Mapping[str, tuple[str, bytes]]) -> tuple[bytes, str]:
+def _files(drawing: Drawing) -> list[tuple[str, tuple[str, bytes]]]:
+    """The attachments by their fields, and the pictures of conditions, each with its name and content."""
+    asked = drawing.resolved.of(Request)
+    paths = [(name, asked[name]) for name in FILES if asked.get(name) and asked[name] != MASK_ALPHA]
+    paths += [(name, one.picture) for name, conditions in _conditions(drawing).items() for one in conditions]
+    return [(name, _read(name, path)) for name, path in paths]
+
+
+def _read(field: str, given: str) -> tuple[str, bytes]:
+    """The name and content of a file. Raises RequestError with the field in which it was given."""
+    path = user_path(given, field)
+    try:
+        return path.name, read_file(path, LARGEST_UPLOAD)
+    except CheckpointError as error:
+        raise RequestError(f"{field}: {error}", fields=(field,)) from None
+
+
+def _packed(body: Record, files: Sequence[tuple[str, tuple[str, bytes]]]) -> tuple[bytes, str]:
     """A request and its files as the content of a POST, and its type."""
     import httpx
 

@@ -6,9 +6,10 @@ Pictures are "RGB" and masks "L": 0 = keep … 255 = repaint, with the values be
 Sizes are in pixels. Outside the mask and its edge the canvas keeps its own pixels, bit for bit.
 """
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFilter
 
 from zimage.pictures.image import Given, eight_bits, nearest_side
 from zimage.pictures.opening import decoded
@@ -18,12 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Values = NDArray[np.int32]
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Margins = tuple[int, int, int, int]  # the same sides
 EDGE = 16  # px beyond the mask over which a render fades into the picture: two cells of latents
 TONE = 8  # px
+SEEN = 64  # px around what is shown of a render, over which its tone is compared
 FINE = 4  # parts of a level in which a tone is averaged; up to 32 levels are one, more is another picture
 BLACK, WHITE = 7, 248  # the last level that counts as black, the first that counts as white: what JPEG makes of them
 LEVELS = [0 if level <= BLACK else 255 if level >= WHITE else level for level in range(256)]
@@ -81,32 +81,14 @@ def edge_of(mask: Image.Image) -> Image.Image:
     Between, it falls with the distance: the mask is grown by half the edge and averaged over windows of the same reach,
     so that each window around a painted pixel is full, and each one out of reach is empty.
     """
-    import numpy as np
-
-    box = mask.getbbox()
-    shown = Image.new("L", mask.size)
-    if box is None:
-        return shown
-    box = grown(box, 2 * EDGE, mask.size)  # with whole windows round each pixel that is reached
-    painted = (np.asarray(mask.crop(box)) > 0).astype(np.int32)
-    near = (window_sums(painted, EDGE // 2) > 0).astype(np.int32)
-    share = window_sums(near, EDGE // 2) / window_sums(np.ones_like(near), EDGE // 2)
-    shown.paste(Image.fromarray((255 * share).round().astype(np.uint8)), box)
-    return shown
+    window = ImageFilter.BoxBlur(EDGE // 2)  # a single white pixel is still 255 / 17² ≈ 1 after it
+    near = _is(mask, range(1, 256)).filter(window)
+    return _is(near, range(1, 256)).filter(window)
 
 
-def window_sums(values: "Values", radius: int) -> "Values":
-    """The sum over the window of 2·radius + 1 pixels a side around each pixel, as far as it lies in the picture."""
-    import numpy as np
-
-    for axis in (0, 1):
-        length = values.shape[axis]
-        place = np.arange(length)
-        before = [(1, 0) if a == axis else (0, 0) for a in (0, 1)]
-        sums = np.pad(values.cumsum(axis, dtype=np.int32), before)
-        above = sums.take(np.minimum(place + radius + 1, length), axis)
-        values = above - sums.take(np.maximum(place - radius, 0), axis)
-    return values
+def _is(mask: Image.Image, levels: Container[int]) -> Image.Image:
+    """White where a mask has one of these levels, else black."""
+    return mask.point([255 * (level in levels) for level in range(256)])
 
 
 # ---------------------------------------------------------------------- the canvas
@@ -127,10 +109,10 @@ def filled(image: Image.Image, blank: Image.Image) -> Image.Image:
     Known pixels are averaged into ever smaller pictures until none is blank, and these are enlarged again behind the
     known ones ("push-pull": Gortler et al. 1996). A picture that is blank altogether becomes grey.
     """
-    layers = [_with_alpha(image, blank.point(lambda level: 255 * (level < 255)))]
+    layers = [_with_alpha(image, _is(blank, range(255)))]
     while layers[-1].getchannel("A").getextrema()[0] == 0 and max(layers[-1].size) > 1:
         smaller = layers[-1].reduce(2)
-        layers.append(_with_alpha(smaller, smaller.getchannel("A").point(lambda level: 255 * (level > 0))))
+        layers.append(_with_alpha(smaller, _is(smaller.getchannel("A"), range(1, 256))))
     below = Image.new("RGB", layers[-1].size, "grey")
     for layer in reversed(layers):
         below = below.resize(layer.size, Image.Resampling.BICUBIC)
@@ -238,14 +220,20 @@ def cut(image: Image.Image, frame: Frame) -> Image.Image:
 
 def pasted(rendered: Image.Image, picture: Image.Image, shown: Image.Image, frame: Frame) -> Image.Image:
     """The picture (frame.size) with a render of its box where `shown` ("L", of its size) lets it through."""
-    box = frame.inside
     size = frame.right - frame.left, frame.bottom - frame.top
     if rendered.size != size:
         rendered = rendered.resize(size, Image.Resampling.LANCZOS)
-    painted, shown = rendered.crop((0, 0, box[2] - box[0], box[3] - box[1])), shown.crop(box)
+    near = grown(shown.getbbox() or frame.inside, SEEN, frame.size)  # the rest of a large picture need not be looked at
+    box = _overlap(near, frame.inside)
+    left, top, right, bottom = box
+    painted = rendered.crop((left - frame.left, top - frame.top, right - frame.left, bottom - frame.top))
     result = picture.copy()
-    result.paste(toned(painted, picture.crop(box), shown), box, shown)
+    result.paste(toned(painted, picture.crop(box), shown.crop(box)), box, shown.crop(box))
     return result
+
+
+def _overlap(a: Box, b: Box) -> Box:
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
 
 
 def toned(rendered: Image.Image, picture: Image.Image, shown: Image.Image) -> Image.Image:
@@ -256,10 +244,9 @@ def toned(rendered: Image.Image, picture: Image.Image, shown: Image.Image) -> Im
     """
     import numpy as np
 
-    kept = shown.point(lambda level: 255 * (level == 0))
     shift = np.asarray(picture, dtype=np.int16) - np.asarray(rendered, dtype=np.int16)
-    cells = _with_alpha(_from_values(128 + FINE * shift), kept).reduce(TONE)
-    unseen = cells.getchannel("A").point(lambda level: 255 * (level == 0))
+    cells = _with_alpha(_from_values(128 + FINE * shift), _is(shown, [0])).reduce(TONE)
+    unseen = _is(cells.getchannel("A"), [0])
     box = (0, 0, rendered.width / TONE, rendered.height / TONE)
     smooth = filled(cells.convert("RGB"), unseen).resize(rendered.size, Image.Resampling.BICUBIC, box)
     levels = (np.asarray(smooth, dtype=np.int16) - 128 + FINE // 2) // FINE

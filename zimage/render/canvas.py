@@ -8,7 +8,7 @@ comes out.
 Shapes: pictures (1, 3, H, W) fp32 in [−1, 1]; masks (1, 1, H, W) fp32, 1 = repaint … 0 = keep.
 """
 
-from typing import NamedTuple
+from functools import cached_property
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
@@ -17,21 +17,10 @@ from zimage.errors import RequestError
 from zimage.pictures import inpaint
 from zimage.pictures.image import InputPicture, fit, from_pil, mask_tensor, mask_values, natural_size, nearest_side
 from zimage.pictures.inpaint import Frame
+from zimage.pictures.opening import MOST_PIXELS
 from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, Request, split_margins
 
 NOTHING = (0, 0, 0, 0)  # px that are added to the sides
-
-
-class Rendered(NamedTuple):
-    """A picture as it is rendered, and its mask, if it has one."""
-
-    picture: Tensor
-    mask: Tensor | None
-
-    @property
-    def kept(self) -> Tensor | None:
-        """(1, 1, H, W): 1 where the picture's own pixels stay, 0 where any step repaints them."""
-        return None if self.mask is None else (self.mask == 0).float()
 
 
 def pastes(request: Request) -> bool:
@@ -39,20 +28,37 @@ def pastes(request: Request) -> bool:
     return request.paste and (request.mask is not None or request.extend is not None)
 
 
-def rendered(request: Request, frame: Frame, width: int, height: int) -> Rendered:
-    """The picture (1, 3, H, W) of a request at the size of its render, and the mask (1, 1, H, W) by value.
+class Rendered:
+    """The picture of a request as it is rendered, and its mask, each computed when it is first asked for.
 
     This is what image to image and inpainting start from, and what a ControlNet sees of the picture: cropped, extended
-    and scaled as the render is. Without `paste` the mask has only zeros and ones.
+    and scaled as the render is.
     """
-    if not pastes(request):
-        picture, mask = picture_of(request), mask_of(request)
-        values = None if mask is None else mask_tensor(mask, width, height)
-        return Rendered(from_pil(fit(picture, width, height)), values)
-    picture, region = (inpaint.cut(whole, frame) for whole in _framed(request, frame))
-    picture = _resized(picture, (width, height), Image.Resampling.LANCZOS)
-    region = inpaint.levels(_resized(region, (width, height), Image.Resampling.BILINEAR))
-    return Rendered(from_pil(picture), mask_values(region))
+
+    def __init__(self, request: Request, frame: Frame, width: int, height: int):
+        self._request, self._frame, self._size = request, frame, (width, height)
+
+    @cached_property
+    def picture(self) -> Tensor:
+        """(1, 3, H, W)."""
+        if not pastes(self._request):
+            return from_pil(fit(picture_of(self._request), *self._size))
+        part = inpaint.cut(_picture_in(self._request, self._frame), self._frame)
+        return from_pil(_resized(part, self._size, Image.Resampling.LANCZOS))
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(1, 1, H, W) by value, without `paste` only zeros and ones; None where there is none."""
+        if not pastes(self._request):
+            mask = mask_of(self._request)
+            return None if mask is None else mask_tensor(mask, *self._size)
+        part = inpaint.cut(_mask_in(self._request, self._frame), self._frame)
+        return mask_values(inpaint.levels(_resized(part, self._size, Image.Resampling.BILINEAR)))
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(1, 1, H, W): 1 where the picture's own pixels stay, 0 where any step repaints them; None without a mask."""
+        return None if self.mask is None else (self.mask == 0).float()
 
 
 def alongside(picture: Image.Image, frame: Frame, size: tuple[int, int]) -> Image.Image:
@@ -65,9 +71,8 @@ class Pasting:
     """Puts the pictures of a job back to where they belong; made once, since all have the same place."""
 
     def __init__(self, request: Request, frame: Frame):
-        self.frame = frame
-        self.picture, mask = _framed(request, frame)
-        self.shown = inpaint.edge_of(mask)
+        self.frame, self.picture = frame, _picture_in(request, frame)
+        self.shown = inpaint.edge_of(_mask_in(request, frame))
 
     def onto(self, image: Image.Image) -> Image.Image:
         """The whole picture, with a render in its place."""
@@ -116,9 +121,9 @@ def canvas_size(request: Request) -> tuple[int, int]:
     left, top, right, bottom = _margins(request)
     width, height = _picture(request).size
     size = width + left + right, height + top + bottom
-    if max(size) > MAX_SIDE:
-        text = f"extend: the picture would be {size[0]} × {size[1]} px; each side may be at most {MAX_SIDE} px"
-        raise RequestError(text, fields=("extend", "image"))
+    if max(size) > MAX_SIDE or size[0] * size[1] > MOST_PIXELS:
+        most = f"a side may have at most {MAX_SIDE} px, and the whole {MOST_PIXELS:,} pixels"
+        raise RequestError(f"extend: the picture would be {size[0]} × {size[1]} px; {most}", fields=("extend", "image"))
     return size
 
 
@@ -158,12 +163,16 @@ def mask_of(request: Request) -> Image.Image | None:
     return inpaint.levels(mask) if request.paste else mask
 
 
-def _framed(request: Request, frame: Frame) -> tuple[Image.Image, Image.Image]:
-    """The picture as it comes out but for its paint, and the mask of it."""
+def _picture_in(request: Request, frame: Frame) -> Image.Image:
+    """The picture as it comes out, but for its paint."""
+    return fit(picture_of(request), *frame.size)
+
+
+def _mask_in(request: Request, frame: Frame) -> Image.Image:
+    """The mask of the picture as it comes out."""
     mask = mask_of(request)
-    assert mask is not None, "a frame belongs to a mask"
-    mask = inpaint.levels(fit(mask, *frame.size, Image.Resampling.BILINEAR))
-    return fit(picture_of(request), *frame.size), mask
+    assert mask is not None, "only what has a mask is pasted back"
+    return inpaint.levels(fit(mask, *frame.size, Image.Resampling.BILINEAR))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], by: Image.Resampling) -> Image.Image:

@@ -101,11 +101,11 @@ class Job:
         return self.frame.size
 
     def rendered(self) -> canvas.Rendered:
-        """The picture that the last pass starts from, and its mask, at the size of that pass; see `canvas.rendered`.
+        """The picture that the last pass starts from and its mask, at the size of that pass, computed at each call.
 
-        Only for a request with an image. It is computed at each call.
+        Only for a request with an image.
         """
-        return canvas.rendered(self.request, self.frame, *self.passes[-1][:2])
+        return canvas.Rendered(self.request, self.frame, *self.passes[-1][:2])
 
     def text(self, formatted: str) -> Text:
         """One of its texts, as an encoder takes it."""

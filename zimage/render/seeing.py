@@ -193,6 +193,8 @@ class Stages(Protocol):
 
     plan: MemoryPlan
 
+    @property
+    def model(self) -> ModelFiles: ...
     def stage(self, name: str, events: Generator[Event, None, R]) -> Generator[Event, None, R]: ...
 
 

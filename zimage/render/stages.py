@@ -20,22 +20,25 @@ from torch import Tensor
 from zimage import flow
 from zimage.dit.control import Controlled
 from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.errors import RequestError
 from zimage.events import Event
 from zimage.kernels.tiles import to_levels
 from zimage.loading.controls import ControlFiles
+from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters
 from zimage.loading.memory import out_of_memory_in
 from zimage.loading.plan import MemoryPlan
-from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
+from zimage.loading.registry import DIT, ROWS, VAE
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
 from zimage.pictures.image import fit, from_pil, to_pil
 from zimage.render import controlling
 from zimage.render.canvas import Pasting, pastes
+from zimage.render.captioning import Conditions, encode
 from zimage.render.conditioning import Encoder, Texts
 from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
-from zimage.render.job import EMBEDDED, Job, first_pass, starts_from_noise
-from zimage.render.seeing import Reading, Vision, look, mixed, read, references, unread, views_of
+from zimage.render.job import Job, first_pass, starts_from_noise
+from zimage.render.seeing import Vision
 from zimage.render.state import RenderState
 from zimage.settings.declared import TILE_OVERLAP
 
@@ -47,6 +50,10 @@ class Components:
 
     def __init__(self, residency: Residency, plan: MemoryPlan, adapters: Adapters = (), controls: ControlFiles = ()):
         self.residency, self.plan, self.adapters, self.controls = residency, plan, adapters, controls
+
+    @property
+    def model(self) -> ModelFiles:
+        return self.residency.model
 
     def use(self, name: str) -> AbstractContextManager[Any]:
         """A component for one piece of work; see `Residency.use`."""
@@ -73,13 +80,6 @@ class Components:
             self.residency.finish(name, self.plan)
 
 
-class Conditions(NamedTuple):
-    """The captions (L, C) of the prompts, and of the negative prompt where there is guidance."""
-
-    prompts: list[Tensor]
-    negative: Tensor | None
-
-
 def run(
     components: Components,
     job: Job,
@@ -98,56 +98,6 @@ def run(
         events = denoise(components, job, conditions, sources, state if second else RenderState(), hooks)
         latents = yield from components.stage(DIT, events)
     yield from components.stage(VAE, decode(components, job, latents, state.decoded))
-
-
-# ------------------------------------------------------------------ captions
-
-
-def encode(
-    components: Components, job: Job, encoder: Encoder, texts: Texts, vision: Vision | None = None
-) -> Generator[Event, None, Conditions]:
-    """The caption of each distinct text, once, those of prompts mixed with the captions of references.
-
-    What sees and what encodes are loaded only for pictures and texts that are not known already.
-    """
-    found = references(job.request.reference, job.request, components.residency.model, vision)
-    readings = (yield from look(components, vision, views_of(found))) if vision else []
-    known = {text: encoder.known(job.text(text)) for text in job.token_ids}
-    missing = any(caption is None for caption in known.values())
-    events = _captions(components, job, encoder, texts, known, vision, readings)
-    name = encoder.component if missing else TEXT_ENCODER if unread(readings) else ""
-    captions, seen = yield from components.stage(name, events)
-    prompts = {t: mixed(captions[t], job.request, found, seen, texts.limit) for t in dict.fromkeys(job.texts)}
-    return Conditions([prompts[t] for t in job.texts], captions[job.negative_texts[0]] if job.negative_texts else None)
-
-
-def _captions(
-    components: Components,
-    job: Job,
-    encoder: Encoder,
-    texts: Texts,
-    known: dict[str, Tensor | None],
-    vision: Vision | None,
-    readings: Sequence[Reading],
-) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The captions of texts, and those of the pictures that are seen."""
-    seen = (yield from read(components, vision, readings)) if vision else {}
-    return (yield from _encode_texts(components, job, encoder, texts, known)), seen
-
-
-def _encode_texts(
-    components: Components, job: Job, encoder: Encoder, texts: Texts, known: dict[str, Tensor | None]
-) -> Generator[Event, None, dict[str, Tensor]]:
-    found, read = {}, [text for text in known if text != EMBEDDED]
-    for text, caption in known.items():
-        if text in read:
-            yield Event("encode", 0, 1, read.index(text), len(read))
-        if caption is None:
-            caption = encoder.encode(job.text(text), components.plan)
-        found[text] = texts.shorten(caption, job.request.long_prompt)
-        if text in read:
-            yield Event("encode", 1, 1, read.index(text), len(read))
-    return found
 
 
 # ------------------------------------------------------------------ what denoising starts from
@@ -348,6 +298,8 @@ def denoise(
         steering = Steering.of(request, sources.controls, start.step)
         if first == len(state.finished) and state.latents is not None:
             done = state.step
+            if done >= total:  # how many there are, a mask by value decides
+                raise RequestError(f"the state is that of another render ({done} steps of {total}); start anew")
             start = start._replace(latents=state.latents, step=start.step + done)
         positive = [conditions.prompts[i // request.images] for i in batch]
         negative = None if conditions.negative is None else [conditions.negative] * len(batch)
@@ -373,7 +325,7 @@ def _start(
 
 
 def _latent_mask(components: Components, job: Job) -> Tensor | None:
-    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back, as `Job.rendered`."""
+    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back."""
     mask = None if job.request.image is None else job.rendered().mask
     if mask is None:
         return None
@@ -383,7 +335,7 @@ def _latent_mask(components: Components, job: Job) -> Tensor | None:
 
 def _latent_size(components: Components, job: Job) -> tuple[int, int]:
     """(h, w) of a job's last pass."""
-    factor = components.residency.model.skeleton(VAE).spatial_factor
+    factor = components.model.skeleton(VAE).spatial_factor
     width, height, _ = job.passes[-1]
     return height // factor, width // factor
 

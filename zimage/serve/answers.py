@@ -1,4 +1,5 @@
-"""Errors as the clients of each form read them: our own, OpenAI's below /v1/, A1111's below /sdapi/."""
+"""Errors as the clients of each form read them: our own, OpenAI's below /v1/, A1111's below /sdapi/ and
+/controlnet/."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,8 @@ from zimage.errors import ZImageError, one_line
 from zimage.serve.refusals import Refusal, status_of
 from zimage.settings.fields import Plain
 
-OPENAI, A1111 = "/v1/", "/sdapi/"
+OPENAI, A1111, CONTROLNET = "/v1/", "/sdapi/", "/controlnet/"
+WEBUI = (A1111, CONTROLNET)
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
 Header = tuple[bytes, bytes]
@@ -23,7 +25,7 @@ def error_body(path: str, status: int, message: str, fields: Sequence[str] = ())
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         field = fields[0] if fields else None
         return {"error": {"message": message, "type": kind, "param": field, "code": CODES.get(status)}}
-    if path.startswith(A1111):
+    if path.startswith(WEBUI):
         return {"error": phrase(status), "detail": message}
     return {"error": {"message": message, "fields": list(fields)}}
 
@@ -31,7 +33,7 @@ def error_body(path: str, status: int, message: str, fields: Sequence[str] = ())
 def error_status(path: str, error: ZImageError) -> int:
     """The status of an error below `path`: other programs' clients know 400 for values that cannot be used, not 422."""
     status = status_of(error)
-    return 400 if status == 422 and path.startswith((OPENAI, A1111)) else status
+    return 400 if status == 422 and path.startswith((OPENAI, *WEBUI)) else status
 
 
 def error_headers(error: ZImageError) -> dict[str, str]:

@@ -14,7 +14,20 @@ from zimage.serve.about import About
 from zimage.serve.answers import error_body
 from zimage.serve.database import Database
 from zimage.serve.door import Door
-from zimage.serve.forms import a1111, encoder, hidden_states, history, meta, openai, own, page, session, texts
+from zimage.serve.forms import (
+    a1111,
+    controlnet,
+    encoder,
+    hidden_states,
+    history,
+    meta,
+    openai,
+    own,
+    page,
+    session,
+    texts,
+    vision,
+)
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
@@ -84,8 +97,8 @@ def build(service: Service, door: Door) -> FastAPI:
 
     handlers: dict[Any, Any] = {HTTPException: _unknown, Exception: _failed}
     app = FastAPI(lifespan=life, exception_handlers=handlers, redirect_slashes=False, docs_url=None, redoc_url=None)
-    forms = (encoder, hidden_states, texts, meta)
-    for form in forms if service.settings.encoder_only else (own, history, openai, a1111, page, *forms):
+    forms = (encoder, hidden_states, texts, vision, meta)
+    for form in forms if service.settings.encoder_only else (own, history, openai, a1111, controlnet, page, *forms):
         app.include_router(form.routes(service))
     app.include_router(session.routes(door))
     bodies = {"Drawing": drawing_body(service.settings)}

@@ -14,20 +14,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from zimage.errors import SHOWN, RequestError, one_line, quoted
-from zimage.settings.declared import Request, RewriteSettings, split_scale
+from zimage.serve.conditions import Piece, pieces
+from zimage.serve.shelf import LONGEST_NAME, check_name
+from zimage.settings.conditions import Condition, Control, Reference
+from zimage.settings.declared import MASK_ALPHA, Request, RewriteSettings, split_scale
 from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
 from zimage.settings.serving import ServeSettings
 
 ATTACHMENTS = tuple(f.name for f, _ in fields(Request) if f.metadata["attachment"])
-CONDITIONS = tuple(f.name for f, _ in fields(Request) if f.metadata["condition"])  # these would name paths
+CONDITIONS: dict[str, type[Condition]] = {
+    f.name: f.metadata["condition"] for f, _ in fields(Request) if f.metadata["condition"]
+}
 REQUEST = tuple(name for name in Request.names() if name not in (*ATTACHMENTS, *CONDITIONS))
 OPERATORS = ("rewriter_url", "rewriter_model", "rewriter_timeout")  # a request that sets these sends prompts elsewhere
 REWRITE = tuple(name for name in RewriteSettings.names() if name not in OPERATORS)
-LORA, WRITTEN = "lora", "max_tokens"
-NAMES = (*REQUEST, *ATTACHMENTS, *REWRITE, LORA)
+LORA, CONTROL, REFERENCE, MASK, WRITTEN = "lora", Control.FIELD, Reference.FIELD, "mask", "max_tokens"
+NAMES = (*REQUEST, *ATTACHMENTS, *CONDITIONS, *REWRITE, LORA)
+Files = Mapping[str, Sequence[bytes]]  # by the field that they came in; only a condition's list has more than one
 MOST_LORAS = 32
-LONGEST_NAME = 255  # characters of a file's name
-PLACE = re.compile(r"[/\\:]|^\.")  # what makes a name a place
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
@@ -35,20 +39,22 @@ DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 class Asked:
     """One request, as a form translates it.
 
-    `values` are fields of Request without attachments, `rewrite` fields of RewriteSettings, all checked one by one.
-    What is absent or null is open, and the server's defaults are laid under it; prompts are rewritten where `rewriter`
-    is set then.
-    `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings".
+    `values` are fields of Request without attachments (but for a mask that lies in its image), `rewrite` fields of
+    RewriteSettings, all checked one by one. What is absent or null is open, and the server's defaults are laid under
+    it; prompts are rewritten where `rewriter` is set then.
+    `lora` are NAME or NAME:SCALE, `attachments` the bytes of "image", "mask" and "embeddings", `conditions` the
+    pictures of "reference" and "control" with what belongs to each.
     """
 
     values: Mapping[str, Plain]
     rewrite: Mapping[str, Plain] = field(default_factory=dict)
     lora: Sequence[str] = ()
     attachments: Mapping[str, bytes] = field(default_factory=dict)
+    conditions: Mapping[str, Sequence[Piece]] = field(default_factory=dict)
     form: str = "own"
 
 
-def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: str, limits: ServeSettings) -> Asked:
+def asked(values: Mapping[str, Plain], files: Files, form: str, limits: ServeSettings) -> Asked:
     """What these values ask for. Raises RequestError with the fields at fault.
 
     Attachments stand among the values in base64 or as data URLs, or come beside them as files.
@@ -56,14 +62,17 @@ def asked(values: Mapping[str, Plain], attachments: Mapping[str, bytes], form: s
     for name in values:
         _check_name(name)
     inline = {name: values[name] for name in ATTACHMENTS if values.get(name) is not None}
-    for name in inline.keys() & attachments.keys():
+    for name in inline.keys() & files.keys():
         raise RequestError(f"{name}: it is in the body and comes as a file too; pass only one of them", fields=(name,))
     request = {name: as_plain(Request.check_one(name, values[name])) for name in REQUEST if name in values}
     rewrite = {name: RewriteSettings.check_one(name, values[name]) for name in REWRITE if name in values}
     request, rewrite = _without_open(request), _without_open(rewrite)
     check_limits({**request, **rewrite}, limits)
-    files = {**attachments, **{name: from_base64(name, text) for name, text in inline.items()}}
-    return Asked(request, rewrite, lora_names(values.get(LORA)), files, form)
+    single = {name: files[name][0] for name in ATTACHMENTS if name in files}
+    if inline.get(MASK) == MASK_ALPHA:  # it lies in the image
+        request[MASK] = inline.pop(MASK)
+    single |= {name: from_base64(name, text) for name, text in inline.items()}
+    return Asked(request, rewrite, lora_names(values.get(LORA)), single, _conditions(values, files, limits), form)
 
 
 @contextmanager
@@ -119,9 +128,7 @@ def lora_names(value: Plain) -> tuple[str, ...]:
         raise RequestError(f"lora: {len(texts)} are too many; at most {MOST_LORAS} can be used", fields=(LORA,))
     for text in texts:
         check_text(LORA, text, LONGEST_NAME)
-        name, _ = split_scale(text)
-        if not name or PLACE.search(name):
-            raise RequestError(f"lora {quoted(text)} should be NAME or NAME:SCALE, not a path", fields=(LORA,))
+        check_name(LORA, split_scale(text)[0], "NAME or NAME:SCALE")
     return tuple(texts)
 
 
@@ -138,6 +145,16 @@ def from_base64(name: str, text: Plain) -> bytes:
     if not content:
         raise RequestError(f"{name}: it is empty; pass a file, or leave it out", fields=(name,))
     return content
+
+
+def _conditions(values: Mapping[str, Plain], files: Files, limits: ServeSettings) -> dict[str, tuple[Piece, ...]]:
+    """Those that hold anything. Their pictures are looked at when they are kept, their models when they are found."""
+    found = {}
+    for name, kind in CONDITIONS.items():
+        some = pieces(kind, values.get(name), files.get(name, ()), limits.max_conditions, from_base64)
+        if some:
+            found[name] = some
+    return found
 
 
 def _without_open(values: Mapping[str, Plain]) -> dict[str, Plain]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from zimage.errors import CheckpointError, RequestError, ZImageError, quoted
 from zimage.formats.json_text import json_value
 from zimage.serve.answers import error_body, error_headers, error_status
-from zimage.serve.asking import ATTACHMENTS
+from zimage.serve.asking import ATTACHMENTS, CONDITIONS, Files
 from zimage.serve.multipart import Part, parts_of
 from zimage.serve.refusals import Malformed, WrongMedia
 from zimage.settings.fields import Plain
@@ -75,22 +75,26 @@ async def read_parts(request: Request) -> list[Part]:
     return parts_of(request.headers["content-type"], await request.body())
 
 
-async def read_with_files(request: Request) -> tuple[dict[str, Plain], dict[str, bytes]]:
+async def read_with_files(
+    request: Request, single: Collection[str] = ATTACHMENTS, several: Collection[str] = tuple(CONDITIONS)
+) -> tuple[dict[str, Plain], Files]:
     """Values and files: a JSON body has no files, and a multipart one its values as JSON in the part `request`.
 
-    Raises WrongMedia, Malformed, or RequestError for parts that nothing is made of.
+    Parts may have the names of `single`, once, and those of `several`. Raises WrongMedia, Malformed, or RequestError
+    for others, of which nothing is made.
     """
     if media_type(request) != MULTIPART:
         return await read_object(request), {}
-    parts: dict[str, bytes] = {}
+    parts: dict[str, list[bytes]] = {}
     for part in await read_parts(request):
-        if part.name in parts:
+        if part.name in parts and part.name not in several:
             raise RequestError(f"{part.name}: it comes twice; pass it once", fields=(part.name,))
-        parts[part.name] = part.content
-    for name in parts.keys() - {VALUES, *ATTACHMENTS}:
-        known = ", ".join((VALUES, *ATTACHMENTS))
+        parts.setdefault(part.name, []).append(part.content)
+    for name in parts.keys() - {VALUES, *single, *several}:
+        known = ", ".join((VALUES, *single, *several))
         raise RequestError(f"the part {quoted(name)} is not known; use {known}", fields=(name,))
-    return await asyncio.to_thread(parse_object, parts.pop(VALUES, b"{}")), parts
+    (values,) = parts.pop(VALUES, [b"{}"])
+    return await asyncio.to_thread(parse_object, values), parts
 
 
 def media_type(request: Request) -> str:

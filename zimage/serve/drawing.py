@@ -68,6 +68,7 @@ class Studio:
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "notes": list(pipe.model.assumptions),
+            "vision": pipe.vision.describe() if pipe.vision else {},
         }
 
     @property
@@ -91,9 +92,19 @@ class Studio:
         """Raises what the pipeline raises. `idle`: nothing else takes memory now."""
         if question["op"] == "prepare":
             return self._prepare(question, idle)
+        if question["op"] == "vision":
+            return self._vision(question.get("clear", False))
         text = TextSettings.from_mapping(question["text"])
         texts = self.captioner.texts
         return {"text": texts.parts(text).format(question["prompt"]), **texts.count(question["prompt"], text)._asdict()}
+
+    def _vision(self, clear: bool) -> Message:
+        """Whether the vision model is in memory, and figures of the cache of captions, which is emptied for `clear`."""
+        cache, vision = self.captioner.cache, self.captioner.vision
+        if clear:
+            cache.clear()
+        loaded = vision is not None and vision.component in self.captioner.residency.loaded
+        return {"loaded": loaded, "cache": {**vars(cache.stats), "hit_rate": cache.stats.hit_rate}}
 
     def _prepare(self, question: Message, idle: bool) -> Message:
         """The job of a request. What does not fit in memory beside a render that runs is tried when its turn comes."""
@@ -130,7 +141,7 @@ class Studio:
 
     def compute(self, task: Message, check: Check) -> Message:
         """Encode or rewrite a text for a client that waits."""
-        if task["what"] == "encode":
+        if task["what"] in ("encode", "see"):
             return {"result": encode(self.captioner, task["asked"], Path(task["path"]))}
         settings = RewriteSettings.from_mapping(task["asked"]["settings"])
         result = self._written(task["id"], task["asked"]["prompt"], settings, check)

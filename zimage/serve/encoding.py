@@ -3,6 +3,7 @@
 captions       for zimage on another machine: texts as they are formatted there, and the ids that they have there
 hidden_states  for programs that speak POST /v1/hidden_states: JSON with float32
 embeddings     for people: a prompt and settings of its text, as a file for `gen --embeddings`
+sight          the same of a picture: what the vision model sees in it
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 from zimage.captioner import Captioner
 from zimage.errors import RequestError
 from zimage.loading.registry import TEXT_ENCODER
+from zimage.render.attached import open_picture
 from zimage.render.conditioning import Text
 from zimage.settings.declared import MAX_TEXT_TOKENS, TextSettings
 from zimage.settings.fields import Plain, Weights
@@ -30,8 +32,9 @@ def encode(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
     captions       texts: [{"text", "ids"}], layers, dtype
     hidden_states  input: [text, …], single, model, layer, max_length, encoding_format
     embeddings     prompt, text: fields of TextSettings
+    sight          picture: path, settings: vision_text, vision_layer, vision_tokens
 
-    Returns its path, and the tokens, shapes, dtype and hashes of the captions: of embeddings one each, else lists.
+    Returns its path, and the tokens, shapes, dtype and hashes of the captions: of these two one each, else lists.
     Raises RequestError.
     """
     return FORMS[asked.get("form", "embeddings")](pipe, asked, path)
@@ -42,8 +45,15 @@ def _embeddings(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answ
     (caption,) = pipe.encode(asked["prompt"], **asked["text"])
     request = {"prompt": asked["prompt"], **pipe.texts.filled(settings).to_mapping()}
     save_embeddings(path, caption, request, pipe.captions_from.fingerprint)
-    told = _told(path, [caption])
-    return {**told, **{name: told[name][0] for name in ("tokens", "shape", "hash")}}
+    return _told_of_one(path, caption)
+
+
+def _sight(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
+    picture, settings = open_picture(asked["picture"]), asked["settings"]
+    caption = pipe.see(picture, **{name.removeprefix("vision_"): value for name, value in settings.items()})
+    assert pipe.vision is not None
+    save_embeddings(path, caption, {"reference": picture.hash, **settings}, pipe.vision.fingerprint)
+    return _told_of_one(path, caption)
 
 
 def _captions(pipe: Captioner, asked: Mapping[str, Plain], path: Path) -> Answer:
@@ -100,6 +110,11 @@ def _naming(field: str) -> Iterator[None]:
         raise RequestError(f"{field}: {error}", fields=(field,)) from None
 
 
+def _told_of_one(path: Path, caption: Tensor) -> Answer:
+    told = _told(path, [caption])
+    return {**told, **{name: told[name][0] for name in ("tokens", "shape", "hash")}}
+
+
 def _told(path: Path, captions: Sequence[Tensor]) -> Answer:
     return {
         "path": str(path),
@@ -114,4 +129,5 @@ FORMS: Mapping[str, Callable[[Captioner, Mapping[str, Plain], Path], Answer]] = 
     "captions": _captions,
     "hidden_states": _hidden_states,
     "embeddings": _embeddings,
+    "sight": _sight,
 }

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from zimage.serve.answers import A1111, OPENAI, error_body, phrase
+from zimage.serve.answers import A1111, CONTROLNET, OPENAI, error_body, phrase
 from zimage.serve.schema import EXAMPLE, Schema, whole
 from zimage.settings.fields import Plain
 from zimage.version import __version__
@@ -127,6 +127,7 @@ ERRORS: dict[str, Schema] = {
     OPENAI: record("OpenAIError", error=OPENAI_FAULT),
     A1111: record("A1111Error", others=True, error=TEXT, detail=TEXT),
 }
+ERRORS[CONTROLNET] = ERRORS[A1111]
 SHARED: dict[str, Schema] = {schema["title"]: schema for schema in (IMAGE, JOB, *ERRORS.values())}
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from zimage.serve.about import About
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
+from zimage.serve.conditions import MODEL, PICTURE
+from zimage.settings.conditions import MAX_CONTROL_SCALE, names_of
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
 from zimage.settings.fields import Plain, Settings, json_schema
 from zimage.settings.serving import ServeSettings
@@ -21,7 +23,11 @@ UPLOADED = {
     "image": "Picture to start from, instead of pure noise",
     "mask": "Mask of the image: white areas are repainted",
     "embeddings": "Caption embeddings that save-embeddings gave, in place of a prompt",
+    "reference": "Pictures that the prompt's caption is mixed with, each by its alpha, from 0 to 1",
+    "control": "Pictures that ControlNets of this server follow, each with its model and the scale of its hints",
 }
+SIGHT = ("vision_text", "vision_layer", "vision_tokens")
+NUMBERS = {"alpha": 1.0, "scale": MAX_CONTROL_SCALE}  # of conditions, from 0
 SMALL_PNG = (  # 16 × 16 px of one colour
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR4nGPUiFrAQApgIkn1qIZRDUNKAwCpoQFCcQgOjQAAAABJRU5ErkJggg=="
 )
@@ -38,15 +44,23 @@ LORA_SCHEMA: Schema = {
 }
 
 
-def described(about: About, settings: ServeSettings, defaults: Mapping[str, Plain], loras: Sequence[str]) -> Schema:
-    """What a page needs to ask for pictures: fields, defaults, limits, the model.
+def described(
+    about: About,
+    settings: ServeSettings,
+    defaults: Mapping[str, Plain],
+    loras: Sequence[str],
+    controls: Sequence[str],
+) -> Schema:
+    """What a page needs to ask for pictures: fields, defaults, limits, the model, the files that it may name.
 
     `defaults` are the server's own, and come before the model's.
     """
     return {
-        "request": drawing_schema(settings),
+        "request": drawing_schema(settings, controls),
         "rewrite": rewriting_schema(settings),
         "lora": {"names": list(loras)},
+        "control": {"names": list(controls)},
+        "vision": {"available": bool(about.vision), **about.vision},
         "defaults": {**about.defaults, **{name: value for name, value in defaults.items() if value is not None}},
         "limits": limits(settings, about.token_limit),
         "model": {"name": about.model["name"], "is_demo": about.model["is_demo"]},
@@ -71,11 +85,14 @@ def limits(settings: ServeSettings, token_limit: int) -> dict[str, int]:
     }
 
 
-def drawing_schema(settings: ServeSettings) -> Schema:
-    """JSON Schema of Request, with this server's limits and attachments as they come over the network."""
+def drawing_schema(settings: ServeSettings, controls: Sequence[str] | None = None) -> Schema:
+    """JSON Schema of Request, with this server's limits and files as they come over the network.
+
+    `controls` are the names that a control's model may have, where they are known.
+    """
     schema = json_schema(Request)
-    fields = {name: field for name, field in schema["properties"].items() if name not in CONDITIONS}
-    fields |= {name: attachment_schema(name) for name in ATTACHMENTS}
+    fields = {**schema["properties"], **{name: attachment_schema(name) for name in ATTACHMENTS}}
+    fields |= {name: conditions_schema(name, settings.max_conditions, controls) for name in CONDITIONS}
     fields["steps"] = {**fields["steps"], "maximum": min(fields["steps"]["maximum"], settings.max_steps)}
     fields["images"] = {**fields["images"], "maximum": min(fields["images"]["maximum"], settings.max_images)}
     return {**schema, "properties": fields}
@@ -95,6 +112,27 @@ def attachment_schema(name: str) -> Schema:
     return {**field, "contentEncoding": "base64", "description": f"{UPLOADED[name]}: base64 or a data URL."}
 
 
+def conditions_schema(name: str, most: int, models: Sequence[str] | None) -> Schema:
+    """Pictures with values of their own inside a JSON body; one without its picture takes the next file beside it."""
+    kind, field = CONDITIONS[name], json_schema(Request)["properties"][name]
+    picture = {"type": ["string", "null"], "contentEncoding": "base64", "description": "base64 or a data URL."}
+    known = {} if models is None else {"enum": list(models)}
+    parts: dict[str, Schema] = {PICTURE: picture, MODEL: {"type": "string", "description": "Its name.", **known}}
+    for part, highest in NUMBERS.items():
+        if part in names_of(kind):
+            usual = kind.__dataclass_fields__[part].default
+            parts[part] = {"type": "number", "minimum": 0, "maximum": highest, "default": usual}
+    needed = [MODEL] if MODEL in kind.FILES else []
+    entry = whole("", {part: parts[part] for part in names_of(kind)}, needed)
+    return {**field, "description": f"{UPLOADED[name]}.", "items": entry, "maxItems": most}
+
+
+def sight_fields() -> dict[str, Schema]:
+    """How a picture is looked at."""
+    fields = json_schema(Request)["properties"]
+    return {name: fields[name] for name in SIGHT}
+
+
 def own_fields(settings: ServeSettings) -> dict[str, Schema]:
     """Everything that a request for pictures may set under our own names."""
     drawing, rewriting = drawing_schema(settings)["properties"], rewriting_schema(settings)["properties"]
@@ -109,6 +147,7 @@ def drawing_body(settings: ServeSettings) -> Schema:
 def drawing_parts(body: Schema) -> Schema:
     """The same as multipart: the values as JSON in one part, files in others."""
     files = {name: {**FILE, "description": f"{UPLOADED[name]}."} for name in ATTACHMENTS}
+    files |= {name: {"type": "array", "items": FILE, "description": f"{UPLOADED[name]}."} for name in CONDITIONS}
     request = {**body, "contentMediaType": "application/json"}
     return whole("DrawingParts", {"request": request, **files}, needed=("request",))
 

@@ -20,17 +20,19 @@ from zimage.errors import RequestError, ZImageError, quoted
 from zimage.serve import leftovers
 from zimage.serve.about import About
 from zimage.serve.asking import Asked, check_limits, check_tokens
+from zimage.serve.attached import attached
 from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
 from zimage.serve.history import History
 from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
 from zimage.serve.metrics import Metrics
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
+from zimage.serve.shelf import CONTROL_ENDINGS, LORA_ENDINGS, names_in
 from zimage.serve.stream import END, PREVIEW, Message, Streams
 from zimage.serve.uploads import Uploads, named
 from zimage.serve.view import JobView, Progress
 from zimage.serve.workers import BUSY, READY, Worker
-from zimage.settings.declared import Request, RewriteSettings, split_scale
+from zimage.settings.declared import Request, RewriteSettings
 from zimage.settings.fields import Plain, nearest
 from zimage.settings.profiles import laid_over
 from zimage.settings.serving import ServeSettings
@@ -108,12 +110,11 @@ class Service:
 
     async def loras(self) -> dict[str, Path]:
         """The LoRAs that requests may name: files in the configured folder, by their names without the ending."""
-        return await asyncio.to_thread(self._loras)
+        return await asyncio.to_thread(names_in, self.launch.loading.get("lora_folder"), LORA_ENDINGS)
 
-    def _loras(self) -> dict[str, Path]:
-        folder = self.launch.loading.get("lora_folder")
-        found = Path(folder).expanduser().rglob(f"*{ENDING}") if folder else ()
-        return {path.stem: path for path in sorted(found, reverse=True)}
+    async def controls(self) -> dict[str, Path]:
+        """The control files that requests may name, in the same way."""
+        return await asyncio.to_thread(names_in, self.settings.control_folder, CONTROL_ENDINGS)
 
     # ------------------------------------------------------------------ jobs
 
@@ -205,6 +206,11 @@ class Service:
         """A quick question to a worker. Raises as the pipeline does, or Unavailable."""
         return await self._worker().ask(op, **plain)
 
+    async def ask_all(self, op: str, **plain: Plain) -> list[dict[str, Plain]]:
+        """The same to every worker that is ready. Raises Unavailable where there is none."""
+        ready = [worker for worker in self.dispatcher.workers if worker.state in (READY, BUSY)]
+        return list(await asyncio.gather(*(worker.ask(op, **plain) for worker in ready or [self._worker()])))
+
     async def compute(self, op: str, **asked: Plain) -> dict[str, Plain]:
         """Short work that goes before the queue: "encode" or "rewrite". Raises as the pipeline does."""
         if self.dispatcher.stopping:
@@ -251,35 +257,19 @@ class Service:
             raise NoRoom(f"less than {self.settings.min_free} MB are free on the server's disk; no new jobs are taken")
 
     async def _prepared(self, asked: Asked, key: str | None) -> JobRow:
-        uploads = {name: await self.uploads.keep(name, data) for name, data in asked.attachments.items()}
-        files = {name: str(upload.path) for name, upload in uploads.items()}
-        values = laid_over(self.launch.defaults, {**asked.values, **asked.rewrite, **files})
+        files = await attached(asked, self.uploads, self)
+        values = laid_over(self.launch.defaults, {**asked.values, **asked.rewrite, **files.values})
         request = {name: value for name, value in values.items() if name in Request.names()}
         rewrite = {name: value for name, value in values.items() if name in RewriteSettings.names()}
         wanted = rewrite if rewrite.get("rewriter") else None
-        id, lora = new_id(), await self._found(asked.lora)
-        with named({path: name for name, path in files.items()} | {str(one["path"]): "lora" for one in lora or ()}):
-            told = await self.ask("prepare", id=id, values=request, lora=lora, rewrite=wanted)
+        id = new_id()
+        with named(files.places):
+            told = await self.ask("prepare", id=id, values=request, lora=files.lora, rewrite=wanted)
         check_limits(told["request"], self.settings)
-        check_tokens(told["tokens"], "embeddings" if "embeddings" in files else "prompt", self.settings)
+        check_tokens(told["tokens"], "embeddings" if "embeddings" in files.values else "prompt", self.settings)
         row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
-        row.uploads, row.notes = [upload.hash for upload in uploads.values()], told["notes"]
+        row.uploads, row.notes = files.hashes, told["notes"]
         return row
-
-    async def _found(self, names: Collection[str]) -> list[dict[str, Plain]] | None:
-        """LoRAs by the names that a request has for them; None where it names none."""
-        if not names:
-            return None
-        known, found = await self.loras(), []
-        for text in names:
-            name, scale = split_scale(text)
-            path = known.get(name.removesuffix(ENDING))
-            if path is None:
-                raise RequestError(
-                    f"lora {quoted(name)} is not on this server; {nearest(name, known)}", fields=("lora",)
-                )
-            found.append({"name": path.name, "scale": scale, "path": str(path)})
-        return found
 
     # ------------------------------------------------------------------ the rest
 
@@ -332,6 +322,11 @@ class Service:
 
 def _digest(asked: Asked) -> str:
     """What tells two requests apart."""
-    files = {name: hashlib.sha256(data).hexdigest() for name, data in asked.attachments.items()}
-    plain: list[Any] = [dict(asked.values), dict(asked.rewrite), list(asked.lora), files]
+    files = {name: _hash(data) for name, data in asked.attachments.items()}
+    lists = {name: [(_hash(one.picture), dict(one.values)) for one in some] for name, some in asked.conditions.items()}
+    plain: list[Any] = [dict(asked.values), dict(asked.rewrite), list(asked.lora), files, lists]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

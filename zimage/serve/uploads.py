@@ -1,6 +1,7 @@
 """Files that came with requests: looked at before anything decodes them, and kept under the hash of their bytes.
 
-    uploads/SHA-256     whole files, each once, however often it is sent
+    uploads/SHA-256                whole files, each once, however often it is sent
+    uploads/SHA-256.safetensors    those that hold embeddings
 
 What a file is called where it came from is not used: no name from outside ever reaches the file system.
 """
@@ -12,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,23 +28,25 @@ from zimage.serve.refusals import NotFound, TooLarge
 from zimage.settings.serving import ServeSettings
 
 HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
-EMBEDDINGS = "embeddings"
+EMBEDDINGS, REFERENCE = "embeddings", "reference"  # of which the one is tensors, and the other may be
+ENDING = ".safetensors"
 LONGEST_HEADER = 1 << 20  # bytes of a header of embeddings: one tensor, and the request that they were made from
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A kept file."""
+    """A kept file. `pixels`: what a picture has of them, once it is decoded; of other files 0."""
 
     hash: str
     path: Path
+    pixels: int = 0
 
 
 class Uploads:
     """The folder of the files; any thread may use it."""
 
     def __init__(self, folder: Path, settings: ServeSettings):
-        self.folder, self._most_pixels, self._most_bytes = folder, settings.max_decoded, settings.max_upload << 20
+        self.folder, self.most_pixels, self._most_bytes = folder, settings.max_decoded, settings.max_upload << 20
         self._turn = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -60,16 +63,17 @@ class Uploads:
 
     def path_of(self, hash: str) -> Path:
         """The file of a hash. Raises NotFound, also for what is not a hash."""
-        path = self.folder / hash if HASH.fullmatch(hash) else None
-        if path is None or not path.is_file():
-            raise NotFound("there is no such upload")
-        return path
+        paths = [self.folder / f"{hash}{ending}" for ending in ("", ENDING)] if HASH.fullmatch(hash) else []
+        for path in paths:
+            if path.is_file():
+                return path
+        raise NotFound("there is no such upload")
 
     def sweep(self, used: Collection[str], older_than: float) -> int:
         """Remove files that no job needs and that were last sent so many seconds ago; returns how many."""
         before, removed = time.time() - older_than, 0
         with os.scandir(self.folder) as entries:
-            names = [entry.name for entry in entries if entry.name not in used]
+            names = [entry.name for entry in entries if entry.name.partition(".")[0] not in used]
         for name in names:
             with self._turn, contextlib.suppress(FileNotFoundError):
                 if os.stat(self.folder / name).st_mtime < before:
@@ -78,31 +82,38 @@ class Uploads:
         return removed
 
     def _keep(self, name: str, content: bytes) -> Upload:
-        hash = hashlib.sha256(content).hexdigest()
-        path = self.folder / hash
+        hash, are_tensors = hashlib.sha256(content).hexdigest(), _are_tensors(name, content)
+        path = self.folder / (hash + ENDING if are_tensors else hash)
+        look = _look_at_tensors if are_tensors else self._look_at_picture
         with storing(path):
             with self._turn:  # a sweep would find it too old
                 known = path.exists()
                 if known:
                     os.utime(path)
             if known:  # perhaps as something else: the same bytes may come as a picture and as embeddings
-                self._look(name, path)
-                return Upload(hash, path)
+                return Upload(hash, path, _looked(look, name, path))
             with beside(path) as temporary:
                 temporary.write_bytes(content)
-                self._look(name, temporary)
+                pixels = _looked(look, name, temporary)
                 os.replace(temporary, path)
-        return Upload(hash, path)
+        return Upload(hash, path, pixels)
 
-    def _look(self, name: str, path: Path) -> None:
-        """Raise RequestError or TooLarge for a file that should not be opened any further."""
-        look = _look_at_tensors if name == EMBEDDINGS else self._look_at_picture
-        with named({str(path): name}):
-            look(name, path)
-
-    def _look_at_picture(self, name: str, path: Path) -> None:
+    def _look_at_picture(self, name: str, path: Path) -> int:
         with opened(path) as picture:
-            check_pixels(name, picture, self._most_pixels)
+            check_pixels(name, picture, self.most_pixels)
+            return picture.width * picture.height
+
+
+def _looked(look: Callable[[str, Path], int], name: str, path: Path) -> int:
+    """Its pixels. Raises RequestError or TooLarge for a file that should not be opened any further."""
+    with named({str(path): name}):
+        return look(name, path)
+
+
+def _are_tensors(name: str, content: bytes) -> bool:
+    """Whether a file is to be looked at as safetensors: the length of a header of JSON, and then that header."""
+    begins = content[8:9] == b"{" and int.from_bytes(content[:8], "little") <= len(content) - 8
+    return name == EMBEDDINGS or (name == REFERENCE and begins)
 
 
 def check_pixels(name: str, picture: Image.Image, most: int) -> None:
@@ -130,7 +141,7 @@ def named(places: Mapping[str, str]) -> Iterator[None]:
         raise RequestError(text, fields=error.fields or found) from None
 
 
-def _look_at_tensors(name: str, path: Path) -> None:
+def _look_at_tensors(name: str, path: Path) -> int:
     """The header of a safetensors file; the worker reads the values."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -139,3 +150,4 @@ def _look_at_tensors(name: str, path: Path) -> None:
         problems = read_header(stream, path.stat().st_size).problems
     if problems:
         raise RequestError(f"{name} is not a whole safetensors file ({problems[0]})", fields=(name,))
+    return 0

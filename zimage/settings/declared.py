@@ -227,7 +227,7 @@ class Request(CaptionSettings):
     strength: float | None = setting(
         None,
         "How much to change the image, or the first pass of --hires; 1 starts from pure noise. "
-        f"Default: {STRENGTH}, with a mask 1.",
+        f"Default: {STRENGTH}, with a mask or --extend 1.",
         group="Picture",
         above=0,
         maximum=1,
@@ -523,7 +523,7 @@ class LoadSettings(Settings):
     cuda_graphs: bool = setting(
         False,
         "Replay small pictures and written tokens from CUDA graphs, where launching takes longer than computing: the "
-        "demo, 256 × 256, rewriting.",
+        "demo, up to 512 × 512, rewriting.",
         group="Machine",
     )
     residency: str = setting(

@@ -5,6 +5,7 @@ What a server loads and draws is set by the settings of `declared`, as everywher
 
 from dataclasses import dataclass
 
+from zimage.settings.conditions import MOST_CONDITIONS
 from zimage.settings.fields import Settings, check_fields, setting
 
 HOST, PORT = "127.0.0.1", 7860
@@ -38,6 +39,13 @@ class ServeSettings(Settings):
         metavar="FOLDER",
         path=True,
     )
+    control_folder: str | None = setting(
+        None,
+        "Folder with the control files that requests may name. Default: none.",
+        group="Server",
+        metavar="FOLDER",
+        path=True,
+    )
     worker: list[str] | None = setting(
         None,
         "Device of a worker process; repeat it for several, which share the queue. Default: one, on --device.",
@@ -62,6 +70,13 @@ class ServeSettings(Settings):
         4096 * 4096, "Pixels of a picture that may be asked for.", group="Limits", minimum=256, maximum=1 << 28
     )
     max_images: int = setting(16, "Pictures that one job may draw.", group="Limits", minimum=1, maximum=10_000)
+    max_conditions: int = setting(
+        8,
+        "Reference pictures that one job may have, and control pictures.",
+        group="Limits",
+        minimum=1,
+        maximum=MOST_CONDITIONS,
+    )
     max_steps: int = setting(200, "Steps that one job may ask for.", group="Limits", minimum=1, maximum=1000)
     max_prompt_tokens: int = setting(
         4096,

@@ -336,7 +336,7 @@ def half_rotation(position: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor
     D = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=position.device) / D)
     own = position[axes(D // 2, config.mrope_section)].T if position.ndim == 2 else position[:, None]  # (L, D/2 or 1)
-    angle = own * frequencies
+    angle = (own * frequencies).contiguous()
     return angle.cos(), angle.sin()
 
 

@@ -21,11 +21,13 @@ from zimage.nn.config import Between, check_implemented, fault, read_architectur
 from zimage.text.sight import Grid
 
 FILE = "preprocessor_config.json"
+NEWER_FILE, NEWER_SECTION = "processor_config.json", "image_processor"  # transformers 5 writes it into this one
 NARROWEST = 200  # the longer side over the shorter one
 
 PatchSide = Annotated[int, Between(1, 256)]
 MergeSide = Annotated[int, Between(1, 16)]
-PixelCount = Annotated[int, Between(1, 1 << 30)]
+LeastPixels = Annotated[int, Between(1, 1 << 22)]
+MostPixels = Annotated[int, Between(1, 1 << 26)]
 
 
 class Pixels(NamedTuple):
@@ -43,8 +45,8 @@ class Pixels(NamedTuple):
 class PixelLimits:
     """How large a picture is when the tower reads it: the fields of `preprocessor_config.json`, as published."""
 
-    min_pixels: PixelCount = 65_536
-    max_pixels: PixelCount = 16_777_216
+    min_pixels: LeastPixels = 65_536
+    max_pixels: MostPixels = 16_777_216
     patch_size: PatchSide = 16
     merge_size: MergeSide = 2
 
@@ -53,6 +55,7 @@ class PixelLimits:
         "do_resize": (True,),
         "do_rescale": (True,),
         "do_normalize": (True,),
+        "rescale_factor": (1 / 255, None),
         "resample": (3, None),  # bicubic
         "image_mean": ([0.5] * 3, None),
         "image_std": ([0.5] * 3, None),
@@ -78,13 +81,17 @@ class PixelLimits:
 
     @classmethod
     def beside(cls, path: Path, sides: Mapping[str, int]) -> "PixelLimits":
-        """Those of a model's folder, or of the folder that a loose file lies in; the published ones where it says none.
+        """Those of a model's folder, or of the folder that a loose file lies in; the published ones if it states none.
 
         `sides` are `patch_size` and `merge_size` where the file does not state them. Raises CheckpointError or
         ConfigError.
         """
-        file = (path if path.is_dir() else path.parent) / FILE
-        return cls.read({**sides, **read_json(file)}) if file.is_file() else cls(**sides)
+        folder = path if path.is_dir() else path.parent
+        if (file := folder / FILE).is_file():
+            return cls.read({**sides, **read_json(file)})
+        newer = folder / NEWER_FILE
+        config = section(cls, read_json(newer), NEWER_SECTION) if newer.is_file() else {}
+        return cls.read({**sides, **config}) if config else cls(**sides)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) at which a picture is read: multiples of a token's side, the shape nearly kept.

@@ -28,10 +28,8 @@ from zimage.serve.forms.a1111_request import (
     INSTEAD,
     SAMPLER,
     SCHEDULE,
-    Translated,
     bodies,
     check_overrides,
-    inverted_mask,
     translated,
 )
 from zimage.serve.forms.waiting import give_up, unfinished, until_the_end
@@ -135,7 +133,7 @@ def _running(router: APIRouter, service: Service) -> None:
 def _lists(router: APIRouter, service: Service) -> None:
     for name, (description, entries) in LISTS.items():
         listed_here = answers(content(description, listed(RECORD), entries), form=A1111)
-        router.add_api_route(f"/{name}", _constant(entries), name=name, responses=listed_here, summary=description)
+        router.add_api_route(f"/{name}", constant(entries), name=name, responses=listed_here, summary=description)
 
     one = content("One entry.", listed(RECORD))
 
@@ -186,7 +184,7 @@ async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Re
     usual = {**service.about.defaults, **service.launch.defaults}
     with named_as(their_names(sent), sent):
         wanted = translated(sent, usual, model)
-        ask = asked(await _with_mask(service, wanted), {}, FORM, service.settings)
+        ask = asked(wanted.values, {}, FORM, service.settings)
         view = await service.submit(ask)
         view = await until_the_end(service, view, request)
     ignored = wanted.ignored
@@ -204,15 +202,6 @@ def their_names(sent: Mapping[str, Plain]) -> dict[str, str]:
     """How this client calls what we call otherwise: pictures go by two names, and LoRAs stand in the prompt."""
     images = "n_iter" if "n_iter" in sent else "batch_size"
     return {**INSTEAD, "images": images, **({} if LORA in sent else {LORA: "prompt"})}
-
-
-async def _with_mask(service: Service, wanted: Translated) -> dict[str, Plain]:
-    """The values, with the mask as ours are: what is white is repainted."""
-    if not wanted.fields.inpainting_mask_invert or wanted.values.get("mask") is None:
-        return wanted.values
-    data = from_base64("mask", wanted.values["mask"])
-    mask = await asyncio.to_thread(inverted_mask, data, service.settings.max_decoded)
-    return {**wanted.values, "mask": base64.b64encode(mask).decode()}
 
 
 async def _base64(service: Service, image: dict[str, Plain]) -> str:
@@ -306,7 +295,9 @@ def _texts_of(data: bytes, most_pixels: int) -> dict[str, Plain]:
     return {"info": texts.parameters, "items": {key: text for key, text in others.items() if text}}
 
 
-def _constant(entries: list[Plain]) -> Any:
+def constant(entries: Plain) -> Any:
+    """An endpoint that always answers the same."""
+
     async def listing() -> Response:
         return JSONResponse(entries)
 

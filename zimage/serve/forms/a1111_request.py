@@ -6,26 +6,23 @@ What that program has and we do not is left out, as its own clients expect of se
 What would give another picture than the one that was asked for without anybody seeing it is refused.
 """
 
-import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from PIL import ImageOps
-
 from zimage.errors import SHOWN, RequestError, one_line, quoted
 from zimage.pictures.foreign import OURS, USUAL, guidance_of
-from zimage.pictures.image import nearest_side, open_mask
-from zimage.pictures.opening import opened_bytes
+from zimage.pictures.image import nearest_side
 from zimage.pictures.parameters import LORA as TAG
-from zimage.serve.asking import ATTACHMENTS, LORA, NAMES, lora_names
+from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, NAMES, lora_names
+from zimage.serve.forms.a1111_control import SCRIPTS, controls
 from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
-from zimage.serve.uploads import check_pixels
-from zimage.settings.declared import LONGEST_TEXT
+from zimage.settings.declared import LONGEST_TEXT, MAX_SIDE
 from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
 
 SAMPLER, SCHEDULE = "Euler", "simple"
+ORIGINAL = 1  # of `inpainting_fill`: what is behind the mask is begun with
 CHECKPOINT = "sd_model_checkpoint"
 INSTEAD = {  # how clients call what we call otherwise
     "guidance": "cfg_scale",
@@ -33,6 +30,9 @@ INSTEAD = {  # how clients call what we call otherwise
     "hires": "hr_scale",
     "strength": "denoising_strength",
     "image": "init_images",
+    "mask_invert": "inpainting_mask_invert",
+    "mask_crop": "inpaint_full_res_padding",
+    **dict.fromkeys(("control", "control_start", "control_end", "control_preprocess"), SCRIPTS),
 }
 # Values that ask for nothing, of fields that have no meaning here; besides these none, false, zero and empty ones do.
 NOTHING: dict[str, Plain] = {
@@ -40,14 +40,13 @@ NOTHING: dict[str, Plain] = {
     "seed_resize_from_h": -1,
     "seed_resize_from_w": -1,
     "s_noise": 1,
-    "mask_blur": 4,
     "resize_mode": 1,
-    "inpainting_fill": 1,
+    "inpainting_fill": ORIGINAL,
     "hr_upscaler": "Lanczos",
     "override_settings_restore_afterwards": True,
     "do_not_save_grid": True,
 }
-HEAVY = ("init_images", "alwayson_scripts", *ATTACHMENTS)  # what an answer does not repeat
+HEAVY = ("init_images", SCRIPTS, *ATTACHMENTS, *CONDITIONS)  # what an answer does not repeat
 MOST_NAMED = 50  # fields in a warning
 
 
@@ -72,7 +71,14 @@ class Fields(Settings):
         None, "How much to change the picture, or the first pass of enable_hr.", minimum=0, maximum=1
     )
     init_images: list[str] | None = setting(None, "The picture to start from: base64 or a data URL.")
+    mask: str | None = setting(None, "What of the picture is repainted: base64 or a data URL.")
+    mask_blur: float | None = setting(None, "Blur of the mask in pixels.", minimum=0)
     inpainting_mask_invert: int | bool = setting(0, "1: what is black is repainted.", minimum=0, maximum=1)
+    inpainting_fill: int = setting(
+        ORIGINAL, "What is behind the mask at first: 1, the picture; others are ignored.", minimum=0, maximum=3
+    )
+    inpaint_full_res: int | bool = setting(0, "1: only the masked region is drawn, at full size.", minimum=0, maximum=1)
+    inpaint_full_res_padding: int = setting(0, "Pixels around that region.", minimum=0, maximum=MAX_SIDE)
     send_images: bool = setting(True, "Whether the answer has the pictures.")
     save_images: bool = setting(False, "Pictures are kept in the history anyway.")
 
@@ -99,14 +105,17 @@ def translated(sent: Mapping[str, Plain], usual: Mapping[str, Plain], model: str
     """A body under our names. `usual`: what the server draws where a request says nothing. Raises RequestError."""
     given = {name: _whole(value) for name, value in sent.items() if value is not None}
     check_overrides(given.pop("override_settings", {}), model)
+    scripts = given.pop(SCRIPTS, {})
     fields = Fields.from_mapping({name: value for name, value in given.items() if name in Fields.names()})
     own = {name: value for name, value in given.items() if name in NAMES and name not in Fields.names()}
     if isinstance(own.get("seed"), int) and own["seed"] < 0:
         del own["seed"]
     values, ignored = _in_our_terms(fields, given, own, usual)
+    controlled, unused = controls(scripts, values.get("image"))
+    values |= controlled
     for name in own.keys() & values.keys() - {"prompt", LORA, "width", "height"}:
         raise RequestError(f"{name} is set too; pass only one of them", fields=(name,))  # `named_as` puts theirs before
-    return Translated(fields, {**own, **values}, [*ignored, *shown(given.keys() - KNOWN, given)])
+    return Translated(fields, {**own, **values}, [*ignored, *unused, *shown(given.keys() - KNOWN, given)])
 
 
 def check_overrides(settings: Plain, model: str) -> list[str]:
@@ -125,16 +134,6 @@ def shown(names: Collection[str], values: Mapping[str, Plain]) -> list[str]:
     """Those of the fields without a meaning here that were meant to do something, as a warning names them."""
     asking = (name for name in sorted(names) if values[name] and values[name] != NOTHING.get(name))
     return [one_line(name, SHOWN) for name in islice(asking, MOST_NAMED)]
-
-
-def inverted_mask(data: bytes, most_pixels: int) -> bytes:
-    """A mask with black and white exchanged. Raises RequestError or TooLarge."""
-    with opened_bytes("mask", data) as mask:
-        check_pixels("mask", mask, most_pixels)
-        inverted = ImageOps.invert(open_mask(mask))
-    buffer = io.BytesIO()
-    inverted.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def bodies(settings: ServeSettings) -> dict[str, Schema]:
@@ -165,9 +164,26 @@ def _in_our_terms(
         values |= _enlarged(fields, own.get("width", usual["width"]), own.get("height", usual["height"]))
     if fields.init_images:
         values["image"] = fields.init_images[0]
+    if fields.mask is not None and not fields.init_images:
+        ignored.append("mask (there is no picture to start from)")
+    elif fields.mask is not None:
+        masked, unused = _masked(fields)
+        values |= masked
+        ignored += unused
     if fields.denoising_strength is not None and (fields.enable_hr or fields.init_images):
         values["strength"] = fields.denoising_strength
     return values, ignored
+
+
+def _masked(fields: Fields) -> tuple[dict[str, Plain], list[str]]:
+    """What a mask is and how it is used. All fills are the same where the picture begins with noise alone."""
+    values: dict[str, Plain] = {"mask": fields.mask}
+    values |= {"mask_invert": True} if fields.inpainting_mask_invert else {}
+    values |= {"mask_blur": fields.mask_blur} if fields.mask_blur is not None else {}
+    values |= {"mask_crop": fields.inpaint_full_res_padding} if fields.inpaint_full_res else {}
+    begins_with_it = fields.denoising_strength not in (None, 1)
+    unused = begins_with_it and fields.inpainting_fill != ORIGINAL
+    return values, ["inpainting_fill (what is behind the mask is begun with)"] if unused else []
 
 
 def _prompts(fields: Fields, own: Mapping[str, Plain]) -> dict[str, Plain]:

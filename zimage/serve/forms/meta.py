@@ -41,7 +41,12 @@ def routes(service: Service) -> APIRouter:
     @router.get("/api/schema", responses=answers(content("Fields, defaults, limits, the model.", SCHEMA)))
     async def schema() -> Response:
         """Everything that a request may set, with bounds and defaults, and what the model is."""
-        launch = service.launch
-        return JSONResponse(described(service.about, launch.serving, launch.defaults, list(await service.loras())))
+        launch, loras, controls = service.launch, list(await service.loras()), list(await service.controls())
+        return JSONResponse(described(service.about, launch.serving, launch.defaults, loras, controls))
+
+    @router.get("/api/controls", responses=answers(content("Their names.", record("", controls=listed(TEXT)))))
+    async def controls() -> Response:
+        """The control files that a request may name."""
+        return JSONResponse({"controls": list(await service.controls())})
 
     return router

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from zimage.errors import RequestError, ZImageError
 from zimage.serve.answers import OPENAI, error_body
-from zimage.serve.asking import ATTACHMENTS, Asked, asked, named_as
+from zimage.serve.asking import ATTACHMENTS, CONDITIONS, Asked, Files, asked, named_as
 from zimage.serve.bodies import FormRoute, read_object, read_parts
 from zimage.serve.forms.openai_answer import Told, datum, manner, usage
 from zimage.serve.forms.openai_request import (
@@ -28,6 +28,7 @@ from zimage.serve.forms.openai_request import (
     is_known,
     opaque_mask,
     translated,
+    with_references,
 )
 from zimage.serve.forms.texts import over_defaults
 from zimage.serve.forms.waiting import stream, unfinished, until_the_end
@@ -127,7 +128,7 @@ def routes(service: Service) -> APIRouter:
 # ---------------------------------------------------------------------- requests
 
 
-def wanted(service: Service, values: dict[str, Plain], files: dict[str, bytes], kind: str) -> Wanted:
+def wanted(service: Service, values: dict[str, Plain], files: Files, kind: str) -> Wanted:
     """What a body asks for. Raises RequestError and ModelNotFound."""
     steps = service.launch.defaults.get("steps") or service.about.defaults["steps"]
     standard, request = translated(values, steps)
@@ -136,27 +137,27 @@ def wanted(service: Service, values: dict[str, Plain], files: dict[str, bytes], 
         return Wanted(standard, asked(request, files, "openai", service.settings), kind, names=set(values))
 
 
-async def read_edit(request: Request, service: Service) -> tuple[dict[str, Plain], dict[str, bytes]]:
+async def read_edit(request: Request, service: Service) -> tuple[dict[str, Plain], Files]:
     """Values and files of an edit, its mask in our convention. Raises RequestError, Malformed, WrongMedia, TooLarge."""
     texts: dict[str, list[str]] = {}
-    files: dict[str, bytes] = {}
+    files: dict[str, list[bytes]] = {}
     for part in await read_parts(request):
         name = "image" if part.name in PICTURES else part.name
         if part.filename is None:
             texts.setdefault(name, []).append(part.text)
-        elif name not in ATTACHMENTS:
+        elif name not in (*ATTACHMENTS, *CONDITIONS):
             raise RequestError(f"{name}: no file of this name is used", fields=(name,))
-        elif name in files:
+        elif name in files and name not in ("image", *CONDITIONS):
             raise RequestError(f"{name}: only one can be used; pass one", fields=(name,))
         else:
-            files[name] = part.content
+            files.setdefault(name, []).append(part.content)
     values = from_parts(texts)
     if "image" not in files:
         raise RequestError("image: a file is needed", fields=("image",))
     if "mask" in files:
         most = service.settings.max_decoded
-        files["mask"] = await asyncio.to_thread(opaque_mask, files["mask"], files["image"], most)
-    return values, files
+        files["mask"] = [await asyncio.to_thread(opaque_mask, files["mask"][0], files["image"][0], most)]
+    return values, files if len(files["image"]) == 1 else with_references(values, files, service.about.vision)
 
 
 def check_model(service: Service, name: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from zimage.errors import RequestError, quoted
 from zimage.pictures.files import check_holds
 from zimage.pictures.opening import opened_bytes
-from zimage.serve.asking import NAMES, Asked, unknown
+from zimage.serve.asking import NAMES, REFERENCE, Asked, Files, unknown
 from zimage.serve.refusals import NotFound
 from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
 from zimage.serve.uploads import check_pixels
@@ -86,7 +86,8 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
     """What the two requests hold, by title: the API's fields and ours."""
     standard, own = json_schema(Standard)["properties"], own_fields(settings)
     fields = {"prompt": PROMPT, **standard, **{name: own[name] for name in own.keys() - {"prompt"}}}
-    files = {"image": {**FILE, "description": "Picture to start from."}}
+    pictures = "Picture to start from. Of several, with a mask or `strength` the first; others are references."
+    files = {"image": {"type": ["array", "string"], "items": FILE, "description": pictures}}
     files["mask"] = {**FILE, "description": "PNG of the image's size: transparent areas are repainted."}
     generation = whole("OpenAIGeneration", fields, ("prompt",), {**EXAMPLE, "n": 1, "quality": "high"})
     return {"OpenAIGeneration": generation, "OpenAIEdit": whole("OpenAIEdit", {**fields, **files}, ("prompt", "image"))}
@@ -156,10 +157,29 @@ def from_parts(parts: Mapping[str, Sequence[str]]) -> dict[str, Plain]:
         elif len(texts) > 1:
             raise RequestError(f"{base}: it comes {len(texts)} times; pass it once", fields=(base,))
         elif bracket:
-            values.setdefault(base, {})[key.removesuffix("]")] = _value(texts[0], (float,))
+            table = values.setdefault(base, {})
+            if not isinstance(table, dict):
+                raise RequestError(f"{base}: it is a list and a table at once; pass one of them", fields=(base,))
+            table[key.removesuffix("]")] = _value(texts[0], (float,))
         else:
             values[base] = _value(texts[0], kinds)
     return values
+
+
+def with_references(values: Mapping[str, Plain], files: Mapping[str, list[bytes]], vision: object) -> Files:
+    """Files of an edit of several pictures, as the API means them: with a mask, or a strength of ours, the first is
+    redrawn and the others are looked at; else all are looked at, and a new picture is drawn.
+
+    Raises RequestError where there is no `vision` model to look with.
+    """
+    if not vision:
+        text = "image: only one can be used, for this server has no vision model to look at others with; pass one"
+        raise RequestError(text, fields=("image",))
+    redrawn = 1 if "mask" in files or values.get("strength") is not None else 0
+    first, others = files["image"][:redrawn], files["image"][redrawn:]
+    rest = {name: some for name, some in files.items() if name not in ("image", REFERENCE)}
+    seen = [*others, *files.get(REFERENCE, ())]
+    return {**rest, REFERENCE: seen, **({"image": first} if first else {})}
 
 
 def opaque_mask(data: bytes, picture: bytes, most_pixels: int) -> bytes:

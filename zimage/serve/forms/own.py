@@ -35,7 +35,7 @@ EVENT = record(
     data={**TEXT, "contentMediaType": JSON, "description": "JSON, with the job's id as `job` where it is of one."},
 )
 STREAM = content("Server-sent events.", EVENT, media=EVENTS)
-PICTURE = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
+PICTURE_DRAWN = content("The picture.", {"type": "string", "format": "binary"}, media="image/png")
 DRAWING = takes("What to draw.", json=reference("Drawing"), parts=reference("DrawingParts"))
 PLACE = whole("Place", {"position": {**WHOLE, "minimum": 0}}, ("position",), example={"position": 0})
 
@@ -64,19 +64,11 @@ def _drawing(router: APIRouter, service: Service) -> None:
     @router.post(
         "/generate",
         openapi_extra=DRAWING,
-        responses=answers(PICTURE, 409, 422, 507, body=True),
+        responses=answers(PICTURE_DRAWN, 409, 422, 507, body=True),
     )
     async def generate(request: Request) -> Response:
         """Draw one picture and wait for it. A client that goes away cancels it."""
-        view = await service.submit(one_picture(await read_asked(request, service)))
-        view = await until_the_end(service, view, request)
-        if fault := unfinished(view):
-            raise fault
-        image = view.images[0]
-        seconds = (view.finished or 0.0) - (view.started or 0.0)
-        told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
-        file = await asyncio.to_thread(service.history.open, image["id"])
-        return StreamingResponse(pieces(file), media_type="image/png", headers=told)
+        return await picture_of(service, request, one_picture(await read_asked(request, service)))
 
 
 def _jobs(router: APIRouter, service: Service) -> None:
@@ -126,6 +118,18 @@ async def read_asked(request: Request, service: Service) -> Asked:
     """A request for pictures, as JSON or in parts."""
     values, files = await read_with_files(request)
     return asked(values, files, "own", service.settings)
+
+
+async def picture_of(service: Service, request: Request, wanted: Asked) -> Response:
+    """The one picture that is asked for, when it is drawn. Raises what keeps it from that."""
+    view = await until_the_end(service, await service.submit(wanted), request)
+    if fault := unfinished(view):
+        raise fault
+    image = view.images[0]
+    seconds = (view.finished or 0.0) - (view.started or 0.0)
+    told = {"X-Seed": str(image["seed"]), "X-Generation-Time": f"{seconds:.3f}", "X-History-Id": image["id"]}
+    file = await asyncio.to_thread(service.history.open, image["id"])
+    return StreamingResponse(pieces(file), media_type="image/png", headers=told)
 
 
 def one_picture(wanted: Asked) -> Asked:

@@ -60,7 +60,6 @@ ENCODED = content("What its caption is.", ENCODED_FIELDS)
 CAPTION = content("A file of embeddings.", FILE, media="application/octet-stream")
 CONFIG = content("How prompts are rewritten.", record("", default=TEXT, remote={"type": "boolean"}, settings=RECORD))
 FOUND = content("The templates.", record("", templates=listed(TEMPLATE)))
-VISION = content("Whether it can.", record("", available={"type": "boolean"}, reason=TEXT))
 Words = Annotated[str, Query(description="Words to look for; the beginning of one is enough.", max_length=200)]
 
 
@@ -82,11 +81,6 @@ def _counting(router: APIRouter, service: Service) -> None:
         prompt, text = question(service, await read_object(request), TextSettings, TextSettings.names())
         told = await service.ask("tokens", prompt=prompt, text=text)
         return JSONResponse({name: told[name] for name in ("text", "tokens", "limit", "outcome")})
-
-    @router.get("/vl/status", responses=answers(VISION))
-    async def vision() -> Response:
-        """Whether the server can look at pictures."""
-        return JSONResponse({"available": False, "reason": "no vision model is loaded"})
 
 
 def _templates(router: APIRouter, service: Service) -> None:

@@ -46,15 +46,17 @@ async function failure(response) {
   return new ApiError(response.status, message ?? `The server answered ${response.status}.`, fields ?? []);
 }
 
-async function ask(method, path, options) {
+async function answered(method, path, options) {
   let response = await send(method, path, options);
   while (response.status === 401 && signIn) {
     await signIn();
     response = await send(method, path, options);
   }
   if (!response.ok) throw await failure(response);
-  return parse(await response.text());
+  return response;
 }
+
+const ask = async (method, path, options) => parse(await (await answered(method, path, options)).text());
 
 const query = (values) => new URLSearchParams(Object.entries(values).filter(([, value]) => value)).toString();
 
@@ -66,7 +68,7 @@ function bodyOf(request, files) {
   if (Object.keys(files).length === 0) return request;
   const form = new FormData();
   form.append("request", new Blob([encode(request)], { type: "application/json" }), "request.json");
-  for (const [name, file] of Object.entries(files)) form.append(name, file, file.name ?? `${name}.png`);
+  for (const [name, some] of Object.entries(files)) for (const file of [some].flat()) form.append(name, file, file.name ?? `${name}.png`);
   return form;
 }
 
@@ -79,6 +81,11 @@ export async function submit(request, files) {
     if (error.status !== 0) throw error;
     return ask("POST", "/api/jobs", options);
   }
+}
+
+/** What is seen in a picture, as a file of embeddings. */
+export async function extract(values, picture) {
+  return (await answered("POST", "/api/vl/extract", { body: bodyOf(values, { picture }) })).blob();
 }
 
 export const schema = () => ask("GET", "/api/schema");

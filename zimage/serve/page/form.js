@@ -4,11 +4,19 @@ import { $, el } from "./dom.js";
 import { labelOf, makeField } from "./fields.js";
 import { makeSpecial } from "./special.js";
 
+const beside = (...names) => (form) => names.some((name) => form.effective(name) !== undefined);
 // What has an effect only beside something else. Without it the control is hidden and sends nothing.
 const NEEDS = {
   negative: (form) => form.effective("guidance") > 0,
-  mask: (form) => form.effective("image") !== undefined,
-  strength: (form) => form.effective("image") !== undefined || form.effective("hires") !== undefined,
+  mask: beside("image"),
+  extend: beside("image"),
+  strength: beside("image", "hires"),
+  mask_invert: beside("mask"),
+  ...Object.fromEntries(["mask_blur", "mask_crop", "paste"].map((name) => [name, beside("mask", "extend")])),
+  reference: (form) => form.schema.vision.available,
+  ...Object.fromEntries(["vision_blend", "vision_layer", "vision_tokens", "vision_text"].map((name) => [name, beside("reference")])),
+  control: (form) => form.schema.control.names.length > 0,
+  ...Object.fromEntries(["control_start", "control_end", "control_flow", "control_preprocess"].map((name) => [name, beside("control")])),
 };
 const LIMITS = { steps: "max_steps", images: "max_images", width: "max_side", height: "max_side" };
 const DRAFT = "zimage.draft";
@@ -75,26 +83,29 @@ export class Form extends EventTarget {
     return this.fields.get(name)?.effective;
   }
 
-  /** What is set and has an effect: {values, files}. `only` picks some of the fields. */
+  /** What is set and has an effect: {values, files}, of a list an array each. `only` picks some of the fields. */
   read(only = () => true) {
     const values = {};
     const files = {};
     for (const [name, field] of this.fields) {
       const value = this.#applies(name) && only(field) ? field.value : undefined;
-      if (value !== undefined) (field.property["x-attachment"] ? files : values)[name] = value;
+      if (value !== undefined && field.property["x-condition"]) {
+        values[name] = value.map((one) => one.values);
+        files[name] = value.map((one) => one.file);
+      } else if (value !== undefined) (field.property["x-attachment"] ? files : values)[name] = value;
     }
     return { values, files };
   }
 
   /** The settings that make a caption of a prompt. */
   text() {
-    return this.read(({ name, property }) => property["x-group"] === "Text" && !property["x-attachment"] && name !== "negative").values;
+    return this.read(({ name, property }) => property["x-group"] === "Text" && !isFile(property) && name !== "negative").values;
   }
 
   /** Set these fields and leave all others open; attachments stay unless `values` holds them. */
   fill(values) {
     for (const [name, field] of this.fields) {
-      if (!field.property["x-attachment"]) field.value = values[name] ?? undefined;
+      if (!isFile(field.property)) field.value = values[name] ?? undefined;
       field.fault("");
     }
     this.refresh();
@@ -103,7 +114,7 @@ export class Form extends EventTarget {
   reset() {
     const prompt = this.field("prompt").value;
     this.fill({ prompt });
-    for (const field of this.fields.values()) if (field.property["x-attachment"]) field.value = undefined;
+    for (const field of this.fields.values()) if (isFile(field.property)) field.value = undefined;
     this.refresh();
     this.dispatchEvent(new Event("reset"));
   }
@@ -128,6 +139,9 @@ export class Form extends EventTarget {
     for (const field of this.fields.values()) field.fault("");
   }
 }
+
+/** Whether a field holds files of the user's, one or several, which no record carries. */
+export const isFile = (property) => Boolean(property["x-attachment"] || property["x-condition"]);
 
 const withLimit = (property, limit) =>
   limit === undefined || property.maximum === undefined ? property : { ...property, maximum: Math.min(property.maximum, limit) };

@@ -20,6 +20,7 @@ import { Stage } from "./stage.js";
 import { Templates } from "./templates.js";
 import { toast } from "./toast.js";
 import { Viewer } from "./viewer.js";
+import { Vision } from "./vision.js";
 
 const EXAMPLES = ["a cat face on a blue background", "a fox and an owl", "a red apple"];
 
@@ -32,6 +33,7 @@ class Page {
     this.templates = new Templates(this.form);
     this.rewriter = new Rewriter(this.form);
     this.painter = new Painter(this.form);
+    this.vision = new Vision(this.form);
     this.jobs = new Jobs();
     this.stage = new Stage(this.jobs);
     this.queue = new Queue(this.jobs);

@@ -1,4 +1,5 @@
 // From the record of a picture back to the form.
+import { isFile } from "./form.js";
 
 /**
  * The values of a record that differ from what the server takes by itself. A template is named if it still says what
@@ -8,8 +9,7 @@ export function valuesOf(record, form, templates) {
   const values = {};
   for (const [name, field] of form.fields) {
     const value = record.request[name];
-    const isFile = field.property["x-attachment"];
-    if (!isFile && value !== null && value !== undefined && !same(value, field.fallback)) values[name] = value;
+    if (!isFile(field.property) && value !== null && value !== undefined && !same(value, field.fallback)) values[name] = value;
   }
   return withTemplate(values, record, templates);
 }
@@ -29,5 +29,5 @@ const same = (a, b) => String(a) === String(b ?? "") && typeof a !== "object";
 
 /** Files that the picture was made from, which its record only names. */
 export function filesOf(record, form) {
-  return [...form.fields].filter(([name, field]) => field.property["x-attachment"] && record.request[name]).map(([name]) => name);
+  return [...form.fields].filter(([name, field]) => isFile(field.property) && record.request[name]).map(([name]) => name);
 }

@@ -1,6 +1,7 @@
 // Nicer controls of fields that every picture has: template, seed, the picture to start from and its mask.
 import { el, icon, tool } from "./dom.js";
-import { Attachment, Field, Whole } from "./fields.js";
+import { Attachment, Field, labelOf, Whole } from "./fields.js";
+import { Pictures } from "./pictures.js";
 
 /** A button that opens the template picker, and shows what is chosen. */
 class Template extends Field {
@@ -106,7 +107,44 @@ class Mask extends Attachment {
   }
 }
 
-const SPECIAL = { template: Template, seed: Seed, image: Picture, mask: Mask };
+const SIDES = ["left", "top", "right", "bottom"];
 
-/** The control of a well-known field, if it has one of its own. */
-export const makeSpecial = (name, property, fallback) => SPECIAL[name] && new SPECIAL[name](name, property, fallback);
+/** How far a picture is extended on each side: four numbers, sent as LEFT,TOP,RIGHT,BOTTOM. */
+class Margins extends Field {
+  static kind = "margins";
+
+  build() {
+    const number = (side) => ({ type: "number", min: 0, step: 8, inputmode: "numeric", placeholder: side, "aria-label": `${labelOf(this.name)}, ${side}, in pixels` });
+    const [first, ...others] = SIDES.map((side, index) => el("input", { ...number(side), ...(index ? {} : this.described) }));
+    this.sides = [first, ...others];
+    return first;
+  }
+
+  body() {
+    return el("div", { class: "margin-row" }, ...this.sides);
+  }
+
+  get value() {
+    const numbers = this.sides.map((side) => side.value || "0");
+    return numbers.every((number) => number === "0") ? undefined : numbers.join(",");
+  }
+
+  set value(text) {
+    const numbers = text?.split(",") ?? [];
+    this.sides.forEach((side, index) => (side.value = Number(numbers[index]) || ""));
+  }
+
+  get unreadable() {
+    const bad = this.sides.find((side) => side.validity.badInput);
+    return bad ? `${bad.getAttribute("aria-label")}: this cannot be read as a number.` : "";
+  }
+}
+
+const SPECIAL = { template: Template, seed: Seed, image: Picture, mask: Mask, extend: Margins };
+
+/** The control of a well-known field, or of a list of pictures, if it has one of its own. */
+export function makeSpecial(name, property, fallback) {
+  const Kind = SPECIAL[name] ?? (property["x-condition"] ? Pictures : undefined);
+  return Kind && new Kind(name, property, fallback);
+}
+
