@@ -28,6 +28,7 @@ LABELS = {
     "decode": "decode",
     "prefill": "prompt to first token",
     "token": "a token after it",
+    "cpu": "time on the processor, all cores",
     "peak_gb": "**peak memory**, GB",
     "gpu_peak_gb": "**peak GPU memory**, GB",
     "memory_ratio": "peak over weights and cache",

@@ -103,9 +103,8 @@ COMPONENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text_encoder": (Qwen3, TEXT_ENCODER, "model"),
     "transformer": (ZImageDiT, TRANSFORMER, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, VAE, "diffusion_pytorch_model"),
-    "controlnet": (ControlNet, {}, "diffusion_pytorch_model"),
 }
-WHOLE = ("text_encoder", "transformer", "vae")  # of a model folder
+BESIDE: tuple[Any, dict[str, Any], str] = (ControlNet, {}, "diffusion_pytorch_model")  # a ControlNet; no model has one
 # Forms of ControlNets: layers from one place to the next, channels, and what adds along the noise refiner.
 CONTROLS: dict[str, tuple[int, int, str | None]] = {
     "1.0": (5, 16, None),
@@ -134,8 +133,8 @@ def write_model(
     """
     if (folder / "model_index.json").is_file():
         return folder
-    for name in WHOLE:
-        config = (configs or {}).get(name, COMPONENTS[name][1])
+    for name, (_, published, _) in COMPONENTS.items():
+        config = (configs or {}).get(name, published)
         key = {"text_encoder": "num_hidden_layers", "transformer": "n_layers"}.get(name)
         write_component(folder, name, {**config, key: layers} if layers and key else config, device)
     for name in ("scheduler", "tokenizer"):  # ids of the small vocabulary are valid in the large one
@@ -162,7 +161,7 @@ def control_config(form: str, transformer: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_component(folder: Path, name: str, config: dict | None = None, device: str = "cpu") -> None:
     """Write one component of a model folder, unless one with this config exists."""
-    cls, published, stem = COMPONENTS[name]
+    cls, published, stem = COMPONENTS.get(name, BESIDE)
     config, file = config or published, folder / name / "config.json"
     if file.is_file() and json.loads(file.read_text()) == config:
         return

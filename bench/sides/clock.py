@@ -45,14 +45,15 @@ class Clock:
         self.figures[name] = min(seconds[1:])
 
     def repeated(self, name: str, call: Callable[[], object], warmup: int, repeats: int) -> None:
-        """Record the median of `repeats` calls, after `warmup` calls that do not count."""
-        seconds = []
+        """Record the median of `repeats` calls, after `warmup` calls that do not count, and of the processor's time."""
+        seconds, spent = [], []
         for _ in range(warmup + repeats):
-            start = time.monotonic()
+            start, began = time.monotonic(), time.process_time()
             call()
             self.wait()
             seconds.append(time.monotonic() - start)
-        self.figures[name] = statistics.median(seconds[warmup:])
+            spent.append(time.process_time() - began)
+        self.figures |= {name: statistics.median(seconds[warmup:]), "cpu": statistics.median(spent[warmup:])}
 
     def imported(self) -> None:
         """Count memory from here on above what is held now."""

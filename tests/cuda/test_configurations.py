@@ -1,15 +1,19 @@
 """The whole pipeline on pretended cards: no tensor strays, and nothing waits inside a step."""
 
+import json
 from collections import Counter
 
+import control_nets
 import lora_files
 import pytest
 import torch
+from PIL import Image
 from pretended import Card, Count, needs_pretended, pretend
 
 import zimage
 from zimage.dit import ZImageDiT
 from zimage.loading.uploads import STAGED
+from zimage.weights import DEMO
 
 pytestmark = [pytest.mark.cuda, needs_pretended]
 
@@ -97,6 +101,22 @@ def test_every_precision_and_residency(watched, load):
     card = watched.render(LOADS[load], {})
     waits = Counter(line.split(":")[0] for line in card.total.syncs)
     assert waits["zimage/flow.py"] <= 2 + 1, "one wait a step, for its noise level, and the start"
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory):
+    """A control file for the demo's DiT, and a picture."""
+    demo = json.loads((DEMO / "transformer" / "config.json").read_text())
+    sizes = {key: demo[key] for key in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "norm_eps")}
+    places = {"control_layers_places": [0, 2], "control_refiner_layers_places": [0]}
+    folder = control_nets.write(tmp_path_factory.mktemp("control"), "2.1", **sizes, **places)
+    return [(folder, Image.new("RGB", (40, 40), "red"))]
+
+
+@pytest.mark.parametrize("load", [{}, {"precision": "int8"}, {"dit_device": "cuda:1"}, {"residency": "stage"}], ids=str)
+@pytest.mark.parametrize("flow", ["publisher", "diffusers"])
+def test_controls_lie_where_the_dit_does(watched, control, load, flow):
+    watched.render(load, {"control": control, "control_flow": flow, "guidance": 2.0, **SMALL})
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (12, 0)], ids=str)
