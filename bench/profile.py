@@ -67,7 +67,7 @@ class Profile:
 
     def generate_text(self) -> Iterator[tuple[str, float]]:
         """Writing with the text encoder: seconds to the first token, and for each token after it."""
-        from zimage.settings.declared import Sampling
+        from zimage.settings.rewriting import Sampling
         from zimage.text.generate import generate
 
         ids = self.pipe.tokenize(SHORT, template=TEMPLATE)

@@ -14,9 +14,11 @@ import pytest
 
 from zimage.cli import main
 from zimage.errors import CheckpointError, ConfigFileError, RequestError
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.environment import REWRITER_KEY, from_environment, rewriter_key
+from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 from zimage.settings.toml_file import TomlFile
 
@@ -297,7 +299,7 @@ def test_every_setting_that_names_a_file_is_a_path():
     paths = {n for n, f in FIELDS.items() if f.metadata["path"] or f.metadata["attachment"]}
     assert paths == {
         *("model", "dit", "text_encoder", "vae", "tokenizer", "lora", "lora_folder", "templates"),
-        *("cache_folder", "embeddings", "image", "mask", "token_file", "data", "vision_model"),
+        *("cache_folder", "embeddings", "image", "mask", "token_file", "data", "vision_model", "control_folder"),
     }
 
 
@@ -599,7 +601,6 @@ from zimage.settings.fields import setting
 class Request(settings.Request):
     sparkle: int = setting(3, "How much it sparkles.", group="Picture", minimum=0)
 
-settings.ALL_SETTINGS = tuple(Request if s is settings.Request else s for s in settings.ALL_SETTINGS)
 settings.Request = Request
 from zimage.cli import main
 

@@ -22,8 +22,9 @@ from zimage.cli.gen import gen
 from zimage.dit import ZImageDiT
 from zimage.loading.files import ModelFiles, open_model
 from zimage.render import stages
-from zimage.settings.declared import ALL_SETTINGS, VISION_BLENDS, LoadSettings
-from zimage.settings.profiles import FIELDS
+from zimage.settings.declared import VISION_BLENDS
+from zimage.settings.loading import LoadSettings
+from zimage.settings.profiles import ALL_SETTINGS, FIELDS
 from zimage.text import Qwen3
 from zimage.text.embeddings import save_embeddings
 from zimage.vae import AutoencoderKL

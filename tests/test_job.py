@@ -21,7 +21,8 @@ from zimage.loading.registry import REQUIRED
 from zimage.render import job as jobs
 from zimage.render.job import Job
 from zimage.render.state import RenderState
-from zimage.settings.declared import LoadSettings, Request
+from zimage.settings.declared import Request
+from zimage.settings.loading import LoadSettings
 from zimage.text.tokenizer import Tokenizer
 
 SIZE = {"width": 64, "height": 48, "steps": 3}

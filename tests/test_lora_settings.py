@@ -16,8 +16,8 @@ from zimage.errors import CheckpointError, RequestError
 from zimage.formats.lora import content_hash
 from zimage.loading import loras
 from zimage.loading.loras import find_by_hash
-from zimage.settings.declared import LoadSettings, split_lora
 from zimage.settings.fields import list_fields
+from zimage.settings.loading import LoadSettings, split_lora
 from zimage.settings.profiles import Resolved
 
 
@@ -63,7 +63,7 @@ def test_given_when_loading(tiny_folder, folder):
 
 def test_fields_that_take_lists_say_whether_one_value_may_stand_alone():
     assert list_fields(LoadSettings) == {"lora": False}
-    assert list_fields(zimage.Request) == {"prompt": True, "seed": True}
+    assert list_fields(zimage.Request) == {"prompt": True, "seed": True, "reference": False, "control": False}
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from zimage.loading.memory import out_of_memory_in, page_locked
 from zimage.loading.registry import REQUIRED
 from zimage.nn.adapters import AdaptedLinear
 from zimage.nn.layers import StreamedLinear
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 

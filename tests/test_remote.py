@@ -12,7 +12,7 @@ import pytest
 from chat_server import DRIPS, OK, Reply, dripping, said, serving
 
 from zimage.errors import RemoteError, RequestError
-from zimage.settings.declared import Sampling
+from zimage.settings.rewriting import Sampling
 from zimage.text import remote
 from zimage.text.generate import split_thinking
 

@@ -4,8 +4,8 @@ import chat_server
 import pytest
 
 from zimage.cli import main
-from zimage.settings.declared import RewriteSettings
 from zimage.settings.profiles import find_config, is_own_file, read_config, resolve
+from zimage.settings.rewriting import RewriteSettings
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import zimage
 from zimage.dit import ZImageDiT
 from zimage.errors import RemoteError, RequestError, RewriteError
 from zimage.render.rewriting import _unquoted
-from zimage.settings.declared import DEFAULT_REWRITER, RewriteSettings
+from zimage.settings.rewriting import DEFAULT_REWRITER, RewriteSettings
 from zimage.text import Qwen3, generate
 from zimage.vae import AutoencoderKL
 

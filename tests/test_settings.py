@@ -14,9 +14,11 @@ from PIL import Image
 
 from zimage.cli.options import GroupedCommand, given, options_of
 from zimage.errors import CheckpointError, RequestError
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.fields import fields, json_schema, parse_weights
+from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import EVERY_SETTINGS, SERVE
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 
 

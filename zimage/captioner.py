@@ -31,17 +31,11 @@ from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.rewriting import Rewrite, Rewriter
 from zimage.render.seeing import Look, View, Vision, glimpses, mixed, needed, references, see, views_of
 from zimage.render.stages import Components
-from zimage.settings.declared import (
-    HIDDEN_LAYER,
-    SIZE_MULTIPLE,
-    VISION_TOKENS,
-    CaptionSettings,
-    LoadSettings,
-    RewriteSettings,
-    TextSettings,
-)
+from zimage.settings.declared import HIDDEN_LAYER, SIZE_MULTIPLE, VISION_TOKENS, CaptionSettings, TextSettings
 from zimage.settings.environment import from_environment
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
+from zimage.settings.rewriting import RewriteSettings
 from zimage.text.blend import describe_blend
 from zimage.text.cache import EmbeddingCache
 from zimage.text.templates import user_folder

@@ -47,14 +47,8 @@ from zimage.render.defaults import find_shift, usual_side
 from zimage.render.job import Job, control_files, decide
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.state import RenderState
-from zimage.settings.declared import (
-    SIZE_MULTIPLE,
-    STRENGTH,
-    TILE_OVERLAP,
-    LoadSettings,
-    Request,
-    split_lora,
-)
+from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, TILE_OVERLAP, Request
+from zimage.settings.loading import LoadSettings, split_lora
 from zimage.text import Qwen3
 from zimage.version import __version__
 from zimage.weights import DEMO

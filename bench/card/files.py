@@ -25,7 +25,7 @@ from bench.machine import drop_from_cache
 from bench.timing import timed
 from bench.weights import SMALL, TEXT_ENCODER, write_model
 from zimage.loading.files import load_component
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 
 PROMPT = "a cat face on a blue background"
 ENCODER_LAYERS = 8

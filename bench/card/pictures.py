@@ -13,7 +13,7 @@ from bench.card.rows import Absent, Bench, Row, Task, must
 from bench.formats import decibels
 from zimage.errors import RequestError
 from zimage.kernels import backend
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 
 PROMPTS = ["a cat face on a blue background", "a red apple and a dog face on a white background"]
 CLOSE, QUANTISED = 45.0, 40.0  # dB of the worst picture; an H200 drew 53.5 in bf16, 51.7 in int8 and 46.4 in fp8

@@ -13,7 +13,7 @@ from bench.weights import SMALL
 from zimage.loading.graphs import give_graphs
 from zimage.loading.plan import Workload
 from zimage.loading.sizes import text_encoder_bytes, vae_bytes
-from zimage.settings.declared import Sampling
+from zimage.settings.rewriting import Sampling
 from zimage.text.generate import generate
 
 PROMPT, WRITTEN, WRITTEN_BY_SMALL = 100, 32, 4  # tokens

@@ -16,7 +16,7 @@ from zimage.loading.devices import Place
 from zimage.loading.files import Component
 from zimage.loading.planner import Planner
 from zimage.nn import ggml
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 
 CONFIGS = {"text_encoder": TEXT_ENCODER, "dit": TRANSFORMER, "vae": VAE}
 CARD = torch.device("cuda", 0)

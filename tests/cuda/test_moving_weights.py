@@ -21,7 +21,7 @@ from zimage.nn import ggml
 from zimage.nn.late import STORED, send_back
 from zimage.nn.packed import NVFP4, Int4, Scaled
 from zimage.nn.quant import QuantisedLinear
-from zimage.settings.declared import RewriteSettings
+from zimage.settings.rewriting import RewriteSettings
 from zimage.text.qwen3 import KVCache
 
 pytestmark = pytest.mark.cuda

@@ -15,7 +15,7 @@ from zimage.errors import RequestError
 from zimage.nn import ggml
 from zimage.nn.attention import attention
 from zimage.nn.packed import PackedLinear
-from zimage.settings.declared import RewriteSettings
+from zimage.settings.rewriting import RewriteSettings
 from zimage.vae import AutoencoderKLWan
 
 BY_COMFY = {

@@ -94,7 +94,7 @@ def starved(make):
 
 def _fits(rig, megabytes):
     pipe = rig.worker.studio.pipe
-    pipe.planner.settings = zimage.settings.declared.LoadSettings(memory=megabytes / 1e3)
+    pipe.planner.settings = zimage.settings.loading.LoadSettings(memory=megabytes / 1e3)
     try:
         pipe.prepare(zimage.Request(**PLAIN))
     except RequestError:

@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 import zimage
 from zimage.serve.forms import texts
-from zimage.settings.declared import DEFAULT_REWRITER
+from zimage.settings.rewriting import DEFAULT_REWRITER
 from zimage.text.templates import REWRITER, Templates
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from zimage.cli.origin import Record
 from zimage.cli.progress import Progress, counted
 from zimage.cli.target import Target
-from zimage.settings.declared import Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.profiles import Resolved
+from zimage.settings.rewriting import RewriteSettings
 
 
 @dataclass(frozen=True)

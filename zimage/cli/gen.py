@@ -18,7 +18,9 @@ from zimage.cli.rewrite import check_rewriting
 from zimage.cli.settings import configured, resolve_options
 from zimage.cli.target import Target
 from zimage.errors import RequestError, one_line
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import Request
+from zimage.settings.loading import LoadSettings
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import TOKEN
 
 

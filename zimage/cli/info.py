@@ -12,8 +12,9 @@ from zimage.cli.options import COMPONENTS, GroupedCommand, options_of
 from zimage.cli.plan import plan_facts, plan_lines
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.errors import RequestError, printable
-from zimage.settings.declared import LoadSettings, Request
+from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 
 if TYPE_CHECKING:

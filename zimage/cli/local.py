@@ -10,7 +10,7 @@ from zimage.cli.resume import Keeping
 from zimage.cli.rewrite import prepared
 from zimage.cli.settings import load_pipeline
 from zimage.cli.trust import check_server
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage

@@ -7,8 +7,9 @@ from typing import TypeAlias
 
 from zimage.cli import terminal
 from zimage.errors import RequestError, one_line
-from zimage.settings.declared import MASK_ALPHA, LoadSettings, Request, split_lora
+from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, fields
+from zimage.settings.loading import LoadSettings, split_lora
 from zimage.settings.profiles import PICTURE, Entry, Resolved
 from zimage.text.chat import PARTS
 

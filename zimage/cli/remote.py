@@ -22,10 +22,12 @@ from zimage.formats.json_text import json_object
 from zimage.serve.asking import OPERATORS
 from zimage.serve.conditions import PICTURE
 from zimage.settings.conditions import Condition
-from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import MASK_ALPHA, MAX_SIDE, Request
 from zimage.settings.fields import Hint, Plain, as_plain, fields
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
+from zimage.settings.rewriting import RewriteSettings
 
 if TYPE_CHECKING:
     from zimage.cli.client import Client

@@ -18,8 +18,9 @@ from zimage.cli.target import check_output, holds
 from zimage.errors import CheckpointError, RequestError
 from zimage.formats.atomic import destination
 from zimage.formats.lock import Lock
-from zimage.settings.declared import MASK_ALPHA, LoadSettings, Request
+from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Hint, Plain, as_plain
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
 from zimage.settings.profiles import FIELDS, OWNERS

@@ -14,8 +14,10 @@ from zimage.cli.prompts import prompt_argument
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.trust import check_server
 from zimage.errors import RequestError
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import Request
+from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
+from zimage.settings.rewriting import RewriteSettings
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage

@@ -12,9 +12,11 @@ from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.cli.trust import check_folder, check_server, check_serving
 from zimage.errors import ZImageError, install_hint
-from zimage.settings.declared import LoadSettings, Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.fields import fields
+from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import click
 
 from zimage.cli.options import Command, given
 from zimage.cli.trust import check_folder, check_server
-from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
+from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import EVERY_SETTINGS, Resolved, find_config, is_own_file, read_config, resolve
 
 if TYPE_CHECKING:

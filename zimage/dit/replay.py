@@ -20,8 +20,9 @@ from zimage.dit.rope import Rotation
 from zimage.dit.units import Units
 from zimage.nn.graphs import Graphs, captured
 
-# An evaluation's launches take 6 ms of Python at the least, and an H100's host took 22 to 58, while it computes 14 TFLOP in
-# some 20: with more, graphs gain nothing. It is 512 × 512 pixels for the published model, and any picture for the demo.
+# An evaluation's launches take 6 ms of Python at the least, and an H100's host took 22 to 58, while it computes 14
+# TFLOP in some 20: with more, graphs gain nothing. It is 512 × 512 pixels for the published model, and any picture for
+# the demo.
 LARGEST = 14e12  # FLOP
 KEPT = 8  # shapes
 

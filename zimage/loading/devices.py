@@ -10,7 +10,7 @@ import torch
 from zimage.errors import RequestError, quoted
 from zimage.loading import gpus
 from zimage.loading.registry import ROWS
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 
 log = logging.getLogger("zimage")
 

@@ -35,7 +35,7 @@ from zimage.loading.weights import (
     on_meta,
     stays_packed,
 )
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.text import Tokenizer
 

@@ -27,7 +27,7 @@ from zimage.loading.registry import DIT
 from zimage.nn.adapters import adapt, adapt_vector, is_plain, linear_shapes, vector_sizes
 from zimage.nn.branches import LEAST_RANK
 from zimage.nn.deltas import Decomposed, Delta, LowRank
-from zimage.settings.declared import check_lora_scale
+from zimage.settings.loading import check_lora_scale
 from zimage.settings.paths import user_path
 
 

@@ -29,7 +29,8 @@ from zimage.loading.memory import available_memory, process_memory
 from zimage.loading.plan import MemoryPlan, StagePlan, Workload
 from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE, VISION, VISION_TOWER
 from zimage.loading.sizes import BlockBytes, ComponentSizes, measure
-from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, LoadSettings
+from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
+from zimage.settings.loading import LoadSettings
 
 # By default weights stay loaded on a CPU only if they leave as much memory free: other programs live there too, and
 # releasing mapped pages costs little, since the kernel keeps them cached. A GPU is used to the full.

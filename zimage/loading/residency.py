@@ -36,7 +36,7 @@ from zimage.nn.attention import choose_attention, head_size, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.nn.late import send_back
 from zimage.nn.quant import check_precision
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 
 log = logging.getLogger("zimage")
 

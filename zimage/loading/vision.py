@@ -12,7 +12,7 @@ from zimage.formats.hub_cache import snapshot
 from zimage.loading.files import Component, ModelFiles
 from zimage.loading.finding import component_folder
 from zimage.loading.registry import DIT, TEXT_ENCODER, VISION, VISION_TOWER
-from zimage.settings.declared import LoadSettings
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.text.chat import IMAGE_PAD
 from zimage.text.qwen3_vl import Qwen3VLConfig

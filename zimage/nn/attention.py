@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage.errors import RequestError, install_hint, quoted
 from zimage.kernels.rms_norm import HALF
-from zimage.settings.declared import ATTENTIONS
+from zimage.settings.loading import ATTENTIONS
 
 log = logging.getLogger("zimage")
 

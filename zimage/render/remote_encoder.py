@@ -20,9 +20,11 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.render.conditioning import Text
-from zimage.settings.declared import LONGEST_TEXT, LoadSettings, RewriteSettings
+from zimage.settings.declared import LONGEST_TEXT
 from zimage.settings.environment import ENCODER_TOKEN, encoder_token
 from zimage.settings.fields import Plain, as_plain, check_text
+from zimage.settings.loading import LoadSettings
+from zimage.settings.rewriting import RewriteSettings
 from zimage.text.remote import MAX_ANSWER, Call, checked_url, endpoint
 from zimage.text.wire import ROOM, Wanted, dtype_name, hidden_states, ids_hash, unpacked
 

@@ -17,8 +17,9 @@ from zimage.loading.registry import ROWS, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.render.conditioning import Texts
 from zimage.render.remote_encoder import RemoteEncoder
-from zimage.settings.declared import DEFAULT_REWRITER, Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.environment import rewriter_key
+from zimage.settings.rewriting import DEFAULT_REWRITER, RewriteSettings
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
 from zimage.text.tokenizer import Tokenizer

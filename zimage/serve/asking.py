@@ -17,8 +17,10 @@ from zimage.errors import SHOWN, RequestError, one_line, quoted
 from zimage.serve.conditions import Piece, pieces
 from zimage.serve.shelf import LONGEST_NAME, check_name
 from zimage.settings.conditions import Condition, Control, Reference
-from zimage.settings.declared import MASK_ALPHA, Request, RewriteSettings, split_scale
+from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, as_plain, check_text, fields, nearest
+from zimage.settings.loading import split_scale
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 
 ATTACHMENTS = tuple(f.name for f, _ in fields(Request) if f.metadata["attachment"])

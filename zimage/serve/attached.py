@@ -10,8 +10,8 @@ from zimage.serve.conditions import MODEL, PICTURE
 from zimage.serve.refusals import TooLarge
 from zimage.serve.shelf import CONTROL_ENDINGS, LORA_ENDINGS, pick
 from zimage.serve.uploads import Upload, Uploads
-from zimage.settings.declared import split_scale
 from zimage.settings.fields import Plain
+from zimage.settings.loading import split_scale
 
 
 class Shelves(Protocol):

@@ -29,8 +29,9 @@ from zimage.render.rewriting import Rewrite
 from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
 from zimage.serve.encoding import encode
-from zimage.settings.declared import Request, RewriteSettings, TextSettings
+from zimage.settings.declared import Request, TextSettings
 from zimage.settings.fields import Plain
+from zimage.settings.rewriting import RewriteSettings
 
 log = logging.getLogger("zimage")
 Check = Callable[[], None]  # raises where the task was cancelled

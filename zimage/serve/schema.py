@@ -9,8 +9,9 @@ from zimage.serve.about import About
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
 from zimage.serve.conditions import MODEL, PICTURE
 from zimage.settings.conditions import MAX_CONTROL_SCALE, names_of
-from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, RewriteSettings, TextSettings
+from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, TextSettings
 from zimage.settings.fields import Plain, Settings, json_schema
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
 

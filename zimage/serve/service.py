@@ -32,9 +32,10 @@ from zimage.serve.stream import END, PREVIEW, Message, Streams
 from zimage.serve.uploads import Uploads, named
 from zimage.serve.view import JobView, Progress
 from zimage.serve.workers import BUSY, READY, Worker
-from zimage.settings.declared import Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.fields import Plain, nearest
 from zimage.settings.profiles import laid_over
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
 

@@ -1,5 +1,7 @@
 """What can be asked for, declared once, and where values come from. Imports no torch: `--help` must be quick."""
 
-from zimage.settings.declared import ALL_SETTINGS, LoadSettings, Request, RewriteSettings, Sampling, TextSettings
+from zimage.settings.declared import Request, TextSettings
+from zimage.settings.loading import LoadSettings
+from zimage.settings.rewriting import RewriteSettings, Sampling
 
-__all__ = ["ALL_SETTINGS", "LoadSettings", "Request", "RewriteSettings", "Sampling", "TextSettings"]
+__all__ = ["LoadSettings", "Request", "RewriteSettings", "Sampling", "TextSettings"]

@@ -1,16 +1,14 @@
-"""What a render is asked for and how a model is loaded: one dataclass field per parameter, declared once.
+"""What a render is asked for: one dataclass field per parameter, declared once.
 
 A field's type, default, bounds, group and help make the command-line flag, the key in TOML files, the keyword of
 `ZImage.generate`, the check of the value and the entry in the PNG's metadata. What a field is: `settings.fields`.
 """
 
-import os
 from dataclasses import dataclass
 from typing import TypedDict
 
 from zimage.errors import RequestError, quoted
-from zimage.settings.conditions import Control, Reference, split_number
-from zimage.settings.environment import ENCODER_TOKEN, REWRITER_KEY
+from zimage.settings.conditions import Control, Reference
 from zimage.settings.fields import Attachment, Conditions, Settings, Weights, check_fields, setting
 
 
@@ -26,18 +24,11 @@ SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384
 SIDE: Bounds = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 MAX_SEED = 2**63 - 1
-SDPA = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
-ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
-DTYPES = ("bf16", "fp16", "float16", "fp32")
-PRECISIONS = ("bf16", "int8", "fp8")
-VARIANTS = ("turbo", "base")
-RESIDENCIES = ("auto", "keep", "stage")
 TILE_MODES = ("exact", "blend", "off")
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
 TILE_OVERLAP = 64  # px
 VISION_BLENDS = ("interpolate", "linear", "concat", "style_only", "graduated", "attention_weighted", "adain")
 VISION_TOKENS = ("image", "all")
-VISION_MODES = ("full", "tower")
 LONG_PROMPTS = ("none", "truncate", "interpolate", "pool", "attention_pool")
 TEXT_PARTS = ("template", "system_prompt", "thinking_content", "assistant_content")
 LONGEST_TEXT = 100_000  # characters of a prompt or a chat part; some sixty pages
@@ -46,15 +37,8 @@ HIDDEN_LAYER = -2  # what the model was trained with: the output of the last lay
 STRENGTH = 0.6
 MASK_ALPHA = "alpha"  # as a mask: the transparent pixels of the image
 MAX_BLUR = 512  # px
-MAX_LORA_SCALE = 100.0
 CONTROL_FLOWS = ("publisher", "diffusers")
 CONTROL_PREPROCESS = ("canny",)
-LORA_PARTS = ("text_encoder",)
-DEFAULT_REWRITER = "rewrite-expand"
-MAX_TOKENS = 512
-REWRITER_TIMEOUT = 120.0  # seconds
-ENCODER_TIMEOUT = 120.0  # seconds
-ENCODER_FORMS = ("zimage", "hidden_states")
 MAX_TIMEOUT = 86_400  # seconds
 
 
@@ -421,258 +405,6 @@ class Request(CaptionSettings):
         return [(seed + k) % (MAX_SEED + 1) for seed in seeds for k in range(self.images)]
 
 
-@dataclass(frozen=True)
-class LoadSettings(Settings):
-    """How a model is loaded. Raises RequestError with the fields at fault."""
-
-    model: str | None = setting(
-        None,
-        "Model folder in the published layout, or an all-in-one file. Default: the bundled demo model.",
-        group="Model",
-        env="ZIMAGE_MODEL",
-        path=True,
-    )
-    dit: str | None = setting(
-        None, "DiT as a loose file (safetensors or GGUF) or a component folder.", group="Model", path=True
-    )
-    text_encoder: str | None = setting(
-        None, "Text encoder as a loose file or a component folder.", group="Model", path=True
-    )
-    vae: str | None = setting(None, "VAE as a loose file or a component folder.", group="Model", path=True)
-    tokenizer: str | None = setting(
-        None,
-        "Folder of a tokenizer, or tokenizer.json. Default: the model's, beside the text encoder, or in its GGUF file.",
-        group="Model",
-        path=True,
-    )
-    variant: str | None = setting(
-        None, "Kind of the loose files: turbo (shift 3) or base (shift 6).", choices=VARIANTS, group="Model"
-    )
-    vision_model: str | None = setting(
-        None,
-        "Model that sees references: the folder of Qwen/Qwen3-VL-4B-Instruct, or its vision tower as a loose file. "
-        "Default: none.",
-        group="References",
-        path=True,
-    )
-    vision_mode: str | None = setting(
-        None,
-        "What reads the references that the vision model sees: its own text stack (full), or the text encoder (tower). "
-        "Default: full where the vision model's files hold a text stack.",
-        choices=VISION_MODES,
-        group="References",
-    )
-    encoder_url: str | None = setting(
-        None,
-        "Server on another machine, such as `zimage serve --encoder-only`, that encodes prompts and rewrites them; the "
-        f"text encoder's weights need not be here. Its token is read from {ENCODER_TOKEN}.",
-        group="Encoder",
-        metavar="URL",
-        env="ZIMAGE_ENCODER_URL",
-    )
-    encoder_form: str = setting(
-        ENCODER_FORMS[0],
-        "What the server speaks: zimage, or hidden_states (POST /v1/hidden_states, which encodes only).",
-        choices=ENCODER_FORMS,
-        group="Encoder",
-    )
-    encoder_model: str = setting("default", "Name of the model on a server of hidden_states.", group="Encoder")
-    encoder_dtype: str | None = setting(
-        None,
-        "Dtype in which the server's text encoder computes; one that computes in another is refused. Default: that in "
-        "which it would compute here.",
-        choices=DTYPES,
-        group="Encoder",
-    )
-    encoder_timeout: float = setting(
-        ENCODER_TIMEOUT,
-        "Seconds to wait for the captions of a prompt, all tries together.",
-        group="Encoder",
-        above=0,
-        maximum=MAX_TIMEOUT,
-    )
-    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:N or mps.", group="Machine")
-    text_encoder_device: str | None = setting(
-        None, "Device of the text encoder. Default: as --device.", group="Machine"
-    )
-    dit_device: str | None = setting(None, "Device of the DiT. Default: as --device.", group="Machine")
-    vae_device: str | None = setting(None, "Device of the VAE. Default: as --device.", group="Machine")
-    dtype: str | None = setting(
-        None,
-        "Dtype in which the model computes; with fp16 (float16) the DiT does, and all else in fp32. Default: bf16 "
-        "where the device has it, else fp16 on NVIDIA's GPUs and fp32 elsewhere.",
-        choices=DTYPES,
-        group="Machine",
-    )
-    attention: str | None = setting(
-        None,
-        "Attention backend; sage is lossy. Default: auto, PyTorch's own or FlashAttention 3.",
-        choices=ATTENTIONS,
-        group="Machine",
-        env="ZIMAGE_ATTENTION",
-    )
-    precision: str = setting(
-        "bf16",
-        "Matrix products of the DiT: bf16 (as --dtype says), or int8 or fp8 with scales per token and channel.",
-        choices=PRECISIONS,
-        group="Machine",
-    )
-    compile: bool = setting(
-        False, "Compile the DiT's blocks: takes some seconds once, then steps are faster.", group="Machine"
-    )
-    cuda_graphs: bool = setting(
-        False,
-        "Replay small pictures and written tokens from CUDA graphs, where launching takes longer than computing: the "
-        "demo, up to 512 × 512, rewriting.",
-        group="Machine",
-    )
-    residency: str = setting(
-        "auto",
-        "Keep all weights in memory between stages, load them stage by stage, or decide by the free memory; on a GPU "
-        "some may then stay.",
-        choices=RESIDENCIES,
-        group="Machine",
-    )
-    lora: list[str] | None = setting(
-        None,
-        "LoRA file (.safetensors), or a folder with one, and its scale, else 1; repeat it to add several. "
-        "Default: none.",
-        metavar="PATH[:SCALE]",
-        group="Model",
-        path=True,
-    )
-    lora_skip: str | None = setting(
-        None,
-        "Leave out this part of LoRA files, which is not implemented, and use the rest. Default: refuse such files.",
-        choices=LORA_PARTS,
-        group="Model",
-    )
-    lora_folder: str | None = setting(
-        None,
-        "Folder in which --from finds the LoRAs of a picture by their content. Default: none.",
-        metavar="FOLDER",
-        group="Model",
-        path=True,
-    )
-    memory: float | None = setting(
-        None,
-        "Memory budget in GB (10⁹ bytes): what the process may take on a GPU, the driver's part included, or in the "
-        "computer's memory. What does not fit is loaded stage by stage, decoded in strips, streamed block by block. "
-        "Default: the free memory.",
-        above=0,
-        maximum=1_000_000,
-        group="Machine",
-    )
-    templates: str | None = setting(
-        None,
-        "Folder with your own templates, which override shipped ones of the same name.",
-        group="Text",
-        metavar="FOLDER",
-        env="ZIMAGE_TEMPLATES",
-        path=True,
-    )
-    cache_entries: int = setting(
-        100,
-        "Captions kept in memory, so that a prompt is encoded only once; 0 is off.",
-        group="Text",
-        minimum=0,
-        maximum=1_000_000,
-    )
-    cache_folder: str | None = setting(
-        None, "Folder that keeps captions between runs. Default: none.", group="Text", metavar="FOLDER", path=True
-    )
-
-    def __post_init__(self):
-        check_fields(self)
-        if self.encoder_url and self.text_encoder_device:
-            text = "text_encoder_device: the text encoder is on another machine; leave it out, or the encoder_url"
-            raise RequestError(text, fields=("text_encoder_device", "encoder_url"))
-        if self.encoder_url and self.vision_mode == "tower":
-            text = (
-                "vision_mode: with tower the text encoder reads, and it is on another machine; use full, or leave out "
-            )
-            raise RequestError(text + "the encoder_url", fields=("vision_mode", "encoder_url"))
-        for text in self.lora or []:
-            split_lora(text)
-
-
-@dataclass(frozen=True)
-class Sampling(Settings):
-    """How the next token of a text is drawn. Raises RequestError with the fields at fault."""
-
-    temperature: float = setting(
-        0.6, "0 always takes the most likely token; higher values vary more.", group="Rewriting", minimum=0, maximum=5
-    )
-    top_p: float = setting(
-        0.95,
-        "Sample from the most likely tokens up to this total probability; 1 is off.",
-        group="Rewriting",
-        above=0,
-        maximum=1,
-    )
-    top_k: int = setting(20, "Sample from this many of the most likely tokens; 0 is off.", group="Rewriting", minimum=0)
-    min_p: float = setting(
-        0.0,
-        "Drop tokens below this fraction of the most likely token's probability.",
-        group="Rewriting",
-        minimum=0,
-        maximum=1,
-    )
-    presence_penalty: float = setting(
-        0.0,
-        "Subtract this once from the logit of every token already written, against repetition.",
-        group="Rewriting",
-        minimum=0,
-        maximum=2,
-    )
-
-    def __post_init__(self):
-        check_fields(self)
-
-
-@dataclass(frozen=True)
-class RewriteSettings(Sampling):
-    """How a prompt is rewritten before it is drawn. Raises RequestError with the fields at fault."""
-
-    rewriter: str | None = setting(
-        None,
-        "Rewrite prompts first, with a template of the category rewriter.",
-        group="Rewriting",
-        flag="--rewrite",
-        metavar="NAME",
-    )
-    rewriter_url: str | None = setting(
-        None,
-        "Server with OpenAI's chat completions API that rewrites in place of the model's own text encoder; "
-        f"its key is read from {REWRITER_KEY}.",
-        group="Rewriting",
-        metavar="URL",
-        env="ZIMAGE_REWRITER_URL",
-    )
-    rewriter_model: str = setting("default", "Name of the model on the server.", group="Rewriting")
-    rewriter_timeout: float = setting(
-        REWRITER_TIMEOUT, "Seconds to wait for the server.", group="Rewriting", above=0, maximum=MAX_TIMEOUT
-    )
-    rewrite_thinking: bool = setting(
-        False, "Let the rewriter think before it answers; thoughts are not drawn.", group="Rewriting"
-    )
-    max_tokens: int = setting(
-        MAX_TOKENS, "Maximum number of tokens, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
-    )
-    rewrite_seed: int | None = setting(
-        None, "Seed of the rewriting. Default: random, and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rewrite_thinking and self.rewriter_url:
-            text = "rewrite_thinking: the server at the rewriter_url decides this itself; leave it out"
-            raise RequestError(text, fields=("rewrite_thinking", "rewriter_url"))
-
-
-ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettings)
-
-
 def split_margins(text: str) -> tuple[int, int, int, int]:
     """LEFT,TOP,RIGHT,BOTTOM → pixels. Raises RequestError unless one is above 0 and none below, or above MAX_SIDE."""
     numbers = text.split(",")
@@ -684,30 +416,3 @@ def split_margins(text: str) -> tuple[int, int, int, int]:
         told = f"should extend one side at least, and none by more than {MAX_SIDE:,} px"
         raise RequestError(f"extend {quoted(text)} {told}", fields=("extend",))
     return left, top, right, bottom
-
-
-def split_lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError.
-
-    What is the name of an existing file or folder as a whole has no scale.
-    """
-    return (text, 1.0) if os.path.exists(os.path.expanduser(text)) else split_scale(text)
-
-
-def split_scale(text: str) -> tuple[str, float]:
-    """The same, whatever files there are."""
-    name, scale = split_number(text)
-    if scale is None:
-        return text, 1.0
-    check_lora_scale(scale)
-    return name, scale
-
-
-def check_lora_scale(scale: object) -> None:
-    """Raise RequestError unless `scale` is a number within its bounds."""
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        text = f"lora scale {quoted(scale)} is of type {type(scale).__name__}; it should be a number"
-        raise RequestError(text, fields=("lora",))
-    if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
-        text = f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}"
-        raise RequestError(text, fields=("lora",))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zimage.errors import RequestError
 from zimage.nn.graphs import graphs_of
-from zimage.settings.declared import Sampling
+from zimage.settings.rewriting import Sampling
 from zimage.text.chat import END_THINK, IM_END, THINK
 from zimage.text.qwen3 import KVCache, Qwen3
 from zimage.text.replay import ReplayedLogits

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from zimage.errors import CheckpointError, RemoteError, RequestError, ZImageError
 from zimage.formats.json_text import json_value
-from zimage.settings.declared import Sampling
+from zimage.settings.rewriting import Sampling
 from zimage.text.connections import Connections, pause_for
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zimage.errors import NonFiniteError
-from zimage.settings.declared import Sampling
+from zimage.settings.rewriting import Sampling
 
 SHORTLIST = 512  # tokens
 # How far fp32 may be off, relatively: probabilities added up over a vocabulary, and the ratio of two of them. Far more

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimage.errors import RequestError, TemplateError, quoted
-from zimage.settings.declared import LoadSettings
 from zimage.settings.environment import config_folder, from_environment
 from zimage.settings.fields import Plain, close_matches
+from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.templates import FOLDER
 from zimage.text.chat import format_chat

@@ -17,8 +17,9 @@ from zimage.serve.asking import NAMES, REFERENCE, Asked, Files, unknown
 from zimage.serve.refusals import NotFound
 from zimage.serve.schema import EXAMPLE, FILE, PROMPT, Schema, own_fields, whole
 from zimage.serve.uploads import check_pixels
-from zimage.settings.declared import Request, RewriteSettings
+from zimage.settings.declared import Request
 from zimage.settings.fields import Plain, Settings, check_fields, fields, json_schema, setting
+from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 
 GENERATION, EDIT = "image_generation", "image_edit"  # what a stream's events begin with

@@ -19,11 +19,12 @@ from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import MAYBE_TEXT, RECORD, TEXT, WHOLE, answers, content, listed, record, takes
 from zimage.serve.schema import FILE, text_body
 from zimage.serve.service import Service
-from zimage.settings.declared import DEFAULT_REWRITER, RewriteSettings, TextSettings
 from zimage.settings.declared import Request as Drawing
+from zimage.settings.declared import TextSettings
 from zimage.settings.fields import Plain, Settings
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import laid_over
+from zimage.settings.rewriting import DEFAULT_REWRITER, RewriteSettings
 from zimage.text.templates import REWRITER, Template, Templates, user_folder
 
 PARTS = ("name", "description", "category", "system_prompt", "thinking_content", "assistant_content", "add_think_block")
