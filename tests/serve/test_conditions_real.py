@@ -176,6 +176,15 @@ def test_a_mask_that_lies_in_the_image_and_a_wider_canvas(server, pipe):
     assert server.pixels(job) == [expected.tobytes()]
 
 
+def test_a_canvas_of_more_pixels_than_an_upload_is_refused(server):
+    """However little of it is rendered."""
+    small = {"mask_crop": 0, "width": 64, "height": 48, "image": encoded(see_through())}
+    answer = server.http.post("/api/generate", json={"prompt": "a cat", **small, "extend": "0,0,9000,9000"})
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["fields"] == ["extend"]
+    assert "9064 × 9048 px; at most 64,000,000 pixels" in answer.json()["error"]["message"]
+
+
 def test_masks_of_the_web_ui_are_ours(server, pipe):
     image, mask = see_through().convert("RGB"), Image.new("L", (64, 48))
     mask.paste(255, (8, 8, 24, 24))

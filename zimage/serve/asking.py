@@ -110,6 +110,16 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
         raise RequestError(f"{named[0]}: {text}", fields=named)
 
 
+def check_canvas(size: Sequence[int], limits: ServeSettings) -> None:
+    """Raise RequestError where a picture that comes out, (width, height), has more pixels than one that comes in may.
+
+    Only one that is extended can: what is rendered of it may be small.
+    """
+    if size[0] * size[1] > max(limits.max_decoded, limits.max_pixels):
+        told = f"the picture would be {size[0]} × {size[1]} px"
+        raise RequestError(f"extend: {told}; at most {limits.max_decoded:,} pixels are drawn on", fields=("extend",))
+
+
 def check_tokens(count: int, name: str, limits: ServeSettings) -> None:
     """Raise RequestError for the longest prompt, or embeddings, of more tokens than the server takes.
 

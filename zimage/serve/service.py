@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from zimage.errors import RequestError, ZImageError, quoted
 from zimage.serve import leftovers
 from zimage.serve.about import About
-from zimage.serve.asking import Asked, check_limits, check_tokens
+from zimage.serve.asking import Asked, check_canvas, check_limits, check_tokens
 from zimage.serve.attached import attached
 from zimage.serve.database import Database
 from zimage.serve.dispatch import Dispatcher, Task
@@ -267,6 +267,7 @@ class Service:
         with named(files.places):
             told = await self.ask("prepare", id=id, values=request, lora=files.lora, rewrite=wanted)
         check_limits(told["request"], self.settings)
+        check_canvas(told["job"]["frame"][:2], self.settings)
         check_tokens(told["tokens"], "embeddings" if "embeddings" in files.values else "prompt", self.settings)
         row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
         row.uploads, row.notes = files.hashes, told["notes"]
