@@ -187,9 +187,9 @@ def test_names_on_the_shelf(tmp_path):
     (tmp_path / "canny").mkdir()
     for name in ("a.safetensors", "b.gguf", "c.txt", "canny/diffusion_pytorch_model.safetensors"):
         (tmp_path / name).touch()
-    assert names_in(str(tmp_path), CONTROL_ENDINGS) == {
-        "a": tmp_path / "a.safetensors",
-        "b": tmp_path / "b.gguf",
-        "canny": tmp_path / "canny",
-    }
+    assert list(names_in(str(tmp_path), CONTROL_ENDINGS).items()) == [
+        ("a", tmp_path / "a.safetensors"),
+        ("b", tmp_path / "b.gguf"),
+        ("canny", tmp_path / "canny"),
+    ]
     assert names_in(None, CONTROL_ENDINGS) == names_in(str(tmp_path / "absent"), CONTROL_ENDINGS) == {}

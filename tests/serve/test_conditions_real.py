@@ -21,6 +21,7 @@ from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
 SIZE = {"width": 64, "height": 48}
+PNG = base64.b64encode(picture()).decode()
 DRAWN = {"prompt": "a cat", "seed": 7, "steps": 3, **SIZE}
 
 
@@ -39,6 +40,7 @@ def controls(tmp_path_factory):
     (root / "lite").mkdir()
     (root / "lite" / "config.json").write_text(json.dumps(control_nets.FORMS["lite"]))
     save_file(control_nets.net("lite").state_dict(), root / "lite" / "diffusion_pytorch_model.safetensors")
+    (root / "lite-damaged.safetensors").write_bytes(b"x")
     return root
 
 
@@ -63,8 +65,8 @@ def pixels(content):
 
 
 def test_a_control_by_name_draws_what_the_library_draws(server, pipe, controls):
-    assert server.http.get("/api/controls").json() == {"controls": ["lite"]}
-    entry = {"model": "lite", "picture": base64.b64encode(picture()).decode(), "scale": 0.9}
+    assert server.http.get("/api/controls").json() == {"controls": ["lite", "lite-damaged"]}
+    entry = {"model": "lite", "picture": PNG, "scale": 0.9}
     job = server.draw(**DRAWN, control=[entry])
     given = (str(controls / "lite"), Image.open(io.BytesIO(picture())), 0.9)
     expected = pipe.generate(**DRAWN, control=[given]).images[0]
@@ -89,7 +91,7 @@ def test_files_in_parts_are_the_same_as_base64(server):
 @pytest.mark.full
 def test_a_job_with_controls_outlives_its_server(server, new_server, model, controls):
     options = ("--model", str(model), "--control-folder", str(controls), "--dtype", "fp32")
-    entry = {"model": "lite", "picture": base64.b64encode(picture()).decode()}
+    entry = {"model": "lite", "picture": PNG}
     other = new_server(*options).start()
     ids = [other.submit(**{**DRAWN, "steps": 60}, control=[entry])["id"] for _ in range(2)]
     other.kill()
@@ -107,9 +109,10 @@ HOSTILE = {
     "another place": ({"control": [{"model": "../../lite", "picture": "AAAA"}]}, "control"),
     "a path": ({"control": [{"model": "/etc/passwd", "picture": "AAAA"}]}, "control"),
     "a model that is not here": (
-        {"control": [{"model": "lit", "picture": base64.b64encode(picture()).decode()}]},
+        {"control": [{"model": "lit", "picture": PNG}]},
         "control",
     ),
+    "a damaged model": ({"control": [{"model": "lite-damaged", "picture": PNG}]}, "control"),
     "no picture": ({"control": [{"model": "lite", "picture": "AAAA"}]}, "control"),
     "a text": ({"reference": "/etc/passwd"}, "reference"),
     "a text in a list": ({"control": ["lite:/etc/passwd"]}, "control"),
@@ -118,14 +121,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_is_hostile_is_one_line_that_names_the_field(server, case):
+def test_what_is_hostile_is_one_line_that_names_the_field(server, controls, case):
     asked, field = HOSTILE[case]
     answer = server.http.post("/api/jobs", json={"prompt": "a", **asked})
     assert answer.status_code == 422, answer.text
     error = answer.json()["error"]
     assert error["fields"] == [field]
     assert "\n" not in error["message"]
-    assert str(server.folder) not in error["message"]
+    for folder in (server.folder, controls):
+        assert str(folder) not in error["message"]
 
 
 @pytest.mark.parametrize("name", ["reference", "control"])
@@ -203,7 +207,7 @@ def test_masks_of_the_web_ui_are_ours(server, pipe):
 
 
 def test_a_unit_of_the_web_ui_is_a_control(server, pipe, controls):
-    assert server.http.get("/controlnet/model_list").json() == {"model_list": ["lite"]}
+    assert server.http.get("/controlnet/model_list").json() == {"model_list": ["lite", "lite-damaged"]}
     unit = {"image": encoded(see_through()), "model": "lite [0badcafe]", "weight": 0.9, "guidance_end": 0.7}
     asked = {**DRAWN, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
     answer = server.http.post("/sdapi/v1/txt2img", json=asked)
@@ -278,7 +282,7 @@ def test_it_says_what_it_looks_with(seeing, server):
     assert (told["available"], told["model"], told["mode"]) == (True, "vision", "full")
     assert seeing.http.get("/api/schema").json()["vision"]["available"]
     assert not server.http.get("/api/schema").json()["vision"]["available"]
-    entry = {"picture": base64.b64encode(picture()).decode()}
+    entry = {"picture": PNG}
     answer = server.http.post("/api/jobs", json={"prompt": "a", "reference": [entry]})
     assert answer.status_code == 422
     assert answer.json()["error"]["fields"][0] == "reference"

@@ -48,6 +48,11 @@ def test_errors_on_files_name_the_field_and_not_the_folder(uploads):
             raise error
         assert str(caught.value) == str(error).replace(path, "embeddings")
         assert caught.value.fields == (error.fields or ("embeddings",))
+    with (
+        pytest.raises(RequestError, match=r"^control is not lora$"),
+        named({"/x/lite": "lora", "/x/lite-2": "control"}),
+    ):
+        raise CheckpointError("/x/lite-2 is not /x/lite")
     with pytest.raises(CheckpointError, match="another"), named({path: "embeddings"}):
         raise CheckpointError("another file")
 

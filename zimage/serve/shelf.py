@@ -19,7 +19,8 @@ def names_in(folder: str | None, endings: tuple[str, ...]) -> dict[str, Path]:
     root = Path(folder).expanduser() if folder else None
     found = [path for ending in endings for path in root.rglob(f"*{ending}")] if root else []
     inside = [path.parent if path.stem == PUBLISHED and path.parent != root else path for path in sorted(found)]
-    return {name_of(path.name, endings): path for path in reversed(inside)}
+    named = {name_of(path.name, endings): path for path in reversed(inside)}
+    return dict(sorted(named.items(), key=lambda one: one[0].lower()))
 
 
 def name_of(name: str, endings: tuple[str, ...]) -> str:

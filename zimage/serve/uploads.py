@@ -136,8 +136,8 @@ def named(places: Mapping[str, str]) -> Iterator[None]:
         found = [field for path, field in places.items() if path in text]
         if not found:
             raise
-        for path, field in places.items():
-            text = text.replace(path, field)
+        for path in sorted(places, key=len, reverse=True):  # one may be the beginning of another
+            text = text.replace(path, places[path])
         raise RequestError(text, fields=error.fields or found) from None
 
 
