@@ -188,6 +188,16 @@ def test_steps_with_a_say_lie_wholly_between_start_and_end(pipe, files, steps, s
     assert set(found.values()) <= {0, 1}
 
 
+def test_a_grey_mask_leaves_fewer_steps_to_have_a_say_in(pipe, files):
+    """Of 8 steps a mask of one half leaves 4: none of them lies between 0.3 and 0.5, and one of 8 does."""
+    given = {"seed": 1, "steps": 8, "image": picture(*SIZE, seed=3), "mask": Image.new("L", SIZE, 128)}
+    window = {"control": [(files["lite"], picture(*SIZE))], "control_start": 0.3, "control_end": 0.5}
+    with pytest.raises(RequestError, match="hold none of the 4 steps whole; each is 1/4"):
+        pipe.prepare(zimage.Request("a", **given, **window))
+    assert not torch.equal(render(pipe, **given), render(pipe, **given, **{**window, "control_end": 0.8}))
+    pipe.prepare(zimage.Request("a", **{**given, "mask": Image.new("L", SIZE, 255)}, **window))
+
+
 def test_a_say_in_no_step_after_the_first_leaves_the_first_steps_as_they_were(pipe, files):
     """Steps before the start and after the end are computed as if there were no control."""
     with_control = zimage.Request("a", seed=1, steps=4, control=[(files["2.1"], picture(*SIZE))], control_start=0.5)

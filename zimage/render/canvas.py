@@ -13,6 +13,7 @@ from functools import cached_property
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
 
+from zimage import flow
 from zimage.errors import RequestError
 from zimage.pictures import inpaint
 from zimage.pictures.image import InputPicture, fit, from_pil, mask_tensor, mask_values, natural_size, nearest_side
@@ -54,6 +55,12 @@ class Rendered:
             return None if mask is None else mask_tensor(mask, *self._size)
         part = inpaint.cut(_mask_in(self._request, self._frame), self._frame)
         return mask_values(inpaint.levels(_resized(part, self._size, Image.Resampling.BILINEAR)))
+
+    def first_step(self, first: int, steps: int) -> int:
+        """The step with which a run begins that would begin with step `first`, were its mask white somewhere."""
+        assert self.mask is not None
+        later = int(flow.first_steps(self.mask.max(), steps - first))
+        return min(first + later, steps - 1)
 
     @property
     def kept(self) -> Tensor | None:

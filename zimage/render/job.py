@@ -214,7 +214,7 @@ def decide(
         small = first_pass_size(width, height, request.hires)
         passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
-    _check_control(complete, len(passes))
+    _check_control(complete, len(passes), canvas.Rendered(complete, frame, width, height))
     sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
     return Job(
         complete,
@@ -244,7 +244,7 @@ def starts_from_noise(request: Request) -> bool:
     return masked and reads and request.control_flow == "diffusers"
 
 
-def _check_control(request: Request, passes: int) -> None:
+def _check_control(request: Request, passes: int, rendered: canvas.Rendered) -> None:
     """Raise RequestError where controls or the strength would have no say, or control pictures cannot be made."""
     if request.control_preprocess:
         opencv()
@@ -252,9 +252,13 @@ def _check_control(request: Request, passes: int) -> None:
         text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
         raise RequestError(text, fields=("strength", "control_flow"))
     steps, start, end = request.steps or 1, request.control_start, request.control_end
+    if not request.control or (start, end) == (0, 1):
+        return
     first = 0 if request.strength is None else flow.first_step(steps, request.strength)
+    if canvas.pastes(request) and not starts_from_noise(request):
+        first = rendered.first_step(first, steps)
     begins = [0, first][-passes:]
-    if request.control and not any(flow.steps_between(begin, steps, start, end) for begin in begins):
+    if not any(flow.steps_between(begin, steps, start, end) for begin in begins):
         n = steps - first
         text = (
             f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
