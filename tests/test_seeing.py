@@ -1,6 +1,7 @@
 """Reference pictures: seen in a stage of their own, mixed into captions, kept, planned, and asked for again."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_each_picture_is_seen_once_for_every_way_of_reading_it(seer, counted):
     assert again[-1].image.tobytes() == first
     drawn(seer, reference=[picture()], vision_blend="adain")
     assert len(counted) == 1, "how it is mixed does not matter"
-    for more in ({"vision_layer": -3}, {"vision_tokens": "all"}, {"vision_text": "x"}):
+    for more in ({"vision_layer": -3}, {"vision_tokens": "all"}, {"vision_tokens": "all", "vision_text": "x"}):
         drawn(seer, reference=[picture()], **more)
     assert len(counted) == 4
 
@@ -140,6 +141,22 @@ def test_what_was_seen_outlives_the_process_in_the_folder_of_captions(seeing_fol
         pixels.append(drawn(load(seeing_folder, mode, cache_folder=str(tmp_path)), reference=[picture()]))
     assert len(counted) == 2, "once in each mode"
     assert pixels[0] == pixels[1] != pixels[2] == pixels[3]
+
+
+def test_what_was_seen_is_forgotten_when_a_config_changes(seeing_folder, tmp_path, counted):
+    """The weights and their dates stay: what else a caption depends on is in config.json and beside it."""
+    folder = tmp_path / "vision"
+    shutil.copytree(seeing_folder / "vision", folder)
+
+    def seen() -> torch.Tensor:
+        return load(seeing_folder, vision_model=folder, cache_folder=str(tmp_path / "captions")).see(picture())
+
+    before, config = seen(), json.loads((folder / "config.json").read_text())
+    assert torch.equal(seen(), before)
+    config["vision_config"]["deepstack_visual_indexes"] = [0, 2, 3]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert not torch.equal(seen(), before)
+    assert len(counted) == 2
 
 
 def test_without_references_nothing_is_otherwise(seer, seeing_folder):
@@ -457,7 +474,12 @@ def test_what_only_encodes_can_see(seeing_folder):
     ("request_", "words", "field"),
     [
         ({"vision_layer": -9}, "vision_layer -9 does not exist; use −[56] to −1", "vision_layer"),
-        ({"vision_text": "<|image_pad|>"}, r"vision_text: leave <\|image_pad\|> out of it", "vision_text"),
+        ({"vision_text": "a hat"}, "vision_text: image tokens come before it .* pass vision_tokens all", "vision_text"),
+        (
+            {"vision_text": "<|image_pad|>", "vision_tokens": "all"},
+            r"vision_text: leave <\|image_pad\|> out of it",
+            "vision_text",
+        ),
         ({"reference": [Image.new("RGB", (900, 3))]}, "a reference picture of 900×3 cannot be read", "reference"),
         ({"reference": [torch.zeros(3, 63)]}, "is 63 wide; this model takes 64", "reference"),
         ({"vision_blend": "concat", "prompt": "a cat " * 60}, "leaves no room for the picture's", "vision_blend"),

@@ -37,7 +37,7 @@ from zimage.text.cache import EmbeddingCache, cache_key
 from zimage.text.chat import seen_text
 from zimage.text.embeddings import Embeddings
 from zimage.text.qwen3 import Qwen3
-from zimage.text.sight import Sight
+from zimage.text.sight import Grid, Sight
 from zimage.text.vision_input import pixels_of
 
 R = TypeVar("R")
@@ -60,7 +60,7 @@ class View:
     picture: InputPicture
     look: Look
     ids: tuple[int, ...]  # of the text round it, with one token for each of the picture's
-    grid: tuple[int, int]  # rows and columns of patches
+    grid: Grid  # of patches
     count: int  # tokens of its caption
     key: str
 
@@ -126,7 +126,7 @@ class Vision:
         if ids.count(self._config.image_token_id) != count:
             raise RequestError("vision_text: leave <|image_pad|> out of it", fields=("vision_text",))
         return View(
-            picture, look, ids, grid, count if look.tokens == IMAGE else len(ids), self._key(picture, look, ids)
+            picture, look, ids, grid, count if look.tokens == IMAGE else len(ids), self._key(picture, look, ids, grid)
         )
 
     def known(self, view: View) -> Tensor | None:
@@ -159,9 +159,10 @@ class Vision:
         reading.caption = finite(rows, "the text stack", stack)
         self._cache.put(self._cache_key(view), reading.caption)
 
-    def _key(self, picture: InputPicture, look: Look, ids: tuple[int, ...]) -> str:
+    def _key(self, picture: InputPicture, look: Look, ids: tuple[int, ...], grid: Grid) -> str:
+        """Weights do not tell the architecture: the layers of deepstack and the turns of positions stand beside them."""
         reader = {"encoder": self._encoder()} if self.mode == "tower" else {}
-        facts = [picture.hash, look, ids, {"vision": self.fingerprint, **reader}]
+        facts = [picture.hash, look, ids, grid, {"vision": self.fingerprint, "config": str(self._config), **reader}]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _encoder(self) -> str:

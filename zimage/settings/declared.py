@@ -138,6 +138,12 @@ class CaptionSettings(TextSettings):
         longest=LONGEST_TEXT,
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reference and self.vision_text and self.vision_tokens == VISION_TOKENS[0]:
+            text = "vision_text: image tokens come before it and do not see it; pass vision_tokens all, or leave it out"
+            raise RequestError(text, fields=("vision_text", "vision_tokens"))
+
 
 @dataclass(frozen=True)
 class Request(CaptionSettings):
