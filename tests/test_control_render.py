@@ -216,7 +216,7 @@ def test_a_say_in_no_step_after_the_first_leaves_the_first_steps_as_they_were(pi
         ({"control": None, "control_end": 0.5}, "control_end: it has no effect without a control file"),
         ({"control": None, "control_flow": "diffusers"}, "control_flow: it has no effect without a control file"),
         ({"control": None, "control_preprocess": "canny"}, "control_preprocess: it has no effect"),
-        ({"control": [("nowhere", RED)]}, "it does not exist; pass a file"),
+        ({"control": [("nowhere", RED)]}, "it does not exist; pass a ControlNet for Z-Image"),
         ({"control": [(RED, RED)]}, "it should be the path of one"),
     ],
 )
@@ -467,6 +467,19 @@ def test_another_component_is_refused_by_what_it_holds(pipe, folder):
         pipe.prepare(
             zimage.Request("a", control=[(folder / "transformer" / "diffusion_pytorch_model.safetensors", RED)])
         )
+
+
+def test_other_folders_and_pictures_are_told_by_their_option(pipe, folder, files, tmp_path):
+    (tmp_path / "text.txt").write_text("hello")
+    for given, words in (
+        ((folder, RED), "holds no ControlNet; pass a ControlNet for Z-Image"),
+        ((folder / "text_encoder", RED), "control: .*; pass a ControlNet for Z-Image"),
+        ((files["2.1"], "nowhere.png"), "control: nowhere.png is missing; pass the path of a picture"),
+        ((files["2.1"], str(tmp_path / "text.txt")), "control: .*text.txt cannot be read as a picture"),
+    ):
+        with pytest.raises((RequestError, CheckpointError), match=words) as caught:
+            pipe.prepare(zimage.Request("a", control=[given]))
+        assert caught.value.fields == ("control",)
 
 
 def test_a_file_is_hashed_again_only_when_it_has_changed(pipe, files, tmp_path, monkeypatch):

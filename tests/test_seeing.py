@@ -403,7 +403,8 @@ def test_what_is_missing_and_where_it_is_got(seeing_folder, tiny_folder, tmp_pat
         assert caught.value.fields == ("reference", "vision_model")
     field = ("vision_model",)
     fails(seeing_folder, "is neither a folder nor a file; pass the folder of Qwen", field, vision_model=tmp_path / "no")
-    fails(seeing_folder, "vision_model: ", field, vision_model=seeing_folder / "vae")
+    fails(seeing_folder, "holds no vision model; pass the folder of Qwen", field, vision_model=tiny_folder)
+    fails(seeing_folder, "vision_model: .*; pass the folder of Qwen", field, vision_model=seeing_folder / "vae")
     fails(tiny_folder, r"vision_model: .*no token '<\|image_pad\|>'", field, vision_model=seeing_folder / "vision")
 
 

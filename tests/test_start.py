@@ -146,7 +146,7 @@ def test_two_passes_of_several_images(pipe):
         ({"image": Image.new("L", (8, 8)), "strength": 0.0}, "must be above 0"),
         ({"image": Image.new("L", (8, 8)), "strength": 1.1}, "too large"),
         ({"image": Image.new("L", (8, 8)), "hires": 2}, "pass only one of them"),
-        ({"image": "nowhere.png"}, "is missing"),
+        ({"image": "nowhere.png"}, "image: nowhere.png is missing"),
         ({"image": __file__}, "cannot be read as a picture"),
         ({"image": 3}, "should be the path of a file"),
         ({"hires": 1}, "must be above 1"),

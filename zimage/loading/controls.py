@@ -25,6 +25,7 @@ from zimage.loading.sizes import ComponentSizes, measure
 from zimage.settings.paths import user_path
 
 FIELD = ("control",)
+WANTED = "pass a ControlNet for Z-Image: a file, or a folder with its config.json"
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,14 @@ def weight_bytes(files: Iterable[ControlFile], dit: ComponentSizes) -> int:
 
 def _component(path: Path) -> Component:
     if not os.path.exists(path):
-        raise _unusable(path, "it does not exist; pass a file, or a folder with its config.json")
+        raise _unusable(path, f"it does not exist; {WANTED}")
+    folder = component_folder(path, CONTROL)
+    if not folder.exists():
+        raise _unusable(path, f"it holds no ControlNet; {WANTED}")
     try:
-        return Component.open(CONTROL, component_folder(path, CONTROL))
+        return Component.open(CONTROL, folder)
+    except ConfigError as error:
+        raise ConfigError(f"control: {error}; {WANTED}", fields=FIELD) from error
     except CheckpointError as error:
         raise CheckpointError(f"control: {error}", fields=FIELD) from error
 

@@ -207,8 +207,8 @@ class ModelFiles:
         Raises CheckpointError or ConfigError.
         """
         if (folder / "config.json").is_file() and not (folder / ROWS[DIT].folder).is_dir():
-            text = f"{folder} is the folder of one component; pass it as dit, text_encoder or vae"
-            raise CheckpointError(text, fields=("model",))
+            known = "dit, text_encoder, vae or vision_model, or in control"
+            raise CheckpointError(f"{folder} is the folder of one component; pass it as {known}", fields=("model",))
         if not any((folder / ROWS[name].folder).is_dir() for name in REQUIRED):
             names = ", ".join(ROWS[name].folder for name in REQUIRED)
             raise CheckpointError(f"{folder} is not a model folder: it holds none of {names}", fields=("model",))

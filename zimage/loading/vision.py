@@ -32,8 +32,10 @@ def with_vision(model: ModelFiles, settings: LoadSettings) -> ModelFiles:
     try:
         component = _opened(path, settings.vision_mode)
         _check(model, component, settings)
-    except (CheckpointError, ConfigError) as error:
-        raise type(error)(f"vision_model: {error}", fields=("vision_model",)) from None
+    except ConfigError as error:
+        raise ConfigError(f"vision_model: {error}; pass {WHERE}", fields=("vision_model",)) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"vision_model: {error}", fields=("vision_model",)) from None
     seeing = copy.copy(model)
     seeing.components = {**model.components, component.name: component}
     return seeing
@@ -64,10 +66,16 @@ def caption_width(model: ModelFiles) -> int:
 
 def _found(path: Path) -> Path:
     try:
-        return component_folder(snapshot(path), VISION)
+        found = component_folder(snapshot(path), VISION)
     except CheckpointError:
-        text = f"vision_model {str(path)!r} is neither a folder nor a file; pass {WHERE}"
-        raise CheckpointError(text, fields=("vision_model",)) from None
+        raise _absent(path, "is neither a folder nor a file") from None
+    if not found.exists():
+        raise _absent(path, "holds no vision model")
+    return found
+
+
+def _absent(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"vision_model {str(path)!r} {what}; pass {WHERE}", fields=("vision_model",))
 
 
 def _opened(path: Path, mode: str | None) -> Component:

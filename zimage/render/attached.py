@@ -3,6 +3,7 @@
 Attachments are one file each; conditions are lists of files with a number (`settings.conditions`).
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from zimage.errors import RequestError
+from zimage.errors import CheckpointError, RequestError
 from zimage.loading.controls import ControlFile
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import DIT
@@ -54,10 +55,24 @@ ATTACHMENT: dict[str, Hint] = {"name": str, "hash": str, "path": str}  # for `mi
 def opened(request: Request, model: ModelFiles) -> dict[str, Any]:
     """The request's attachments and conditions with their files opened, by field. Raises RequestError."""
     embeddings, width = request.embeddings, model.config(DIT).cap_feat_dim
-    files: dict[str, Any] = {"image": None if request.image is None else open_picture(request.image)}
-    files["mask"] = _opened_mask(request)
-    files["embeddings"] = None if embeddings is None else Embeddings.of(embeddings, width)
+    with _naming("image"):
+        files: dict[str, Any] = {"image": None if request.image is None else open_picture(request.image)}
+    with _naming("mask"):
+        files["mask"] = _opened_mask(request)
+    with _naming("embeddings"):
+        files["embeddings"] = None if embeddings is None else Embeddings.of(embeddings, width)
     return files | {name: _opened_all(kind, getattr(request, name)) for name, kind in CONDITIONS.items()}
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors on a file say which field it was passed in, where they do not."""
+    try:
+        yield
+    except (RequestError, CheckpointError) as error:
+        if error.fields:
+            raise
+        raise type(error)(f"{name}: {error}", fields=(name,)) from error
 
 
 def pointed(request: Request) -> dict[str, Any]:
@@ -111,7 +126,8 @@ def _hints(kind: type[Condition]) -> dict[str, Hint]:
 
 def opened_references(given: list[Any] | None) -> list[Reference]:
     """References with their pictures opened. Raises RequestError, and CheckpointError for damaged embeddings."""
-    return [Reference(open_reference(one.picture), one.alpha) for one in map(Reference.parse, given or [])]
+    with _naming(Reference.FIELD):
+        return [Reference(open_reference(one.picture), one.alpha) for one in map(Reference.parse, given or [])]
 
 
 def _opened_mask(request: Request) -> InputPicture | None:
@@ -155,7 +171,8 @@ def _opened_all(kind: type[Condition], given: list[Any] | None) -> list[Conditio
 def _with_files(condition: Condition, files: Mapping[str, Any]) -> Condition:
     """A condition whose files are these, or its own opened."""
     values = {name: getattr(condition, name) for name in names_of(type(condition))}
-    own = {role: FILES[condition.FIELD, role](values[role]) for role in condition.FILES if role not in files}
+    with _naming(condition.FIELD):
+        own = {role: FILES[condition.FIELD, role](values[role]) for role in condition.FILES if role not in files}
     return type(condition)(**{**values, **own, **files})
 
 

@@ -160,7 +160,7 @@ class Vision:
         self._cache.put(self._cache_key(view), reading.caption)
 
     def _key(self, picture: InputPicture, look: Look, ids: tuple[int, ...], grid: Grid) -> str:
-        """Weights do not tell the architecture: the layers of deepstack and the turns of positions stand beside them."""
+        """Weights do not tell the architecture: the layers of deepstack, say, stand beside them."""
         reader = {"encoder": self._encoder()} if self.mode == "tower" else {}
         facts = [picture.hash, look, ids, grid, {"vision": self.fingerprint, "config": str(self._config), **reader}]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -115,9 +115,9 @@ def check_canvas(size: Sequence[int], limits: ServeSettings) -> None:
 
     Only one that is extended can: what is rendered of it may be small.
     """
-    if size[0] * size[1] > max(limits.max_decoded, limits.max_pixels):
+    if size[0] * size[1] > (most := max(limits.max_decoded, limits.max_pixels)):
         told = f"the picture would be {size[0]} × {size[1]} px"
-        raise RequestError(f"extend: {told}; at most {limits.max_decoded:,} pixels are drawn on", fields=("extend",))
+        raise RequestError(f"extend: {told}; at most {most:,} pixels are drawn on", fields=("extend",))
 
 
 def check_tokens(count: int, name: str, limits: ServeSettings) -> None:

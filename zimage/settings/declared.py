@@ -127,13 +127,13 @@ class CaptionSettings(TextSettings):
     )
     vision_tokens: str = setting(
         VISION_TOKENS[0],
-        "What is taken of a reference that is read: its image tokens, or all, the text round it included.",
+        "Which tokens of a reference are used: its image tokens, or all, including the text around it.",
         group="References",
         choices=VISION_TOKENS,
     )
     vision_text: str = setting(
         "",
-        "Text that is read behind each reference. Image tokens come before it, so it shows with --vision-tokens all.",
+        "Text that is read after each reference; needs --vision-tokens all, since image tokens come before it.",
         group="References",
         longest=LONGEST_TEXT,
     )
@@ -278,19 +278,20 @@ class Request(CaptionSettings):
     )
     control_start: float = setting(
         0.0,
-        "Let ControlNets have a say from this fraction of the steps on; a step counts where it lies wholly between "
+        "Apply ControlNets from this fraction of the steps on; a step counts if it lies wholly between "
         "--control-start and --control-end.",
         group="Picture",
         minimum=0,
         maximum=1,
     )
     control_end: float = setting(
-        1.0, "Let them have a say up to this fraction of the steps.", group="Picture", minimum=0, maximum=1
+        1.0, "Apply ControlNets up to this fraction of the steps.", group="Picture", minimum=0, maximum=1
     )
     control_flow: str | None = setting(
         None,
-        "Where control files of version 2 and later add along the noise refiner: to the DiT's own stream, as their "
-        "publisher does, or to a copy, as diffusers does, which also inpaints from noise alone. Default: publisher.",
+        "Where ControlNets of version 2 and later add their hints in the noise refiner: to the DiT's own stream, as "
+        "their publisher does, or to a copy, as diffusers does, which also inpaints from noise alone. "
+        "Default: publisher.",
         group="Picture",
         choices=CONTROL_FLOWS,
     )
