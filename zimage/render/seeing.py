@@ -161,12 +161,13 @@ class Vision:
 
     def _key(self, picture: InputPicture, look: Look, ids: tuple[int, ...], grid: Grid) -> str:
         """Weights do not tell the architecture: the layers of deepstack, say, stand beside them."""
-        reader = {"encoder": self._encoder()} if self.mode == "tower" else {}
-        facts = [picture.hash, look, ids, grid, {"vision": self.fingerprint, "config": str(self._config), **reader}]
+        facts = [picture.hash, look, ids, grid, self.fingerprint, str(self._config), self._reader]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def _encoder(self) -> str:
-        return self._model.components[TEXT_ENCODER].checkpoint.fingerprint()
+    @cached_property
+    def _reader(self) -> str:
+        """The fingerprint of the text encoder where that reads."""
+        return self._model.components[TEXT_ENCODER].checkpoint.fingerprint() if self.mode == "tower" else ""
 
     def _cache_key(self, view: View) -> str:
         return cache_key(view.key, view.look.layer, **self._identity)
