@@ -57,7 +57,7 @@ def tokens(prompt: str, show: bool, as_json: bool, **options: object) -> None:
 @options_of(LoadSettings)
 @configured
 def encode(prompt: str, output: Path, **options: object) -> None:
-    """Save the caption of PROMPT for `gen --embeddings`, with those of references mixed in."""
+    """Save the caption of PROMPT for `gen --embeddings`. Captions of references are mixed in."""
     _check_output(output)
     pipe, text = _opened(options, CaptionSettings)
     from zimage.render.attached import opened_references
@@ -78,7 +78,7 @@ def encode(prompt: str, output: Path, **options: object) -> None:
 @options_of(LoadSettings)
 @configured
 def see(picture: Path, output: Path | None, **options: object) -> None:
-    """Save what a vision model sees in PICTURE, for `gen --reference` without that model."""
+    """Save what a vision model sees in PICTURE. `gen --reference` then needs the file alone."""
     named, output = output is not None, output or Path(picture.stem + ENDING)
     _check_output(output)
     if output.exists() and not named:
