@@ -125,7 +125,10 @@ class Planner:
         if not plan.fits:
             fitting = self._largest(plan.work, loaded)
             fields = ("width", "height", "memory") if fitting else ("memory",)
-            raise RequestError(self._refusal(plan, fitting, loaded), fields=fields)
+            text = self._refusal(plan, fitting, loaded)
+            if plan.work.controls and self.plan(replace(plan.work, controls=0, control_streams=0), loaded).fits:
+                text, fields = f"{text}; without control it fits", (*fields, "control")
+            raise RequestError(text, fields=fields)
         streamed = [stage for name, stage in plan.stages.items() if stage.pinned and name not in loaded]
         most = max(streamed, key=lambda stage: stage.pinned, default=None)
         if most and most.pinned > (free := available_memory(torch.device("cpu"))):
