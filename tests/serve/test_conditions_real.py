@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 
 import control_nets
 import pytest
@@ -17,6 +18,8 @@ from safetensors.torch import load, save_file
 import zimage
 from zimage.cli import main
 from zimage.dit import ZImageDiT
+from zimage.errors import RequestError
+from zimage.serve.drawing import Studio
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
@@ -154,6 +157,25 @@ def test_gen_draws_there_what_it_draws_here(server, model, controls, tmp_path, m
     assert main(again) == 2, "its files are needed"
     assert main([*again, "--control", "lite:pose.png:0.9"]) == 0
     assert pixels((tmp_path / "again.png").read_bytes()) == pixels((tmp_path / "here.png").read_bytes())
+
+
+def test_a_job_that_fails_names_no_folder(model, controls, tmp_path):
+    """A control file, or an upload, may be gone when a job's turn comes, perhaps after a restart."""
+    loading = {"model": str(model), "dtype": "fp32"}
+    studio = Studio({"loading": loading, "encoder_only": False, "previews": False, "data": str(tmp_path)}, print)
+    for gone, words in (("lite", "control"), ("upload", "control"), ("image", "image")):
+        shutil.copytree(controls / "lite", tmp_path / "lite", dirs_exist_ok=True)
+        for name in ("upload", "image"):
+            (tmp_path / name).write_bytes(picture())
+        entry = {"model": str(tmp_path / "lite"), "picture": str(tmp_path / "upload")}
+        values = {**DRAWN, "control": [entry], "image": str(tmp_path / "image")}
+        told = studio.answer({"op": "prepare", "id": "1", "values": values, "lora": None, "rewrite": None}, idle=False)
+        os.rename(tmp_path / gone, tmp_path / "elsewhere")
+        with pytest.raises(RequestError, match=rf"^{words}:? ") as caught:
+            studio.render({"id": "1", "job": told["job"], "rewrite": None, "rewritten": []}, lambda: None)
+        assert str(tmp_path) not in str(caught.value)
+        assert caught.value.fields == (words,)
+        os.rename(tmp_path / "elsewhere", tmp_path / gone)
 
 
 # ---------------------------------------------------------------------- masks

@@ -6,6 +6,7 @@ job ─ (rewritten first, where that is asked for) ─ run ─→ events ─→ 
 import base64
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from zimage.render.rewriting import Rewrite
 from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
 from zimage.serve.encoding import encode
+from zimage.serve.uploads import named
 from zimage.settings.declared import Request, TextSettings
 from zimage.settings.fields import Plain
 from zimage.settings.rewriting import RewriteSettings
@@ -132,13 +134,14 @@ class Studio:
     # ------------------------------------------------------------------ tasks, in the main thread
 
     def render(self, task: Message, check: Check) -> Message:
-        """Draw a job's pictures, and return its timings."""
-        job, rewritten = self._job(task), list(task["rewritten"])
-        if task["rewrite"]:
-            job, rewritten = self._rewritten(task, job, check)
-        whole = interrupts.held() if self.pipe.settings.compile or self.pipe.settings.cuda_graphs else nullcontext()
-        with whole:  # what compiles or records must not be left in the middle
-            return Drawing(self, task["id"], job, rewritten).run(check)
+        """Draw a job's pictures, and return its timings. Errors name none of its files' folders."""
+        with named(_places(task["job"])):
+            job, rewritten = self._job(task), list(task["rewritten"])
+            if task["rewrite"]:
+                job, rewritten = self._rewritten(task, job, check)
+            whole = interrupts.held() if self.pipe.settings.compile or self.pipe.settings.cuda_graphs else nullcontext()
+            with whole:  # what compiles or records must not be left in the middle
+                return Drawing(self, task["id"], job, rewritten).run(check)
 
     def compute(self, task: Message, check: Check) -> Message:
         """Encode or rewrite a text for a client that waits."""
@@ -300,6 +303,16 @@ def _uses(loras: Sequence[Mapping[str, Plain]] | None) -> list[LoraUse] | None:
     if loras is None:
         return None
     return [LoraUse(use["name"], use["scale"], content_hash(Path(use["path"])), use["path"]) for use in loras]
+
+
+def _places(job: Message) -> dict[str, str]:
+    """The path of each file of a job, with the field that it belongs to."""
+    found = {use["path"]: "lora" for use in job["loras"]}
+    for field, value in job["request"].items():
+        for entry in value if isinstance(value, list) else [value]:
+            paths = [entry.get(role) for role in ("path", "picture", "model")] if isinstance(entry, dict) else []
+            found |= {path: field for path in paths if path and os.path.isabs(path)}
+    return found
 
 
 def _shown(job: Job) -> Message:
