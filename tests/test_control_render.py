@@ -371,18 +371,6 @@ def test_what_stays_in_memory_is_what_the_next_plan_counts(folder, files):
     assert pipe.loaded == ()
 
 
-def test_a_refusal_says_when_it_fits_without(folder, files):
-    small = {"seed": 1, "steps": 1, "width": 64, "height": 48}
-    with_control = {**small, "control": [(files["2.1"], RED)]}
-    pipe = zimage.ZImage.load(folder, device="cpu", dtype="fp32", residency="keep")
-    peaks = [pipe.prepare(zimage.Request("a", **given)).plan.tightest.peak for given in (small, with_control)]
-    pipe.planner.settings = dataclasses.replace(pipe.planner.settings, memory=sum(peaks) / 2e9)
-    pipe.prepare(zimage.Request("a", **small))
-    with pytest.raises(RequestError, match=r"GB are allowed .*; without control it fits") as caught:
-        pipe.prepare(zimage.Request("a", **with_control))
-    assert "control" in caught.value.fields
-
-
 def test_a_render_that_goes_on_ends_in_the_same_bits(pipe, files):
     given = {"control": [(files["2.1"], picture(*SIZE))], "control_end": 0.75, "hires": 1.5, "width": 96, "height": 64}
     job = pipe.prepare(zimage.Request(["a", "b"], seed=[1, 2], steps=4, strength=0.8, **given))

@@ -307,6 +307,16 @@ def tiny_ids(count: int) -> list[int]:
     return tiny.tokenizer(tiny.SEEING_TOKENS).encode(seen_text("", [count])).ids
 
 
+def test_what_does_not_fit_is_not_looked_at(seeing_folder, counted):
+    """Also where nothing is drawn: only a render's plan was held against the memory."""
+    pipe = load(seeing_folder, memory=0.01)
+    for call in (lambda: pipe.see(picture()), lambda: pipe.encode("a cat", reference=[picture()])):
+        with pytest.raises(RequestError, match=r"seeing a picture needs .* GB may be used; set more memory or vis"):
+            call()
+    assert not counted
+    assert not pipe.loaded
+
+
 def test_where_memory_is_short_the_vision_model_is_alone(seeing_folder):
     for residency, beside in (("keep", 3), ("stage", 0)):
         pipe = load(seeing_folder, residency=residency)
@@ -326,7 +336,7 @@ def test_blocks_that_are_streamed_see_the_same(seeing_folder, monkeypatch, mode)
     request = zimage.Request("a cat", reference=[picture()], **SMALL)
     whole = load(seeing_folder, mode, residency="stage")
     stage = whole.prepare(request).plan.stages[whole.vision.component]
-    tight = load(seeing_folder, mode, memory=(stage.peak - stage.weights / 4) / 1e9)
+    tight = load(seeing_folder, mode, memory=(stage.peak - stage.weights / 10) / 1e9)
     job = tight.prepare(request, must_fit=False)
     assert job.plan.stages[tight.vision.component].streamed
     assert torch.equal(tight.see(picture()), whole.see(picture()))

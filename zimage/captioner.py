@@ -151,8 +151,12 @@ class Captioner:
         return self._seen(needed(self.vision).view(open_picture(picture), Look(text, layer, tokens)))
 
     def _seen(self, view: View) -> Tensor:
+        vision = needed(self.vision)
         plan = self._plan(_work(0, vision_patches=math.prod(view.grid), vision_tokens=len(view.ids)))
-        return self._here(exhausted(see(Components(self.residency, plan), needed(self.vision), view)))
+        if vision.known(view) is None:
+            instead = "more memory" + (" or vision_mode tower" if vision.mode == "full" else "")
+            self.planner.check_stage(plan, vision.component, "seeing a picture", instead, ("memory", "vision_mode"))
+        return self._here(exhausted(see(Components(self.residency, plan), vision, view)))
 
     def rewrite(self, prompt: str, **settings: Any) -> Rewrite:
         """A fuller prompt, written by the text encoder's own weights or by a server; to be encoded like any other.

@@ -107,13 +107,17 @@ class Planner:
             stage = self._accompanied(TEXT_ENCODER, [TEXT_ENCODER], work, limit)
             kept = frozenset(n for n in plan.kept if plan.stages[n].device != stage.device)
             plan = replace(plan, stages={**plan.stages, TEXT_ENCODER: stage}, kept=kept)
-        if plan.excess(stage) > 0:
-            raise RequestError(
-                f"writing a text of {tokens} tokens needs {stage.peak / 1e9:.2f} GB; {limit / 1e9:.2f} GB may be "
-                "used; set fewer max_tokens, more memory or a rewriter_url",
-                fields=("max_tokens", "memory"),
-            )
+        instead = "fewer max_tokens, more memory or a rewriter_url"
+        self.check_stage(plan, TEXT_ENCODER, f"writing a text of {tokens} tokens", instead, ("max_tokens", "memory"))
         return plan
+
+    def check_stage(self, plan: MemoryPlan, name: str, what: str, instead: str, fields: tuple[str, ...]) -> None:
+        """Raise RequestError, with the figures and what to set instead, where this stage alone does not fit."""
+        stage = plan.stages[name]
+        if plan.excess(stage) > 0:
+            limit = plan.limits[stage.device]
+            text = f"{what} needs {stage.peak / 1e9:.2f} GB; {limit / 1e9:.2f} GB may be used; set {instead}"
+            raise RequestError(text, fields=fields)
 
     def tile_mode(self, width: int, height: int, loaded: Mapping[str, int] = NOTHING) -> str:
         """How to decode a picture of any size: "off" (whole) or "exact" (strips)."""
