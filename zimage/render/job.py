@@ -18,6 +18,7 @@ from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
 from zimage.loading.registry import DIT
+from zimage.loading.sizes import ComponentSizes
 from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
 from zimage.pictures.inpaint import Frame
@@ -197,39 +198,39 @@ def decide(
     negatives = (plain.format(values["negative"]),) if values["guidance"] > 0 else ()
     ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
-    longest = max([*map(len, ids.values()), len(embeddings.caption) if embeddings else 0])
-    texts.warn_of_length(longest, request.long_prompt)
+    lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
+    texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
     found = references(values["reference"], request, model, vision)
-    together = min(request.batch_size, request.count)
-    beside = bytes_beside(loras, planner.sizes[DIT].dtype)
-    files = tuple(control.model for control in values["control"] or ())
-    work = Workload(width, height, longest, together, request.tile_mode or "", request.tile_size or 0, loras=beside)
-    work = with_controls(work, files, planner.sizes[DIT])
-    lengths = [len(ids[text]) if text else len(embeddings.caption) for text in prompts]
-    plan = planner.plan(with_references(work, request, found, lengths, texts.limit), loaded)
+    work = _workload(request, values, longest, loras, planner.sizes[DIT])
+    work = with_references(work, request, found, [lengths[text] for text in prompts], texts.limit)
+    plan = planner.plan(work, loaded)
     if must_fit:
         planner.check(plan, loaded)
-    passes = [Pass(width, height, plan.tile_mode)]
-    if request.hires is not None:
-        small = first_pass_size(width, height, request.hires)
-        passes.insert(0, Pass(*small, planner.tile_mode(*small, loaded)))
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
+    passes = _passes(complete, width, height, planner, loaded)
     _check_control(complete, len(passes), canvas.Rendered(complete, frame, width, height))
-    sigmas, seeds = flow.sigmas(values["steps"], values["shift"]).tolist(), complete.seeds
-    return Job(
-        complete,
-        prompts,
-        negatives,
-        ids,
-        glimpses(found),
-        tuple(passes),
-        frame,
-        tuple(sigmas),
-        tuple(seeds),
-        loras,
-        plan,
-        **facts,
-    )
+    sigmas, seeds = tuple(flow.sigmas(values["steps"], values["shift"]).tolist()), tuple(complete.seeds)
+    seen = glimpses(found)
+    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, seeds, loras, plan, **facts)
+
+
+def _workload(
+    request: Request, values: Mapping[str, Any], tokens: int, loras: Adapters, dit: ComponentSizes
+) -> Workload:
+    """That of a request with these values filled in, but for its references."""
+    width, height, together = values["width"], values["height"], min(request.batch_size, request.count)
+    mode, size = request.tile_mode or "", request.tile_size or 0
+    work = Workload(width, height, tokens, together, mode, size, loras=bytes_beside(loras, dit.dtype))
+    return with_controls(work, tuple(control.model for control in values["control"] or ()), dit)
+
+
+def _passes(request: Request, width: int, height: int, planner: Planner, loaded: Mapping[str, int]) -> tuple[Pass, ...]:
+    """One, or with `hires` two, each with its way of decoding."""
+    last = Pass(width, height, request.tile_mode or "off")
+    if request.hires is None:
+        return (last,)
+    small = first_pass_size(width, height, request.hires)
+    return Pass(*small, planner.tile_mode(*small, loaded)), last
 
 
 def control_files(request: Request) -> ControlFiles:
