@@ -29,8 +29,8 @@ from zimage.loading.files import Component
 from zimage.loading.infer import architecture
 from zimage.loading.plan import Workload
 from zimage.loading.registry import CONTROL
-from zimage.loading.sizes import control_bytes
 from zimage.loading.streaming import stream, streamed_blocks
+from zimage.loading.work import control_bytes
 from zimage.nn.compile import compile_blocks
 from zimage.weights.convert import convert
 from zimage.weights.verify import verify

@@ -476,6 +476,25 @@ def test_a_file_is_hashed_again_only_when_it_has_changed(pipe, files, tmp_path, 
         zimage.Job.from_dict(job.to_dict(), {job.request.control[0].picture.hash: RED})
 
 
+def test_a_file_is_known_by_its_config_too(pipe, files, tmp_path):
+    """Two folders of the same weights, of which one adds its hints elsewhere; then one whose config is edited."""
+    one, other = (tmp_path / name for name in ("one", "other"))
+    for copy in (one, other):
+        shutil.copytree(files["2.1"], copy)
+
+    def moved(folder) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "control_layers_places": [0, 1, 2]}))
+
+    moved(other)
+    drawn = [render(pipe, control=[(str(copy), RED)]) for copy in (one, other)]
+    assert not torch.equal(*drawn)
+    assert ControlFile.of(one).hash != ControlFile.of(other).hash
+    moved(one)
+    assert torch.equal(render(pipe, control=[(str(one), RED)]), drawn[1])
+    assert ControlFile.of(one) == ControlFile.of(other)
+
+
 def test_metadata_names_no_folders(pipe, files, tmp_path):
     result = pipe.generate("a", seed=1, steps=2, control=[(files["2.1"], RED, 0.6)], control_end=0.5)
     request = result.metadata[0]["request"]

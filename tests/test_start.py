@@ -193,14 +193,15 @@ def test_a_render_goes_on_to_the_same_bits_from_any_event(pipe, picture, kind, t
         assert sum(e.latents is not None for e in whole) == steps, "no step is computed twice"
 
 
-def test_every_stage_that_is_emitted_is_documented(pipe, picture, tmp_path):
+def test_every_stage_that_is_emitted_is_documented(seeing_folder, picture, tmp_path):
     from zimage.events import Event
 
+    pipe = zimage.ZImage.load(seeing_folder, device="cpu", dtype="fp32", vision_model=f"{seeing_folder}/vision")
     seen, net = set(), control_nets.write(tmp_path, "2.1", **control_nets.BESIDE_TINY)
-    for settings in (*RENDERS.values(), {"prompt": "a", "control": [(net, picture)]}):
+    for settings in (*RENDERS.values(), {"prompt": "a", "control": [(net, picture)], "reference": [picture]}):
         given = {k: picture if v is True else v for k, v in settings.items()}
         seen |= {event.stage for event in pipe.run(zimage.Request(seed=5, **given))}
-    named = set(re.findall(r'"([a-z ]+)"', Event.__doc__))
+    named = set(re.findall(r'"([a-z ]+)"', " ".join(Event.__doc__.split())))
     assert named == seen | {"load"}
 
 

@@ -18,9 +18,9 @@ import zimage
 from zimage.errors import CheckpointError, ConfigError, RequestError, ZImageError
 from zimage.loading.files import Component
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import vision_bytes
 from zimage.loading.streaming import stream
 from zimage.loading.weights import on_meta
+from zimage.loading.work import vision_bytes
 from zimage.text import Qwen3VL
 from zimage.text.chat import seen_text
 from zimage.text.qwen3_vl import Qwen3VLConfig, Qwen3VLTower

@@ -11,8 +11,8 @@ from bench.card.rows import Row
 from bench.timing import timed
 from bench.weights import COMPONENTS, random_weight
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes
 from zimage.loading.weights import half_matrices, held_as
+from zimage.loading.work import dit_bytes
 from zimage.nn.quant import quantise
 
 TOKENS = 32  # of a caption

@@ -12,7 +12,7 @@ from bench.card.rows import Bench, Row, Task, as_planned
 from bench.weights import SMALL
 from zimage.loading.graphs import give_graphs
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import text_encoder_bytes, vae_bytes
+from zimage.loading.work import text_encoder_bytes, vae_bytes
 from zimage.settings.rewriting import Sampling
 from zimage.text.generate import generate
 

@@ -7,8 +7,8 @@ from test_steps import CARD, TOKENS, step
 
 from bench.card import random_model
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes
 from zimage.loading.weights import half_matrices, held_as
+from zimage.loading.work import dit_bytes
 from zimage.nn.layers import BlockLinear
 
 pytestmark = [pytest.mark.cuda, needs_pretended]

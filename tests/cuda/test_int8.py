@@ -9,7 +9,7 @@ from torch import nn
 from bench.card import random_model
 from zimage.kernels.rotate import rotate
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes
+from zimage.loading.work import dit_bytes
 from zimage.nn import quant
 from zimage.nn.quant import QuantisedLinear
 

@@ -6,7 +6,7 @@ from pretended import Card, Count, needs_pretended, pretend
 
 from bench.card import random_model
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import dit_bytes
+from zimage.loading.work import dit_bytes
 
 pytestmark = [pytest.mark.cuda, needs_pretended]
 CARD = torch.device("cuda", 0)

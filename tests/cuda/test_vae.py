@@ -14,7 +14,7 @@ from bench.weights import COMPONENTS
 from zimage.kernels import backend
 from zimage.kernels.tiles import to_levels
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import vae_bytes
+from zimage.loading.work import vae_bytes
 from zimage.pictures.image import to_pil
 from zimage.vae import Autoencoder, AutoencoderKL, AutoencoderKLWan
 

@@ -8,7 +8,7 @@ from tiny import QWEN
 
 from bench.card import random_model
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import graph_bytes, text_encoder_bytes
+from zimage.loading.work import graph_bytes, text_encoder_bytes
 from zimage.nn.graphs import CudaGraphs, use_graphs
 from zimage.text import Qwen3
 from zimage.text.generate import Sampling, generate

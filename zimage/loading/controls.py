@@ -16,7 +16,6 @@ from typing import Any
 
 from zimage.dit.control import ControlNet, ControlNetConfig, check_dtype
 from zimage.errors import CheckpointError, ConfigError, RequestError
-from zimage.formats.checkpoint import Checkpoint
 from zimage.formats.lora import content_hash
 from zimage.loading.files import Component
 from zimage.loading.finding import component_folder
@@ -51,10 +50,10 @@ class ControlFile:
         path = Path(os.path.abspath(user_path(given, FIELD[0])))
         with _lock:
             stamp, file = _opened.get(str(path), ("", None))
-            if file is None or _stamp(file.component.checkpoint) != stamp:
+            if file is None or _stamp(file.component) != stamp:
                 component = _component(path)
-                file = cls(path.name, _content(component.checkpoint), str(path), component)
-                _opened[str(path)] = _stamp(component.checkpoint), file
+                file = cls(path.name, _content(component), str(path), component)
+                _opened[str(path)] = _stamp(component), file
         return file
 
     @property
@@ -124,15 +123,16 @@ def _component(path: Path) -> Component:
         raise CheckpointError(f"control: {error}", fields=FIELD) from error
 
 
-def _content(checkpoint: Checkpoint) -> str:
-    """Twelve hex digits of all bytes: a single file's own hash, or that of the hashes of several."""
-    hashes = [content_hash(file) for file in checkpoint.files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
+def _content(component: Component) -> str:
+    """Twelve hex digits of all bytes of its files, and of its architecture: a folder states that beside them."""
+    hashes = [content_hash(file) for file in component.checkpoint.files]
+    return hashlib.sha256(" ".join([*hashes, repr(component.skeleton.config)]).encode()).hexdigest()[:12]
 
 
-def _stamp(checkpoint: Checkpoint) -> str:
-    """When the files were last changed; "" where one is gone."""
-    return checkpoint.stamp() if all(file.is_file() for file in checkpoint.files) else ""
+def _stamp(component: Component) -> str:
+    """When its files were last changed, those that describe it among them; "" where one is gone."""
+    files = [*component.checkpoint.files, *component.checkpoint.origin.glob("*.json")]
+    return " ".join(str(file.stat().st_mtime_ns) for file in files) if all(map(Path.is_file, files)) else ""
 
 
 def _unusable(path: str | Path, reason: str) -> CheckpointError:

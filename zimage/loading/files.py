@@ -21,7 +21,7 @@ from zimage.loading.infer import ASSUMED, architecture
 from zimage.loading.memory import keep_freed_memory
 from zimage.loading.plan import Workload
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE, Model, Row
-from zimage.loading.sizes import CPU, BlockBytes
+from zimage.loading.sizes import BlockBytes
 from zimage.loading.streaming import Blocks
 from zimage.loading.weights import (
     Folds,
@@ -35,6 +35,7 @@ from zimage.loading.weights import (
     on_meta,
     stays_packed,
 )
+from zimage.loading.work import CPU
 from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.text import Tokenizer

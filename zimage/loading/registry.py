@@ -15,7 +15,7 @@ from torch import nn
 from zimage.dit import ContextRefiner, ControlNet, ZImageDiT
 from zimage.errors import ConfigError, quoted
 from zimage.loading.plan import Workload
-from zimage.loading.sizes import (
+from zimage.loading.work import (
     control_bytes,
     dit_bytes,
     dit_reads,

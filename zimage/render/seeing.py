@@ -160,12 +160,13 @@ class Vision:
         self._cache.put(self._cache_key(view), reading.caption)
 
     def _key(self, picture: InputPicture, look: Look, ids: tuple[int, ...]) -> str:
-        reader = {"encoder": self._encoder()} if self.mode == "tower" else {}
-        facts = [picture.hash, look, ids, {"vision": self.fingerprint, **reader}]
+        facts = [picture.hash, look, ids, self.fingerprint, self._reader]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def _encoder(self) -> str:
-        return self._model.components[TEXT_ENCODER].checkpoint.fingerprint()
+    @cached_property
+    def _reader(self) -> str:
+        """The fingerprint of the text encoder where that reads."""
+        return self._model.components[TEXT_ENCODER].checkpoint.fingerprint() if self.mode == "tower" else ""
 
     def _cache_key(self, view: View) -> str:
         return cache_key(view.key, view.look.layer, **self._identity)
