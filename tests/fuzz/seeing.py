@@ -45,13 +45,13 @@ def model_in(folder: Path) -> Path:
 
 @functools.cache
 def _state() -> State:
-    return dict(tiny.randomised(Qwen3VL.from_config(tiny.VL), 3).state_dict())
+    return dict(tiny.randomised(Qwen3VL.from_config(tiny.SEEING), 3).state_dict())
 
 
 def _of_config(chance: Chance, model: Path, vision: Path) -> Case:
     """A value of one of its two files, in a random one of the objects within."""
     change, name = chance.choice(CONFIG), chance.choice(["config.json", "config.json", "preprocessor_config.json"])
-    sound = json.dumps(tiny.VL if name == "config.json" else PIXELS).encode()
+    sound = json.dumps(tiny.SEEING if name == "config.json" else PIXELS).encode()
     content = mutated(sound, partial(_within, change), chance)
     return f"{name}: {change.__name__}", partial(see, model, vision, {name: content}, chance.random())
 
