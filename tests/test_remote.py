@@ -249,7 +249,7 @@ def test_a_host_that_cannot_be_one(host):
 def test_without_httpx_the_extra_is_named():
     code = (
         "import sys; sys.modules['httpx'] = None\n"
-        "from zimage.text.remote import complete\nfrom zimage.settings.declared import Sampling\n"
+        "from zimage.text.remote import complete\nfrom zimage.settings.rewriting import Sampling\n"
         "try: complete('http://127.0.0.1:9', 'm', [], Sampling())\nexcept Exception as e: print(type(e).__name__, e)"
     )
     said = subprocess.check_output([sys.executable, "-c", code], text=True)

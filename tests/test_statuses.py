@@ -16,6 +16,7 @@ USAGE = {
     "serve": ["--port", "65536"],
     "rewrite": ["a", "--max-tokens", "0"],
     "encode": ["a"],
+    "see": ["x.png", "--vision-layer", "0"],
     "tokens": ["a", "--hidden-layer", "0"],
     "info": ["--batch-size", "0"],
     "templates list": ["--category", "nothing-like-it"],

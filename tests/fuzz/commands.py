@@ -28,6 +28,7 @@ REST = {
     "serve": ["--hidden-layer", "-2", "--layer-weights=-2:1"],
     "rewrite": ["a cat", "--max-tokens", "1", "--device", "cpu"],
     "encode": ["a cat", "-o", "out.safetensors", "--device", "cpu"],
+    "see": ["null.png", "--device", "cpu"],
     "tokens": ["a cat"],
     "info": [],
     "templates list": [],
@@ -68,7 +69,18 @@ def _values(parameter: click.Parameter) -> tuple[str, ...]:
     name = parameter.name or ""
     field = FIELDS.get(name)
     is_path = isinstance(parameter.type, click.Path) or (field is not None and field.metadata["path"])
-    if is_path or name in ("image", "mask", "embeddings", "config", "named", "output", "model"):
+    if is_path or name in (
+        "image",
+        "mask",
+        "embeddings",
+        "reference",
+        "control",
+        "picture",
+        "config",
+        "named",
+        "output",
+        "model",
+    ):
         paths = [path for path in PATHS if name not in OUT or not path.startswith("/dev")]
         return (*WORDS, *(path for path in paths if name not in READS_PIPES or path not in FIFOS))
     return (*WORDS, *NUMBERS)

@@ -295,50 +295,55 @@ class ZImageDiT(CaptionStream):
         """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up."""
         (h, w), units = latents.shape[-2:], modulation.units
         image = units.enter(embed_patches(latents, self.config.in_channels, self.x_embedder, self.x_pad_token))
-        image, streams = self._refine_image(image, modulation, context, controls)
+        streams = self._streams(image, modulation, context, controls)
+        hinting = [stream for stream in streams if not stream.is_apart]
+        # In place of a function for both loops: its caller would hold the x that it began with, a map more at the peak.
+        for place, (block, m) in enumerate(zip(self.noise_refiner, modulation.noise_refiner, strict=True)):
+            image = self._pass(place, block, image, context.image_rotation, None, m, units, hinting)
         x = torch.cat((image, units.enter(context.tokens)), dim=1)  # (B, Np + Lp, dim)
-        for stream in streams:
-            if not stream.is_apart:
-                stream.join(x, context.tokens, context.rotation, context.padding)
-        x = self._through(self.layers, modulation.layers, x, context.rotation, context.padding, units, streams)
+        for stream in hinting:
+            stream.join(x, context.tokens, context.rotation, context.padding)
+        for place, (block, m) in enumerate(zip(self.layers, modulation.layers, strict=True)):
+            x = self._pass(place, block, x, context.rotation, context.padding, m, units, streams)
         patches = self.final_layer(units.leave(x[:, : (h // PATCH) * (w // PATCH)]), modulation.final)
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
-    def _refine_image(
+    def _streams(
         self, image: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled]
-    ) -> tuple[Tensor, list[ControlStream]]:
-        """Refined image tokens (B, Np, dim), and the streams of those controls that have a say."""
+    ) -> list[ControlStream]:
+        """The streams of those controls that have a say, begun at embedded image tokens (B, Np, dim).
+
+        Those whose hints in the noise refiner go to a copy have been through that, and have joined the layers.
+        """
         streams = [ControlStream(control, image, context.image_rotation) for control in controls if control.scale]
         if streams:
             check_dtype(image.dtype)
-
-        def refined(beside: Sequence[ControlStream]) -> Tensor:
-            blocks, m, turn = self.noise_refiner, modulation.noise_refiner, context.image_rotation
-            return self._through(blocks, m, image, turn, None, modulation.units, beside)
-
         for stream in streams:
             if stream.is_apart:
-                joint = torch.cat((refined([stream]), context.tokens), dim=1)
+                copy = image
+                for place, (block, m) in enumerate(zip(self.noise_refiner, modulation.noise_refiner, strict=True)):
+                    copy = self._pass(place, block, copy, context.image_rotation, None, m, modulation.units, [stream])
+                joint = torch.cat((copy, context.tokens), dim=1)
                 stream.join(joint, context.tokens, context.rotation, context.padding)
-        return refined([stream for stream in streams if not stream.is_apart]), streams
+        return streams
 
-    def _through(
+    def _pass(
         self,
-        blocks: nn.ModuleList,
-        modulation: Sequence[BlockModulation],
+        place: int,
+        block: nn.Module,
         x: Tensor,
         turn: Rotation,
         padding: Padding | None,
+        modulation: BlockModulation,
         units: Units,
         streams: Sequence[ControlStream],
     ) -> Tensor:
-        """x (B, L, dim) after these blocks, each followed by the hints that belong to its place."""
-        for place, (block, m) in enumerate(zip(blocks, modulation, strict=True)):
-            for stream in streams:
-                stream.advance(place)
-            x = self._run(block, x, turn, padding, m, units)
-            for stream in streams:
-                x = stream.add_hint(place, x)
+        """x (B, L, dim) after the block of this place, with the hints that belong to it."""
+        for stream in streams:
+            stream.advance(place)
+        x = self._run(block, x, turn, padding, modulation, units)
+        for stream in streams:
+            x = stream.add_hint(place, x)
         return x
 
 
