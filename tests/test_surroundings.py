@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import warm
 from fuzz.commands import REST
 from PIL import Image
 
+from zimage import interrupts
 from zimage.cli import main
 from zimage.cli.target import LONGEST, Target
 from zimage.errors import OutputError, RequestError
+from zimage.loading.weights import on_meta
 from zimage.pictures import files as picture_files
 from zimage.settings.environment import config_folder
 from zimage.settings.paths import user_path
@@ -320,6 +323,20 @@ def test_a_host_programs_handlers_are_put_back_or_left(monkeypatch):
     assert main(["--version"]) == 0
     assert [n for n, _ in taken] == [signal.SIGINT] * 2
     assert taken[-1][1] is before
+
+
+def test_an_interrupt_waits_until_a_module_is_built():
+    """In the middle of it, PyTorch's stack of modes would be left with one too few or too many."""
+    built = []
+
+    def build():
+        with interrupts.handled(), on_meta():
+            os.kill(os.getpid(), signal.SIGINT)
+            built.append(torch.empty(1))
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert [tensor.device.type for tensor in (*built, torch.empty(1))] == ["meta", "cpu"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

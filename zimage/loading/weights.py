@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from zimage import interrupts
 from zimage.errors import CheckpointError, NonFiniteError
 from zimage.formats.checkpoint import Checkpoint, listing
 from zimage.formats.pages import Prefetch, forget_pages
@@ -301,6 +302,6 @@ def _check_keys(
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules built inside have shapes and no storage."""
-    with torch.device("meta"):
+    """Modules built inside have shapes and no storage. An interrupt waits: PyTorch's stack of modes must stay whole."""
+    with interrupts.held(), torch.device("meta"):
         yield

@@ -11,12 +11,12 @@ export class History extends EventTarget {
   #asked = 0; // a slower answer to an older question is dropped
   #loading = false;
   #total = 0;
+  #end = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && this.#more(), { rootMargin: "600px" });
 
   constructor() {
     super();
     $("search").addEventListener("input", debounced(() => this.load(), 200));
     $("grid").addEventListener("click", (event) => this.#clicked(event));
-    new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && this.#more(), { rootMargin: "600px" }).observe($("grid-end"));
   }
 
   get query() {
@@ -31,6 +31,7 @@ export class History extends EventTarget {
     this.images = [];
     $("grid").replaceChildren();
     this.#append(page);
+    this.#observeEnd();
     this.dispatchEvent(new Event("loaded"));
   }
 
@@ -44,13 +45,13 @@ export class History extends EventTarget {
     } finally {
       this.#loading = false;
     }
-    this.#moreIfVisible();
+    this.#observeEnd();
   }
 
-  /** An observer tells of changes only: where a page did not fill the view, the next one is due. */
-  #moreIfVisible() {
-    const { top } = $("grid-end").getBoundingClientRect();
-    if (top < window.innerHeight + 600) this.#more();
+  /** An observer tells of changes only, once a frame: it begins anew, so that it tells whether the next page is due. */
+  #observeEnd() {
+    this.#end.unobserve($("grid-end"));
+    this.#end.observe($("grid-end"));
   }
 
   #append({ images, next, total }) {
@@ -141,7 +142,7 @@ export class History extends EventTarget {
     this.images = this.images.filter(({ id }) => !ids.includes(id));
     for (const id of ids) this.#tileOf(id)?.parentElement.remove();
     this.#count(Math.max(0, this.#total - (before - this.images.length)));
-    this.#moreIfVisible();
+    this.#observeEnd();
     return neighbour;
   }
 }
