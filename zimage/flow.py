@@ -136,7 +136,7 @@ class Start(NamedTuple):
         return Start(latents, self.step, noise, clean, begins)
 
     def kept(self, latents: Tensor, step: int, sigma: Tensor) -> Tensor:
-        """The latents after `step`, which led to σ: what is not repainted yet is the picture at that noise level."""
+        """The latents after `step`, at σ: cells that are not repainted yet go back to the picture at that level."""
         if self.clean is None or self.begins is None:
             return latents
         return keep_outside(latents, self.clean, self.noise, (self.begins <= step).float(), sigma)

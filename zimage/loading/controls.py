@@ -41,7 +41,7 @@ class ControlFile:
     def of(cls, given: "str | os.PathLike[str] | ControlFile") -> "ControlFile":
         """From a file or a component folder, opened again only when it has changed.
 
-        Raises RequestError for what is not a path, and CheckpointError for an unusable file.
+        Raises RequestError if `given` is not a path, and CheckpointError if the file cannot be used.
         """
         if isinstance(given, ControlFile):
             return given

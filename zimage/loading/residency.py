@@ -222,7 +222,7 @@ class Residency:
         return weight_bytes(held.controls, self._sizes[DIT]) if held.controls else 0
 
     def _let_go_controls(self, name: str, plan: MemoryPlan, wanted: ControlFiles) -> None:
-        """Before the DiT works, what is not `wanted` goes; before others do, all that their plan does not count."""
+        """Let go of the ControlNets that the DiT does not want; before another component works, of all not planned."""
         held, (device, _) = self._held.get(DIT), self.places[name]
         if held is None or self.places[DIT].device != device:
             return

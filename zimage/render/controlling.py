@@ -78,7 +78,8 @@ def pictures(job: Job, rendered: Rendered | None) -> list[Tensor]:
 
 def inputs(job: Job, encoded: Sequence[Tensor], rendered: Rendered | None) -> list[ControlInput]:
     """What each of a job's controls reads, from the latents (1, 16, h, w) of `pictures`."""
-    latents = {control.picture.hash: one for control, one in zip(_distinct(job.request), encoded, strict=False)}
+    shown = _distinct(job.request)
+    latents = {control.picture.hash: one for control, one in zip(shown, encoded[: len(shown)], strict=True)}
     kept = _kept(job, rendered)
     rest = None if kept is None else inpainting_channels(kept, encoded[-1])
     return [

@@ -143,7 +143,7 @@ def _parsed(cls: Any, given: Any) -> Any:
     pairs = dict(given) if isinstance(given, Mapping) else {}
     if not pairs:
         given = given if isinstance(given, tuple) else (given,)
-        pairs = dict(zip(names, given, strict=False)) if len(given) <= len(names) else {}
+        pairs = dict(zip(names[: len(given)], given, strict=True)) if len(given) <= len(names) else {}
     pointed = [f"{role}_{part}" for role in cls.FILES for part in ("name", "hash")]
     if unknown := [key for key in pairs if key not in (*names, *pointed)]:
         raise _fault(cls.FIELD, f": there is no {quoted(unknown[0])}; known: {', '.join(names)}")
