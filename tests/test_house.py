@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": SHARED | {"serve", "pipeline", "render", "loading", "formats", "text", "weights"},
     "serve": LEAVES
     | {"events", "pictures", "pipeline", "captioner", "render", "loading", "formats", "text", "weights"},
+    "parallel": SHARED | {"pipeline", "render", "loading", "dit", "vae", "nn"},
     "pipeline": SHARED | {"captioner", "render", "loading", "text", "dit", "vae", "weights"},
     "captioner": LEAVES | {"render", "loading", "text", "weights"},
     "render": SHARED | {"loading", "formats", "text", "dit", "vae", "nn", "kernels"},

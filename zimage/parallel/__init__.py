@@ -1,0 +1,1 @@
+"""One job on several ranks: sequence parallelism, guidance on two halves of the ranks, a divided decode."""
