@@ -1,1 +1,1 @@
-"""One job on several ranks: sequence parallelism, guidance on two halves of the ranks, a divided decode."""
+"""One job on several devices: ranks of torch.distributed that compute each picture together."""
