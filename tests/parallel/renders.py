@@ -17,12 +17,12 @@ from zimage.parallel.ranks import Ranks
 CAPTIONS = (9, 40)  # tokens: 32 and 64 when padded
 LATENTS = (10, 14)  # 35 image tokens, 64 when padded
 Settings = tuple[tuple[str, Any], ...]  # of a pipeline; hashable
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @functools.cache
 def pipeline(settings: Settings) -> zimage.ZImage:
-    return zimage.ZImage.load(device="cpu", **{"dtype": "fp32", **dict(settings)})
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in settings}
+    return zimage.ZImage.load(device="cpu", **{"dtype": "fp32", **given})
 
 
 @contextmanager

@@ -23,7 +23,7 @@ KIND = "attention"  # of traffic
 def divided_attention(
     ranks: Ranks, layout: Layout, attend: Attend, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None = None
 ) -> Tensor:
-    """`attend` of whole sequences, of which q, k and v (B, l_r, H, D) are this rank's tokens; returns (B, l_r, H, D)."""
+    """`attend` of whole sequences of which q, k and v (B, l_r, H, D) are this rank's tokens; returns (B, l_r, H, D)."""
     split = layout.split(ranks.rank, q.shape[1])
     q, k, v = to_heads(ranks, layout, split, torch.stack((q, k, v)))
     return to_tokens(ranks, layout, split, attend(q, k, v, padding))
