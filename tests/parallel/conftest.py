@@ -3,7 +3,7 @@
 import control_nets
 import pytest
 import tiny
-from pool import Pool
+from pool import Pools
 
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
@@ -14,7 +14,7 @@ WIDE = {"dim": 96, "n_heads": HEADS, "n_kv_heads": HEADS, "axes_dims": [4, 6, 6]
 
 @pytest.fixture(scope="session")
 def pool():
-    running = Pool()
+    running = Pools()
     yield running
     running.close()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import zimage
 from zimage.parallel.divided import divided
+from zimage.parallel.guidance import Halves
 from zimage.parallel.ranks import Ranks
 
 CAPTIONS = (9, 40)  # tokens: 32 and 64 when padded
@@ -79,6 +80,17 @@ def drawn(ranks: Ranks, settings: Settings, case: Mapping[str, Any], delays: int
         ranks.exchange = late(ranks.exchange, delays * 100 + ranks.rank)
     found = latents(ranks, settings, **case)
     return found.numpy().tobytes(), dict(ranks.sent)
+
+
+def drawn_in_halves(
+    ranks: Ranks, settings: Settings, case: Mapping[str, Any], delays: int = 0
+) -> tuple[bytes, dict[str, int]]:
+    """The same with both branches of guidance on halves of the ranks."""
+    if delays:
+        ranks.exchange = late(ranks.exchange, delays * 100 + ranks.rank)
+    halves = Halves.of(ranks)
+    found = latents(halves.own, settings, hooks=[halves.hook], **case)
+    return found.numpy().tobytes(), dict(ranks.sent + halves.own.sent)
 
 
 def late(exchange: Any, seed: int) -> Any:

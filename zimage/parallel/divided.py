@@ -32,10 +32,10 @@ from zimage.parallel.ranks import Ranks
 def divided(ranks: Ranks, name: str, module: Any) -> AbstractContextManager[None]:
     """Divide a component of this name over the ranks for as long as the context lasts; others stay as they are.
 
-    All ranks must use it in the same way meanwhile. Raises RequestError where there are too many ranks for a model or a
-    sequence, when it is first evaluated.
+    All ranks must use it in the same way meanwhile. A single rank computes as it does without. Raises RequestError
+    where there are too many ranks for a model or a sequence, when it is first evaluated.
     """
-    if name == DIT:
+    if name == DIT and ranks.size > 1:
         return exchanged([(module, "velocity", partial(divided_velocity, ranks, module))])
     return nullcontext()
 

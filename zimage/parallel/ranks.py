@@ -86,9 +86,9 @@ class Ranks:
         return _unpacked(self.broadcast(kind, message, source))
 
     def halves(self) -> tuple["Ranks", int]:
-        """The half of the ranks that this one belongs to, the first or the second, and which of both it is.
+        """The half of the ranks that this one belongs to, and which it is: the first (0) or the second (1).
 
-        Every rank of the group must call it, since both groups are made by all.
+        Every process must call it, since torch.distributed has all of them know of each group.
         """
         members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         middle = self.size // 2
