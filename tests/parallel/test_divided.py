@@ -4,6 +4,7 @@ fp32: the largest error over the largest value is at most 1e-5. In 16 bits: the 
 is at most 1.1.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import control_nets
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import relative_error
 
 from zimage.errors import RequestError
+from zimage.parallel.divided import divided
 from zimage.parallel.layout import shares
 
 SIZES = (2, 3, 4, 5)
@@ -160,7 +162,7 @@ def test_halves_of_one_rank_give_its_bits(pool, model):
 
 
 def test_bytes_on_halves(pool, model):
-    """Three steps, guided but for the last, in which both halves evaluate the prompt; velocities are exchanged twice."""
+    """Three steps, guided but for the last, in which both halves evaluate the prompt and exchange nothing."""
     case = {"lengths": (9,), "negative": 40, "guidance": 2.0, "steps": 3, "cfg_truncation": 0.3}
     answers = pool.run(4, renders.drawn_in_halves, model, case)
     found = {kind: sum(counts.get(kind, 0) for _, counts in answers) for kind in ("attention", "patches", "guidance")}
@@ -227,6 +229,43 @@ def test_bytes_with_guidance_and_a_controlnet(pool, model, wide_folder):
     found = {kind: sum(counts.get(kind, 0) for _, counts in answers) for kind in ("attention", "patches")}
     branches = [sent(4, 4, 1, [(64,)] * 4 + [(64, caption)] * 8, 64) for caption in (32, 64)]
     assert found == {kind: 3 * sum(branch[kind] for branch in branches) for kind in found}
+
+
+# ------------------------------------------------------------------ before and afterwards
+
+
+def replayed(*arguments):
+    raise AssertionError("CUDA graphs cannot wait for other ranks")
+
+
+def put_back(ranks, settings) -> None:
+    """Whatever happens in an evaluation, the module is what it was: its own attention, CUDA graphs if it has any."""
+    pipe = renders.pipeline(settings)
+    dit, text = pipe.dit, renders.captions(64, (9,))
+    vars(dit)["velocity"] = replayed
+    before = [dict(vars(module)) for module in dit.modules()]
+    for size in ((4, 4), (5, 4)):  # an odd side is refused inside
+        with divided(ranks, "dit", dit), contextlib.suppress(RequestError):
+            dit(torch.zeros(1, 16, *size), torch.ones(1), text)
+    assert [dict(vars(module)) for module in dit.modules()] == before
+    with pytest.raises(AssertionError, match="CUDA graphs"):
+        dit(torch.zeros(1, 16, 4, 4), torch.ones(1), text)
+    del vars(dit)["velocity"]
+
+
+def test_afterwards_the_module_is_what_it_was(pool, model):
+    pool.run(2, put_back, model)
+
+
+def told_apart(ranks, settings) -> bool:
+    dit = renders.pipeline(settings).dit
+    with divided(ranks, "dit", dit):
+        return "velocity" in vars(dit)
+
+
+def test_a_single_rank_is_left_as_it_is(pool, model):
+    assert pool.run(1, told_apart, model) == [False]
+    assert pool.run(2, told_apart, model) == [True, True]
 
 
 # ------------------------------------------------------------------ too many ranks
