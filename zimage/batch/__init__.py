@@ -1,1 +1,1 @@
-"""Many requests at once: rows of a file, drawn by workers of a Ray cluster, with an index of what became of each."""
+"""Many requests on many workers: rows of a file, through Ray Data, to pictures and an index."""
