@@ -1,4 +1,4 @@
-"""What runs in the cluster: one pipeline in each process, which encodes rows or draws them.
+"""What runs in the cluster: processes with a pipeline each, which encode rows or draw them.
 
     row ─ Encoder: text encoder alone ─→ row with its captions ─ Worker: all else ─→ PNG with its settings
 
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from zimage import cluster
 from zimage.batch.attempts import MOST
 from zimage.batch.contents import Unpacking
-from zimage.batch.index import BATCH
+from zimage.batch.index import BATCH, failed_line, line_of
+from zimage.batch.rows import file_of
 from zimage.errors import CheckpointError, RequestError, ZImageError, one_line
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
@@ -58,7 +59,7 @@ class Actor:
         self._attempts, self._files = tools.attempts, Unpacking(tools.contents, cluster.get)
 
     def __call__(self, row: Packed) -> Packed:
-        if row["told"]:  # it has failed before
+        if row["told"]:  # it failed at the stage before
             return row
         while True:
             attempt, error = cluster.get(self._attempts.begin.remote(f"{self.STAGE} {row['id']}"))
@@ -90,7 +91,7 @@ class Actor:
 
     @staticmethod
     def _given_up(row: Packed, error: str, attempts: int) -> Packed:
-        return {**row, "captions": b"", "told": json.dumps({"error": error, "attempts": attempts})}
+        return {**row, "captions": b"", "told": json.dumps(failed_line(row, error, attempts))}
 
 
 class Encoder(Actor):
@@ -120,8 +121,9 @@ class Worker(Actor):
         with noted() as notes:
             image, timings = _drawn(self.pipe, job, conditions)
         own = {"id": row["id"], "asked": row["asked"], "timings": timings, "attempts": attempt, "notes": notes}
-        png = encoded(image, "PNG", {**self.pipe.metadata(job, 0), BATCH: own})
-        return {**row, "captions": b"", "png": png}
+        record = {**self.pipe.metadata(job, 0), BATCH: own}
+        line = line_of(file_of(row["id"]), record)
+        return {**row, "captions": b"", "png": encoded(image, "PNG", record), "told": json.dumps(line)}
 
 
 def facts(loading: Mapping[str, Plain]) -> Packed:

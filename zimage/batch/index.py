@@ -1,8 +1,9 @@
 """The index of a batch: a line of JSON for each row, written when the row has ended, and whole after every kill.
 
-    {"id", "path", "seed", "request", "timings": {stage: s}, "attempts", "error"}
+    {"id", "path", "seed", "request", "timings": {stage: s}, "attempts", "notes", "asked", "error"}
 
-`path` is relative to the index's folder; a row that failed has none, and an `error`. What a picture's own metadata say
+`path` is relative to the index's folder; a row that failed has none, and an `error`. `notes` are the warnings that came
+while it was drawn, and `asked` tells the request and the model from others. What a picture's own metadata say
 is what counts: lines that a kill took are written anew from the pictures.
 """
 
@@ -36,7 +37,7 @@ class Index:
             self._lock = Lock.of(self.path)
         except BlockingIOError:
             raise RequestError(f"{folder}: another batch writes there; wait for it, or name another folder") from None
-        self.lines = {line["id"]: line for line in _whole(self.path)}
+        self.lines = {line["id"]: line for line in read_index(self.path)}
         self._stream: IO[bytes] | None = None
 
     def picture(self, id: str, file: str) -> Line | None:
@@ -81,12 +82,19 @@ class Index:
 def line_of(file: str, record: Line) -> Line:
     """The line of a picture with this metadata."""
     request, own = record["request"], record[BATCH]
-    told = {name: own.get(name) for name in ("timings", "attempts", "asked")}
+    told = {name: own.get(name) for name in ("timings", "attempts", "notes", "asked")}
     return {"id": own["id"], "path": file, "seed": request["seed"], "request": request, **told, "error": None}
 
 
-def _whole(path: Path) -> list[Line]:
-    """The lines that can be read: the last one of a killed batch may be torn."""
+def failed_line(row: Line, error: str, attempts: int) -> Line:
+    """The line of a row, as it is packed, that has no picture; its request as it was asked for."""
+    request = json.loads(row["request"])
+    told = {"timings": {}, "attempts": attempts, "notes": [], "asked": row["asked"]}
+    return {"id": row["id"], "path": None, "seed": request["seed"], "request": request, **told, "error": error}
+
+
+def read_index(path: Path) -> list[Line]:
+    """The lines that can be read, several of one id in their order: the last one of a killed batch may be torn."""
     found = []
     with path.open("rb") as stream:
         for text in stream:

@@ -24,10 +24,14 @@ def read_parquet(path: Path) -> Iterator[dict[str, Plain]]:
 def write_parquet(path: Path, rows: Iterable[Mapping[str, Plain]]) -> None:
     """Rows as a file, written whole or not at all; what is a table itself becomes JSON. Raises OSError."""
     arrow = _pyarrow()
-    flat = [{k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict) else v for k, v in row.items()} for row in rows]
+    table = arrow.Table.from_pylist([{name: _cell(value) for name, value in row.items()} for row in rows])
     with beside(path) as temporary:
-        arrow.parquet.write_table(arrow.Table.from_pylist(flat), temporary)
+        arrow.parquet.write_table(table, temporary)
         temporary.replace(path)
+
+
+def _cell(value: Plain) -> Plain:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 def _flat(row: dict[str, Plain]) -> dict[str, Plain]:

@@ -40,7 +40,7 @@ class Row:
     @property
     def file(self) -> str:
         """The name of its picture."""
-        return f"{self.id}.png"
+        return file_of(self.id)
 
 
 def rows_of(sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Path) -> list[Row]:
@@ -62,6 +62,11 @@ def rows_of(sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Pa
                 taken[name] = source.place
                 rows.append(Row(name, {**single, "seed": _seed(name, single)}, source.place))
     return rows
+
+
+def file_of(id: str) -> str:
+    """The name of the picture of a row."""
+    return f"{id}.png"
 
 
 def with_files(values: Values, moved: Moved) -> Values:

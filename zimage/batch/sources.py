@@ -48,13 +48,25 @@ def of_text(name: str, text: str) -> Plain:
     """The value of a setting that a text stands for. Raises RequestError."""
     one = list_fields(Request).get(name, True)
     if text.startswith("[") and name in list_fields(Request):
-        try:
-            return json_value(f"{name} {quoted(text)}", text)
-        except CheckpointError as error:
-            raise RequestError(str(error), fields=(name,)) from None
+        return _json(name, text)
     kind = str if name in CONDITIONS or name not in KINDS else KINDS[name]
     value = from_text(name, text, kind)
     return value if one else [value]
+
+
+def listed(name: str, text: str) -> list[Plain]:
+    """The values of a setting in a product: V1,V2,… or a JSON list. Raises RequestError."""
+    if not text.startswith("["):
+        return [of_text(name, one.strip()) for one in text.split(",")]
+    values: list[Plain] = _json(name, text)
+    return values
+
+
+def _json(name: str, text: str) -> Plain:
+    try:
+        return json_value(f"{name} {quoted(text)}", text)
+    except CheckpointError as error:
+        raise RequestError(str(error), fields=(name,)) from None
 
 
 def _named(place: str, values: dict[str, Plain]) -> dict[str, Plain]:
