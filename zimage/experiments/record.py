@@ -1,0 +1,185 @@
+"""The record of one rendered cell or one measured scenario: the same for sweeps and profiles, one line of JSON each.
+
+    FOLDER/cells.jsonl      records, appended one by one; of several with one id the last one holds
+    FOLDER/ID.png           the picture of a cell, which carries its settings too
+
+A line is written whole and reaches the disk before the next cell begins. One that a killed process left without its
+end is no record: readers leave it out, and the next writer removes it.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from zimage import interrupts
+from zimage.errors import CheckpointError, OutputError, RequestError, quoted
+from zimage.formats.atomic import beside
+from zimage.formats.files import read_file
+from zimage.formats.json_text import json_object
+from zimage.formats.lock import Lock
+from zimage.settings.fields import Hint, Plain
+from zimage.settings.plain import mistake
+
+SCHEMA = 1
+RECORDS = "cells.jsonl"  # within the folder of a sweep
+LONGEST_FILE, LONGEST_LINE = 1 << 30, 1 << 20  # bytes; a record of a long prompt has some ten thousand
+
+
+@dataclass(frozen=True)
+class Record:
+    """A cell of a sweep, or a scenario of a profile, as plain values.
+
+    `axes` are the values that distinguish it from others, by the name of the setting, None where that was left as it
+    is. `request` is the prepared one, as `Job.to_dict` holds it, and `load` how the model was loaded; where a cell could
+    not be prepared, what was asked for. `path` is the name of its picture in the folder; `timings` are seconds by stage
+    (of a profile: the median of its rounds), `memory` bytes ("peak", by device), `counts` what was loaded or encoded
+    for it ("loads", "encodes") and other numbers, `scores` those of metrics. `model` names checkpoint and LoRAs by
+    their hashes, `machine` what it ran on. With an `error` there is no picture.
+    """
+
+    id: str
+    kind: str = "cell"  # or "profile"
+    axes: Mapping[str, Plain] = field(default_factory=dict)
+    prompt: str = ""
+    seed: int | None = None
+    request: Mapping[str, Plain] = field(default_factory=dict)
+    load: Mapping[str, Plain] = field(default_factory=dict)
+    path: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+    model: Mapping[str, Plain] = field(default_factory=dict)
+    machine: Mapping[str, Plain] = field(default_factory=dict)
+    version: str = ""
+    schema: int = SCHEMA
+
+    def line(self) -> str:
+        """One line of JSON, without its end."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    def replaced(self, **values: Any) -> Self:
+        """The same with other values; with scores, say."""
+        return dataclasses.replace(self, **values)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Record":
+        """The inverse of `line`; what is left out has its default. Raises CheckpointError for anything else."""
+        values = {**_defaults(), **plain}
+        if values["schema"] != SCHEMA:
+            raise CheckpointError(f"it has schema {quoted(values['schema'])}, and this version reads {SCHEMA}")
+        if fault := mistake(values, KINDS, "record") or _unknown(values) or _outside(values["path"]):
+            raise CheckpointError(fault)
+        return cls(**values)
+
+
+# Of the fields, for `mistake`.
+KINDS: dict[str, Hint] = {
+    **dict.fromkeys(("id", "kind", "prompt", "version"), str),
+    **dict.fromkeys(("path", "error"), str | None),
+    **dict.fromkeys(("axes", "request", "load", "model", "machine"), dict[str, Any]),
+    **dict.fromkeys(("timings", "memory", "counts", "scores"), dict[str, float]),
+    "seed": int | None,
+    "schema": int,
+}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a folder in the order of their first lines.
+
+    Raises RequestError for a folder without records, and CheckpointError for damaged ones.
+    """
+    path = folder / RECORDS
+    if not path.is_file():
+        raise RequestError(f"{quoted(str(folder))} holds no {RECORDS}; pass the folder of a sweep")
+    return list(_read(path).values())
+
+
+def write_records(folder: Path, records: Iterable[Record]) -> None:
+    """Put these in the place of a folder's records, all of them or none. Raises as `Journal` does."""
+    with Journal(folder) as journal:
+        journal.replace(records)
+
+
+class Journal:
+    """The right to write the records of a folder, which one process has at a time; the folder is made.
+
+    `records` are all that it holds, by their ids. Raises RequestError where another process is writing them,
+    CheckpointError where they are damaged, and OutputError where the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / RECORDS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            self._lock = Lock.of(self.path)
+        except BlockingIOError:
+            text = f"another command is writing the records of {quoted(str(folder))}; wait until it ends"
+            raise RequestError(text) from None
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written to: {error.strerror or error}") from error
+        self.records = _read(self.path)
+        self._remove_torn_line()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def append(self, record: Record) -> None:
+        """Add a record, or replace the one with its id; it is on the disk when this returns."""
+        line = (record.line() + "\n").encode()
+        with interrupts.held(), self.path.open("ab", buffering=0) as stream:
+            stream.write(line)
+            os.fsync(stream.fileno())
+        self.records[record.id] = record
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Put these in the place of all that there are, in one step."""
+        self.records = {record.id: record for record in records}
+        with beside(self.path) as temporary:
+            temporary.write_text("".join(record.line() + "\n" for record in self.records.values()), encoding="utf-8")
+            self._lock.publish(temporary)
+
+    def _remove_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def _read(path: Path) -> dict[str, Record]:
+    """The records by their ids. Raises CheckpointError, which names the line."""
+    records = {}
+    *lines, _ = read_file(path, LONGEST_FILE).split(b"\n")  # what follows the last end of a line is cut off
+    for number, line in enumerate(lines, 1):
+        name = f"{path.name} line {number}"
+        plain = json_object(name, line, LONGEST_LINE)
+        try:
+            record = Record.from_plain(plain)
+        except CheckpointError as error:
+            raise error.with_text(f"{name} is not a record: {error}") from None
+        records[record.id] = record
+    return records
+
+
+def _defaults() -> dict[str, Any]:
+    return {name: value for name, value in vars(Record(id="")).items() if name != "id"}
+
+
+def _unknown(values: Mapping[str, Any]) -> str:
+    unknown = sorted(values.keys() - KINDS.keys())
+    return f"record has an unknown entry {quoted(unknown[0])}" if unknown else ""
+
+
+def _outside(path: str | None) -> str:
+    """A picture lies in its folder under a plain name: a record of somebody else's may name any file."""
+    if path is None or (path == os.path.basename(path) and path not in ("", ".", "..") and "\\" not in path):
+        return ""
+    return f"record.path {quoted(path)} should be the name of a file in the folder"
