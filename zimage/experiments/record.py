@@ -34,7 +34,7 @@ class Record:
     """A cell of a sweep, or a scenario of a profile, as plain values.
 
     `axes` are the values that distinguish it from others, by the name of the setting, None where that was left as it
-    is. `request` is the prepared one, as `Job.to_dict` holds it, and `load` how the model was loaded; where a cell could
+    is. `request` is the prepared one, as `Job.to_dict` holds it, and `load` how the model was loaded; where it could
     not be prepared, what was asked for. `path` is the name of its picture in the folder; `timings` are seconds by stage
     (of a profile: the median of its rounds), `memory` bytes ("peak", by device), `counts` what was loaded or encoded
     for it ("loads", "encodes") and other numbers, `scores` those of metrics. `model` names checkpoint and LoRAs by
