@@ -120,7 +120,6 @@ def checked(name: str, value: Plain) -> Plain:
     return OWNERS[name].check_one(name, value)
 
 
-
 def parse_seeds(text: str) -> list[int]:
     """0-3,7 → 0, 1, 2, 3, 7. Raises RequestError."""
     seeds: list[int] = []

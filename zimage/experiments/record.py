@@ -69,13 +69,13 @@ class Record:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Record":
-        """The inverse of `line`; what is left out has its default. Raises CheckpointError for anything else."""
-        values = {**_defaults(), **plain}
+        """The inverse of `line`; what is left out has its default. Raises RequestError for anything else."""
+        values = {**DEFAULTS, **plain}
         if values["schema"] != SCHEMA:
-            raise CheckpointError(f"it has schema {quoted(values['schema'])}, and this version reads {SCHEMA}")
+            raise RequestError(f"it has schema {quoted(values['schema'])}, and this version reads {SCHEMA}")
         if fault := mistake(values, KINDS, "record") or _unknown(values) or _outside(values["path"]):
-            raise CheckpointError(fault)
-        return cls(**values)
+            raise RequestError(fault)
+        return cls(**plain)
 
 
 # Of the fields, for `mistake`.
@@ -87,12 +87,13 @@ KINDS: dict[str, Hint] = {
     "seed": int | None,
     "schema": int,
 }
+DEFAULTS = {name: value for name, value in vars(Record("")).items() if name != "id"}
 
 
 def read_records(folder: Path) -> list[Record]:
     """The records of a folder in the order of their first lines.
 
-    Raises RequestError for a folder without records, and CheckpointError for damaged ones.
+    Raises RequestError for a folder without records, and where one is damaged.
     """
     path = folder / RECORDS
     if not path.is_file():
@@ -109,8 +110,8 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
 class Journal:
     """The right to write the records of a folder, which one process has at a time; the folder is made.
 
-    `records` are all that it holds, by their ids. Raises RequestError where another process is writing them,
-    CheckpointError where they are damaged, and OutputError where the folder cannot be written to.
+    `records` are all that it holds, by their ids. Raises RequestError where another process is writing them or one is
+    damaged, and OutputError where the folder cannot be written to.
     """
 
     def __init__(self, folder: Path):
@@ -155,22 +156,23 @@ class Journal:
 
 
 def _read(path: Path) -> dict[str, Record]:
-    """The records by their ids. Raises CheckpointError, which names the line."""
+    """The records by their ids. Raises RequestError, which names the line."""
     records = {}
-    *lines, _ = read_file(path, LONGEST_FILE).split(b"\n")  # what follows the last end of a line is cut off
+    *lines, _ = _content(path).split(b"\n")  # what follows the last end of a line was cut off
     for number, line in enumerate(lines, 1):
-        name = f"{path.name} line {number}"
-        plain = json_object(name, line, LONGEST_LINE)
         try:
-            record = Record.from_plain(plain)
-        except CheckpointError as error:
-            raise error.with_text(f"{name} is not a record: {error}") from None
+            record = Record.from_plain(json_object("it", line, LONGEST_LINE))
+        except (CheckpointError, RequestError) as error:
+            raise RequestError(f"{path.name} line {number} is not a record: {error}") from None
         records[record.id] = record
     return records
 
 
-def _defaults() -> dict[str, Any]:
-    return {name: value for name, value in vars(Record(id="")).items() if name != "id"}
+def _content(path: Path) -> bytes:
+    try:
+        return read_file(path, LONGEST_FILE)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from None
 
 
 def _unknown(values: Mapping[str, Any]) -> str:
