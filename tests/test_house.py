@@ -15,12 +15,18 @@ FOLDERS = {"zimage": ROOT / "zimage"} | {f"zimage.{name}": ROOT / name for name 
 # Every room, and the rooms whose names it may import. A room that is not named here may not exist.
 LEAVES = {"errors", "interrupts", "settings", "version"}
 SHARED = LEAVES | {"events", "flow", "pictures"}
+ABOVE = {"batch", "parallel", "experiments"}  # the rooms above the pipeline, for many requests or several devices
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"pipeline", "settings", "errors", "version"},
     "__main__": {"cli", "interrupts"},
-    "cli": SHARED | {"serve", "pipeline", "render", "loading", "formats", "text", "weights"},
+    "cli": SHARED | {*ABOVE, "serve", "pipeline", "render", "loading", "formats", "text", "weights"},
+    "batch": SHARED | {"cluster", "pipeline", "captioner", "render", "loading", "formats", "text"},
+    "parallel": SHARED | {"pipeline", "captioner", "render", "loading", "formats", "text", "dit", "vae", "nn"},
+    "experiments": SHARED
+    | {"batch", "serve", "pipeline", "captioner", "render", "loading", "formats", "text", "nn", "weights"},
+    "cluster": {"errors"},
     "serve": LEAVES
-    | {"events", "pictures", "pipeline", "captioner", "render", "loading", "formats", "text", "weights"},
+    | {"cluster", "events", "pictures", "pipeline", "captioner", "render", "loading", "formats", "text", "weights"},
     "pipeline": SHARED | {"captioner", "render", "loading", "text", "dit", "vae", "weights"},
     "captioner": LEAVES | {"render", "loading", "text", "weights"},
     "render": SHARED | {"loading", "formats", "text", "dit", "vae", "nn", "kernels"},

@@ -9,6 +9,7 @@ from PIL import ImageChops
 
 import zimage
 from zimage import flow
+from zimage.captioner import exhausted
 from zimage.errors import CheckpointError, NonFiniteError, RequestError
 
 SIZE = {"width": 64, "height": 48}
@@ -40,6 +41,19 @@ def test_stages_compose_to_generate(pipe):
     latents = pipe.denoise(captions, flow.start_noise(3, 16, 6, 8), steps=4)
     image = zimage.pictures.image.to_pil(pipe.decode(latents))[0]
     assert image.tobytes() == pixels(pipe.generate("a cat", seed=3, steps=4, **SIZE))[0]
+
+
+def test_captions_from_elsewhere_draw_the_same_bits_without_a_text_encoder(tiny_folder):
+    request = zimage.Request(prompt=["a cat", "a dog"], seed=3, width=64, height=32, steps=2, guidance=2.0)
+    with_encoder, without = (zimage.ZImage.load(tiny_folder, device="cpu", dtype="fp32") for _ in range(2))
+    job = with_encoder.prepare(request)
+    conditions = exhausted(with_encoder.conditions(job))
+    assert with_encoder.loaded == ("text_encoder",)
+    sent = zimage.Job.from_dict(job.to_dict())
+    drawn = [event.image for event in without.run(sent, conditions=conditions) if event.image]
+    assert "text_encoder" not in without.loaded
+    whole = [event.image for event in with_encoder.run(job) if event.image]
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in whole]
 
 
 def test_seeds_count_up_within_a_prompt_and_match_single_renders(pipe):

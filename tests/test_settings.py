@@ -19,6 +19,7 @@ from zimage.settings.fields import fields, json_schema, parse_weights
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import EVERY_SETTINGS, SERVE
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import BatchSettings, ParallelSettings
 from zimage.settings.serving import ServeSettings
 
 
@@ -136,6 +137,8 @@ def test_plain_values_go_through_json_and_back(settings):
         LoadSettings: {"lora": ["a.safetensors:0.5"], "memory": 8},
         RewriteSettings: {"rewriter": "cinematic", "temperature": 0},
         ServeSettings: {"port": 80, "worker": ["cpu", "cpu"], "keep_days": 0.5},
+        ParallelSettings: {"gpus": 4, "cfg_parallel": True},
+        BatchSettings: {"workers": 2, "encoders": 1, "address": "auto"},
     }[settings]
     for instance in (settings(), settings(**changed)):
         assert settings.from_mapping(json.loads(json.dumps(instance.to_mapping()))) == instance

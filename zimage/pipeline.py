@@ -41,7 +41,8 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.vision import with_vision
 from zimage.pictures.image import InputPicture
 from zimage.render import stages
-from zimage.render.conditioning import SavedEmbeddings
+from zimage.render.captioning import Conditions, encode
+from zimage.render.conditioning import Encoder, SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
 from zimage.render.defaults import find_shift, usual_side
 from zimage.render.job import Job, control_files, decide
@@ -229,22 +230,39 @@ class ZImage(Captioner):
         return job
 
     def run(
-        self, job: Job | Request, state: RenderState | None = None, hooks: Sequence[stages.Hook] = ()
+        self,
+        job: Job | Request,
+        state: RenderState | None = None,
+        hooks: Sequence[stages.Hook] = (),
+        conditions: Conditions | None = None,
     ) -> Generator[Event, None, None]:
         """Render, yielding an Event per step; closing the generator cancels. A request is prepared first.
 
         Work that the `state` of an earlier run of the job contains is skipped. `hooks` wrap every evaluation, see
-        `render.stages`. Raises RequestError, and CheckpointError for files that the job names, before any loading.
+        `render.stages`. With `conditions`, which `conditions` of this job returned here or elsewhere, nothing is
+        encoded. Raises RequestError, and CheckpointError for files that the job names, before any loading.
         """
-        job = self._checked(self.prepare(job) if isinstance(job, Request) else job)
+        job = self.checked(self.prepare(job) if isinstance(job, Request) else job)
         self._warn_beyond_training(max(job.passes[-1][:2]))
-        controls = control_files(job.request)
-        components = stages.Components(self.residency, job.plan, self.lora.read(job.loras), controls)
-        embeddings = job.request.embeddings
-        encoder = self.encoder if embeddings is None else SavedEmbeddings(embeddings.caption, self.encoder)
+        components = self.components(job)
         begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own
         self.check_state(begun, job)
-        return stages.run(components, job, encoder, self.texts, begun, hooks, self.vision)
+        if conditions is not None:
+            return stages.draw(components, job, conditions, begun, hooks)
+        return stages.run(components, job, self._encoder_of(job), self.texts, begun, hooks, self.vision)
+
+    def conditions(self, job: Job) -> Generator[Event, None, Conditions]:
+        """The encode stage of a job alone: yields its events, and returns the captions that it is drawn from."""
+        job = self.checked(job)
+        return encode(self.components(job), job, self._encoder_of(job), self.texts, self.vision)
+
+    def components(self, job: Job) -> stages.Components:
+        """The components as a checked job sees them, for stages that are run one by one."""
+        return stages.Components(self.residency, job.plan, self.lora.read(job.loras), control_files(job.request))
+
+    def _encoder_of(self, job: Job) -> Encoder:
+        embeddings = job.request.embeddings
+        return self.encoder if embeddings is None else SavedEmbeddings(embeddings.caption, self.encoder)
 
     def generate(self, prompt: str | list[str] | None = None, **settings: Any) -> Result:
         """Render to the end. Keywords are the fields of Request; `prompt` and `seed` may be lists."""
@@ -301,8 +319,11 @@ class ZImage(Captioner):
             return error
         return None
 
-    def _checked(self, job: Job) -> Job:
-        """A job of this pipeline as it is; one from elsewhere with a plan for here, if it means the same here."""
+    def checked(self, job: Job) -> Job:
+        """A job of this pipeline as it is; one from elsewhere with a plan for here.
+
+        Raises RequestError where it does not fit in memory, or does not mean the same here.
+        """
         if job in self._prepared:
             if refusal := self.refusal(job):
                 raise refusal

@@ -293,8 +293,8 @@ class ZImageDiT(CaptionStream):
         self, latents: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled] = ()
     ) -> Tensor:
         """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up."""
-        (h, w), units = latents.shape[-2:], modulation.units
-        image = units.enter(embed_patches(latents, self.config.in_channels, self.x_embedder, self.x_pad_token))
+        units = modulation.units
+        image = units.enter(self.embed(latents))
         streams = self._streams(image, modulation, context, controls)
         hinting = [stream for stream in streams if not stream.is_apart]
         # In place of a function for both loops: its caller would hold the x that it began with, a map more at the peak.
@@ -305,8 +305,17 @@ class ZImageDiT(CaptionStream):
             stream.join(x, context.tokens, context.rotation, context.padding)
         for place, (block, m) in enumerate(zip(self.layers, modulation.layers, strict=True)):
             x = self._pass(place, block, x, context.rotation, context.padding, m, units, streams)
-        patches = self.final_layer(units.leave(x[:, : (h // PATCH) * (w // PATCH)]), modulation.final)
+        h, w = latents.shape[-2:]
+        patches = self.project(x, modulation, (h // PATCH) * (w // PATCH))
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Image tokens (B, Np, dim) of latents (B, C, h, w)."""
+        return embed_patches(latents, self.config.in_channels, self.x_embedder, self.x_pad_token)
+
+    def project(self, x: Tensor, modulation: Modulation, count: int) -> Tensor:
+        """Patch values (B, N, 4·C) of a stream (B, Np + Lp, dim), whose first `count` = N tokens are the image's."""
+        return self.final_layer(modulation.units.leave(x[:, :count]), modulation.final)
 
     def _streams(
         self, image: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled]

@@ -40,6 +40,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Put a text in the place of a file, whole and on the disk. Raises OSError that names the file."""
+    with naming(path), beside(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
 def free_name(path: Path) -> Path:
     """A name in the folder of `path` that nobody can foresee, and so put a link under."""
     return path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")

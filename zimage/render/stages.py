@@ -90,14 +90,32 @@ def run(
     vision: Vision | None = None,
 ) -> Generator[Event, None, None]:
     """A whole job. Closing the generator cancels it; `state` is what an earlier run of the job has done."""
-    second = job.request.hires is None or bool(state.small)  # whether the state is one of the last pass
-    latents = state.finished if second else []
-    if len(latents) < job.count:
+    conditions = Conditions([], None)
+    if len(_finished(job, state)) < job.count:
         conditions = yield from encode(components, job, encoder, texts, vision)
+    yield from draw(components, job, conditions, state, hooks)
+
+
+def draw(
+    components: Components, job: Job, conditions: Conditions, state: RenderState, hooks: Sequence["Hook"] = ()
+) -> Generator[Event, None, None]:
+    """All of a job behind its encoding; `conditions` are not read where the state has all latents."""
+    latents = _finished(job, state)
+    if len(latents) < job.count:
         sources = yield from start_from(components, job, conditions, state, hooks)
-        events = denoise(components, job, conditions, sources, state if second else RenderState(), hooks)
-        latents = yield from components.stage(DIT, events)
+        begun = state if _in_last_pass(job, state) else RenderState()
+        latents = yield from components.stage(DIT, denoise(components, job, conditions, sources, begun, hooks))
     yield from components.stage(VAE, decode(components, job, latents, state.decoded))
+
+
+def _in_last_pass(job: Job, state: RenderState) -> bool:
+    """Whether the state is one of the last pass."""
+    return job.request.hires is None or bool(state.small)
+
+
+def _finished(job: Job, state: RenderState) -> list[Tensor]:
+    """The latents of those images that have been through the last pass."""
+    return state.finished if _in_last_pass(job, state) else []
 
 
 # ------------------------------------------------------------------ what denoising starts from

@@ -28,6 +28,7 @@ from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import BatchSettings, ParallelSettings
 from zimage.settings.serving import ServeSettings
 from zimage.settings.toml_file import TomlFile, read_text
 
@@ -37,7 +38,7 @@ PICTURE = "picture"
 MAX_INHERITED = 32  # profiles, one above the other
 SERVE = "serve"  # the table within a profile that holds the server's own settings
 ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettings)  # of a render
-EVERY_SETTINGS: tuple[type[Settings], ...] = (*ALL_SETTINGS, ServeSettings)
+EVERY_SETTINGS: tuple[type[Settings], ...] = (*ALL_SETTINGS, ParallelSettings, BatchSettings, ServeSettings)
 OWNERS: dict[str, type[Settings]] = {name: settings for settings in EVERY_SETTINGS for name in settings.names()}
 FIELDS = {field.name: field for settings in EVERY_SETTINGS for field, _ in fields(settings)}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zimage.nn.config import Between
 from zimage.settings.declared import SIZE_MULTIPLE, TILE_OVERLAP
 from zimage.vae.layers import DecoderStack, EncoderStack
-from zimage.vae.tiling import OFF, Tiling
+from zimage.vae.tiling import OFF, StripWalk, Tiling, Walk
 
 Levels = Between(1, 4)  # how many an autoencoder has: each but the last halves a picture's sides, multiples of 16
 Side = Annotated[int, Between(SIZE_MULTIPLE, 1 << 16, multiple=SIZE_MULTIPLE)]  # pixels of a picture
@@ -26,6 +26,7 @@ class Autoencoder(nn.Module):
     encoder: EncoderStack
     decoder: DecoderStack
     spatial_factor: int  # pixels per latent along one side
+    walk: Walk = StripWalk  # what runs exact strips
 
     def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, each (B, 16, h, w), unscaled."""
@@ -47,7 +48,7 @@ class Autoencoder(nn.Module):
         """Images (B, 3, H, W) fp32, clamped to [−1, 1], of scaled latents (B, 16, h, w); tiles as in `Tiling`."""
         tiling = Tiling(tile_mode, tile_size, tile_overlap)
         z = self._unscaled(latents.float())
-        return tiling.decode(self.decoder, z, self.spatial_factor).float().clamp(-1, 1)
+        return tiling.decode(self.decoder, z, self.spatial_factor, self.walk).float().clamp(-1, 1)
 
     def _scaled(self, mean: Tensor) -> Tensor:
         raise NotImplementedError

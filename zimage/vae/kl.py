@@ -60,7 +60,7 @@ class AutoencoderKL(Autoencoder):
         return cls(read_architecture(AutoencoderKLConfig, config, AutoencoderKLConfig.IMPLEMENTED))
 
     def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
-        mean, logvar = tiling.encode(self.encoder, self._input(images), self.spatial_factor).chunk(2, dim=1)
+        mean, logvar = tiling.encode(self.encoder, self._input(images), self.spatial_factor, self.walk).chunk(2, dim=1)
         return mean, logvar
 
     def _scaled(self, mean: Tensor) -> Tensor:

@@ -77,22 +77,22 @@ class Tiling:
         if self.mode == "blend" and not 0 <= self.overlap < tile:
             raise RequestError(f"tile_overlap {self.overlap} must be at least 0 and below the tile_size {tile}")
 
-    def decode(self, decoder: DecoderStack, z: Tensor, factor: int) -> Tensor:
-        """decoder(z) of unscaled latents (B, 16, h, w) at `factor` pixels per latent."""
+    def decode(self, decoder: DecoderStack, z: Tensor, factor: int, walk: "Walk | None" = None) -> Tensor:
+        """decoder(z) of unscaled latents (B, 16, h, w) at `factor` pixels per latent; `walk` runs strips."""
         if self.mode == "off":
             return run_whole(decoder, z)
         if self.mode == "blend":
             return blend(partial(run_whole, decoder), z, *self._in_steps_of(factor))
-        return StripWalk(decoder, z.shape[2] * factor, self.size).run(z)
+        return (walk or StripWalk)(decoder, z.shape[2] * factor, self.size).run(z)
 
-    def encode(self, encoder: EncoderStack, images: Tensor, factor: int) -> Tensor:
+    def encode(self, encoder: EncoderStack, images: Tensor, factor: int, walk: "Walk | None" = None) -> Tensor:
         """encoder(images) of pictures (B, 3, H, W)."""
         if self.mode == "off":
             return run_whole(encoder, images)
         if self.mode == "blend":
             tile, overlap = self._in_steps_of(factor)
             return blend(partial(run_whole, encoder), images, tile * factor, overlap * factor)
-        return StripWalk(encoder, images.shape[2], self.size).run(images)
+        return (walk or StripWalk)(encoder, images.shape[2], self.size).run(images)
 
     def _in_steps_of(self, factor: int) -> tuple[int, int]:
         """Tile and overlap in latents; at least one latent of every tile lies outside the overlap."""
@@ -253,6 +253,9 @@ class StripWalk:
         if self.height is None:
             return max(1, self.values // (max(x.shape[1], conv.out_channels) * x.shape[3]))
         return max(1, self.height * x.shape[2] // self.pixels)
+
+
+Walk = Callable[[Stack, int, int | None], StripWalk]  # (stack, rows of the picture, rows of a strip)
 
 
 def activation(norm: nn.Module, x: Map) -> Rows:

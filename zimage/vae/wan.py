@@ -74,7 +74,7 @@ class AutoencoderKLWan(Autoencoder):
         return cls(read_architecture(AutoencoderKLWanConfig, config, AutoencoderKLWanConfig.IMPLEMENTED))
 
     def moments(self, images: Tensor, tiling: Tiling = OFF) -> tuple[Tensor, Tensor]:
-        encoded = tiling.encode(self.encoder, self._input(images), self.spatial_factor)
+        encoded = tiling.encode(self.encoder, self._input(images), self.spatial_factor, self.walk)
         mean, logvar = self.quant_conv(encoded.to(self.quant_conv.weight.dtype)).chunk(2, dim=1)
         return mean, logvar
 

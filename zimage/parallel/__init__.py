@@ -1,0 +1,1 @@
+"""One job on several devices: ranks of torch.distributed that compute each picture together."""
