@@ -10,6 +10,7 @@ import click
 
 from zimage import interrupts
 from zimage.cli import faults, terminal
+from zimage.cli.compare import compare
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
@@ -62,7 +63,7 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, see, tokens, templates, config, info, weights):
+for command in (gen, serve, rewrite, encode, see, tokens, templates, compare, config, info, weights):
     cli.add_command(command)
 
 
