@@ -48,6 +48,11 @@ def data_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     return _own_folder("LOCALAPPDATA" if sys.platform == "win32" else "XDG_DATA_HOME", "~/.local/share", environ)
 
 
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The same among what can be made again."""
+    return _own_folder("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "~/.cache", environ)
+
+
 def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path | None:
     """Raises RequestError for a variable that names no folder."""
     if home := environ.get(variable):
