@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from zimage.dit.control import Controlled
 from zimage.dit.model import Context, Modulation, ZImageDiT
 from zimage.dit.rope import Rotation
-from zimage.loading.registry import DIT
+from zimage.loading.registry import DIT, VAE
 from zimage.parallel.attributes import Change, exchanged
 from zimage.parallel.exchange import divided_attention
 from zimage.parallel.layout import Layout
 from zimage.parallel.ranks import Ranks
+from zimage.parallel.strips import divided_walk
 
 
 def divided(ranks: Ranks, name: str, module: Any) -> AbstractContextManager[None]:
@@ -37,6 +38,8 @@ def divided(ranks: Ranks, name: str, module: Any) -> AbstractContextManager[None
     """
     if name == DIT and ranks.size > 1:
         return exchanged([(module, "velocity", partial(divided_velocity, ranks, module))])
+    if name == VAE:
+        return exchanged([(module, "walk", divided_walk(ranks))])
     return nullcontext()
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zimage.errors import RanksParted, one_line
+
 TIMEOUT = 600.0  # seconds that a rank waits for the others before it fails
 
 
@@ -47,13 +49,14 @@ class Ranks:
         wanted = [torch.Size(shape).numel() for shape in shapes]
         incoming = outgoing.new_empty(sum(wanted))
         width = outgoing.element_size()
-        dist.all_to_all_single(
-            incoming.view(torch.uint8),
-            outgoing.view(torch.uint8),
-            [n * width for n in wanted],
-            [n * width for n in sizes],
-            group=self.group,
-        )
+        with _talking():
+            dist.all_to_all_single(
+                incoming.view(torch.uint8),
+                outgoing.view(torch.uint8),
+                [n * width for n in wanted],
+                [n * width for n in sizes],
+                group=self.group,
+            )
         self.sent[kind] += (sum(sizes) - sizes[self.rank]) * width
         return [place.view(tuple(shape)) for place, shape in zip(incoming.split(wanted), shapes, strict=True)]
 
@@ -65,7 +68,8 @@ class Ranks:
 
     def broadcast(self, kind: str, tensor: Tensor, source: int = 0) -> Tensor:
         """Rank `source`'s tensor, written into that of every other rank, which is contiguous and as large."""
-        dist.broadcast(tensor.view(-1).view(torch.uint8), group=self.group, group_src=source)
+        with _talking():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=self.group, group_src=source)
         if self.rank == source:
             self.sent[kind] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return tensor
@@ -117,6 +121,15 @@ def _bytes(data: bytes) -> Tensor:
 
 
 @contextmanager
+def _talking() -> Iterator[None]:
+    """Raises RanksParted where a rank that should have a part in a call has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksParted(f"another rank has ended, and with it all of them ({one_line(str(error), 200)})") from error
+
+
+@contextmanager
 def joined(
     device: torch.device, timeout: float = TIMEOUT, init_method: str = "env://", rank: int = -1, size: int = -1
 ) -> Iterator[Ranks]:
@@ -130,8 +143,7 @@ def joined(
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, init_method, timedelta(seconds=timeout), rank=rank, world_size=size)
-    try:
-        yield Ranks()
-    finally:
-        dist.destroy_process_group()
+    with _talking():
+        dist.init_process_group(backend, init_method, timedelta(seconds=timeout), rank=rank, world_size=size)
+    yield Ranks()
+    dist.destroy_process_group()  # not after an error, when it might wait for ranks that wait for this one
