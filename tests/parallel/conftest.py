@@ -4,12 +4,10 @@ import control_nets
 import pytest
 import tiny
 from pool import Pools
+from renders import WIDE
 
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
-
-HEADS = 6
-WIDE = {"dim": 96, "n_heads": HEADS, "n_kv_heads": HEADS, "axes_dims": [4, 6, 6]}
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import lora_files
 import pytest
 import renders
 import torch
-from conftest import HEADS, WIDE
+from renders import HEADS, WIDE
 from safetensors.torch import load_file, save_file
 from tiny import relative_error
 
@@ -229,6 +229,20 @@ def test_bytes_with_guidance_and_a_controlnet(pool, model, wide_folder):
     found = {kind: sum(counts.get(kind, 0) for _, counts in answers) for kind in ("attention", "patches")}
     branches = [sent(4, 4, 1, [(64,)] * 4 + [(64, caption)] * 8, 64) for caption in (32, 64)]
     assert found == {kind: 3 * sum(branch[kind] for branch in branches) for kind in found}
+
+
+# ------------------------------------------------------------------ work
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_computed_twice(pool, model, size):
+    """But for the embedding of patches: 64 values of 35 tokens in two images."""
+    settings = (*model, ("attention", "sdpa-math"))  # whose products can be counted
+    alone, shares = renders.operations(None, settings), pool.run(size, renders.operations, settings)
+    embedding = 2 * 2 * 35 * 64 * WIDE["dim"]
+    padded = 2 * WIDE["dim"] * 64 * 2 * 29  # those of pad tokens of the image, which the final layer takes along
+    assert sum(shares) == alone + (size - 1) * embedding + padded
+    assert max(shares) <= 1.3 * alone / size
 
 
 # ------------------------------------------------------------------ before and afterwards

@@ -8,8 +8,8 @@ A rank holds all weights and computes its own tokens. Of an evaluation of the Di
     project    takes the rank's image tokens to patches, and gathers those of all ranks
 
 and everything between these looks at one token at a time. Every rank returns the whole velocity, of the same bits. The
-context refiner is not divided: it runs once per prompt, on a sequence that is short. `strips.py` divides the exact strips
-of a VAE; what that computes without strips, every rank does.
+context refiner is not divided: it runs once per prompt, on a sequence that is short. Exact strips of a VAE are divided
+by `strips.py`; what it computes without strips, every rank does.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
