@@ -10,6 +10,8 @@ import click
 
 from zimage import interrupts
 from zimage.cli import faults, ranks, terminal
+from zimage.cli.batch import batch
+from zimage.cli.compare import compare
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
@@ -63,7 +65,21 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, see, tokens, templates, config, info, weights):
+COMMANDS = (
+    gen,
+    batch,
+    serve,
+    compare,
+    rewrite,
+    encode,
+    see,
+    tokens,
+    templates,
+    config,
+    info,
+    weights,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -4,8 +4,8 @@ Shapes: B batch, L tokens of a whole sequence, l_r those of rank r, H heads of a
 
 Outside attention a rank holds some tokens with all their heads, in attention all tokens with some of the heads. Both
 are divided into contiguous runs that are as even as possible: 30 heads are 8, 8, 7 and 7 on four ranks, so that nothing
-is padded and nothing computed twice. The joint sequence [image, caption] is divided segment by segment, so that a rank's
-own tokens are [its image tokens, its caption tokens], and its layers look as those of one rank do.
+is padded and nothing computed twice. The joint sequence [image, caption] is divided segment by segment: a rank's own
+tokens are [its image tokens, its caption tokens], so that its layers run as those of one rank do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,7 +56,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one evaluation is divided: the image's tokens, which the noise refiner has alone, the joint ones, the heads."""
+    """How an evaluation is divided: the image tokens that the noise refiner sees, the joint sequence, and the heads."""
 
     image: Split
     joint: Split
@@ -94,5 +94,5 @@ def attention_elements(batch: int, head_size: int, lengths: Sequence[int], heads
 
     A rank gives q, k and v of its l_r tokens to the ranks of the other heads, and gets as much of the output back.
     """
-    every = sum(heads)
-    return 4 * batch * head_size * sum(l * (every - h) for l, h in zip(lengths, heads, strict=True))
+    moved = sum(length * (sum(heads) - own) for length, own in zip(lengths, heads, strict=True))
+    return 4 * batch * head_size * moved
