@@ -23,8 +23,13 @@ class Command:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
             self.process = subprocess.Popen(
-                [*program, *map(str, arguments)], cwd=folder, env=environment, stdout=out, stderr=err,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                [*program, *map(str, arguments)],
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self.folder, self.seen = folder, dict[int, int]()
 

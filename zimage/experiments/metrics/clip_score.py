@@ -1,6 +1,6 @@
 """How well a picture fits its prompt by a CLIP model that the user brings: a folder in the layout of `transformers`.
 
-    FOLDER/config.json, model.safetensors (or shards), vocab.json, merges.txt, preprocessor_config.json
+FOLDER/config.json, model.safetensors (or shards), vocab.json, merges.txt, preprocessor_config.json
 """
 
 import functools
