@@ -39,3 +39,9 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
         yield ray
     finally:
         ray.shutdown()
+
+
+def gpus(address: str) -> int:
+    """How many workers a cluster has room for: one on each GPU; one where it has none. Raises ZImageError."""
+    with connected(address) as ray:
+        return max(1, int(ray.cluster_resources().get("GPU", 0)))
