@@ -16,6 +16,7 @@ from zimage.cli.info import info
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
+from zimage.cli.sweep import sweep
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
 from zimage.cli.weights import weights
@@ -62,7 +63,7 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, see, tokens, templates, config, info, weights):
+for command in (gen, sweep, serve, rewrite, encode, see, tokens, templates, config, info, weights):
     cli.add_command(command)
 
 
