@@ -24,6 +24,7 @@ ROOMS = (
     "zimage",
     "zimage/cli",
     "zimage/serve",
+    "zimage/experiments",
     "kernels",
     "weights",
     "templates",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zimage.pipeline import ZImage
 
 Resolve: TypeAlias = Callable[[Mapping[str, Plain]], Resolved]
+NOTHING: Mapping[str, Plain] = {}
 
 
 def configured(command: Command) -> Command:
@@ -43,12 +44,12 @@ def resolver(options: Mapping[str, Plain], origin: Mapping[str, Plain] | None = 
     return lambda over: resolve({**values, **over}, origin, config, options.get("profile"))
 
 
-def load_pipeline(resolved: Resolved) -> "ZImage":
-    """The pipeline that the settings ask for. Only this imports torch, so that help and usage errors are quick."""
+def load_pipeline(resolved: Resolved, other: Mapping[str, Plain] = NOTHING) -> "ZImage":
+    """The pipeline that the settings ask for, but with `other` ones. Only this imports torch, so that help is quick."""
     with _nothing_to_collect():
         from zimage.pipeline import ZImage
 
-    loading = resolved.of(LoadSettings)
+    loading = {**resolved.of(LoadSettings), **other}
     check_server(resolved, "encoder_url")
     with resolved.naming_sources():
         check_folder(resolved, "cache_folder")
