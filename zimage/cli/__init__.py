@@ -18,6 +18,7 @@ from zimage.cli.info import info
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
+from zimage.cli.sweep import sweep
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
 from zimage.cli.weights import weights
@@ -68,8 +69,9 @@ def cli(ctx: click.Context) -> None:
 COMMANDS = (
     gen,
     batch,
-    serve,
+    sweep,
     compare,
+    serve,
     rewrite,
     encode,
     see,
