@@ -14,6 +14,7 @@ from zimage.cli.compare import compare
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.metrics import metrics
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
@@ -63,7 +64,7 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, see, tokens, templates, compare, config, info, weights):
+for command in (gen, serve, rewrite, encode, see, tokens, templates, compare, metrics, config, info, weights):
     cli.add_command(command)
 
 
