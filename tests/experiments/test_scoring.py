@@ -16,7 +16,7 @@ from zimage.experiments.metrics.catalogue import KINDS, Kind, parse_metrics
 from zimage.experiments.metrics.pixels import IDENTICAL, levels, psnr
 from zimage.experiments.metrics.scoring import base_of, score, store
 from zimage.experiments.metrics.walks import Alone, AmongSeeds, BesideBase, partners
-from zimage.experiments.record import RECORDS, Record, read_records, write_records
+from zimage.experiments.record import RECORDS, Journal, Record, read_records
 
 CPU = torch.device("cpu")
 PROMPTS = ("a fox", 'a sign "OPEN"')
@@ -30,11 +30,6 @@ def folder(tmp_path):
 
 def by_id(folder):
     return {record.id: record for record in read_records(folder)}
-
-
-def like(record: Record, axes: dict) -> bool:
-    """Whether a record is the base of another, whose axes with the base's values are `axes`."""
-    return dict(record.axes) == axes
 
 
 # ------------------------------------------------------------------ which cells are compared
@@ -136,8 +131,9 @@ def test_a_score_that_is_no_number_is_an_error(folder, monkeypatch):
 
 def test_scores_replace_earlier_ones_of_their_metric_only(folder):
     before = by_id(folder)
-    store(folder, {"psnr": {"c000": 20.0, "c001": 30.0}, "grid": {"c000": 1.0}})
-    store(folder, {"psnr": {"c001": 31.0}})
+    with Journal(folder) as journal:
+        store(journal, {"psnr": {"c000": 20.0, "c001": 30.0}, "grid": {"c000": 1.0}})
+        store(journal, {"psnr": {"c001": 31.0}})
     after = by_id(folder)
     assert after["c000"].scores == {"grid": 1.0}
     assert after["c001"].scores == {"psnr": 31.0}
@@ -146,10 +142,14 @@ def test_scores_replace_earlier_ones_of_their_metric_only(folder):
         assert vars(record) == {**vars(before[id]), "scores": record.scores}
 
 
-def test_records_that_came_meanwhile_stay(folder):
-    late = Record("late", axes={"steps": 4, "shift": 1.0}, prompt="a fox", seed=9)
-    write_records(folder, [*read_records(folder), late])
-    store(folder, {"grid": {"c000": 1.0}})
+def test_a_folder_that_a_sweep_is_writing_is_left_alone(folder, capsys):
+    with Journal(folder) as journal:
+        status, _, err = run(capsys, folder, "--base", "steps=4")
+        assert status == 2
+        assert "another command is writing the records" in err
+        late = Record("late", axes={"steps": 4, "shift": 1.0}, prompt="a fox", seed=9)
+        journal.append(late)
+    assert run(capsys, folder, "--base", "steps=4")[0] == 0
     assert by_id(folder)["late"] == late
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from zimage import interrupts
-from zimage.cli import local, remote, terminal
+from zimage.cli import local, ranks, remote, terminal
 from zimage.cli.drawing import Drawing
 from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import Record, read_origin, with_lora_names, with_loras
@@ -21,6 +21,7 @@ from zimage.errors import RequestError, one_line
 from zimage.settings.declared import Request
 from zimage.settings.loading import LoadSettings
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import ParallelSettings
 from zimage.settings.serving import TOKEN
 
 
@@ -53,6 +54,7 @@ from zimage.settings.serving import TOKEN
 @options_of(Request, skip=("prompt",))
 @options_of(RewriteSettings)
 @options_of(LoadSettings)
+@options_of(ParallelSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first, and whole reasons of warnings.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
@@ -72,6 +74,9 @@ def gen(
     **options: object,
 ) -> None:
     """Render one or more PROMPTs; - reads one from standard input. Words without quotes form one prompt."""
+    if server is None and ranks.launches(beginning := ranks.settings(options)):
+        ranks.launch(beginning, click.get_current_context().obj)
+        return
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
     if verbose:
         terminal.tell_more()

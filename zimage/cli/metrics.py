@@ -79,20 +79,25 @@ def metrics(
 def _score(
     experiment: "Experiment", names: Sequence[str], base: Sequence[str], device: str, progress: Progress
 ) -> list[str]:
-    """Each metric over all cells; its scores are stored as soon as it is through. Returns the metrics' names."""
+    """Each metric over all cells; its scores are stored as soon as it is through. Returns the metrics' names.
+
+    Meanwhile no other command may write the records.
+    """
     from zimage.experiments.metrics.catalogue import parse_metrics
     from zimage.experiments.metrics.scoring import base_of, score, store
+    from zimage.experiments.record import Journal
     from zimage.loading.devices import choose_device
 
     metrics, partner, place = parse_metrics(names), base_of(experiment, base), choose_device(device)
-    for metric in metrics:
-        found = dict[str, float]()
-        progress.show(f"{metric.name} 0/{len(experiment.cells)}")
-        for number, (cell, value) in enumerate(score(experiment, metric, partner, place), 1):
-            progress.show(f"{metric.name} {number}/{len(experiment.cells)}")
-            if value is not None:
-                found[cell.id] = value
-        store(experiment.folder, {metric.name: found})
+    with Journal(experiment.folder) as journal:
+        for metric in metrics:
+            progress.show(f"{metric.name} 0/{len(experiment.cells)}")
+            found = dict[str, float]()
+            for number, (cell, value) in enumerate(score(experiment, metric, partner, place), 1):
+                progress.show(f"{metric.name} {number}/{len(experiment.cells)}")
+                if value is not None:
+                    found[cell.id] = value
+            store(journal, {metric.name: found})
     progress.close()
     return [metric.name for metric in metrics]
 

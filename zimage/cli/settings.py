@@ -18,6 +18,8 @@ from zimage.settings.profiles import EVERY_SETTINGS, Resolved, find_config, is_o
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
 
+NOTHING: Mapping[str, Plain] = {}
+
 
 def configured(command: Command) -> Command:
     """A decorator that adds the options --config and --profile."""
@@ -36,12 +38,12 @@ def resolve_options(options: Mapping[str, Plain], origin: Mapping[str, Plain] | 
     return resolve(values, origin, config, options.get("profile"))
 
 
-def load_pipeline(resolved: Resolved) -> "ZImage":
-    """The pipeline that the settings ask for. Only this imports torch, so that help and usage errors are quick."""
+def load_pipeline(resolved: Resolved, other: Mapping[str, Plain] = NOTHING) -> "ZImage":
+    """The pipeline that the settings ask for, but with `other` ones. Only this imports torch, so that help is quick."""
     with _nothing_to_collect():
         from zimage.pipeline import ZImage
 
-    loading = resolved.of(LoadSettings)
+    loading = {**resolved.of(LoadSettings), **other}
     check_server(resolved, "encoder_url")
     with resolved.naming_sources():
         check_folder(resolved, "cache_folder")

@@ -52,6 +52,7 @@ class Planner:
 
     def __init__(self, model: ModelFiles, places: Mapping[str, Place], settings: LoadSettings):
         self.settings, self._places = settings, places
+        self.ranks = 1  # that draw each picture together
         devices = dict.fromkeys(place.device for place in places.values())
         self._held = {device: _held_bytes(device) for device in devices}
         self._base = {device: _base_bytes(device) for device in devices}
@@ -74,6 +75,7 @@ class Planner:
 
         `loaded` says how many bytes each returns. Always returns a plan; `check` refuses one that does not fit.
         """
+        work = replace(work, ranks=self.ranks)
         stages: dict[str, StagePlan] = {}
         kept: set[str] = set()
         limits = {}

@@ -22,7 +22,7 @@ from zimage.text.qwen3 import Qwen3, Qwen3Config
 from zimage.text.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
-from zimage.vae.tiling import runs_kernels, strip_values
+from zimage.vae.walk import runs_kernels, strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
 
 CPU = torch.device("cpu")

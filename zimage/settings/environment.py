@@ -30,7 +30,7 @@ def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.e
         variable = field.metadata["env"]
         if variable and (text := environ.get(variable)):
             try:
-                value = _from_text(field.name, text, kinds[-1])
+                value = from_text(field.name, text, kinds[-1])
                 takes_one = list_fields(settings).get(field.name, True)
                 values[field.name] = settings.check_one(field.name, value if takes_one else [value])
             except RequestError as error:
@@ -78,8 +78,8 @@ def encoder_token(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get(ENCODER_TOKEN) or None
 
 
-def _from_text(name: str, text: str, kind: type) -> Plain:
-    """The value that a text stands for."""
+def from_text(name: str, text: str, kind: type) -> Plain:
+    """The value that a text stands for. Raises RequestError."""
     if kind is bool and text.lower() not in TRUE + FALSE:
         raise RequestError(f"{name} {quoted(text)} should be one of {', '.join(TRUE + FALSE)}", fields=(name,))
     try:

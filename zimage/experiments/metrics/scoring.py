@@ -1,9 +1,7 @@
 """Scores of the cells in a folder: a metric over all of them, then written into their records."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -11,7 +9,7 @@ from zimage.errors import NonFiniteError, RequestError
 from zimage.experiments.folder import Experiment
 from zimage.experiments.metrics.catalogue import Metric
 from zimage.experiments.metrics.walks import Base, Scored
-from zimage.experiments.record import read_records, write_records
+from zimage.experiments.record import Journal
 
 OWN = ("prompt", "seed")  # axes that a cell shares with its base, whichever cell was named
 
@@ -42,14 +40,14 @@ def score(experiment: Experiment, metric: Metric, base: Base, device: torch.devi
         yield cell, value
 
 
-def store(folder: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
+def store(journal: Journal, scores: Mapping[str, Mapping[str, float]]) -> None:
     """Put scores {metric: {id of a cell: score}} into the records, in the place of all earlier ones of these metrics.
 
-    What was scored against another base must not stand beside it. Raises as `write_records` does.
+    What was scored against another base must not stand beside it. Raises OSError.
     """
     records = []
-    for record in read_records(folder):
+    for record in journal.records.values():
         kept = {name: value for name, value in record.scores.items() if name not in scores}
         own = {name: values[record.id] for name, values in scores.items() if record.id in values}
-        records.append(dataclasses.replace(record, scores={**kept, **own}))
-    write_records(folder, records)
+        records.append(record.replaced(scores={**kept, **own}))
+    journal.replace(records)
