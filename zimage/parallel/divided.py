@@ -63,9 +63,8 @@ def divided_velocity(
 
 def own_context(context: Context, layout: Layout, rank: int) -> Context:
     """What a rank needs of a context. The padding stays that of whole sequences, which its attention sees."""
-    caption = layout.caption.runs[rank]
     return Context(
-        tokens=context.tokens[:, caption.start : caption.stop],
+        tokens=layout.caption.part(context.tokens, rank),
         image_rotation=Rotation(*(layout.image.part(turn, rank) for turn in context.image_rotation)),
         rotation=Rotation(*(layout.joint.part(turn, rank) for turn in context.rotation)),
         padding=context.padding,

@@ -45,10 +45,9 @@ class Split(NamedTuple):
         return [range(end - length, end) for length, end in zip(segment, accumulate(segment), strict=True)]
 
     def part(self, whole: Tensor, rank: int, dim: int = 1) -> Tensor:
-        """A rank's tokens of a whole sequence, which lie along `dim`."""
-        runs = whole.split([run for segment in self.segments for run in segment], dim)
-        size = len(self.segments[0])
-        return torch.cat(runs[rank::size], dim)
+        """A rank's tokens of a whole sequence, which lie along `dim`; of one segment they are a view."""
+        runs = whole.split([run for segment in self.segments for run in segment], dim)[rank :: len(self.segments[0])]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
     def parts(self, whole: Tensor, dim: int = 1) -> list[Tensor]:
         """The tokens of every rank."""
