@@ -115,7 +115,7 @@ def lora(tmp_path_factory):
 def test_streamed_block_by_block(pool, settings, lora):
     """Each rank by its own plan, as tight as it gets."""
     given = {**settings, "lora": [f"{lora}:0.7"]}
-    found, *others = pool.run(2, leading.led_tightly, given, leading.draw_streamed, PLAIN)
+    found, _ = pool.run(2, leading.led_tightly, given, leading.draw_streamed, PLAIN)
     same(found, alone(given, [PLAIN]))
 
 
