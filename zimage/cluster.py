@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ def ray_module() -> Any:
     """The package `ray`. Raises ZImageError where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when it is imported; nobody asked to be counted
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its C++ says to the terminal is for its developers
+    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    if has_token and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster by `ray start` asks for what that wrote there
     try:
         return importlib.import_module("ray")
     except ImportError:
