@@ -15,9 +15,11 @@ from zimage.cli.compare import compare
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.metrics import metrics
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
+from zimage.cli.sweep import sweep
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
 from zimage.cli.weights import weights
@@ -67,8 +69,10 @@ def cli(ctx: click.Context) -> None:
 
 COMMANDS = (
     gen,
-    batch,
     serve,
+    batch,
+    sweep,
+    metrics,
     compare,
     rewrite,
     encode,

@@ -26,6 +26,7 @@ from zimage.settings.plain import mistake
 
 SCHEMA = 1
 RECORDS = "cells.jsonl"  # within the folder of a sweep
+CAPTIONS = "captions"  # the folder in it that keeps them until all cells are done
 LONGEST_FILE, LONGEST_LINE = 1 << 30, 1 << 20  # bytes; a record of a long prompt has some ten thousand
 
 
