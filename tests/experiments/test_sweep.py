@@ -219,7 +219,7 @@ def test_one_sweep_at_a_time_writes_a_folder(sweep, tmp_path):
 
 
 def test_bench_has_the_same_command():
-    assert "Render PROMPTs under every combination" in CliRunner().invoke(bench, ["sweep", "--help"]).output
+    assert "Draw PROMPTs under every combination" in CliRunner().invoke(bench, ["sweep", "--help"]).output
 
 
 # A process that has loaded what takes time and forks a sweep for every kill.

@@ -66,7 +66,10 @@ def sweep(
     quiet: bool,
     **options: Plain,
 ) -> None:
-    """Render PROMPTs under every combination of settings; each picture has a record in FOLDER/cells.jsonl."""
+    """Draw PROMPTs under every combination of settings.
+
+    FOLDER gets a picture and a record of each cell; options are the settings of all.
+    """
     file = read_sweep(toml) if toml else SweepFile([], [], {}, [])
     left = {name: value for name, value in file.settings.items() if options.get(name) in (None, ())}
     resolve = resolver({**options, **left})

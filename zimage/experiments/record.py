@@ -37,7 +37,7 @@ class Record:
     `axes` are the values that distinguish it from others, by the name of the setting, None where that was left as it
     is. `request` is the prepared one, as `Job.to_dict` holds it, and `load` how the model was loaded; where it could
     not be prepared, what was asked for. `path` is the name of its picture in the folder; `timings` are seconds by stage
-    (of a profile: the median of its rounds), `memory` bytes ("peak", by device), `counts` what was loaded or encoded
+    (of a profile: the median of its rounds, with the least and the most as `spread`), `memory` bytes ("peak", by device), `counts` what was loaded or encoded
     for it ("loads", "encodes") and other numbers, `scores` those of metrics. `model` names checkpoint and LoRAs by
     their hashes, `machine` what it ran on. With an `error` there is no picture.
     """
@@ -51,6 +51,7 @@ class Record:
     load: Mapping[str, Plain] = field(default_factory=dict)
     path: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, list[float]] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -85,6 +86,7 @@ KINDS: dict[str, Hint] = {
     **dict.fromkeys(("path", "error"), str | None),
     **dict.fromkeys(("axes", "request", "load", "model", "machine"), dict[str, Any]),
     **dict.fromkeys(("timings", "memory", "counts", "scores"), dict[str, float]),
+    "spread": dict[str, tuple[float, float]],
     "seed": int | None,
     "schema": int,
 }
