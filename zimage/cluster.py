@@ -47,6 +47,12 @@ def connected(address: str | None = None, cpus: int | None = None, **options: An
         ray.shutdown()
 
 
+def gpus(address: str) -> int:
+    """How many workers a cluster has room for: one on each GPU; one where it has none. Raises ZImageError."""
+    with connected(address) as ray:
+        return max(1, int(ray.cluster_resources().get("GPU", 0)))
+
+
 def get(reference: Any) -> Any:
     """What a reference stands for, waited for. Raises the ZImageError of a task, or one on what became of it."""
     ray = ray_module()
