@@ -15,6 +15,7 @@ from zimage.cli.compare import compare
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.metrics import metrics
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
@@ -68,10 +69,11 @@ def cli(ctx: click.Context) -> None:
 
 COMMANDS = (
     gen,
+    serve,
     batch,
     sweep,
+    metrics,
     compare,
-    serve,
     rewrite,
     encode,
     see,

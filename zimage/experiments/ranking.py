@@ -39,8 +39,8 @@ class Row:
     """One setting in a table. With one prompt there are no intervals.
 
     `rank` is that of its mean, 1 the best; settings with equal means share the middle of their places. `behind` is how
-    far its mean is from the best one, 0 or more in either direction. `best` is the share of resamples in which no other
-    setting was better, divided among those that were equal.
+    far its mean is behind that of the table's first row, whichever direction is better: an interval that holds 0 shows
+    no difference. `best` is the share of resamples in which no other setting was better, divided among equal ones.
     """
 
     setting: Setting
@@ -96,16 +96,15 @@ def ranked(scores: Scores, higher_is_better: bool, resamples: int = RESAMPLES, s
     draws = np.random.default_rng(seed).multinomial(len(shared), [1 / len(shared)] * len(shared), resamples)  # (R, N)
     whole = _Figures.of(sign * values.mean(axis=1)[None])
     drawn = _Figures.of(sign * (draws @ values.T) / len(shared))
-    rows = [_row(setting, i, len(shared), sign, whole, drawn) for i, setting in enumerate(scores)]
-    return sorted(rows, key=lambda row: row.rank)
+    order, settings = np.argsort(whole.ranks[0], kind="stable").tolist(), list(scores)
+    return [_row(settings[i], i, order[0], len(shared), sign, whole, drawn) for i in order]
 
 
 class _Figures(NamedTuple):
-    """Of each resample: means, the higher the better; ranks; distances from the best; shares of being the best."""
+    """Of each resample: means, the higher the better; ranks; shares of being the best. Each (R, M)."""
 
-    means: Array  # (R, M), like the others
+    means: Array
     ranks: Array
-    behind: Array
     best: Array
 
     @classmethod
@@ -116,32 +115,36 @@ class _Figures(NamedTuple):
         columns = [rounded[:, i : i + 1] for i in range(means.shape[1])]
         better = np.stack([(rounded > column).sum(axis=1) for column in columns], axis=1)
         equal = np.stack([(rounded == column).sum(axis=1) for column in columns], axis=1)  # itself included
-        best = (better == 0) / equal
-        return cls(means, better + (equal + 1) / 2, means.max(axis=1, keepdims=True) - means, best)
+        return cls(means, better + (equal + 1) / 2, (better == 0) / equal)
+
+    def behind(self, i: int, first: int) -> Array:
+        """How far setting `i` is behind `first`, on the same prompts: (R,)."""
+        return self.means[:, first] - self.means[:, i]
 
 
-def _row(setting: Setting, i: int, prompts: int, sign: int, whole: _Figures, drawn: _Figures) -> Row:
-    def interval(figures: Array) -> Interval | None:
-        return _interval(figures[:, i]) if prompts > 1 else None
+def _row(setting: Setting, i: int, first: int, prompts: int, sign: int, whole: _Figures, drawn: _Figures) -> Row:
+    def interval(values: Array) -> Interval | None:
+        return _interval(values) if prompts > 1 else None
 
     return Row(
         setting,
         prompts,
         mean=float(sign * whole.means[0, i]),
         rank=float(whole.ranks[0, i]),
-        behind=float(whole.behind[0, i]),
+        behind=float(whole.behind(i, first)[0]),
         best=float(drawn.best[:, i].mean()),
-        mean_interval=interval(sign * drawn.means),
-        rank_interval=interval(drawn.ranks),
-        behind_interval=interval(drawn.behind),
+        mean_interval=interval(sign * drawn.means[:, i]),
+        rank_interval=interval(drawn.ranks[:, i]),
+        behind_interval=interval(drawn.behind(i, first)),
     )
 
 
 def _interval(values: Array) -> Interval:
+    """Of values (R,)."""
     import numpy as np
 
-    low, high = np.quantile(values, (TAIL, 1 - TAIL))
-    return Interval(float(low), float(high))
+    low, high = np.quantile(values, (TAIL, 1 - TAIL)).tolist()
+    return Interval(low, high)
 
 
 def _setting(record: Record, axes: Sequence[str]) -> Setting:

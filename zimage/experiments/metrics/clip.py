@@ -103,7 +103,6 @@ class Clip(nn.Module):
         self.vision_model = VisionModel(vision)
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
         self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.ones(()))  # of training; a cosine does not need it
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Clip":

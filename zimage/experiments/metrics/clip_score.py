@@ -29,14 +29,17 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the training pictures' channels, from 0 to 1
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-UNUSED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")  # 0, 1, 2 … in older files
+# What a cosine does not need, and 0, 1, 2 … in older files.
+UNUSED = ("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
 class ClipScore:
-    """The cosine of picture and prompt, from −1 to 1. Prompts beyond the text model's tokens are cut, as in training."""
+    """The cosine of picture and prompt, from −1 to 1. A prompt longer than the text model is cut, as in training."""
 
     def __init__(self, model: Clip, tokenizer: FastTokenizer):
         self.model, self.tokenizer = model, tokenizer
+        self.begin, self.end = (tokenizer.get_vocab()[token] for token in (BEGIN, END))
+        self.device = model.text_projection.weight.device
         self.text_vector = functools.lru_cache(maxsize=256)(self._text_vector)
 
     @classmethod
@@ -63,20 +66,20 @@ class ClipScore:
         width, height = (max(size, int(side * scale)) for side in picture.size)
         scaled = picture.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
-        levels = np.asarray(scaled.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-        normalised = (levels - np.float32(MEAN)) / np.float32(DEVIATION)
-        return torch.from_numpy(normalised).permute(2, 0, 1).to(self.model.logit_scale.device)
+        cut = np.array(scaled.crop((left, top, left + size, top + size)))
+        values = torch.from_numpy(cut).to(self.device).permute(2, 0, 1) / 255
+        mean, deviation = (values.new_tensor(of)[:, None, None] for of in (MEAN, DEVIATION))
+        return (values - mean) / deviation
 
     def tokens(self, prompt: str) -> list[int]:
         """Between a beginning and an end, at most as many as the text model has positions."""
         limit = len(self.model.text_model.embeddings.position_embedding.weight)
         with naming_faults("CLIP's tokenizer failed"):
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        begin, end = (self.tokenizer.token_to_id(token) for token in (BEGIN, END))
-        return [begin, *ids[: limit - 2], end]
+        return [self.begin, *ids[: limit - 2], self.end]
 
     def _text_vector(self, prompt: str) -> Tensor:
-        return self.model.text_vector(torch.tensor(self.tokens(prompt), device=self.model.logit_scale.device))
+        return self.model.text_vector(torch.tensor(self.tokens(prompt), device=self.device))
 
 
 def read_tokenizer(folder: Path) -> FastTokenizer:

@@ -1,9 +1,10 @@
-"""Whether a picture shows the text that its prompt quotes, as a text recogniser reads it. The only file with rapidocr."""
+"""Whether a picture shows the text that its prompt quotes, as a recogniser reads it. The only file with rapidocr."""
 
 import re
 import unicodedata
 from typing import Any
 
+import torch
 from PIL import Image
 
 from zimage.errors import RequestError, install_hint
@@ -40,7 +41,8 @@ def _engine() -> Any:
     except ImportError as error:
         text = f"the metric ocr needs rapidocr and onnxruntime ({error}): {install_hint('metrics')}"
         raise RequestError(text, fields=("metric",)) from None
-    return RapidOCR(params={"Global.log_level": "critical"})
+    threads = torch.get_num_threads()  # as many as everything else here takes
+    return RapidOCR(params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": threads})
 
 
 def quoted_texts(prompt: str) -> list[str]:
