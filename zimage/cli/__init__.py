@@ -19,6 +19,7 @@ from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
+from zimage.cli.view import view
 from zimage.cli.weights import weights
 from zimage.errors import ZImageError, one_line
 from zimage.settings.environment import DEBUG
@@ -63,7 +64,7 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, see, tokens, templates, compare, config, info, weights):
+for command in (gen, serve, rewrite, encode, see, tokens, templates, compare, view, config, info, weights):
     cli.add_command(command)
 
 

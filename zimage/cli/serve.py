@@ -46,7 +46,7 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
     serving = _checked(resolved)
     if resolved.note and not quiet:
         terminal.note(resolved.note)
-    _need_packages()
+    need_packages("a server")
     from zimage.serve import app
 
     with resolved.naming_sources():
@@ -78,7 +78,8 @@ def _checked(resolved: Resolved) -> ServeSettings:
         return ServeSettings.from_mapping(resolved.of(ServeSettings))
 
 
-def _need_packages() -> None:
+def need_packages(what: str) -> None:
+    """Raise ZImageError where the packages of the extra `serve` are missing, which `what` needs."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        told = f"a server needs {' and '.join(missing)}, of the extra `serve`"
+        told = f"{what} needs {' and '.join(missing)}, of the extra `serve`"
         raise ZImageError(f"{told}; run: {install_hint('serve')}")
