@@ -25,6 +25,7 @@ ROOMS = (
     "zimage/cli",
     "zimage/serve",
     "zimage/experiments",
+    "zimage/experiments/metrics",
     "kernels",
     "weights",
     "templates",

@@ -267,3 +267,10 @@ def test_every_id_is_there():
     shared = [SERVER_PAGE / name for name in SHARED if name.endswith(".js")]
     code = "".join(path.read_text() for path in [*PAGE.glob("*.js"), *shared])
     assert set(re.findall(r'\$\("([\w-]+)"\)', code)) <= set(re.findall(r'\bid="([\w-]+)"', html))
+
+
+def test_every_module_is_asked_for_at_once():
+    """Else the browser learns of each from the one before it."""
+    named = set(re.findall(r'modulepreload" href="/page/([\w.]+)"', (PAGE / "index.html").read_text()))
+    shared = {name for name in SHARED if name.endswith(".js")}
+    assert named == shared | {path.name for path in PAGE.glob("*.js")} - {"main.js"}

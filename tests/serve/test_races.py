@@ -22,6 +22,7 @@ from zimage.serve.dispatch import Dispatcher
 from zimage.serve.history import History
 from zimage.serve.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, JobRow, Jobs, new_id
 from zimage.serve.metrics import Metrics
+from zimage.serve.places import HERE, Place
 from zimage.serve.refusals import Conflict, NoRoom, Unavailable
 from zimage.serve.stream import LENGTH, Streams
 
@@ -33,7 +34,7 @@ class FakeWorker:
 
     device_name, about, restarts = "cpu", {}, 0
 
-    def __init__(self, device, start, hear):
+    def __init__(self, place, hear):
         self.hear, self.task, self.lives, self.got = hear, "", True, []
 
     @property
@@ -69,7 +70,7 @@ class Queue:
         self.history = History(folder, self.database)
         (folder / "states").mkdir(exist_ok=True)
         self.dispatcher = Dispatcher(self.jobs, self.history, self.streams, Metrics(), folder, lambda: self.room)
-        self.dispatcher.start([""], {"loading": {}}, self.jobs.waiting())
+        self.dispatcher.start([Place("", HERE, {})], self.jobs.waiting())
         (self.worker,) = self.dispatcher.workers
 
     def submit(self, images=1):

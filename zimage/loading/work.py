@@ -22,7 +22,7 @@ from zimage.text.qwen3 import Qwen3, Qwen3Config
 from zimage.text.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
-from zimage.vae.tiling import runs_kernels, strip_values
+from zimage.vae.walk import runs_kernels, strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 
 
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image.
+    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every token.
 
     Of each ControlNet beside it, as `control_bytes` says.
     """
@@ -93,8 +93,9 @@ def control_bytes(
 
 
 def _dit_tokens(work: Workload) -> int:
-    """Tokens of images and captions in one evaluation."""
-    return work.batch * (work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens))
+    """Tokens of images and captions in one evaluation, as many as one of the ranks has."""
+    tokens = work.batch * (work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens))
+    return -(-tokens // work.ranks)
 
 
 def graph_bytes(config: Qwen3Config | ZImageDiTConfig, work: Workload, dtype: torch.dtype) -> int:

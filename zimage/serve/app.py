@@ -37,6 +37,7 @@ from zimage.serve.unhandled import HANDLERS
 from zimage.settings.environment import data_folder
 from zimage.settings.fields import Plain
 from zimage.settings.paths import user_path
+from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
 
 
@@ -49,14 +50,18 @@ class Ready(NamedTuple):
 
 
 def run(
-    loading: Mapping[str, Plain], defaults: Mapping[str, Plain], serving: ServeSettings, ready: Callable[[Ready], None]
+    loading: Mapping[str, Plain],
+    defaults: Mapping[str, Plain],
+    serving: ServeSettings,
+    machines: BatchSettings,
+    ready: Callable[[Ready], None],
 ) -> None:
     """Serve until the process is told to stop; `ready` is called once. Raises what keeps it from beginning.
 
-    `defaults` are what requests leave open, of pictures and of rewriting.
+    `defaults` are what requests leave open, of pictures and of rewriting; `machines`: a cluster with further workers.
     """
     token = read_token(serving)
-    service = Service(Launch(loading, defaults, serving, folder_of(serving)))
+    service = Service(Launch(loading, defaults, serving, folder_of(serving), machines))
     guard = Guard(serving, Door(token), observe=service.metrics.answered)
 
     def tell(url: str) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from zimage.serve.channel import Message
 from zimage.serve.history import History
 from zimage.serve.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, JobRow, Jobs
 from zimage.serve.metrics import Metrics
+from zimage.serve.places import Place
 from zimage.serve.refusals import Conflict, Unavailable
 from zimage.serve.stream import END, JOB, POSITION, QUEUE, Streams
 from zimage.serve.view import JobView, Progress
@@ -75,7 +76,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ beginning and end
 
-    def start(self, devices: list[str], message: Mapping[str, Any], waiting: list[JobRow]) -> None:
+    def start(self, places: Sequence[Place], waiting: Sequence[JobRow]) -> None:
         """Take up the jobs of an earlier life, and start the workers."""
         for row in waiting:
             row.restarts += row.state == RUNNING
@@ -86,9 +87,8 @@ class Dispatcher:
                 told = {"message": f"the server ended {row.restarts} times over this job", "fields": []}
                 self._close(row, FAILED, told)
         self.books.start()
-        for device in devices:
-            start = {**message, "loading": {**message["loading"], **({"device": device} if device else {})}}
-            worker = Worker(device, start, self._hear)
+        for place in places:
+            worker = Worker(place, self._hear)
             self.workers.append(worker)
             worker.start()
 
