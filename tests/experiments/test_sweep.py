@@ -223,7 +223,10 @@ def test_one_sweep_at_a_time_writes_a_folder(sweep, tmp_path):
     assert "another command is writing the records" in said
 
 
-def test_bench_has_the_same_command():
+def test_bench_has_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "bench", "sweep", "a cat", "-o", str(tmp_path / "out"), "--vary", "stepz=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "Draw PROMPTs under every combination" in CliRunner().invoke(bench, ["sweep", "--help"]).output
 
 
