@@ -18,7 +18,7 @@ PATHS = ("fifo", "fifo.png", "fifo.safetensors", "folder", "folder.png", "empty"
 PATHS += ("null.png", "loop", "/dev/zero", "/dev/full", "~nosuch/x", "../../x", "x\0y", "y" * 300, "y" * 5000, ".", "/")
 FIFOS = ("fifo", "fifo.png", "fifo.safetensors")
 # What waits for a pipe that somebody else writes to, as it should: the shell makes such pipes of <(…).
-READS_PIPES = ("prompt_file", "config", "named")
+READS_PIPES = ("prompt_file", "config", "named", "toml")
 OUT = ("target", "folder")  # what is written as root may replace a device
 QUICK = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "fp32", "-q", "-o", "out"]
 # What a command needs beside the value at hand; `batch` ends before Ray is started, `weights fetch` with a usage error

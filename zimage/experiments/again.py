@@ -84,12 +84,12 @@ class Renders:
                 self._renders[cell.id] = Render("failed", told=one_line(told))
 
     def _rendered(self, cell: Cell) -> Render:
-        from zimage.settings.declared import Request
+        from zimage.experiments.recorded import request_of
 
         self._renders[cell.id] = Render("running")
         pipe = self._pipeline(cell.record.load)
         image = None
-        events = pipe.run(pipe.prepare(Request.from_mapping(dict(cell.record.request))))
+        events = pipe.run(pipe.prepare(request_of(cell.record)))
         for event in events:
             if self._stopping.is_set():
                 events.close()
