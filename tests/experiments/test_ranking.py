@@ -40,6 +40,10 @@ def test_equal_settings_share_ranks_and_the_best_place():
     rows = ranked({A: by_prompt(*values), B: by_prompt(*values), C: by_prompt(0, 0, 0, 0)}, higher_is_better=True)
     assert [(row.rank, row.best) for row in rows] == [(1.5, 0.5), (1.5, 0.5), (3, 0)]
     assert rows[0].rank_interval == (1.5, 1.5)
+    values = [0.1, 0.2, 0.3]
+    assert sum(values) != sum(reversed(values))
+    rows = ranked({A: by_prompt(*values), B: by_prompt(*reversed(values))}, higher_is_better=True)
+    assert [row.rank for row in rows] == [1.5, 1.5]
 
 
 def test_an_uncertain_order_is_told():

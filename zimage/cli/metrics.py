@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from zimage.experiments.folder import Experiment
     from zimage.experiments.ranking import Interval, Row
 
-NAMES = "psnr, ssim, lpips, lpips-vgg (against --base); diversity (over seeds); grid; ocr; clip=FOLDER"
+NAMES = "psnr, ssim, lpips, lpips-vgg (against --base); diversity (over seeds); grid; ocr; clip=FOLDER; siglip=FOLDER"
 USUAL, AGAINST_BASE = ("grid",), ("psnr", "ssim")
 
 
