@@ -304,6 +304,7 @@ class ZImage(Captioner):
             **({"vision": self.vision.describe()} if self.vision and looks else {}),
             "attention": self.residency.attention,
             "compile": self.settings.compile,
+            "ranks": self.planner.ranks,
             "device": device_names({name: self.places[name] for name in REQUIRED if name in self.places}),
             "torch": torch.__version__,
         }

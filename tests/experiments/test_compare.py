@@ -212,7 +212,7 @@ def test_pictures_of_several_shapes_are_centred_and_a_damaged_one_says_so(tmp_pa
     assert "cannot be read as a picture" in showing.of(experiment.cells[2]).fault
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(300, 1), (3, 200), (90, 90)])
+@pytest.mark.parametrize(("columns", "rows"), [(300, 1), (3, 200), (62, 62)])
 def test_sheets_of_any_number_of_cells_are_legible(tmp_path, columns, rows):
     """Boxes shrink, letters do not; what is still too large is divided, and nothing is lost or shown twice."""
     made = [dataclasses.replace(r, path=None, error="none") for r in records({"a": range(columns), "b": range(rows)})]

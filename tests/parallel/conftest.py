@@ -3,18 +3,16 @@
 import control_nets
 import pytest
 import tiny
-from pool import Pool
+from pool import Pools
+from renders import WIDE
 
 from zimage.text import Qwen3
 from zimage.vae import AutoencoderKL
 
-HEADS = 6
-WIDE = {"dim": 96, "n_heads": HEADS, "n_kv_heads": HEADS, "axes_dims": [4, 6, 6]}
-
 
 @pytest.fixture(scope="session")
 def pool():
-    running = Pool()
+    running = Pools()
     yield running
     running.close()
 

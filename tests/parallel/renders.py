@@ -4,16 +4,20 @@ import functools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import zimage
 from zimage.parallel.divided import divided
+from zimage.parallel.guidance import Halves
 from zimage.parallel.ranks import Ranks
 
+HEADS = 6
+WIDE = {"dim": 96, "n_heads": HEADS, "n_kv_heads": HEADS, "axes_dims": [4, 6, 6]}  # heads enough for five ranks
 CAPTIONS = (9, 40)  # tokens: 32 and 64 when padded
 LATENTS = (10, 14)  # 35 image tokens, 64 when padded
 Settings = tuple[tuple[str, Any], ...]  # of a pipeline; hashable
@@ -79,6 +83,28 @@ def drawn(ranks: Ranks, settings: Settings, case: Mapping[str, Any], delays: int
         ranks.exchange = late(ranks.exchange, delays * 100 + ranks.rank)
     found = latents(ranks, settings, **case)
     return found.numpy().tobytes(), dict(ranks.sent)
+
+
+def drawn_in_halves(
+    ranks: Ranks, settings: Settings, case: Mapping[str, Any], delays: int = 0
+) -> tuple[bytes, dict[str, int]]:
+    """The same with both branches of guidance on halves of the ranks."""
+    if delays:
+        ranks.exchange = late(ranks.exchange, delays * 100 + ranks.rank)
+    halves = Halves.of(ranks)
+    found = latents(halves.own, settings, hooks=[halves.hook], **case)
+    return found.numpy().tobytes(), dict(ranks.sent + halves.own.sent)
+
+
+@torch.no_grad()
+def operations(ranks: Ranks | None, settings: Settings) -> int:
+    """Floating-point operations of products in one evaluation with two unequal captions, on this rank."""
+    dit = pipeline(settings).dit
+    context = dit.context(dit.refine(captions(dit.config.cap_feat_dim, CAPTIONS)), *LATENTS)
+    modulation = dit.modulate(torch.tensor([0.7]))
+    with divided(ranks, "dit", dit) if ranks else nullcontext(), FlopCounterMode(display=False) as counter:
+        dit.velocity(noise(2), modulation, context)
+    return counter.get_total_flops()
 
 
 def late(exchange: Any, seed: int) -> Any:

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from zimage.cli import main
+from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
 
 
@@ -38,10 +39,10 @@ def test_options_and_a_profile_are_sorted_by_what_they_set(app, tmp_path, capsys
     text = '[default]\nsteps = 3\nmodel = "m"\ntop_k = 5\n[default.serve]\nport = 8000\nmax_images = 2\n'
     write(tmp_path / "project" / "zimage.toml", text)
     assert main(["serve", "--port", "0", "--rewrite", "rewrite-photo", "--device", "cpu", "--seed", "4"]) == 0
-    loading, defaults, serving, _ = app.started[0]
+    loading, defaults, serving, machines, _ = app.started[0]
     assert loading == {"model": "m", "device": "cpu"}
     assert defaults == {"steps": 3, "seed": 4, "top_k": 5, "rewriter": "rewrite-photo"}
-    assert serving == ServeSettings(port=0, max_images=2)
+    assert (serving, machines) == (ServeSettings(port=0, max_images=2), BatchSettings())
     assert capsys.readouterr().err == "settings: zimage.toml [default]\n"
 
 
@@ -74,6 +75,7 @@ def test_without_the_extra_one_line_names_it(app, monkeypatch, capsys, package):
 FOREIGN = {  # a line in a file that merely lies in the folder, and what is said
     'host = "0.0.0.0"': "host '0.0.0.0' opens the server to other computers; pass --host if it should",
     'host = "zimage.example"': "opens the server to other computers",
+    'address = "auto"': "address 'auto' sends prompts and pictures to other computers; pass --address if it should",
     'token_file = "token"': "decides who may use the server; pass --token-file if it should",
     'allow_host = ["evil.example"]': "decides who may use the server",
     'data = "../elsewhere"': "lies outside of the current folder; pass --data to use it",
@@ -84,12 +86,13 @@ FOREIGN = {  # a line in a file that merely lies in the folder, and what is said
 
 @pytest.mark.parametrize("line", FOREIGN)
 def test_a_folders_file_neither_opens_the_server_nor_deletes_nor_writes_elsewhere(app, tmp_path, capsys, line):
-    text = f"[default.serve]\n{line}\n"
+    table = "default" if "address" in line else "default.serve"
+    text = f"[{table}]\n{line}\n"
     write(tmp_path / "project" / "zimage.toml", text)
     assert main(["serve"]) == 2
     err = capsys.readouterr().err
     assert FOREIGN[line] in err
-    assert err.endswith("(from zimage.toml [default.serve] line 2)\n")
+    assert err.endswith(f"(from zimage.toml [{table}] line 2)\n")
     assert app.started == []
     assert main(["serve", "--config", "zimage.toml"]) == 0, "a file that is named is the user's own"
     (tmp_path / "project" / "zimage.toml").unlink()
@@ -123,3 +126,12 @@ def test_the_rules_for_renders_hold_for_a_server_too(app, tmp_path, monkeypatch,
     assert main(["serve"]) == 2
     assert words in capsys.readouterr().err
     assert app.started == []
+
+
+def test_a_cluster_and_its_workers_are_options_of_a_server_too(app, tmp_path, capsys):
+    assert main(["serve", "--address", "auto", "--workers", "3", "--worker", "cpu"]) == 0
+    assert app.started[0][2:4] == (ServeSettings(worker=["cpu"]), BatchSettings(address="auto", workers=3))
+    assert main(["serve", "--workers", "3"]) == 2
+    assert "workers are those of a cluster; name it with --address" in capsys.readouterr().err
+    write(tmp_path / "project" / "zimage.toml", "[default]\nworkers = 2\nencoders = 1\n")
+    assert main(["serve"]) == 0, "it is meant for `batch`"

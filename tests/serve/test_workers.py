@@ -8,6 +8,7 @@ import pytest
 
 from zimage.errors import RequestError
 from zimage.serve import workers
+from zimage.serve.places import HERE, Place
 from zimage.serve.refusals import Unavailable
 from zimage.serve.workers import READY, STARTING, STOPPED, Worker
 
@@ -40,7 +41,7 @@ def worker(tmp_path, monkeypatch):
     def make(script):
         monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-S", "-E", "-c", HEAD + script))
         heard = []
-        made = Worker("cpu", {"data": str(tmp_path)}, lambda worker, message: heard.append(message["on"]))
+        made = Worker(Place("cpu", HERE, {"data": str(tmp_path)}), lambda worker, message: heard.append(message["on"]))
         made.start()
         return made, heard
 

@@ -19,8 +19,10 @@ from zimage.cli.metrics import metrics
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
+from zimage.cli.sweep import sweep
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
+from zimage.cli.view import view
 from zimage.cli.weights import weights
 from zimage.errors import RanksParted, ZImageError, one_line
 from zimage.parallel import environment
@@ -68,10 +70,12 @@ def cli(ctx: click.Context) -> None:
 
 COMMANDS = (
     gen,
-    batch,
     serve,
-    compare,
+    batch,
+    sweep,
     metrics,
+    compare,
+    view,
     rewrite,
     encode,
     see,

@@ -94,7 +94,7 @@ def drawing(resolved: Resolved) -> Iterator[tuple["ZImage", "ZImage | Leader"]]:
     parallel = ParallelSettings.from_mapping(resolved.of(ParallelSettings))
     loading = LoadSettings.from_mapping(resolved.of(LoadSettings))
     announce({"load": loading.to_mapping(), "cfg_parallel": parallel.cfg_parallel})
-    with met(pipe.device) as ranks, Leader(pipe, ranks) as leader:
+    with met(pipe.device) as ranks, Leader(pipe, ranks, parallel.cfg_parallel) as leader:
         yield pipe, leader
 
 
@@ -124,7 +124,7 @@ def follow() -> int:
     loading = own_devices(plan["load"])
     pipe = ZImage.load(loading.pop("model", None), **loading)
     with met(pipe.device) as ranks:
-        follow(pipe, ranks)
+        follow(pipe, ranks, plan["cfg_parallel"])
     return 0
 
 

@@ -11,18 +11,20 @@ from zimage.cli.options import GroupedCommand, options_of
 from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.cli.trust import check_folder, check_server, check_serving
-from zimage.errors import ZImageError, install_hint
+from zimage.errors import RequestError, ZImageError, install_hint
 from zimage.settings.declared import Request
 from zimage.settings.fields import fields
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
 
 if TYPE_CHECKING:
     from zimage.serve.app import Ready
 
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
+MACHINES = ("address", "workers")  # a cluster with further workers
 PER_CALL = tuple(field.name for field, _ in fields(Request) if field.metadata["per_call"])
 
 
@@ -30,6 +32,7 @@ PER_CALL = tuple(field.name for field, _ in fields(Request) if field.metadata["p
 @configured
 @click.option("--reindex", is_flag=True, help="Make the index of the history anew from the pictures, and exit.")
 @options_of(ServeSettings)
+@options_of(BatchSettings, only=MACHINES)
 @options_of(Request, skip=PER_CALL)
 @options_of(RewriteSettings)
 @options_of(LoadSettings)
@@ -43,10 +46,10 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
     """
     logging.getLogger("zimage").setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     resolved = resolve_options(options)
-    serving = _checked(resolved)
+    serving, machines = _checked(resolved), _machines(resolved)
     if resolved.note and not quiet:
         terminal.note(resolved.note)
-    _need_packages()
+    need_packages("a server")
     from zimage.serve import app
 
     with resolved.naming_sources():
@@ -54,7 +57,7 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
             terminal.out(f"{counted(app.reindex(serving), 'picture')} in the index")
         else:
             defaults = {**resolved.of(Request), **resolved.of(RewriteSettings)}
-            app.run(resolved.of(LoadSettings), defaults, serving, lambda ready: _introduce(ready, quiet))
+            app.run(resolved.of(LoadSettings), defaults, serving, machines, lambda ready: _introduce(ready, quiet))
 
 
 def _introduce(ready: "Ready", quiet: bool) -> None:
@@ -78,7 +81,17 @@ def _checked(resolved: Resolved) -> ServeSettings:
         return ServeSettings.from_mapping(resolved.of(ServeSettings))
 
 
-def _need_packages() -> None:
+def _machines(resolved: Resolved) -> BatchSettings:
+    """The cluster and its workers. Raises RequestError where an option asks for workers of none."""
+    values = {name: value for name, value in resolved.of(BatchSettings).items() if name in MACHINES}
+    if "address" not in values and resolved.source("workers").startswith("--"):
+        text = "workers are those of a cluster; name it with --address, or a device of this computer with --worker"
+        raise RequestError(text, fields=("workers", "address"))
+    return BatchSettings.from_mapping(values)
+
+
+def need_packages(what: str) -> None:
+    """Raise ZImageError where the packages of the extra `serve` are missing, which `what` needs."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        told = f"a server needs {' and '.join(missing)}, of the extra `serve`"
+        told = f"{what} needs {' and '.join(missing)}, of the extra `serve`"
         raise ZImageError(f"{told}; run: {install_hint('serve')}")

@@ -18,6 +18,7 @@ SECRETS = {"rewriter_url": (REWRITER_KEY, rewriter_key), "encoder_url": (ENCODER
 KEEPING = ("keep_days", "keep_gb")
 SERVING = {
     "host": "opens the server to other computers",
+    "address": "sends prompts and pictures to other computers",
     "token_file": "decides who may use the server",
     "allow_host": "decides who may use the server",
     **dict.fromkeys(KEEPING, "deletes pictures of yours"),
@@ -55,7 +56,7 @@ def check_address(resolved: Resolved) -> None:
 
 
 def check_serving(resolved: Resolved) -> None:
-    """Raise RequestError where such a file opens the server to others, or has pictures of the user deleted."""
+    """Raise RequestError where such a file lets others in, sends work out, or has pictures of the user deleted."""
     from zimage.serve.hosts import is_loopback
 
     check_folder(resolved, "data")

@@ -165,13 +165,22 @@ def shown(value: str) -> str:
 
 
 def _cell(folder: Path, record: Record) -> Cell:
-    fault = mistake(vars(record), KINDS, "it")
+    fault = mistake(vars(record), KINDS, "it") or _unsayable(record)
     if fault or not ID.fullmatch(record.id):
         fault = fault or f"its id is {quoted(record.id)}"
         raise RequestError(f"a record of {quoted(folder.name)} cannot be used: {fault}")
     plain: dict[str, Plain] = {**record.axes, "prompt": record.prompt, "seed": record.seed}
     values = {name: json.dumps(value, sort_keys=True) for name, value in plain.items()}
     return Cell(record, values, _path(folder, record))
+
+
+def _unsayable(record: Record) -> str:
+    """What JSON or UTF-8 cannot say: NaN, infinity, half a character."""
+    try:
+        json.dumps(vars(record), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        return "it holds NaN, infinity or text that is not valid Unicode"
+    return ""
 
 
 def _path(folder: Path, record: Record) -> Path | None:

@@ -8,7 +8,8 @@ A rank holds all weights and computes its own tokens. Of an evaluation of the Di
     project    takes the rank's image tokens to patches, and gathers those of all ranks
 
 and everything between these looks at one token at a time. Every rank returns the whole velocity, of the same bits. The
-context refiner is not divided: it runs once per prompt, on a sequence that is short.
+context refiner is not divided: it runs once per prompt, on a sequence that is short. Exact strips of a VAE are divided
+by `strips.py`; what it computes without strips, every rank does.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,10 +34,10 @@ from zimage.parallel.strips import divided_walk
 def divided(ranks: Ranks, name: str, module: Any) -> AbstractContextManager[None]:
     """Divide a component of this name over the ranks for as long as the context lasts; others stay as they are.
 
-    All ranks must use it in the same way meanwhile. Raises RequestError where there are too many ranks for a model or a
-    sequence, when it is first evaluated.
+    All ranks must use it in the same way meanwhile. A single rank computes as it does without. Raises RequestError
+    where there are too many ranks for a model or a sequence, when it is first evaluated.
     """
-    if name == DIT:
+    if name == DIT and ranks.size > 1:
         return exchanged([(module, "velocity", partial(divided_velocity, ranks, module))])
     if name == VAE:
         return exchanged([(module, "walk", divided_walk(ranks))])

@@ -10,6 +10,8 @@ Heads do not see one another, so a rank's attention is that of one rank on fewer
 rank, and its mask holds for them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,16 @@ def divided_attention(
 ) -> Tensor:
     """`attend` of whole sequences of which q, k and v (B, l_r, H, D) are this rank's tokens; returns (B, l_r, H, D)."""
     split = layout.split(ranks.rank, q.shape[1])
-    q, k, v = to_heads(ranks, layout, split, torch.stack((q, k, v)))
-    return to_tokens(ranks, layout, split, attend(q, k, v, padding))
+    return to_tokens(ranks, layout, split, attend(*to_heads(ranks, layout, split, (q, k, v)), padding))
 
 
-def to_heads(ranks: Ranks, layout: Layout, split: Split, x: Tensor) -> Tensor:
-    """(3, B, l_r, H, D) → (3, B, L, h_r, D)"""
-    (_, B, _, _, D), own = x.shape, layout.heads[ranks.rank]
-    shapes = [(3, B, length, own, D) for length in split.lengths]
-    return split.whole(ranks.exchange(KIND, x.split(layout.heads, dim=3), shapes), dim=2)
+def to_heads(ranks: Ranks, layout: Layout, split: Split, given: Sequence[Tensor]) -> list[Tensor]:
+    """Each (B, l_r, H, D) → (B, L, h_r, D), all of them in one exchange."""
+    (B, _, _, D), own, count = given[0].shape, layout.heads[ranks.rank], len(given)
+    cut = zip(*(x.split(layout.heads, dim=2) for x in given), strict=True)
+    shapes = [(B, length, own, D) for length in split.lengths for _ in given]
+    found = ranks.exchange(KIND, [part for parts in cut for part in parts], shapes)
+    return [split.whole(found[i::count]) for i in range(count)]
 
 
 def to_tokens(ranks: Ranks, layout: Layout, split: Split, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from zimage import interrupts
 
-GRACE = 8.0  # seconds from a signal to the end
+GRACE = 5.0  # seconds from a signal to the end
 POLL = 0.5  # seconds
 
 

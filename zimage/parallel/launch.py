@@ -21,7 +21,6 @@ from zimage.errors import ZImageError
 from zimage.parallel.environment import KILLED, LAUNCHED, LOST, REASONS, word_of
 from zimage.parallel.guard import GRACE
 
-QUIET = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # what ranks on one computer talk over, whatever its network is
 
 
@@ -31,9 +30,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     Raises ZImageError with the line and the exit status of what failed first, and Interrupt where this process is told
     to end; no rank is left then.
     """
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    with tempfile.TemporaryDirectory(prefix="zimage-ranks-") as folder, _environment(_of_ranks(count)):
+    with _silence(), tempfile.TemporaryDirectory(prefix="zimage-ranks-") as folder, _environment(_of_ranks(count)):
         try:
             elastic_launch(_config(count, folder), sys.executable)("-m", "zimage", *arguments)
         except ChildFailedError as error:
@@ -85,6 +82,17 @@ def _of_ranks(count: int) -> dict[str, str]:
     talk = {"GLOO_SOCKET_IFNAME": LOOPBACK[sys.platform]} if sys.platform in LOOPBACK else {}
     share = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
     return {"OMP_NUM_THREADS": str(share), "TORCH_CPP_LOG_LEVEL": "ERROR", **talk}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The engine logs what becomes one line; nothing else runs in this process meanwhile."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

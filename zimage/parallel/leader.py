@@ -21,7 +21,7 @@ from zimage.events import Event
 from zimage.parallel import orders
 from zimage.parallel.orders import Word
 from zimage.parallel.ranks import Ranks
-from zimage.parallel.together import Divided
+from zimage.parallel.together import Divided, division
 from zimage.pipeline import ZImage
 from zimage.render import stages
 from zimage.render.captioning import Conditions
@@ -33,12 +33,14 @@ from zimage.settings.declared import Request
 class Leader:
     """A pipeline whose pictures all ranks draw together, one job at a time; the ranks are let go at its end."""
 
-    def __init__(self, pipe: ZImage, ranks: Ranks):
-        """The other ranks call `follow` with a pipeline of the same model."""
-        self.pipe, self._ranks = pipe, ranks
+    def __init__(self, pipe: ZImage, ranks: Ranks, cfg_parallel: bool = False):
+        """The other ranks call `follow` with a pipeline of the same model, and the same `cfg_parallel`.
+
+        Raises RequestError for a number of ranks that the model cannot be divided over.
+        """
+        self.pipe, self._ranks, self._halves = pipe, ranks, division(pipe, ranks, cfg_parallel)
         self._at: Divided | None = None  # the job that all ranks are at
         self._has_ended = False
-        pipe.planner.ranks = ranks.size
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +74,7 @@ class Leader:
             conditions = yield from self.pipe.conditions(job)
         components = self._begin(job, conditions, state)
         try:
-            yield from stages.draw(components, job, conditions, state)
+            yield from stages.draw(components, job, conditions, state, components.hooks)
         finally:
             self._leave()
 
@@ -80,7 +82,9 @@ class Leader:
         if self._has_ended or self._at is not None:
             why = "are gone" if self._has_ended else "were parted by an error" if self._is_parted else "are at a job"
             raise ZImageError(f"the ranks {why}; run one job after the other, before the leader is closed")
-        at = self._at = Divided(self.pipe.components(job), self._ranks, lambda: orders.say(self._ranks, Word.GO))
+        halves = self._halves if job.negative_texts else None
+        at = Divided(self.pipe.components(job), self._ranks, halves, lambda: orders.say(self._ranks, Word.GO))
+        self._at = at
         at.in_use = True
         orders.say(self._ranks, Word.JOB)
         orders.give(self._ranks, job, conditions, state)

@@ -40,25 +40,24 @@ class Ranks:
     def exchange(self, kind: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Give each rank its part, and get one of each: parts[r] goes to rank r, which sends one of shapes[r].
 
-        All parts have one dtype and lie on one device; shapes may be uneven, and empty where there is nothing to send.
+        There may be as many for every rank, one after the other: those of rank 0 first. All have one dtype and lie on
+        one device; shapes may be uneven, and empty where there is nothing to send.
         """
-        sizes = [part.numel() for part in parts]
+        sizes, wanted = [part.numel() for part in parts], [torch.Size(shape).numel() for shape in shapes]
         outgoing = parts[0].new_empty(sum(sizes))
         for place, part in zip(outgoing.split(sizes), parts, strict=True):
             place.view(part.shape).copy_(part)
-        wanted = [torch.Size(shape).numel() for shape in shapes]
         incoming = outgoing.new_empty(sum(wanted))
-        width = outgoing.element_size()
+        given, got = (self._by_rank(counts, outgoing.element_size()) for counts in (sizes, wanted))
         with _talking():
-            dist.all_to_all_single(
-                incoming.view(torch.uint8),
-                outgoing.view(torch.uint8),
-                [n * width for n in wanted],
-                [n * width for n in sizes],
-                group=self.group,
-            )
-        self.sent[kind] += (sum(sizes) - sizes[self.rank]) * width
+            dist.all_to_all_single(incoming.view(torch.uint8), outgoing.view(torch.uint8), got, given, group=self.group)
+        self.sent[kind] += sum(given) - given[self.rank]
         return [place.view(tuple(shape)) for place, shape in zip(incoming.split(wanted), shapes, strict=True)]
+
+    def _by_rank(self, counts: Sequence[int], width: int) -> list[int]:
+        """The bytes of each rank's parts, of so many elements each."""
+        each = len(counts) // self.size
+        return [width * sum(counts[rank * each : (rank + 1) * each]) for rank in range(self.size)]
 
     def all_gather(self, kind: str, part: Tensor, lengths: Sequence[int], dim: int = 1) -> Tensor:
         """The parts of all ranks in their order, joined along `dim`, where that of rank r is lengths[r] long."""
@@ -90,9 +89,9 @@ class Ranks:
         return _unpacked(self.broadcast(kind, message, source))
 
     def halves(self) -> tuple["Ranks", int]:
-        """The half of the ranks that this one belongs to, the first or the second, and which of both it is.
+        """The half of the ranks that this one belongs to, and which it is: the first (0) or the second (1).
 
-        Every rank of the group must call it, since both groups are made by all.
+        Every process must call it, since torch.distributed has all of them know of each group.
         """
         members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         middle = self.size // 2

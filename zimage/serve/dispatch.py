@@ -10,17 +10,19 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from zimage.errors import RequestError
 from zimage.serve import leftovers
 from zimage.serve.books import RETRY, Books
 from zimage.serve.channel import Message
 from zimage.serve.history import History
 from zimage.serve.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, JobRow, Jobs
 from zimage.serve.metrics import Metrics
+from zimage.serve.places import Place
 from zimage.serve.refusals import Conflict, Unavailable
 from zimage.serve.stream import END, JOB, POSITION, QUEUE, Streams
 from zimage.serve.view import JobView, Progress
@@ -75,7 +77,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ beginning and end
 
-    def start(self, devices: list[str], message: Mapping[str, Any], waiting: list[JobRow]) -> None:
+    def start(self, places: Sequence[Place], waiting: Sequence[JobRow]) -> None:
         """Take up the jobs of an earlier life, and start the workers."""
         for row in waiting:
             row.restarts += row.state == RUNNING
@@ -86,9 +88,8 @@ class Dispatcher:
                 told = {"message": f"the server ended {row.restarts} times over this job", "fields": []}
                 self._close(row, FAILED, told)
         self.books.start()
-        for device in devices:
-            start = {**message, "loading": {**message["loading"], **({"device": device} if device else {})}}
-            worker = Worker(device, start, self._hear)
+        for place in places:
+            worker = Worker(place, self._hear)
             self.workers.append(worker)
             worker.start()
 
@@ -200,6 +201,7 @@ class Dispatcher:
     def _hear(self, worker: Worker, message: Message) -> None:
         match message["on"]:
             case "ready":
+                self._check_model(worker)
                 self.go_on()
             case "died":
                 self._died(worker)
@@ -209,6 +211,13 @@ class Dispatcher:
                 self.go_on()
             case kind if row := self.rows.get(message["id"]):
                 getattr(self, f"_on_{kind}")(row, message)
+
+    def _check_model(self, worker: Worker) -> None:
+        """Let one go whose model is not that of the others: it would refuse the jobs that they have prepared."""
+        others = [_model(other) for other in self.workers if other is not worker and other.about and not other.refusal]
+        if others and (mine := _model(worker)) != others[0]:
+            told = f"its model is {mine}, and another worker has {others[0]}"
+            worker.refuse(RequestError(f"{told}; open the same everywhere, and set dtype", fields=("model", "dtype")))
 
     def _on_progress(self, row: JobRow, message: Message) -> None:
         progress = self._progress[row.id]
@@ -373,6 +382,12 @@ class Dispatcher:
         for position, id in enumerate(self.queue):
             self.streams.tell(id, POSITION, {"job": id, "position": position})
         self.streams.tell("", QUEUE, {"order": list(self.queue)})
+
+
+def _model(worker: Worker) -> str:
+    """What a job is prepared for."""
+    about = worker.about
+    return f"{about['model']['name']} {about['model']['fingerprint']} in {about['dtype']}"
 
 
 def _between(before: float | None, behind: float | None) -> float:

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,6 +26,7 @@ from zimage.serve.dispatch import Dispatcher, Task
 from zimage.serve.history import History
 from zimage.serve.jobs import DONE, ENDED, QUEUED, STATES, JobRow, Jobs, new_id, uploads_of
 from zimage.serve.metrics import Metrics
+from zimage.serve.places import places
 from zimage.serve.refusals import NoRoom, NotFound, TooMany, Unavailable
 from zimage.serve.shelf import CONTROL_ENDINGS, LORA_ENDINGS, names_in
 from zimage.serve.stream import END, PREVIEW, Message, Streams
@@ -36,6 +37,7 @@ from zimage.settings.declared import Request
 from zimage.settings.fields import Plain, nearest
 from zimage.settings.profiles import laid_over
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
 
@@ -49,12 +51,16 @@ UNUSED = 3600.0  # seconds that uploads are kept which no job needs, and caption
 
 @dataclass(frozen=True)
 class Launch:
-    """What a server is started with: settings of loading, defaults of requests and of rewriting, its own."""
+    """What a server is started with: settings of loading, defaults of requests and of rewriting, its own.
+
+    `machines`: the cluster that it uses besides, and how many workers there.
+    """
 
     loading: Mapping[str, Plain]
     defaults: Mapping[str, Plain]
     serving: ServeSettings
     data: Path
+    machines: BatchSettings = field(default_factory=BatchSettings)
 
 
 class Service:
@@ -83,14 +89,9 @@ class Service:
         """Take up the queue, and wait until a worker has opened the model. Raises what keeps it from that."""
         waiting = await asyncio.to_thread(self.jobs_kept.waiting)
         await asyncio.to_thread(self._clear, {f"{row.id}{ENDING}" for row in waiting})
-        start = {
-            "op": "start",
-            "loading": dict(self.launch.loading),
-            "data": str(self.folder),
-            "encoder_only": self.settings.encoder_only,
-            "previews": self.settings.previews,
-        }
-        self.dispatcher.start(list(self.settings.worker or [""]), start, waiting)
+        launch = self.launch
+        where = await asyncio.to_thread(places, launch.loading, self.settings, launch.machines, self.folder)
+        self.dispatcher.start(where, waiting)
         await self._worker().ready()
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 

@@ -16,7 +16,7 @@ PLACE = re.compile(r"[/\\:]|^\.")  # what makes a name a place
 
 def names_in(folder: str | None, endings: tuple[str, ...]) -> dict[str, Path]:
     """Name without its ending → file, or the folder of a published component; of two with one name the first."""
-    root = Path(folder).expanduser() if folder else None
+    root = Path(folder).expanduser().absolute() if folder else None
     found = [path for ending in endings for path in root.rglob(f"*{ending}")] if root else []
     inside = [path.parent if path.stem == PUBLISHED and path.parent != root else path for path in sorted(found)]
     named = {name_of(path.name, endings): path for path in reversed(inside)}

@@ -14,11 +14,12 @@ from typing import Any
 
 from zimage.errors import CheckpointError, RemoteError, RequestError, RewriteError, ZImageError
 from zimage.serve.channel import Message, packed, read_async
+from zimage.serve.places import Place
 from zimage.serve.refusals import Unavailable
 
 log = logging.getLogger("zimage.serve")
 
-COMMAND = (sys.executable, "-m", "zimage.serve.worker")
+COMMAND = (sys.executable, "-m")  # and the module of a place
 PAUSES = (0.0, 1.0, 3.0, 10.0, 30.0)  # seconds before the first, second … restart in a row
 STEADY = 60.0  # seconds after which a process counts as a sound one, as does one that has ended a task
 OPENING = 600.0  # seconds that a process may take to open the model
@@ -32,14 +33,14 @@ Hear = Callable[["Worker", Message], None]
 
 
 class Worker:
-    """One worker process after another, all for the same device.
+    """One worker process after another, all for the same place.
 
     `hear` gets each message that is not an answer, and {"on": "died"} when a process has ended; `task` is what it does.
     """
 
-    def __init__(self, device: str, start: Mapping[str, Any], hear: Hear):
-        self.device, self.task, self.restarts, self.about = device, "", 0, dict[str, Any]()
-        self._start, self._hear = start, hear
+    def __init__(self, place: Place, hear: Hear):
+        self.device, self.task, self.restarts, self.about = place.name, "", 0, dict[str, Any]()
+        self._place, self._hear = place, hear
         self._process: asyncio.subprocess.Process | None = None
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._asked = self._in_a_row = 0
@@ -118,6 +119,12 @@ class Worker:
         if self._keeper:
             await self._keeper
 
+    def refuse(self, error: ZImageError) -> None:
+        """Have nothing more to do with a process that opened what it should not have, nor with others of its place."""
+        self.refusal = error
+        log.error("the worker on %s cannot be used: %s", self.device, error)
+        self.kill()
+
     def kill(self) -> None:
         """End the process at once."""
         if self._process and self._process.returncode is None:
@@ -145,11 +152,11 @@ class Worker:
         pipe = asyncio.subprocess.PIPE
         # A session of its own: Ctrl-C in the server's terminal is the server's to deal with.
         process = self._process = await asyncio.create_subprocess_exec(
-            *COMMAND, stdin=pipe, stdout=pipe, start_new_session=True, limit=1 << 20
+            *COMMAND, self._place.module, stdin=pipe, stdout=pipe, start_new_session=True, limit=1 << 20
         )
         if self._ending.is_set():  # before there was anything to end
             process.kill()
-        self.send(dict(self._start))
+        self.send(dict(self._place.start))
         patience = asyncio.get_running_loop().call_later(OPENING, self._give_up)
         await self._listen(process)
         patience.cancel()

@@ -1,0 +1,53 @@
+"""Where a server's workers are: on the devices that its settings name, and on the machines of a Ray cluster."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zimage import cluster
+from zimage.settings.fields import Plain, fields
+from zimage.settings.loading import LoadSettings
+from zimage.settings.scale import BatchSettings
+from zimage.settings.serving import ServeSettings
+
+HERE, ON_RAY = "zimage.serve.worker", "zimage.serve.ray_worker"
+
+
+class Place(NamedTuple):
+    """A worker's name, the module of the process that the server starts for it, and what that is told first."""
+
+    name: str
+    module: str
+    start: Mapping[str, Any]
+
+
+def places(loading: Mapping[str, Plain], serving: ServeSettings, machines: BatchSettings, data: Path) -> list[Place]:
+    """The places of a server that keeps everything in `data`. Raises ZImageError where no cluster answers."""
+    start = {
+        "op": "start",
+        "loading": dict(loading),
+        "data": str(data),
+        "encoder_only": serving.encoder_only,
+        "previews": serving.previews,
+    }
+    devices = serving.worker or ([] if machines.address else [""])
+    here = [{**start, "loading": {**loading, **({"device": device} if device else {})}} for device in devices]
+    found = [Place(device, HERE, one) for device, one in zip(devices, here, strict=True)]
+    if machines.address is None:
+        return found
+    shelves = [os.path.abspath(folder) for folder in (loading.get("lora_folder"), serving.control_folder) if folder]
+    there = {"loading": _absolute(loading), "address": machines.address, "shelves": shelves}
+    return found + [Place("Ray", ON_RAY, {**start, **there})] * (machines.workers or cluster.gpus(machines.address))
+
+
+def _absolute(loading: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Settings of loading whose paths mean the same wherever a process runs."""
+    paths = {field.name for field, _ in fields(LoadSettings) if field.metadata["path"]} & loading.keys()
+    return {**loading, **{name: _absolute_one(loading[name]) for name in paths}}
+
+
+def _absolute_one(path: Plain) -> Plain:
+    if isinstance(path, list):
+        return [_absolute_one(one) for one in path]
+    return path if path is None or path.startswith("~") else os.path.abspath(path)
