@@ -174,7 +174,8 @@ def test_the_command_scores_stores_and_ranks(folder, capsys):
     assert lines[0] == "psnr: PSNR to the base, dB (higher is better), 16 of 24 cells"
     assert lines[1].split() == ["rank", "mean", "behind", "the", "first", "best", "in", "steps"]
     assert [line.split()[-1] for line in lines[2:4]] == ["8", "16"]
-    assert lines[4].startswith("ssim:")
+    assert lines[4] == "  with 2 prompts the intervals are narrower than they should be"
+    assert lines[5].startswith("ssim:")
 
 
 def test_stored_scores_are_ranked_again_without_pictures(folder, capsys):

@@ -8,7 +8,7 @@ import click
 
 from zimage.cli import terminal
 from zimage.cli.options import PATH, PlainCommand
-from zimage.cli.progress import Progress
+from zimage.cli.progress import Progress, counted
 
 if TYPE_CHECKING:
     from zimage.experiments.folder import Experiment
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NAMES = "psnr, ssim, lpips, lpips-vgg (against --base); diversity (over seeds); grid; ocr; clip=FOLDER; siglip=FOLDER"
 USUAL, AGAINST_BASE = ("grid",), ("psnr", "ssim")
+ENOUGH = 10  # prompts; of fewer, resamples repeat one another
 
 
 @click.command(cls=PlainCommand)
@@ -73,7 +74,7 @@ def metrics(
         direction = "higher" if KINDS[name].higher_is_better else "lower"
         count = sum(name in record.scores for record in records)
         terminal.out(f"{name}: {KINDS[name].title} ({direction} is better), {count} of {len(records)} cells", bold=True)
-        terminal.out("\n".join(_aligned(_lines(rows))) if rows else "  no cell has a score")
+        terminal.out("\n".join(_table(rows)))
 
 
 def _score(
@@ -110,6 +111,14 @@ def _scored(experiment: "Experiment") -> list[str]:
 
 
 # ------------------------------------------------------------------ tables
+
+
+def _table(rows: Sequence["Row"]) -> list[str]:
+    if not rows:
+        return ["  no cell has a score"]
+    prompts = rows[0].prompts
+    few = f"  with {counted(prompts, 'prompt')} the intervals are narrower than they should be"
+    return [*_aligned(_lines(rows)), *([few] if 1 < prompts < ENOUGH else [])]
 
 
 def _lines(rows: Sequence["Row"]) -> list[list[str]]:
