@@ -36,7 +36,7 @@ ENOUGH = 10  # prompts; of fewer, resamples repeat one another
 )
 @click.option("--by", multiple=True, metavar="AXIS", help="Rank settings by these axes only. Default: all.")
 @click.option("--stored", is_flag=True, help="Rank by the scores that the records have; compute none.")
-@click.option("--device", default="cpu", help="Where LPIPS and CLIP run: cpu, cuda, auto … Default: cpu.")
+@click.option("--device", default="cpu", help="Where LPIPS, CLIP and SigLIP run: cpu, cuda, auto … Default: cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def metrics(
@@ -51,8 +51,8 @@ def metrics(
 ) -> None:
     """Score the cells of a sweep's FOLDER, write the scores into their records, and rank the settings by them.
 
-    Settings are compared on the same prompts. The intervals (95 %) are those of resampled prompts: where the one behind
-    the first setting holds 0, other prompts may well change the order.
+    Settings are compared on the same prompts, and the intervals (95 %) come from resampled prompts: where a setting's
+    distance "behind the first" may be 0, other prompts may change the order.
     """
     from zimage.experiments.folder import Experiment
     from zimage.experiments.metrics.catalogue import KINDS, parse_metrics
