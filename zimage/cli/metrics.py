@@ -74,7 +74,7 @@ def metrics(
         direction = "higher" if KINDS[name].higher_is_better else "lower"
         count = sum(name in record.scores for record in records)
         terminal.out(f"{name}: {KINDS[name].title} ({direction} is better), {count} of {len(records)} cells", bold=True)
-        terminal.out("\n".join(_table(rows)))
+        terminal.out("\n".join(_table(rows) if count else ["  no cell has a score"]))
 
 
 def _score(
@@ -115,10 +115,10 @@ def _scored(experiment: "Experiment") -> list[str]:
 
 def _table(rows: Sequence["Row"]) -> list[str]:
     if not rows:
-        return ["  no cell has a score"]
+        return ["  no prompt has a score in all settings; rank by fewer axes, or render the missing cells"]
     prompts = rows[0].prompts
-    few = f"  with {counted(prompts, 'prompt')} the intervals are narrower than they should be"
-    return [*_aligned(_lines(rows)), *([few] if 1 < prompts < ENOUGH else [])]
+    few = ": the intervals are narrower than they should be" if 1 < prompts < ENOUGH else ""
+    return [*_aligned(_lines(rows)), f"  over {counted(prompts, 'prompt')}{few}"]
 
 
 def _lines(rows: Sequence["Row"]) -> list[list[str]]:
