@@ -20,6 +20,7 @@ USAGE = {
     "encode": ["a"],
     "see": ["x.png", "--vision-layer", "0"],
     "tokens": ["a", "--hidden-layer", "0"],
+    "metrics": ["nowhere"],
     "info": ["--batch-size", "0"],
     "templates list": ["--category", "nothing-like-it"],
     "templates show": ["nothing-like-it"],

@@ -32,6 +32,7 @@ REST = {
     "encode": ["a cat", "-o", "out.safetensors", "--device", "cpu"],
     "see": ["null.png", "--device", "cpu"],
     "tokens": ["a cat"],
+    "metrics": ["folder"],
     "info": [],
     "templates list": [],
     "templates show": ["photo-overcast"],
