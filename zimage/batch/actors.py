@@ -68,7 +68,7 @@ class Actor:
             try:
                 return self.work(row, attempt)
             except LASTING as fault:
-                return self._given_up(row, str(fault), attempt)
+                return self._given_up(row, self._files.named(str(fault)), attempt)
             except ZImageError as fault:
                 self._note(row, str(fault))
                 self.pipe.release()
@@ -116,9 +116,9 @@ class Worker(Actor):
         from zimage.batch.captions import unpack
         from zimage.pictures.files import encoded
 
-        job = self.prepared(row)
-        conditions = unpack(row["captions"]) if row["captions"] else None
         with noted() as notes:
+            job = self.prepared(row)
+            conditions = unpack(row["captions"]) if row["captions"] else None
             image, timings = _drawn(self.pipe, job, conditions)
         own = {"id": row["id"], "asked": row["asked"], "timings": timings, "attempts": attempt, "notes": notes}
         record = {**self.pipe.metadata(job, 0), BATCH: own}

@@ -8,6 +8,7 @@ not travel: they are part of what a worker's machine has to have, as the model i
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +53,10 @@ class Unpacking:
     def unpack(self, values: Values) -> Values:
         """The inverse of `pack`, with paths on this machine."""
         return with_files(values, self._moved)
+
+    def named(self, text: str) -> str:
+        """A text without the folders that the files lie in here."""
+        return re.sub(rf"{re.escape(self._folder.name)}[/\\][0-9a-f]+[/\\]", "", text)
 
     def _moved(self, role: str, name: str) -> str:
         if role != PICTURE:
