@@ -14,10 +14,10 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from browsing import PHONE, chromium, until, window
 from viewing import viewer
 
+from zimage.experiments.pages import SERVERS as SERVER_PAGE
+from zimage.experiments.pages import SHARED
 from zimage.experiments.record import write_records
-from zimage.experiments.viewer import SHARED
 from zimage.experiments.votes import read_votes
-from zimage.serve.forms.page import FOLDER as SERVER_PAGE
 
 pytestmark = pytest.mark.browser
 

@@ -1,4 +1,4 @@
-"""`compare`: the cells of a sweep side by side, as sheets or as an animation."""
+"""`compare`: the cells of a sweep side by side, as sheets, as one page, or as an animation."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from zimage.cli.options import PATH, PlainCommand
 AXIS, VALUE = "AXIS", "AXIS=VALUE"
 DIFFERENCES = ("absolute", "highlight", "heatmap")
 SHEET = "sheet.png"
-ENDINGS = "File: .png, .jpg or .webp; with --flip .webp, .gif or .png."
+HTML, ENDINGS = ".html", "File: .png, .jpg, .webp or .html; with --flip .webp, .gif or .png."
 
 
 @click.command(cls=PlainCommand)
@@ -58,16 +58,22 @@ def compare(
     from zimage.experiments.layout import arranged, placed
     from zimage.experiments.sheet import Style
     from zimage.experiments.showing import Showing
-    from zimage.experiments.writing import write_flip, write_sheets
+    from zimage.experiments.writing import write_flip, write_page, write_sheets
+    from zimage.formats.files import require_inside
 
-    output, whole = output or folder / SHEET, Experiment.open(folder)
+    if output is None:
+        output = folder / SHEET
+        require_inside(folder, output)  # which may have come from anybody, with links in it
+    whole = Experiment.open(folder)
     experiment = whole.only(only)
     if side_by_side:
         experiment, own_base, apart = experiment.pair(*side_by_side)
         base, columns = base or (own_base if diff else None), columns or apart
     showing = Showing(whole, kind_of(diff) if diff else None, base or "", gain, score)
     grids, style = arranged(experiment, placed(experiment, columns, rows, pages)), Style(theme, cell, font)
-    if flip:
+    if output.suffix.lower() == HTML:
+        written = write_page(output, whole, grids, showing)
+    elif flip:
         written = write_flip(output, grids, showing, style, seconds)
     else:
         written = write_sheets(output, grids, showing, style)
