@@ -26,6 +26,8 @@ QUICK = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "
 REST = {
     "gen": ["a cat", *QUICK],
     "sweep": ["a cat", *QUICK, "--vary", "steps=1"],
+    "compare": ["nowhere"],
+    "view": ["nowhere"],
     "serve": ["--hidden-layer", "-2", "--layer-weights=-2:1"],
     "rewrite": ["a cat", "--max-tokens", "1", "--device", "cpu"],
     "encode": ["a cat", "-o", "out.safetensors", "--device", "cpu"],

@@ -23,13 +23,15 @@ HTML, ENDINGS = ".html", "File: .png, .jpg, .webp or .html; with --flip .webp, .
 @click.option("--side-by-side", nargs=2, metavar="A B", help="Show two cells (ids), or two values (AXIS=VALUE).")
 @click.option("--diff", type=click.Choice(DIFFERENCES), help="Show differences from --base instead of pictures.")
 @click.option("--base", metavar=f"CELL|{VALUE}", help="What cells are compared with. Default: A of --side-by-side.")
-@click.option("--gain", type=click.FloatRange(0.1, 255), default=4.0, help="Factor of differences. Default: 4.")
+@click.option("--gain", type=float, default=4.0, metavar="FLOAT", help="Factor of differences. Default: 4.")
 @click.option("--score", multiple=True, metavar="NAME", help="Write this score below each picture.")
 @click.option("--flip", is_flag=True, help="Make an animation that flips through the columns (.webp, .gif, .png).")
-@click.option("--seconds", type=click.FloatRange(0.05, 60), default=0.8, help="Time of a frame. Default: 0.8.")
+@click.option("--seconds", type=float, default=0.8, metavar="FLOAT", help="Time of a frame. Default: 0.8.")
 @click.option("--cell", type=int, metavar="PX", help="Longer side of a picture on the sheet. Default: up to 512.")
 @click.option("--theme", type=click.Choice(("light", "dark")), default="light", help="Colours of pictures' sheets.")
-@click.option("--font", metavar="FILE", help="Font of the labels. Default: one of the system that has the characters.")
+@click.option(
+    "--font", type=PATH, metavar="FILE", help="Font of the labels. Default: one of the system that has the characters."
+)
 def compare(
     folder: Path,
     output: Path | None,
@@ -46,7 +48,7 @@ def compare(
     seconds: float,
     cell: int | None,
     theme: str,
-    font: str | None,
+    font: Path | None,
 ) -> None:
     """Put the cells of a sweep's FOLDER side by side, with their values as headings.
 
@@ -70,7 +72,10 @@ def compare(
         experiment, own_base, apart = experiment.pair(*side_by_side)
         base, columns = base or (own_base if diff else None), columns or apart
     showing = Showing(whole, kind_of(diff) if diff else None, base or "", gain, score)
-    grids, style = arranged(experiment, placed(experiment, columns, rows, pages)), Style(theme, cell, font)
+    grids, style = (
+        arranged(experiment, placed(experiment, columns, rows, pages)),
+        Style(theme, cell, None if font is None else str(font)),
+    )
     if output.suffix.lower() == HTML:
         written = write_page(output, whole, grids, showing)
     elif flip:

@@ -147,7 +147,8 @@ def shown(value: str) -> str:
     plain = json.loads(value)
     if plain is None:
         return "default"
-    return one_line(plain if isinstance(plain, str) else value, LONGEST) or "(empty)"
+    text = plain if isinstance(plain, str) else value.removesuffix(".0")
+    return one_line(text, LONGEST) or "(empty)"
 
 
 def _cell(folder: Path, record: Record) -> Cell:

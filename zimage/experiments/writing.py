@@ -11,7 +11,7 @@ from PIL import Image
 
 from zimage.errors import RequestError
 from zimage.experiments import pagedata
-from zimage.experiments.flip import FORMATS, animated, frames
+from zimage.experiments.flip import FORMATS, LONGEST, SHORTEST, animated, frames
 from zimage.experiments.folder import Experiment
 from zimage.experiments.layout import Grid
 from zimage.experiments.pages import standalone
@@ -35,6 +35,8 @@ def write_sheets(path: Path, grids: Sequence[Grid], showing: Showing, style: Sty
 def write_flip(path: Path, grids: Sequence[Grid], showing: Showing, style: Style, seconds: float) -> list[Path]:
     """An animation per page. Returns where. Raises RequestError, OSError."""
     ending = path.suffix.lower()
+    if not SHORTEST <= seconds <= LONGEST:
+        raise RequestError(f"seconds {seconds:g} should be {SHORTEST} to {LONGEST:g}", fields=("seconds",))
     if ending not in FORMATS:
         raise RequestError(f"a flip ends in one of {', '.join(FORMATS)}, not {path.name!r}", fields=("output",))
     return _written(path, len(grids), (animated(frames(grid, showing, style), ending, seconds) for grid in grids))
