@@ -15,6 +15,8 @@ USAGE = {
     "gen": ["a", "--steps", "0"],
     "batch": ["rows.jsonl", "-o", "out", "--steps", "0"],
     "sweep": ["a", "-o", "out", "--vary", "stepz=1"],
+    "compare": ["nowhere"],
+    "view": ["nowhere", "--port", "65536"],
     "serve": ["--port", "65536"],
     "rewrite": ["a", "--max-tokens", "0"],
     "encode": ["a"],

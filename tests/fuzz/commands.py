@@ -27,6 +27,8 @@ REST = {
     "gen": ["a cat", *QUICK],
     "batch": ["nowhere.jsonl", "-o", "out"],
     "sweep": ["a cat", *QUICK, "--vary", "steps=1"],
+    "compare": ["nowhere"],
+    "view": ["nowhere"],
     "serve": ["--hidden-layer", "-2", "--layer-weights=-2:1"],
     "rewrite": ["a cat", "--max-tokens", "1", "--device", "cpu"],
     "encode": ["a cat", "-o", "out.safetensors", "--device", "cpu"],
