@@ -33,6 +33,7 @@ ROOMS = (
     "bench",
     "tests",
     "zimage/serve/page",
+    "zimage/experiments/page",
 )
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [

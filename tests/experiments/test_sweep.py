@@ -5,14 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import control_nets
 import lora_files
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import zimage
 from bench.__main__ import main as bench
+from zimage.batch.rows import with_files
 from zimage.cli import main
-from zimage.experiments.record import CAPTIONS, RECORDS, read_records
+from zimage.errors import CheckpointError, RequestError
+from zimage.experiments.again import opened
+from zimage.experiments.record import CAPTIONS, RECORDS, Record, read_records
+from zimage.experiments.recorded import request_of
+from zimage.experiments.spread import with_paths
 from zimage.pictures.files import read_metadata
 
 ROOT = Path(__file__).parent.parent.parent
@@ -218,8 +225,78 @@ def test_one_sweep_at_a_time_writes_a_folder(sweep, tmp_path):
     assert "another command is writing the records" in said
 
 
-def test_bench_has_the_same_command():
-    assert "Render PROMPTs under every combination" in CliRunner().invoke(bench, ["sweep", "--help"]).output
+def test_bench_has_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "bench", "sweep", "a cat", "-o", str(tmp_path / "out"), "--vary", "stepz=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "Draw PROMPTs under every combination" in CliRunner().invoke(bench, ["sweep", "--help"]).output
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A picture with a transparent corner, and a ControlNet."""
+    folder = tmp_path_factory.mktemp("given")
+    clear = Image.linear_gradient("L").resize((64, 48)).convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    clear.save(folder / "clear.png")
+    Image.radial_gradient("L").resize((96, 80)).convert("RGB").save(folder / "seen.png")
+    sizes = {"control_layers_places": [0, 1], "control_refiner_layers_places": [0]}
+    control_nets.write(folder / "union", "2.1", n_refiner_layers=1, **sizes)
+    return folder
+
+
+def conditions(given):
+    image = ["--image", given / "clear.png", "--mask", "alpha", "--strength", "0.7", "--template", "photo-overcast"]
+    return [*image, "--control", f"{given / 'union'}:{given / 'seen.png'}:0.4", "--steps", "3"]
+
+
+def test_a_record_draws_its_picture_again(sweep, given, style, tmp_path):
+    (record,), _ = sweep(*conditions(given), "--lora", f"{style / 'one.safetensors'}:0.5")
+    read = read_records(tmp_path / "out")[0]
+    assert read == record
+    *_, last = opened(read.load).run(request_of(read))
+    assert last.image.tobytes() == pixels(tmp_path / "out" / read.path)
+
+
+@pytest.mark.parametrize(
+    "image", ["a.png", {"name": "a.png"}, {"name": "a.png", "hash": "0" * 12, "path": "nowhere.png"}]
+)
+def test_a_record_whose_files_are_gone_or_never_were_is_refused(image):
+    with pytest.raises((RequestError, CheckpointError), match=r"request\.image|nowhere\.png"):
+        request_of(Record("a", request={"prompt": "a cat", "image": image}))
+
+
+def test_a_picture_and_what_was_asked_for_make_the_request_of_a_job(seeing_folder, given):
+    pipe = zimage.ZImage.load(seeing_folder, device="cpu", dtype="fp32", vision_model=seeing_folder / "vision")
+    asked = {
+        **{"prompt": "a cat", "seed": 1, "image": str(given / "clear.png"), "mask": "alpha"},
+        **{"reference": [f"{given / 'seen.png'}:0.4"], "control": [f"{given / 'union'}:{given / 'seen.png'}:0.4"]},
+    }
+    job = pipe.prepare(zimage.Request.from_mapping(asked))
+    pointed = with_files(asked, lambda role, path: path)
+    assert with_paths(pipe.metadata(job, 0)["request"], pointed) == {**job.to_dict()["request"], "template": None}
+
+
+@pytest.mark.full
+def test_workers_draw_the_same_cells(sweep, style, tmp_path):
+    axes = ["--vary", f"lora=,{style / 'one.safetensors'}", "--vary", "steps=1,2", "--vary", "hidden_layer=,-99"]
+    alone, _ = sweep(*axes, folder="alone", status=1)
+    spread, said = sweep(*axes, "--workers", "2", status=1)
+    assert "4 of 8 cells failed" in said
+    told = ("id", "axes", "prompt", "seed", "request", "load", "path", "error", "model", "version")
+    plain = [{record.id: [getattr(record, name) for name in told] for record in found} for found in (alone, spread)]
+    assert plain[0] == plain[1]
+    for record in alone:
+        if record.path:
+            assert pixels(tmp_path / "alone" / record.path) == pixels(tmp_path / "out" / record.path)
+    _, said = sweep(*axes, "--workers", "2", status=1)
+    assert "4 cells of 8 there already" in said
+    assert not (tmp_path / "out" / "workers").exists()
+
+
+def test_encoders_need_workers(tmp_path, capsys):
+    assert main(["sweep", "a cat", "-o", str(tmp_path / "out"), "--encoders", "1"]) == 2
+    assert "encoders: they have no effect without workers" in capsys.readouterr().err
 
 
 # A process that has loaded what takes time and forks a sweep for every kill.

@@ -70,9 +70,8 @@ def _of_session(leader: int) -> list[int]:
 def run(folder: str) -> None:
     from ray.cluster_utils import Cluster as Machines
 
-    machines = Machines(
-        True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "temp_dir": folder, "include_dashboard": False}
-    )
+    usual = {"object_store_memory": STORE, "include_dashboard": False}
+    machines = Machines(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **usual})
     one = {"num_cpus": 1, "object_store_memory": STORE}
     nodes = [machines.add_node(**one) for _ in range(2)]
     print("now", machines.address, flush=True)

@@ -32,7 +32,7 @@ UNWRITTEN = {"message": "no room", "fields": [], "kind": "OutputError"}
 class FakeWorker:
     """Takes messages and says what it is told to say."""
 
-    device_name, about, restarts = "cpu", {}, 0
+    device_name, about, restarts, refusal = "cpu", {}, 0, None
 
     def __init__(self, place, hear):
         self.hear, self.task, self.lives, self.got = hear, "", True, []
@@ -50,6 +50,9 @@ class FakeWorker:
     async def stop(self):
         self.lives = False
 
+    def refuse(self, error):
+        self.refusal, self.lives = error, False
+
     def says(self, on, **message):
         self.hear(self, {"on": on, **message})
 
@@ -63,15 +66,15 @@ class FakeWorker:
 class Queue:
     """A dispatcher in a folder, as a service has it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, workers=1):
         self.folder, self.room = folder, True
         self.database = Database(folder / "index.sqlite")
         self.jobs, self.streams = Jobs(self.database), Streams()
         self.history = History(folder, self.database)
         (folder / "states").mkdir(exist_ok=True)
         self.dispatcher = Dispatcher(self.jobs, self.history, self.streams, Metrics(), folder, lambda: self.room)
-        self.dispatcher.start([Place("", HERE, {})], self.jobs.waiting())
-        (self.worker,) = self.dispatcher.workers
+        self.dispatcher.start([Place("", HERE, {})] * workers, self.jobs.waiting())
+        self.worker = self.dispatcher.workers[0]
 
     def submit(self, images=1):
         row = JobRow(new_id(), "own", "", {"prompt": "a"}, list(range(images)), {})
@@ -107,8 +110,8 @@ def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "CANCELLING", 0.05)
     opened = []
 
-    def make():
-        opened.append(Queue(tmp_path / "data"))
+    def make(workers=1):
+        opened.append(Queue(tmp_path / "data", workers))
         return opened[-1]
 
     yield make
@@ -381,6 +384,20 @@ async def test_a_full_disk_keeps_what_is_to_be_written(queue):
 
 
 # ---------------------------------------------------------------------- events
+
+
+@in_loop
+async def test_a_worker_with_another_model_gets_no_jobs(queue):
+    """A job is prepared by one worker and drawn by any."""
+    q = queue(workers=3)
+    first, other, same = q.dispatcher.workers
+    for worker, dtype in ((first, "float32"), (other, "bfloat16"), (same, "float32")):
+        worker.about = {"model": {"name": "demo", "fingerprint": "ab-cd"}, "dtype": dtype}
+        worker.says("ready")
+    assert (first.refusal, same.refusal) == (None, None)
+    assert str(other.refusal).startswith(
+        "its model is demo ab-cd in bfloat16, and another worker has demo ab-cd in float32; open the same everywhere"
+    )
 
 
 @in_loop

@@ -22,6 +22,7 @@ from zimage.cli.serve import serve
 from zimage.cli.sweep import sweep
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
+from zimage.cli.view import view
 from zimage.cli.weights import weights
 from zimage.errors import RanksParted, ZImageError, one_line
 from zimage.parallel import environment
@@ -74,6 +75,7 @@ COMMANDS = (
     sweep,
     metrics,
     compare,
+    view,
     rewrite,
     encode,
     see,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,17 +13,22 @@ from zimage.cli.options import PATH, GroupedCommand, options_of
 from zimage.cli.progress import Progress, counted
 from zimage.cli.prompts import given_prompts
 from zimage.cli.settings import configured, resolver
-from zimage.cli.trust import check_folder, check_server
+from zimage.cli.trust import check_address, check_folder, check_server
 from zimage.errors import RequestError, ZImageError, one_line
 from zimage.experiments.axes import FIXED, Axis, check_axes, parse_axis, parse_seeds, zipped
 from zimage.experiments.cells import Cell, cells_of
 from zimage.experiments.order import by_caption, ordered
-from zimage.experiments.record import Journal, Record
+from zimage.experiments.record import RECORDS, Journal, Record
+from zimage.experiments.running import Sweep
 from zimage.experiments.sweep_file import SweepFile, read_sweep
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
+from zimage.settings.scale import BatchSettings
+
+if TYPE_CHECKING:
+    from zimage.events import Event
 
 
 @click.command(cls=GroupedCommand)
@@ -51,6 +57,7 @@ from zimage.settings.profiles import Resolved
 @configured
 @options_of(Request, skip=tuple(FIXED))
 @options_of(LoadSettings)
+@options_of(BatchSettings)
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
 @interrupts.telling("what is drawn is kept; the same command goes on from there")
 def sweep(
@@ -66,7 +73,10 @@ def sweep(
     quiet: bool,
     **options: Plain,
 ) -> None:
-    """Render PROMPTs under every combination of settings; each picture has a record in FOLDER/cells.jsonl."""
+    """Draw PROMPTs under every combination of settings.
+
+    FOLDER gets a picture and a record of each cell; options are the settings of all.
+    """
     file = read_sweep(toml) if toml else SweepFile([], [], {}, [])
     left = {name: value for name, value in file.settings.items() if options.get(name) in (None, ())}
     resolve = resolver({**options, **left})
@@ -82,7 +92,7 @@ def sweep(
     if dry_run:
         _list(cells)
     else:
-        _draw(cells, output, progress)
+        _draw(cells, output, _workers(base), progress)
 
 
 def _axes(vary: Sequence[str], together: bool) -> list[Axis]:
@@ -117,37 +127,59 @@ def _list(cells: Sequence[Cell]) -> None:
     terminal.note(f"{counted(len(cells), 'cell')}: {told}")
 
 
-def _draw(cells: Sequence[Cell], folder: Path, progress: Progress) -> None:
+def _workers(base: Resolved) -> BatchSettings | None:
+    """Where workers draw the cells: only if an option asks for it. Raises RequestError."""
+    settings = BatchSettings.from_mapping(base.of(BatchSettings))
+    asked = [name for name in BatchSettings.names() if base.source(name).startswith("--")]
+    if asked == ["encoders"]:
+        text = "encoders: they have no effect without workers; pass --workers too, or leave them out"
+        raise RequestError(text, fields=("encoders", "workers"))
+    if asked:
+        check_address(base)
+    return settings if asked else None
+
+
+def _draw(cells: Sequence[Cell], folder: Path, workers: BatchSettings | None, progress: Progress) -> None:
     """Draw what is not there yet. Raises ZImageError where cells failed."""
     begun = time.perf_counter()
     with Journal(folder) as journal:
-        from zimage.experiments.running import Sweep
-
         running = Sweep(cells, folder, journal)
         there = len(cells) - len(running.pending)
         if there:
             progress.note(f"{counted(there, 'cell')} of {len(cells)} there already")
-        done = there
-        for cell, what in running.run():
-            progress.head = f"{done + 1}/{len(cells)} {one_line(cell.label, 60)} · "
-            if isinstance(what, Record):
-                done += 1
-                _told(cell, what, folder, progress)
-            else:
-                progress.update(what)
+        told = _Told(progress, folder, len(cells), there)
+        if workers is None or not running.pending:
+            for cell, what in running.run():
+                told.of(cell, what)
+        else:
+            from zimage.experiments.spread import spread
+
+            progress.show("starting workers")
+            spread(running, workers, told.of)
         progress.close()
         failed = len(running.failed)
     drawn = len(cells) - there - failed
     progress.note(f"{counted(drawn, 'cell')} in {time.perf_counter() - begun:.1f} s")
     if failed:
-        told = f"{failed} of {counted(len(cells), 'cell')} failed; the same command tries them again"
-        raise ZImageError(f"{told} (errors are in {folder / 'cells.jsonl'})")
+        told_of = f"{failed} of {counted(len(cells), 'cell')} failed; the same command tries them again"
+        raise ZImageError(f"{told_of} (errors are in {folder / RECORDS})")
 
 
-def _told(cell: Cell, record: Record, folder: Path, progress: Progress) -> None:
-    progress.close()
-    if record.error is not None:
-        terminal.note(f"{cell.label}: {record.error}")
-    else:
-        terminal.saved(str(folder / str(record.path)))
-        progress.note(cell.label)
+class _Told:
+    """Shows where a sweep is."""
+
+    def __init__(self, progress: Progress, folder: Path, total: int, done: int):
+        self._progress, self._folder, self._total, self._done = progress, folder, total, done
+
+    def of(self, cell: Cell, what: "Event | Record") -> None:
+        if not isinstance(what, Record):
+            self._progress.head = f"{self._done + 1}/{self._total} {one_line(cell.label, 60)} · "
+            self._progress.update(what)
+            return
+        self._done += 1
+        self._progress.close()
+        if what.error is not None:
+            terminal.note(one_line(f"{cell.label}: {what.error}"))
+        else:
+            terminal.saved(str(self._folder / str(what.path)))
+            self._progress.note(cell.label)

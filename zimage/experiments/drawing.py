@@ -5,8 +5,6 @@ denoised before any is decoded, and their latents lie in `ID.state` files meanwh
 """
 
 import logging
-import os
-import platform
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from zimage.events import Event
 from zimage.experiments.cells import Cell
 from zimage.experiments.measured import Cost, CountingEncoder
 from zimage.experiments.order import Loaded, by_caption, loras
-from zimage.experiments.record import CAPTIONS
+from zimage.experiments.record import CAPTIONS, facts
 from zimage.loading.loras import Adapter, Adapters
 from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, VAE
@@ -34,8 +32,6 @@ from zimage.settings.loading import split_lora
 log = logging.getLogger("zimage")
 
 TOGETHER = 64  # cells that are denoised before any is decoded, where DiT and VAE do not fit in memory together
-MODEL = ("model", "lora", "vision")  # of a picture's metadata: what it was drawn with, by hashes
-MACHINE = ("device", "dtype", "precision", "attention", "compile", "torch")
 
 # What a cell is at, or what became of it: an error, or the values of its record.
 Outcome: TypeAlias = Event | Exception | Mapping[str, Any]
@@ -188,15 +184,13 @@ class Drawer:
         metadata, cost = self.pipe.metadata(job, 0), self._costs.pop(cell.id)
         path = save(image, self.folder / cell.picture, metadata, replace=True)
         return {
-            "request": job.to_dict()["request"],
+            "request": {**job.to_dict()["request"], "template": None},  # its parts are there
             "load": dict(cell.load),
             "path": path.name,
             "timings": {stage: round(seconds, 6) for stage, seconds in cost.timings.items()},
             "memory": cost.memory,
             "counts": dict(cost.counts),
-            "model": {name: metadata[name] for name in MODEL if name in metadata},
-            "machine": {name: metadata[name] for name in MACHINE} | host(),
-            "version": metadata["version"],
+            **facts(metadata),
         }
 
     def _loras(self, cell: Cell) -> Adapters:
@@ -215,8 +209,3 @@ class Drawer:
 def _is_denoised(state: RenderState, job: Job) -> bool:
     """Whether the last pass has ended, so that only decoding is left."""
     return len(state.finished) == job.count and (job.request.hires is None or bool(state.small))
-
-
-def host() -> dict[str, Plain]:
-    """The computer that a cell was drawn on, for its record."""
-    return {"platform": platform.platform(), "cores": os.cpu_count()}

@@ -36,10 +36,11 @@ class Record:
 
     `axes` are the values that distinguish it from others, by the name of the setting, None where that was left as it
     is. `request` is the prepared one, as `Job.to_dict` holds it, and `load` how the model was loaded; where it could
-    not be prepared, what was asked for. `path` is the name of its picture in the folder; `timings` are seconds by stage
-    (of a profile: the median of its rounds), `memory` bytes ("peak", by device), `counts` what was loaded or encoded
-    for it ("loads", "encodes") and other numbers, `scores` those of metrics. `model` names checkpoint and LoRAs by
-    their hashes, `machine` what it ran on. With an `error` there is no picture.
+    not be prepared, what was asked for. `path` is the name of its picture in the folder. `timings` are seconds by
+    stage; of a profile the median of its rounds, with the least and the most as `spread`. `memory` holds the peak in
+    bytes by device, `counts` what was done for it ("opened", "loads", "encodes") and other numbers, `scores` those of
+    metrics. `model` names checkpoint and LoRAs by their hashes, `machine` what it ran on. With an `error` there is no
+    picture.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Record:
     load: Mapping[str, Plain] = field(default_factory=dict)
     path: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, list[float]] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -85,10 +87,24 @@ KINDS: dict[str, Hint] = {
     **dict.fromkeys(("path", "error"), str | None),
     **dict.fromkeys(("axes", "request", "load", "model", "machine"), dict[str, Any]),
     **dict.fromkeys(("timings", "memory", "counts", "scores"), dict[str, float]),
+    "spread": dict[str, tuple[float, float]],
     "seed": int | None,
     "schema": int,
 }
 DEFAULTS = {name: value for name, value in vars(Record("")).items() if name != "id"}
+
+
+# Of a picture's metadata: what it was drawn with, by hashes; and on what.
+FACTS = {
+    "model": ("model", "lora", "vision"),
+    "machine": ("device", "dtype", "precision", "attention", "compile", "torch"),
+}
+
+
+def facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record that the metadata of its picture tell."""
+    found = {key: {name: metadata[name] for name in names if name in metadata} for key, names in FACTS.items()}
+    return {**found, "version": metadata["version"]}
 
 
 def read_records(folder: Path) -> list[Record]:

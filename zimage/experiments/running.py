@@ -37,18 +37,42 @@ class Sweep:
         self.cells, self.folder, self.journal = cells, folder, journal
         self.pending = [cell for cell in cells if not self._is_done(cell)]
 
-    def run(self) -> Happenings:
-        """Draw what is not done yet. A cell that fails becomes a record with its error, and the others go on."""
+    def begun(self) -> Happenings:
+        """Tidy up, and note the cells whose settings do not go together."""
         self._tidy()
         for cell in self.cells:
             self._relabel(cell)
         for cell in self.pending:
             if cell.error:
-                yield self._failed(cell, RequestError(cell.error))
-        for group in ordered(cell for cell in self.pending if not cell.error):
+                yield cell, self.fail(cell, RequestError(cell.error))
+
+    def groups(self) -> list[Loaded]:
+        """What is left to draw, in the order in which least is done twice."""
+        return ordered(cell for cell in self.pending if not cell.error)
+
+    def run(self) -> Happenings:
+        """Draw what is not done yet. A cell that fails becomes a record with its error, and the others go on."""
+        yield from self.begun()
+        for group in self.groups():
             yield from self._group(group)
+        self.end()
+
+    def end(self) -> None:
+        """Leave nothing but pictures and records where all is done."""
         if not self.failed and (self.folder / CAPTIONS).is_dir():
             shutil.rmtree(self.folder / CAPTIONS)
+
+    def keep(self, cell: Cell, values: Mapping[str, Any]) -> Record:
+        """Write the record of a cell."""
+        record = Record(cell.id, axes=cell.axes, prompt=cell.prompt, seed=cell.seed, **values)
+        self.journal.append(record)
+        (self.folder / cell.state).unlink(missing_ok=True)
+        return record
+
+    def fail(self, cell: Cell, error: Exception) -> Record:
+        """Write that of a cell that cannot be drawn."""
+        asked = {"request": dict(cell.request), "load": dict(cell.load)}
+        return self.keep(cell, {**asked, "error": told(error), "version": __version__})
 
     @property
     def failed(self) -> list[Record]:
@@ -77,25 +101,15 @@ class Sweep:
         try:
             drawer = Drawer(group.load, self.folder)
         except Exception as error:
-            yield from [self._failed(cell, error) for cell in group.cells]
+            yield from ((cell, self.fail(cell, error)) for cell in group.cells)
             return
         for cell, outcome in drawer.draw(group):
             if isinstance(outcome, Exception):
-                yield self._failed(cell, outcome)
+                yield cell, self.fail(cell, outcome)
             elif isinstance(outcome, Mapping):
-                yield self._kept(cell, outcome)
-                (self.folder / cell.state).unlink(missing_ok=True)
+                yield cell, self.keep(cell, outcome)
             else:
                 yield cell, outcome
-
-    def _failed(self, cell: Cell, error: Exception) -> Happening:
-        plain = {"request": dict(cell.request), "load": dict(cell.load), "error": told(error)}
-        return self._kept(cell, {**plain, "version": __version__})
-
-    def _kept(self, cell: Cell, values: Mapping[str, Any]) -> Happening:
-        record = Record(cell.id, axes=cell.axes, prompt=cell.prompt, seed=cell.seed, **values)
-        self.journal.append(record)
-        return cell, record
 
 
 def told(error: Exception) -> str:

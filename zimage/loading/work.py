@@ -32,6 +32,8 @@ INT8_SUMS = 4.5
 # What the vision tower's maps take on a CPU over their bytes: they are of six sizes, and freed ones fit few others. Of
 # towers of 256 to 1024 channels and 2116 to 8464 patches, in fp32 and bf16, 1.9 to 2.1 were measured.
 VISION_SPREAD = 2
+# Values per pixel of the picture that all ranks have in the end: its parts as they arrive, and the whole of them.
+PICTURES = 2 * 3
 
 
 # ------------------------------------------------------------------ the work of a stage
@@ -85,11 +87,11 @@ def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, devic
 def control_bytes(
     config: ControlNetConfig | ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
 ) -> int:
-    """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
+    """What a control adds to the peak of an evaluation: its tokens, all of them on every rank, and its stream.
 
     A hint comes and goes where less is held than within a block.
     """
-    return _dit_tokens(work) * 2 * config.dim * dtype.itemsize
+    return (_dit_tokens(replace(work, ranks=1)) + _dit_tokens(work)) * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:
@@ -125,7 +127,8 @@ def vae_bytes(
     """About the peak of decoding one image, whole, in exact strips or in blended tiles as the workload says."""
     whole, strips = _map_widths(config, device)
     if work.tile_mode == "exact":
-        rows = whole * work.width * work.tile_size + strips * work.pixels
+        rows = whole * work.width * work.tile_size + strips * work.pixels // work.ranks
+        rows += PICTURES * work.pixels if work.ranks > 1 else 0
         return min(rows * dtype.itemsize + _strip_bytes(dtype, device), whole * work.pixels * dtype.itemsize)
     if work.tile_mode == "blend":
         tile = min(work.pixels, (work.tile_size or BLEND_TILE) ** 2)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from zimage.errors import RequestError
 from zimage.serve import leftovers
 from zimage.serve.books import RETRY, Books
 from zimage.serve.channel import Message
@@ -200,6 +201,7 @@ class Dispatcher:
     def _hear(self, worker: Worker, message: Message) -> None:
         match message["on"]:
             case "ready":
+                self._check_model(worker)
                 self.go_on()
             case "died":
                 self._died(worker)
@@ -209,6 +211,13 @@ class Dispatcher:
                 self.go_on()
             case kind if row := self.rows.get(message["id"]):
                 getattr(self, f"_on_{kind}")(row, message)
+
+    def _check_model(self, worker: Worker) -> None:
+        """Let one go whose model is not that of the others: it would refuse the jobs that they have prepared."""
+        others = [_model(other) for other in self.workers if other is not worker and other.about and not other.refusal]
+        if others and (mine := _model(worker)) != others[0]:
+            told = f"its model is {mine}, and another worker has {others[0]}"
+            worker.refuse(RequestError(f"{told}; open the same everywhere, and set dtype", fields=("model", "dtype")))
 
     def _on_progress(self, row: JobRow, message: Message) -> None:
         progress = self._progress[row.id]
@@ -373,6 +382,12 @@ class Dispatcher:
         for position, id in enumerate(self.queue):
             self.streams.tell(id, POSITION, {"job": id, "position": position})
         self.streams.tell("", QUEUE, {"order": list(self.queue)})
+
+
+def _model(worker: Worker) -> str:
+    """What a job is prepared for."""
+    about = worker.about
+    return f"{about['model']['name']} {about['model']['fingerprint']} in {about['dtype']}"
 
 
 def _between(before: float | None, behind: float | None) -> float:

@@ -119,6 +119,12 @@ class Worker:
         if self._keeper:
             await self._keeper
 
+    def refuse(self, error: ZImageError) -> None:
+        """Have nothing more to do with a process that opened what it should not have, nor with others of its place."""
+        self.refusal = error
+        log.error("the worker on %s cannot be used: %s", self.device, error)
+        self.kill()
+
     def kill(self) -> None:
         """End the process at once."""
         if self._process and self._process.returncode is None:
