@@ -7,20 +7,20 @@ it, which another process draws anew, to the same bits. Nothing comes in order, 
 """
 
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from zimage import cluster, interrupts
-from zimage.batch.actors import Actor, Encoder, Packed, Tools, Worker, facts
+from zimage.batch.actors import Packed, Tools, facts
 from zimage.batch.attempts import Attempts
 from zimage.batch.contents import Packing
 from zimage.batch.index import Index, Line, failed_line
-from zimage.batch.places import Node, Share, Shares, least_cpus, shares
+from zimage.batch.places import Node, Share, least_cpus, shares
 from zimage.batch.rows import Row, digest
+from zimage.batch.streaming import results
 from zimage.errors import OutputError, RequestError
 from zimage.pictures.files import save
 from zimage.settings.fields import Plain
@@ -65,7 +65,8 @@ def run(
         index.settle(row.id for row in rows)
         for line in batch.unreadable:
             batch.end(line, listener)
-        for packed in _results(ray, pending, places, Tools(loading, batch.packing.contents, _attempts(ray))):
+        tools = Tools(loading, batch.packing.contents, _attempts(ray))
+        for packed in results(ray, settings.address, pending, places, tools):
             batch.end(batch.written(packed), listener)
             interrupts.check()
     index.settle(row.id for row in rows)
@@ -145,25 +146,3 @@ def _facts(ray: Any, share: Share, loading: Mapping[str, Plain]) -> Packed:
 
 def _attempts(ray: Any) -> Any:
     return ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-
-
-def _results(ray: Any, pending: Sequence[Packed], places: Shares, tools: Tools) -> Iterator[Packed]:
-    """What becomes of each row, as soon as it is known."""
-    if not pending:
-        return
-    _quieten(ray)
-    rows = ray.data.from_items(list(pending), override_num_blocks=len(pending))
-    stages: list[tuple[type[Actor], Share]] = [(Encoder, places.encoders), (Worker, places.workers)]
-    for actor, share in stages:
-        if share.count:
-            pool = ray.data.ActorPoolStrategy(size=share.count)
-            rows = rows.map(actor, fn_constructor_args=(tools,), compute=pool, **share.options)
-    for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from block.to_pylist()
-
-
-def _quieten(ray: Any) -> None:
-    """Progress is our own, and what Ray Data logs lies in a file of its session."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
