@@ -58,7 +58,7 @@ FAULTS = {
     'jsonl: {"prompt": "a", "steps": "4"}': "rows.jsonl line 1: steps '4' is of type str",
     'jsonl: {"steps": 4}': "rows.jsonl line 1: a prompt is needed",
     'jsonl: {"prompt": "a", "batch_size": 2}': "rows.jsonl line 1: batch_size 2: rows are drawn one by one",
-    'jsonl: {"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}': "line 2: the id 'x' is that of rows.jsonl line 1",
+    'jsonl: {"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "X"}': "line 2: the id 'X' is that of rows.jsonl line 1",
     'jsonl: {"prompt": "a", "id": "../x"}': "line 1: id '../x' should be a text",
     'jsonl: {"prompt": "a", "id": ".x"}': "line 1: id '.x' should be a text",
     'jsonl: {"prompt": "a", "id": true}': "line 1: id True should be a text",

@@ -59,7 +59,7 @@ def run(
     cpus = least_cpus(settings, os.cpu_count() or 1)
     with cluster.connected(settings.address, cpus) as ray, cluster.in_cluster():
         places = shares(settings, loading, _nodes(ray))
-        batch = _Batch(ray, index, Packing(ray.put), _facts(ray, places.workers, loading))
+        batch = _Batch(ray, index, Packing(ray.put), _facts(ray, places.workers, loading, rows))
         pending = batch.sorted(rows)
         listener.begun(len(rows), batch.summary.kept)
         index.settle(row.id for row in rows)
@@ -121,7 +121,8 @@ class _Batch:
         except RequestError as error:
             self.unreadable.append(failed_line({**_travelling(row.id, row.request), "asked": ""}, str(error), 0))
             return None
-        return {**_travelling(row.id, request), "asked": digest([request, self._facts])}
+        facts = {**self._facts, "templates": self._facts["templates"].get(request.get("template"))}
+        return {**_travelling(row.id, request), "asked": digest([request, facts])}
 
 
 def _travelling(id: str, request: Mapping[str, Plain]) -> Packed:
@@ -137,10 +138,11 @@ def _nodes(ray: Any) -> list[Node]:
     return [Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in found]
 
 
-def _facts(ray: Any, share: Share, loading: Mapping[str, Plain]) -> Packed:
+def _facts(ray: Any, share: Share, loading: Mapping[str, Plain], rows: Sequence[Row]) -> Packed:
     """Those of a worker, from a process that ends with the answer: it would keep a GPU's memory."""
     task = ray.remote(**share.options, max_calls=1, max_retries=0)(facts)
-    found: Packed = cluster.get(task.remote(dict(loading)))
+    templates = {template for row in rows if (template := row.request.get("template"))}
+    found: Packed = cluster.get(task.remote(dict(loading), sorted(templates)))
     return found
 
 

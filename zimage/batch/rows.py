@@ -57,9 +57,10 @@ def rows_of(sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Pa
             singles = list(_singles(laid_over(usual, _absolute(own, folder))))
             for k, single in enumerate(singles):
                 name = _derived(single, seen) if given is None else _given(given, k, len(singles))
-                if name in taken:
-                    raise RequestError(f"the id {name!r} is that of {taken[name]} too; each row needs its own")
-                taken[name] = source.place
+                key = name.casefold()  # some file systems do not tell cases apart
+                if key in taken:
+                    raise RequestError(f"the id {name!r} is that of {taken[key]} too; each row needs its own")
+                taken[key] = source.place
                 rows.append(Row(name, {**single, "seed": _seed(name, single)}, source.place))
     return rows
 
