@@ -84,6 +84,11 @@ def test_a_fault_names_its_place(tmp_path, fault):
     assert FAULTS[fault] in str(raised.value)
 
 
+def test_a_prompt_may_begin_with_a_bracket(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt\n[a cat] on a chair\n")
+    assert [source.values for source in read_rows(tmp_path / "rows.csv")] == [{"prompt": "[a cat] on a chair"}]
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(RequestError, match=r"nowhere\.csv cannot be read: No such file"):
         list(read_rows(tmp_path / "nowhere.csv"))

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,7 @@ def _content(pipe: "ZImage", template: str) -> str:
 
 
 @contextmanager
-def noted() -> Any:
+def noted() -> Iterator[list[str]]:
     """The library's warnings meanwhile."""
     notes: list[str] = []
     handler = _Notes(notes.append)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,15 +138,10 @@ def _seed(id: str, values: Values) -> int:
     return int(digest(id)[:16], 16) % SEEDS if given is None else given
 
 
-class _placed:
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
     """Errors inside name the place of a row."""
-
-    def __init__(self, place: str):
-        self._place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RequestError):
-            raise error.with_text(f"{self._place}: {error}") from None
+    try:
+        yield
+    except RequestError as error:
+        raise error.with_text(f"{place}: {error}") from None
