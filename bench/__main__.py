@@ -14,6 +14,7 @@ from bench.roofline import roofline
 from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
+from zimage.cli.sweep import sweep
 
 
 @click.group()
@@ -21,7 +22,8 @@ def main() -> None:
     """Measure a scenario. Figures are medians with their range; the last line is JSON with machine and commit."""
 
 
-for scenario in (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, serve, tables):
+SCENARIOS = (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, sweep, serve, tables)
+for scenario in SCENARIOS:
     main.add_command(scenario)
 
 if __name__ == "__main__":

@@ -1,40 +1,55 @@
-"""The steps of a render one by one, in one process: seconds, memory, and whether repetition leaks."""
+"""The steps of a render one by one, in one process: seconds, memory, and whether repetition leaks.
+
+A run of one scenario under one configuration is a record, of the form that cells of a sweep have
+(`zimage/experiments/record.py`): medians as `timings`, their range as `spread`.
+"""
 
 import gc
+import hashlib
 import itertools
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from bench.machine import describe_machine
+from bench.machine import command_line, describe_gpu, describe_machine
 from bench.options import JSON
+from zimage.errors import RequestError
+from zimage.experiments.axes import OWNERS, parse_axis
+from zimage.experiments.measured import peaks, reset_peaks
+from zimage.experiments.record import Record
+from zimage.experiments.running import told
+from zimage.formats.atomic import write_text
+from zimage.loading.memory import process_memory
+from zimage.loading.registry import REQUIRED
+from zimage.settings.loading import LoadSettings
+from zimage.version import __version__
 
 SHORT = "a cat face on a blue background"
 MEDIUM = " ".join(["A quiet harbour at dawn, fishing boats at anchor, gulls over the mole, light on wet stone."] * 6)
 TEMPLATE = "photo-overcast"
 LEAK_ROUNDS = 20
 WRITTEN = 17  # tokens
-SWITCHES: dict[str, Any] = {"true": True, "false": False}
+Settings = dict[str, Any]
 
 
 class Profile:
     """A model under test; each scenario is a method that yields (figure, seconds or bytes)."""
 
-    def __init__(self, model: Path | None, settings: dict[str, Any]):
+    def __init__(self, model: Path | None, settings: Settings):
         self.model, self.settings = model, settings
         self.pipe = self._load()
 
     def _load(self):
         import zimage
 
-        return zimage.ZImage.load(self.model, **{"cache_entries": 0, **self.settings})  # every encode is a real one
+        settings = {"cache_entries": 0, **self.settings}  # every encode is a real one
+        return zimage.ZImage.load(settings.pop("model", self.model), **settings)
 
     def cuda_sync(self) -> Iterator[tuple[str, float]]:
         """The cost of waiting for an idle GPU; nothing elsewhere."""
@@ -101,17 +116,52 @@ class Profile:
     def _timed(self, call: Callable[[], Any]) -> float:
         start = time.perf_counter()
         call()
-        if self.pipe.device.type == "cuda":
-            torch.cuda.synchronize(self.pipe.device)
+        for device in self._gpus():
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     def _held(self) -> int:
-        if self.pipe.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.pipe.device)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        gpus = self._gpus()
+        return sum(map(torch.cuda.memory_allocated, gpus)) if gpus else process_memory()
+
+    def _gpus(self) -> set[torch.device]:
+        return {place.device for place in self.pipe.places.values() if place.device.type == "cuda"}
 
 
 SCENARIOS = [name for name, member in vars(Profile).items() if callable(member) and not name.startswith("_")]
+
+
+def measured(tested: Profile, name: str, repeat: int) -> Record:
+    """The record of a scenario; one that fails is a record with its error."""
+    pipe, axes = tested.pipe, {**tested.settings, "scenario": name}
+    reset_peaks(pipe)
+    try:
+        rounds = [dict(getattr(tested, name)()) for _ in range(repeat)]
+    except Exception as error:
+        return _record(axes, repeat, error=told(error))
+    found = {figure: [one[figure] for one in rounds] for figure in rounds[0]}
+    medians = {figure: statistics.median(values) for figure, values in found.items()}
+    seconds = [figure for figure in found if figure.endswith("_s")]
+    return _record(
+        axes,
+        repeat,
+        timings={figure.removesuffix("_s"): medians[figure] for figure in seconds},
+        spread={figure.removesuffix("_s"): [min(found[figure]), max(found[figure])] for figure in seconds},
+        memory=peaks(pipe) | {name: medians[name] for name in found if name.endswith("_bytes")},
+        counts={"rounds": repeat} | {name: medians[name] for name in found if name == "tokens"},
+        model={"name": pipe.model.name, "fingerprint": pipe.model.fingerprint},
+        machine=describe_machine() | (describe_gpu(pipe.device) if pipe.device.type == "cuda" else {}),
+    )
+
+
+def _record(axes: Settings, repeat: int, **values: Any) -> Record:
+    load = {name: value for name, value in axes.items() if name != "scenario"}
+    identity = hashlib.sha256(json.dumps([axes, values.get("model")], sort_keys=True).encode()).hexdigest()[:16]
+    asked = {"scenario": axes["scenario"], "repeat": repeat}
+    return Record(identity, "profile", axes=axes, load=load, request=asked, version=__version__, **values)
+
+
+# ---------------------------------------------------------------------- what is measured
 
 
 def choices(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
@@ -123,20 +173,53 @@ def choices(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     return names
 
 
+def swept(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Settings of loading and the values of each, None for its default."""
+    try:
+        axes = [parse_axis(text) for text in value]
+    except RequestError as error:
+        raise click.BadParameter(str(error)) from None
+    for (name,) in (axis.names for axis in axes):
+        if OWNERS[name] is not LoadSettings:
+            raise click.BadParameter(f"{name} is not a setting of loading; `bench sweep --vary` takes it")
+    return {axis.names[0]: [value for (value,) in axis.points] for axis in axes}
+
+
+def here() -> list[str]:
+    """The devices that PyTorch can use on this machine."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def placements(devices: Sequence[str]) -> dict[str, list[Any]]:
+    """Every component on every device, as axes."""
+    return {f"{name}_device": list(devices) for name in REQUIRED}
+
+
+def configurations(axes: dict[str, list[Any]]) -> Iterator[Settings]:
+    """Every combination of the axes' values."""
+    for values in itertools.product(*axes.values()):
+        yield {name: value for name, value in zip(axes, values, strict=True) if value is not None}
+
+
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), help="Model folder. Default: the bundled demo.")
 @click.option("--tests", callback=choices, help=f"Comma-separated. Default: all of {', '.join(SCENARIOS)}.")
-@click.option("--repeat", default=3, show_default=True, help="Rounds of every scenario.")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Rounds of every scenario.")
+@click.option("--device", "devices", multiple=True, help="Repeat to sweep over devices. Default: auto.")
 @click.option(
-    "--device", "devices", multiple=True, default=["auto"], show_default=True, help="Repeat to sweep over devices."
+    "--sweep-devices", is_flag=True, help="Try every component on every device of this machine, in all combinations."
 )
 @click.option(
     "--sweep",
+    "axes",
     multiple=True,
-    metavar="KEY=VALUE,…",
-    help="Try every value of a load setting (dtype, attention, precision, residency); repeat for combinations.",
+    callback=swept,
+    metavar="NAME=VALUE,…",
+    help="Try every value of a setting of loading (model, dtype, attention, precision, residency, …); repeat for "
+    "combinations.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Also write the JSON here.")
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the records here, one per line.")
 @click.option("--show-info", is_flag=True, help="Describe the machine first.")
 @JSON
 def profile(
@@ -144,48 +227,47 @@ def profile(
     tests: list[str],
     repeat: int,
     devices: tuple[str, ...],
-    sweep: tuple[str, ...],
+    sweep_devices: bool,
+    axes: dict[str, list[Any]],
     output: Path | None,
     show_info: bool,
     as_json: bool,
 ) -> None:
     """Measure the steps of a render one by one: loading, encoding, leaks, all; swept over settings and devices."""
+    if devices and sweep_devices:
+        raise click.UsageError("--sweep-devices takes every device of this machine; leave out --device")
     if show_info and not as_json:
         print(json.dumps(describe_machine(), indent=2))
-    runs = []
-    for settings in configurations(devices, sweep):
-        tested = Profile(model, settings)
-        rounds = {name: [dict(getattr(tested, name)()) for _ in range(repeat)] for name in tests}
-        medians = {
-            name: {figure: statistics.median(r[figure] for r in found) for figure in found[0]}
-            for name, found in rounds.items()
-        }
-        runs.append({"settings": settings, "median": medians, "rounds": rounds})
+    records: list[Record] = []
+    placed = placements(here()) if sweep_devices else {"device": list(devices or ["auto"])}
+    for settings in configurations({**placed, **axes}):
         if not as_json:
-            print_run(runs[-1])
-    line = json.dumps({"machine": describe_machine(), "model": model and model.name, "runs": runs})
+            print(", ".join(f"{key} {value}" for key, value in settings.items()))
+        for record in profiled(model, settings, tests, repeat):
+            records.append(record)
+            if not as_json:
+                print_record(record)
     if output:
-        output.write_text(line + "\n")
-    print(line)
+        write_text(output, "".join(record.line() + "\n" for record in records))
+    plain = [json.loads(record.line()) for record in records]
+    print(json.dumps({"machine": describe_machine(), "command": command_line(), "records": plain}))
 
 
-def configurations(devices: tuple[str, ...], sweep: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Every combination of devices and swept settings."""
-    axes: dict[str, list[Any]] = {"device": list(devices)}
-    for axis in sweep:
-        key, _, listed = axis.partition("=")
-        if not listed:
-            raise click.BadParameter(f"--sweep {axis!r} should be KEY=VALUE,VALUE")
-        axes[key] = [SWITCHES.get(value, value) for value in listed.split(",")]
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
+def profiled(model: Path | None, settings: Settings, tests: Sequence[str], repeat: int) -> Iterator[Record]:
+    """The records of a configuration; where it cannot be opened, each has that error."""
+    try:
+        tested = Profile(model, settings)
+    except Exception as error:
+        yield from (_record({**settings, "scenario": name}, repeat, error=told(error)) for name in tests)
+        return
+    yield from (measured(tested, name, repeat) for name in tests)
 
 
-def print_run(run: dict[str, Any]) -> None:
-    print(", ".join(f"{key} {value}" for key, value in run["settings"].items()))
-    for name, figures in run["median"].items():
-        cells = [f"{f.removesuffix('_s')} {value:.4g}{' s' * f.endswith('_s')}" for f, value in figures.items()]
-        print(f"  {name:22}" + ", ".join(cells))
+def print_record(record: Record) -> None:
+    cells = [f"{name} {seconds:.4g} s" for name, seconds in record.timings.items()]
+    cells += [f"{name} {record.counts[name]:g}" for name in ("tokens",) if name in record.counts]
+    cells += [f"{name} {size:.4g}" for name, size in record.memory.items() if name.endswith("_bytes")]
+    print(f"  {record.axes['scenario']:22}" + (record.error or ", ".join(cells)))
 
 
 if __name__ == "__main__":

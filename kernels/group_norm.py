@@ -35,6 +35,11 @@ def put_rows(
     return run(rows, bias, residual, out, groups)
 
 
+def block_count(channels: int, groups: int, positions: int) -> int:
+    """How many blocks of a map `put_rows` gives the moments of."""
+    return -(-positions // _tile(channels, groups, TILE)[0])
+
+
 def merge_moments(moments: Tensor) -> Tensor:
     """Mean and biased variance (2, G) fp32 of groups whose values lie in N blocks with these moments (3, G, N).
 
@@ -228,7 +233,7 @@ def launch_put(rows, bias, residual, out, groups):
     _, C, H, W = out.shape
     rows, residual = innermost(rows), None if residual is None else innermost(residual)
     step, block = _tile(C, groups, TILE)
-    grid = (-(-H * W // step), -(-C // block))
+    grid = (block_count(C, groups, H * W), -(-C // block))
     moments = torch.empty((3, groups, grid[0]), dtype=torch.float32, device=out.device)
     strides = [stride for each in (rows, rows if residual is None else residual, out) for stride in each.stride()[2:]]
     given = (rows, bias, residual, out, moments if groups else None, H * W, C, W, *strides, groups)

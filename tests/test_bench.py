@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +28,11 @@ from bench.counted import milliseconds, summed
 from bench.kernels import TOLERANCE, relative
 from bench.pairs import report
 from bench.peaks import DEVICES, peaks_of
-from bench.profile import SCENARIOS, Profile
+from bench.profile import SCENARIOS, Profile, configurations, placements
 from bench.roofline import costs
 from bench.sides import zimage as sides_zimage
 from bench.timing import timed
+from zimage.experiments.record import Record as ProfileRecord
 from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
@@ -97,18 +99,43 @@ def test_ratios_are_taken_pair_by_pair(capsys):
 
 
 def test_profile_sweeps_settings_and_measures_every_scenario(tmp_path, tiny_folder):
-    output = tmp_path / "profile.json"
-    arguments = ["--model", str(tiny_folder), "--repeat", "1", "--device", "cpu", "--output", str(output)]
+    output = tmp_path / "profile.jsonl"
+    arguments = ["--model", str(tiny_folder), "--repeat", "2", "--device", "cpu", "--output", str(output)]
     done = CliRunner().invoke(main, ["profile", *arguments, "--sweep", "precision=bf16,int8", "--sweep", "dtype=fp32"])
     assert done.exit_code == 0, done.output
-    runs = json.loads(output.read_text())["runs"]
-    assert [run["settings"]["precision"] for run in runs] == ["bf16", "int8"]
-    for run in runs:
-        assert list(run["median"]) == SCENARIOS
+    records = [ProfileRecord.from_plain(json.loads(line)) for line in output.read_text().splitlines()]
+    assert [json.loads(record.line()) for record in records] == json.loads(done.output.splitlines()[-1])["records"]
+    assert [(r.axes["precision"], r.axes["scenario"]) for r in records] == list(product(("bf16", "int8"), SCENARIOS))
+    assert len({record.id for record in records}) == len(records)
+    for first in (0, len(SCENARIOS)):
+        found = {record.axes["scenario"]: record for record in records[first : first + len(SCENARIOS)]}
         for longer in ("encode_medium", "encode_with_template", "encode_with_thinking"):
-            assert run["median"][longer]["tokens"] > run["median"]["encode_short"]["tokens"]
-        assert run["median"]["generate_text"]["token_s"] > 0
-        assert run["median"]["full_generation"]["total_s"] > run["median"]["full_generation"]["denoise_s"] > 0
+            assert found[longer].counts["tokens"] > found["encode_short"].counts["tokens"]
+        assert found["generate_text"].timings["token"] > 0
+        assert found["full_generation"].timings["total"] > found["full_generation"].timings["denoise"] > 0
+        assert found["repeated_encode"].memory["leak_bytes"] >= 0
+        for record in found.values():
+            assert record.kind == "profile"
+            assert record.memory["cpu"] > 50e6
+            assert all(least <= record.timings[name] <= most for name, (least, most) in record.spread.items())
+
+
+def test_a_scenario_and_a_configuration_that_fail_are_records(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(Profile, "encode_short", lambda self: iter([][0]))
+    arguments = ["--model", str(tiny_folder), "--repeat", "1", "--tests", "encode_short,cuda_sync", "--json"]
+    done = CliRunner().invoke(main, ["profile", *arguments, "--sweep", "device=cpu,cuda:9"])
+    assert done.exit_code == 0, done.output
+    errors = [record["error"] for record in json.loads(done.output)["records"]]
+    assert errors[:2] == ["IndexError: list index out of range", None]
+    assert all("device 'cuda:9' is not on this machine" in error for error in errors[2:])
+
+
+def test_profile_sweeps_every_placement_of_the_components(tiny_folder, monkeypatch):
+    assert len(list(configurations(placements(["cpu", "cuda:0"])))) == 8
+    arguments = ["--model", str(tiny_folder), "--repeat", "1", "--tests", "cuda_sync", "--json", "--sweep-devices"]
+    monkeypatch.setattr("bench.profile.here", lambda: ["cpu"])
+    (record,) = json.loads(CliRunner().invoke(main, ["profile", *arguments]).output)["records"]
+    assert record["load"] == {f"{name}_device": "cpu" for name in ("text_encoder", "dit", "vae")}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
@@ -312,7 +339,15 @@ def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [(["--tests", "encode_shrt"], "encode_short"), (["--sweep", "dtype"], "KEY=VALUE")]
+    ("arguments", "says"),
+    [
+        (["--tests", "encode_shrt"], "encode_short"),
+        (["--sweep", "dtype"], "NAME=VALUE"),
+        (["--sweep", "dtype=fp33"], "use bf16, fp16"),
+        (["--sweep", "steps=4,8"], "steps is not a setting of loading"),
+        (["--sweep-devices", "--device", "cpu"], "leave out --device"),
+        (["--repeat", "0"], "is not in the range"),
+    ],
 )
 def test_profile_names_what_is_wrong(arguments, says):
     done = CliRunner().invoke(main, ["profile", *arguments])

@@ -24,6 +24,8 @@ ROOMS = (
     "zimage",
     "zimage/cli",
     "zimage/serve",
+    "zimage/experiments",
+    "zimage/experiments/metrics",
     "kernels",
     "weights",
     "templates",

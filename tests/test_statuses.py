@@ -13,6 +13,7 @@ from zimage.cli import main
 
 USAGE = {
     "gen": ["a", "--steps", "0"],
+    "sweep": ["a", "-o", "out", "--vary", "stepz=1"],
     "serve": ["--port", "65536"],
     "rewrite": ["a", "--max-tokens", "0"],
     "encode": ["a"],

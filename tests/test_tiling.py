@@ -9,9 +9,10 @@ from torch import nn
 
 from zimage.errors import RequestError
 from zimage.kernels import backend, channel_norm, group_norm
-from zimage.vae import AutoencoderKL, AutoencoderKLWan, blend, tiling
+from zimage.vae import AutoencoderKL, AutoencoderKLWan, blend, tiling, walk
 from zimage.vae.statistics import BlockMoments, ChannelStatistics
-from zimage.vae.tiling import StripWalk, phase_weights, two_maps, windows
+from zimage.vae.walk import StripWalk
+from zimage.vae.windows import phase_weights, two_maps, windows
 
 TOLERANCE = 1e-4  # fp32, of the largest value
 VAES = {"kl": (AutoencoderKL, KL), "wan": (AutoencoderKLWan, WAN)}
@@ -48,7 +49,7 @@ def test_strips_encode_as_the_whole_does(vae, size, height):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Tensors on the CPU take the way of those on a GPU, without kernels."""
-    monkeypatch.setattr(tiling, "on_gpu", lambda device: True)
+    monkeypatch.setattr(walk, "on_gpu", lambda device: True)
     return monkeypatch
 
 

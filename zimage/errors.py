@@ -100,6 +100,10 @@ class NonFiniteError(ZImageError):
     """A stage produced NaN or infinity; names the stage and, where found, the weights at fault."""
 
 
+class RanksParted(ZImageError):
+    """Another rank of a group has gone, and this one cannot go on alone."""
+
+
 class OutputError(ZImageError):
     """A file or stream that cannot be written: a full disk, a folder that is gone or closed. Names it."""
 

@@ -242,14 +242,19 @@ class ZImage(Captioner):
         `render.stages`. With `conditions`, which `conditions` of this job returned here or elsewhere, nothing is
         encoded. Raises RequestError, and CheckpointError for files that the job names, before any loading.
         """
-        job = self.checked(self.prepare(job) if isinstance(job, Request) else job)
-        self._warn_beyond_training(max(job.passes[-1][:2]))
+        job, begun = self.begun(job, state)
         components = self.components(job)
-        begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own
-        self.check_state(begun, job)
         if conditions is not None:
             return stages.draw(components, job, conditions, begun, hooks)
         return stages.run(components, job, self._encoder_of(job), self.texts, begun, hooks, self.vision)
+
+    def begun(self, job: Job | Request, state: RenderState | None = None) -> tuple[Job, RenderState]:
+        """A job of this pipeline and how far it has come, checked before anything is loaded. Raises as `run` does."""
+        job = self.checked(self.prepare(job) if isinstance(job, Request) else job)
+        self._warn_beyond_training(max(job.passes[-1][:2]))
+        begun = RenderState() if state is None else state.snapshot()  # the consumer goes on with its own
+        self.check_state(begun, job)
+        return job, begun
 
     def conditions(self, job: Job) -> Generator[Event, None, Conditions]:
         """The encode stage of a job alone: yields its events, and returns the captions that it is drawn from."""
@@ -299,6 +304,7 @@ class ZImage(Captioner):
             **({"vision": self.vision.describe()} if self.vision and looks else {}),
             "attention": self.residency.attention,
             "compile": self.settings.compile,
+            "ranks": self.planner.ranks,
             "device": device_names({name: self.places[name] for name in REQUIRED if name in self.places}),
             "torch": torch.__version__,
         }

@@ -25,6 +25,7 @@ QUICK = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "
 # with settings that contradict each other before it listens.
 REST = {
     "gen": ["a cat", *QUICK],
+    "sweep": ["a cat", *QUICK, "--vary", "steps=1"],
     "serve": ["--hidden-layer", "-2", "--layer-weights=-2:1"],
     "rewrite": ["a cat", "--max-tokens", "1", "--device", "cpu"],
     "encode": ["a cat", "-o", "out.safetensors", "--device", "cpu"],

@@ -92,7 +92,7 @@ def test_gen_draws_there_what_it_draws_here_with_files_of_every_kind(
     asked = ["gen", "a cat", "--seed", "7", "--steps", "4", "-n", "2", "--width", "64", "--height", "48", "-q"]
     for kind, there, here in (
         ("plain", [], []),
-        ("image", ["--image", "start.png", "--strength", "0.8"], None),
+        ("image", ["--image", "start.png", "--strength", "0.5"], None),
         ("lora", ["--lora", "strong:0.7"], ["--lora", f"{loras / 'strong.safetensors'}:0.7"]),
         ("control", ["--control", "lite:pose.png"], ["--control", f"{controls / 'lite'}:pose.png"]),
     ):
@@ -125,7 +125,14 @@ def test_prompts_are_rewritten_there(cluster, tmp_path):
     """By the demo, since the tiny model has no words."""
     where = ("--address", cluster.address, "--workers", "1")
     running = Server(tmp_path / "data", *where, environment=cluster.environment).start()
-    asked = {"rewriter": "rewrite-photo", "max_tokens": 8, "rewrite_seed": 1, "temperature": 2.0, "top_k": 0, "top_p": 1.0}
+    asked = {
+        "rewriter": "rewrite-photo",
+        "max_tokens": 8,
+        "rewrite_seed": 1,
+        "temperature": 2.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
     demo = zimage.ZImage.load()
     written = demo.rewrite("a cat", **asked)
     job = running.draw(**SHORT, **asked)

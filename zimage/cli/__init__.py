@@ -9,17 +9,23 @@ from collections.abc import Sequence
 import click
 
 from zimage import interrupts
-from zimage.cli import faults, terminal
+from zimage.cli import faults, ranks, terminal
+from zimage.cli.batch import batch
+from zimage.cli.compare import compare
 from zimage.cli.config import config
 from zimage.cli.gen import gen
 from zimage.cli.info import info
+from zimage.cli.metrics import metrics
 from zimage.cli.options import Group
 from zimage.cli.rewrite import rewrite
 from zimage.cli.serve import serve
+from zimage.cli.sweep import sweep
 from zimage.cli.templates import templates
 from zimage.cli.tokens import encode, see, tokens
+from zimage.cli.view import view
 from zimage.cli.weights import weights
-from zimage.errors import ZImageError, one_line
+from zimage.errors import RanksParted, ZImageError, one_line
+from zimage.parallel import environment
 from zimage.settings.environment import DEBUG
 from zimage.version import __version__
 
@@ -62,7 +68,24 @@ def cli(ctx: click.Context) -> None:
         terminal.out(ctx.get_help())
 
 
-for command in (gen, serve, rewrite, encode, see, tokens, templates, config, info, weights):
+COMMANDS = (
+    gen,
+    serve,
+    batch,
+    sweep,
+    metrics,
+    compare,
+    view,
+    rewrite,
+    encode,
+    see,
+    tokens,
+    templates,
+    config,
+    info,
+    weights,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 
@@ -76,10 +99,13 @@ def main(args: Sequence[str] | None = None) -> int:
     _log_to_terminal()
     with interrupts.handled():
         try:
-            return _run(arguments)
+            with ranks.standing() as rank:
+                return _run(arguments) if rank.leads else ranks.follow()
         except KeyboardInterrupt as interrupt:
             told = "; ".join(["interrupted", *map(str, interrupt.args)])
-            return _fail(told, getattr(interrupt, "status", INTERRUPTED))
+            return _fail(told, getattr(interrupt, "status", INTERRUPTED), environment.INTERRUPTED)
+        except RanksParted as error:
+            return _fail(str(error), error.exit_status, environment.LOST)
         except click.ClickException as error:
             return _fail(error.format_message(), error.exit_code)
         except ZImageError as error:
@@ -109,14 +135,16 @@ def _run(arguments: list[str]) -> int:
     if COMPLETION in os.environ:
         cli.main(prog_name="zimage")
     try:
-        with cli.make_context("zimage", arguments) as context:
+        with cli.make_context("zimage", list(arguments), obj=tuple(arguments)) as context:
             cli.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code
     return 0
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, reason: str = environment.FAILED) -> int:
+    if not environment.place().alone:
+        ranks.leave(one_line(message), status, reason)
     terminal.note(f"error: {one_line(message)}")
     return status
 

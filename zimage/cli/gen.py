@@ -6,13 +6,13 @@ from pathlib import Path
 import click
 
 from zimage import interrupts
-from zimage.cli import local, remote, terminal
+from zimage.cli import local, ranks, remote, terminal
 from zimage.cli.drawing import Drawing
 from zimage.cli.options import PATH, GroupedCommand, given, options_of
-from zimage.cli.origin import Record, read_origin, with_lora_names, with_loras
+from zimage.cli.origin import read_origin, with_lora_names, with_loras
 from zimage.cli.patterns import FIELDS
 from zimage.cli.progress import Progress
-from zimage.cli.prompts import file_prompts, one_prompt
+from zimage.cli.prompts import given_prompts
 from zimage.cli.resume import open_state
 from zimage.cli.rewrite import check_rewriting
 from zimage.cli.settings import configured, resolve_options
@@ -21,6 +21,7 @@ from zimage.errors import RequestError, one_line
 from zimage.settings.declared import Request
 from zimage.settings.loading import LoadSettings
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import ParallelSettings
 from zimage.settings.serving import TOKEN
 
 
@@ -53,6 +54,7 @@ from zimage.settings.serving import TOKEN
 @options_of(Request, skip=("prompt",))
 @options_of(RewriteSettings)
 @options_of(LoadSettings)
+@options_of(ParallelSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the memory plan first, and whole reasons of warnings.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only file names, warnings and errors.")
@@ -72,10 +74,13 @@ def gen(
     **options: object,
 ) -> None:
     """Render one or more PROMPTs; - reads one from standard input. Words without quotes form one prompt."""
+    if server is None and ranks.launches(beginning := ranks.settings(options)):
+        ranks.launch(beginning, click.get_current_context().obj)
+        return
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
     if verbose:
         terminal.tell_more()
-    options |= _prompts(prompt, prompt_file, each)
+    options["prompt"] = given_prompts(prompt, prompt_file, each)
     if server is not None:
         remote.check_options(options, save_state, resume)
     keeping = open_state(save_state, resume, picture, given(options, Request))
@@ -105,18 +110,6 @@ def gen(
         with terminal.warned():
             terminal.out_json({"images": saved, "seconds": seconds})
     progress.summary(len(saved), time.perf_counter() - started)
-
-
-def _prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> Record:
-    if arguments and file:
-        raise RequestError("pass prompts as arguments or with --file, not both")
-    if file:
-        return {"prompt": file_prompts(file)}
-    if not arguments:
-        return {}
-    apart = each or all(len(argument.split()) > 1 for argument in arguments)
-    several = apart and len(arguments) > 1 and "-" not in arguments
-    return {"prompt": list(arguments) if several else one_prompt(arguments)}
 
 
 def _said_of_joined(request: Request) -> str:

@@ -1,20 +1,22 @@
 """`gen` on this computer: load the model, render, save each picture, keep the state."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from zimage.cli import ranks
 from zimage.cli.drawing import Drawing, introduced
 from zimage.cli.origin import Record, warn_of_differences
 from zimage.cli.resume import Keeping
 from zimage.cli.rewrite import prepared
-from zimage.cli.settings import load_pipeline
 from zimage.cli.trust import check_server
 from zimage.settings.loading import LoadSettings
 
 if TYPE_CHECKING:
+    from zimage.events import Event
     from zimage.pipeline import ZImage
     from zimage.render.job import Job
+    from zimage.render.state import StateFile
 
 
 def draw(drawing: Drawing, keeping: Keeping, output: str | None, verbose: bool) -> list[Record]:
@@ -22,15 +24,16 @@ def draw(drawing: Drawing, keeping: Keeping, output: str | None, verbose: bool) 
     resolved, progress = drawing.resolved, drawing.progress
     if drawing.rewriting is not None:
         check_server(resolved, "rewriter_url")
-    pipe = load_pipeline(resolved)
-    with resolved.naming_sources():
-        job, rewrites = prepared(pipe, drawing.request, drawing.rewriting, progress, verbose)
-    for line in _introduction(pipe, job):
-        progress.note(line)
-    records = _records(pipe, job, [r.describe() for r in rewrites], keeping.record)
-    drawing.target.check(records)
-    warn_of_differences(drawing.origin, records[0])
-    return _render(pipe, job, records, drawing, keeping, output)
+    with ranks.drawing(resolved) as (pipe, painter):
+        with resolved.naming_sources():
+            job, rewrites = prepared(pipe, drawing.request, drawing.rewriting, progress, verbose)
+        for line in _introduction(pipe, job):
+            progress.note(line)
+        records = _records(pipe, job, [r.describe() for r in rewrites], keeping.record)
+        drawing.target.check(records)
+        warn_of_differences(drawing.origin, records[0])
+        kept = keeping.start(pipe, job, records, resolved.of(LoadSettings), output)
+        return _render(painter.run(job, kept.state if kept else None), kept, records, drawing, keeping)
 
 
 def _records(pipe: "ZImage", job: "Job", rewrites: list[Record], begun: Record) -> list[Record]:
@@ -45,17 +48,11 @@ def _records(pipe: "ZImage", job: "Job", rewrites: list[Record], begun: Record) 
 
 
 def _render(
-    pipe: "ZImage",
-    job: "Job",
-    records: list[Record],
-    drawing: Drawing,
-    keeping: Keeping,
-    output: str | None,
+    events: Iterable["Event"], kept: "StateFile | None", records: list[Record], drawing: Drawing, keeping: Keeping
 ) -> list[Record]:
-    """Run to the end, save each picture, and keep the state; returns what was saved where."""
-    target, progress = drawing.target, drawing.progress
-    saved, kept = [], keeping.start(pipe, job, records, drawing.resolved.of(LoadSettings), output)
-    for event in pipe.run(job, kept.state if kept else None):
+    """Go to the end, save each picture, and keep the state; returns what was saved where."""
+    target, progress, saved = drawing.target, drawing.progress, list[Record]()
+    for event in events:
         progress.update(event)
         if event.image is not None:
             record = records[event.index]

@@ -17,7 +17,7 @@ Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a rende
 FILES = [field.name for field, _ in fields(Request) if field.metadata["attachment"]]
 CONDITIONS = {field.name: kind for field, _ in fields(Request) if (kind := field.metadata["condition"])}
 FROM_FILES = [*FILES, *CONDITIONS]
-FACTS = ("model", "dtype", "precision", "lora", "vision", "attention", "compile", "device", "version", "torch")
+FACTS = ("model", "dtype", "precision", "lora", "vision", "attention", "compile", "ranks", "device", "version", "torch")
 
 SINGLE = {"prompt": None, "seed": None, "images": 1}  # of which every picture has one
 LONGEST_VALUE = 200  # characters of a value in a message

@@ -17,11 +17,12 @@ class Progress:
     def __init__(self, quiet: bool, names: bool = True):
         self.quiet, self.names = quiet, names
         self.live = not quiet and terminal.is_terminal(sys.stderr)
+        self.head = ""  # of every progress line
 
     def show(self, text: str) -> None:
         """Replace the progress line."""
         if self.live:
-            terminal.show(text)
+            terminal.show(self.head + text)
 
     def note(self, text: str) -> None:
         """A line that stays, for people who want more than names."""

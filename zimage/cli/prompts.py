@@ -21,6 +21,22 @@ def one_prompt(arguments: tuple[str, ...]) -> str:
     return " ".join(arguments)
 
 
+def given_prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> str | list[str] | None:
+    """The prompts of a command that takes several: those of a file, one per argument, or words that make one.
+
+    None where there are none. Raises RequestError.
+    """
+    if arguments and file:
+        raise RequestError("pass prompts as arguments or with --file, not both")
+    if file:
+        return file_prompts(file)
+    if not arguments:
+        return None
+    apart = each or all(len(argument.split()) > 1 for argument in arguments)
+    several = apart and len(arguments) > 1 and "-" not in arguments
+    return list(arguments) if several else one_prompt(arguments)
+
+
 # The argument of commands that take one prompt.
 prompt_argument = click.argument("prompt", nargs=-1, required=True, callback=lambda _, __, words: one_prompt(words))
 

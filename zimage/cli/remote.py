@@ -28,6 +28,7 @@ from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
 from zimage.settings.rewriting import RewriteSettings
+from zimage.settings.scale import ParallelSettings
 
 if TYPE_CHECKING:
     from zimage.cli.client import Client
@@ -66,7 +67,7 @@ def check_options(options: Mapping[str, Plain], save_state: Path | None, resume:
     loading = [name for name in given(options, LoadSettings) if name != "lora"]
     rewriting = [name for name in given(options, RewriteSettings) if name in OPERATORS]
     kept = [name for name, path in (("save_state", save_state), ("resume", resume)) if path is not None]
-    for name in (*loading, *rewriting, *kept):
+    for name in (*loading, *given(options, ParallelSettings), *rewriting, *kept):
         flag = "--" + name.replace("_", "-")
         raise RequestError(f"{flag} belongs to the server; leave it out with --server", fields=(name,))
 

@@ -49,7 +49,7 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
     serving, machines = _checked(resolved), _machines(resolved)
     if resolved.note and not quiet:
         terminal.note(resolved.note)
-    _need_packages()
+    need_packages("a server")
     from zimage.serve import app
 
     with resolved.naming_sources():
@@ -90,7 +90,8 @@ def _machines(resolved: Resolved) -> BatchSettings:
     return BatchSettings.from_mapping(values)
 
 
-def _need_packages() -> None:
+def need_packages(what: str) -> None:
+    """Raise ZImageError where the packages of the extra `serve` are missing, which `what` needs."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        told = f"a server needs {' and '.join(missing)}, of the extra `serve`"
+        told = f"{what} needs {' and '.join(missing)}, of the extra `serve`"
         raise ZImageError(f"{told}; run: {install_hint('serve')}")

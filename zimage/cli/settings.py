@@ -3,8 +3,8 @@
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
@@ -18,6 +18,9 @@ from zimage.settings.profiles import EVERY_SETTINGS, Resolved, find_config, is_o
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
 
+Resolve: TypeAlias = Callable[[Mapping[str, Plain]], Resolved]
+NOTHING: Mapping[str, Plain] = {}
+
 
 def configured(command: Command) -> Command:
     """A decorator that adds the options --config and --profile."""
@@ -29,19 +32,24 @@ def configured(command: Command) -> Command:
 
 def resolve_options(options: Mapping[str, Plain], origin: Mapping[str, Plain] | None = None) -> Resolved:
     """The options over the picture's request `origin`, the environment, the file and defaults. Raises RequestError."""
+    return resolver(options, origin)({})
+
+
+def resolver(options: Mapping[str, Plain], origin: Mapping[str, Plain] | None = None) -> Resolve:
+    """The same for values that stand over the options, each time others; the settings file is read once."""
     named = options.get("config")
     path = find_config(named)
     config = None if path is None else read_config(path, is_own_file(path, named))
     values = {name: value for settings in EVERY_SETTINGS for name, value in given(options, settings).items()}
-    return resolve(values, origin, config, options.get("profile"))
+    return lambda over: resolve({**values, **over}, origin, config, options.get("profile"))
 
 
-def load_pipeline(resolved: Resolved) -> "ZImage":
-    """The pipeline that the settings ask for. Only this imports torch, so that help and usage errors are quick."""
+def load_pipeline(resolved: Resolved, other: Mapping[str, Plain] = NOTHING) -> "ZImage":
+    """The pipeline that the settings ask for, but with `other` ones. Only this imports torch, so that help is quick."""
     with _nothing_to_collect():
         from zimage.pipeline import ZImage
 
-    loading = resolved.of(LoadSettings)
+    loading = {**resolved.of(LoadSettings), **other}
     check_server(resolved, "encoder_url")
     with resolved.naming_sources():
         check_folder(resolved, "cache_folder")

@@ -4,7 +4,6 @@ A picture that is rendered is saved: where its own place fails meanwhile, in the
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +13,13 @@ from zimage.cli.origin import Record
 from zimage.cli.patterns import NAME_FIELDS, check_pattern, invalid
 from zimage.errors import OutputError, RequestError, quoted
 from zimage.settings.fields import Plain
+from zimage.settings.paths import slug
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST = 255  # bytes of a name in the file systems in use
 NUMBER = 6  # bytes of them for the number that a taken name gets
-WORDS = 60  # characters of a prompt
 
 
 class Target:
@@ -76,7 +75,7 @@ class Target:
         """The name of a picture. It has at most LONGEST bytes, with room for a number; the prompt is cut for that."""
         values = {name: request[name] for name in NAME_FIELDS if name in request} | {"index": index + 1}
         room = LONGEST if self.replaces else LONGEST - NUMBER
-        for words in _shorter(_slug(request["prompt"])):
+        for words in _shorter(slug(request["prompt"])):
             name = self._formatted({**values, "prompt": words})
             if len(os.fsencode(name)) <= room:
                 return name
@@ -143,11 +142,6 @@ def _path_text(output: str) -> str:
     if "\0" in output:
         raise RequestError(f"output {output[:80]!r} is not a path")
     return output
-
-
-def _slug(prompt: str) -> str:
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-    return words[:WORDS].rstrip("-_") or "image"
 
 
 def _shorter(words: str) -> Iterator[str]:

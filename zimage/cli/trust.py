@@ -46,6 +46,15 @@ def check_folder(resolved: Resolved, name: str) -> None:
         raise RequestError(f"{text} to use it", fields=(name,))
 
 
+def check_address(resolved: Resolved) -> None:
+    """Raise RequestError where such a file names the cluster: its processes and this one run each other's code."""
+    if not resolved.is_own("address"):
+        text = (
+            f"address {quoted(resolved.entries['address'].value)} names machines that run code for you, and you theirs"
+        )
+        raise RequestError(f"{text}; pass {_flag('address')} to use it", fields=("address",))
+
+
 def check_serving(resolved: Resolved) -> None:
     """Raise RequestError where such a file lets others in, sends work out, or has pictures of the user deleted."""
     from zimage.serve.hosts import is_loopback

@@ -1,31 +1,50 @@
-"""The record of one measured or rendered thing, the same for sweeps and profiles: one line of JSON."""
+"""The record of one rendered cell or one measured scenario: the same for sweeps and profiles, one line of JSON each.
+
+    FOLDER/cells.jsonl      records, appended one by one; of several with one id the last one holds
+    FOLDER/ID.png           the picture of a cell, which carries its settings too
+
+A line is written whole and reaches the disk before the next cell begins. One that a killed process left without its
+end is no record: readers leave it out, and the next writer removes it.
+"""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from zimage.errors import RequestError, quoted
-from zimage.formats.atomic import write_text
-from zimage.settings.fields import Plain
+from zimage import interrupts
+from zimage.errors import CheckpointError, OutputError, RequestError, quoted
+from zimage.formats.atomic import beside
+from zimage.formats.files import read_file
+from zimage.formats.json_text import json_object
+from zimage.formats.lock import Lock
+from zimage.settings.fields import Hint, Plain
+from zimage.settings.plain import mistake
 
 SCHEMA = 1
 RECORDS = "cells.jsonl"  # within the folder of a sweep
+CAPTIONS = "captions"  # the folder in it that keeps them until all cells are done
+LONGEST_FILE, LONGEST_LINE = 1 << 30, 1 << 20  # bytes; a record of a long prompt has some ten thousand
 
 
 @dataclass(frozen=True)
 class Record:
-    """A cell of a sweep, or a profile's run, as plain values.
+    """A cell of a sweep, or a scenario of a profile, as plain values.
 
-    `axes` are the values that distinguish it from others, by the name of the setting; `request` and `load` are exact
-    and whole. `path` is that of its picture, relative to the folder; `timings` in seconds by stage, `memory` in bytes,
-    `counts` how often something was loaded or encoded for it, `scores` by metric. With an `error` there is no picture.
+    `axes` are the values that distinguish it from others, by the name of the setting, None where that was left as it
+    is. `request` is the prepared one, as `Job.to_dict` holds it, and `load` how the model was loaded; where it could
+    not be prepared, what was asked for. `path` is the name of its picture in the folder. `timings` are seconds by
+    stage; of a profile the median of its rounds, with the least and the most as `spread`. `memory` holds the peak in
+    bytes by device, `counts` what was done for it ("opened", "loads", "encodes") and other numbers, `scores` those of
+    metrics. `model` names checkpoint and LoRAs by their hashes, `machine` what it ran on. With an `error` there is no
+    picture.
     """
 
     id: str
-    kind: str = "cell"
+    kind: str = "cell"  # or "profile"
     axes: Mapping[str, Plain] = field(default_factory=dict)
     prompt: str = ""
     seed: int | None = None
@@ -33,51 +52,153 @@ class Record:
     load: Mapping[str, Plain] = field(default_factory=dict)
     path: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
-    memory: Mapping[str, int] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
+    spread: Mapping[str, list[float]] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    model: Mapping[str, Plain] = field(default_factory=dict)
     machine: Mapping[str, Plain] = field(default_factory=dict)
     version: str = ""
     schema: int = SCHEMA
 
     def line(self) -> str:
-        """One line of JSON."""
+        """One line of JSON, without its end."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    def replaced(self, **values: Any) -> Self:
+        """The same with other values; with scores, say."""
+        return dataclasses.replace(self, **values)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Record":
-        """The inverse. Raises RequestError for what is not a record of this schema."""
-        names = {one.name for one in dataclasses.fields(cls)}
-        if not isinstance(plain, dict) or plain.get("schema") != SCHEMA or "id" not in plain or set(plain) - names:
-            raise RequestError(f"{quoted(str(plain)[:80])} is not a record of schema {SCHEMA}")
+        """The inverse of `line`; what is left out has its default. Raises RequestError for anything else."""
+        values = {**DEFAULTS, **plain}
+        if values["schema"] != SCHEMA:
+            raise RequestError(f"it has schema {quoted(values['schema'])}, and this version reads {SCHEMA}")
+        if fault := mistake(values, KINDS, "record") or _unknown(values) or _outside(values["path"]):
+            raise RequestError(fault)
         return cls(**plain)
 
 
-def read_records(folder: Path) -> list[Record]:
-    """The records of a folder in the order of their first lines; of several with one id the last counts.
+# Of the fields, for `mistake`.
+KINDS: dict[str, Hint] = {
+    **dict.fromkeys(("id", "kind", "prompt", "version"), str),
+    **dict.fromkeys(("path", "error"), str | None),
+    **dict.fromkeys(("axes", "request", "load", "model", "machine"), dict[str, Any]),
+    **dict.fromkeys(("timings", "memory", "counts", "scores"), dict[str, float]),
+    "spread": dict[str, tuple[float, float]],
+    "seed": int | None,
+    "schema": int,
+}
+DEFAULTS = {name: value for name, value in vars(Record("")).items() if name != "id"}
 
-    A last line that was cut off is left out. Raises RequestError for a folder without records.
+
+# Of a picture's metadata: what it was drawn with, by hashes; and on what.
+FACTS = {
+    "model": ("model", "lora", "vision"),
+    "machine": ("device", "dtype", "precision", "attention", "compile", "torch"),
+}
+
+
+def facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record that the metadata of its picture tell."""
+    found = {key: {name: metadata[name] for name in names if name in metadata} for key, names in FACTS.items()}
+    return {**found, "version": metadata["version"]}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a folder in the order of their first lines.
+
+    Raises RequestError for a folder without records, and where one is damaged.
     """
     path = folder / RECORDS
     if not path.is_file():
         raise RequestError(f"{quoted(str(folder))} holds no {RECORDS}; pass the folder of a sweep")
-    return list({record.id: record for record in _lines(path)}.values())
+    return list(_read(path).values())
 
 
-def _lines(path: Path) -> Iterator[Record]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+def write_records(folder: Path, records: Iterable[Record]) -> None:
+    """Put these in the place of a folder's records, all of them or none. Raises as `Journal` does."""
+    with Journal(folder) as journal:
+        journal.replace(records)
+
+
+class Journal:
+    """The right to write the records of a folder, which one process has at a time; the folder is made.
+
+    `records` are all that it holds, by their ids. Raises RequestError where another process is writing them or one is
+    damaged, and OutputError where the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / RECORDS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            self._lock = Lock.of(self.path)
+        except BlockingIOError:
+            text = f"another command is writing the records of {quoted(str(folder))}; wait until it ends"
+            raise RequestError(text) from None
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written to: {error.strerror or error}") from error
+        self.records = _read(self.path)
+        self._remove_torn_line()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def append(self, record: Record) -> None:
+        """Add a record, or replace the one with its id; it is on the disk when this returns."""
+        line = (record.line() + "\n").encode()
+        with interrupts.held(), self.path.open("ab", buffering=0) as stream:
+            stream.write(line)
+            os.fsync(stream.fileno())
+        self.records[record.id] = record
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Put these in the place of all that there are, in one step."""
+        self.records = {record.id: record for record in records}
+        with beside(self.path) as temporary:
+            temporary.write_text("".join(record.line() + "\n" for record in self.records.values()), encoding="utf-8")
+            self._lock.publish(temporary)
+
+    def _remove_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def _read(path: Path) -> dict[str, Record]:
+    """The records by their ids. Raises RequestError, which names the line."""
+    records = {}
+    *lines, _ = _content(path).split(b"\n")  # what follows the last end of a line was cut off
     for number, line in enumerate(lines, 1):
         try:
-            plain = json.loads(line) if line else None
-        except ValueError:
-            if number == len(lines):
-                return
-            raise RequestError(f"line {number} of {path.name} is not JSON") from None
-        if plain is not None:
-            yield Record.from_plain(plain)
+            record = Record.from_plain(json_object("it", line, LONGEST_LINE))
+        except (CheckpointError, RequestError) as error:
+            raise RequestError(f"{path.name} line {number} is not a record: {error}") from None
+        records[record.id] = record
+    return records
 
 
-def write_records(folder: Path, records: list[Record]) -> None:
-    """Put these in the place of all records of a folder, atomically."""
-    write_text(folder / RECORDS, "".join(record.line() + "\n" for record in records))
+def _content(path: Path) -> bytes:
+    try:
+        return read_file(path, LONGEST_FILE)
+    except CheckpointError as error:
+        raise RequestError(str(error)) from None
+
+
+def _unknown(values: Mapping[str, Any]) -> str:
+    unknown = sorted(values.keys() - KINDS.keys())
+    return f"record has an unknown entry {quoted(unknown[0])}" if unknown else ""
+
+
+def _outside(path: str | None) -> str:
+    """A picture lies in its folder under a plain name: a record of somebody else's may name any file."""
+    if path is None or (path == os.path.basename(path) and path not in ("", ".", "..") and "\\" not in path):
+        return ""
+    return f"record.path {quoted(path)} should be the name of a file in the folder"

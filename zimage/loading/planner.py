@@ -52,6 +52,7 @@ class Planner:
 
     def __init__(self, model: ModelFiles, places: Mapping[str, Place], settings: LoadSettings):
         self.settings, self._places = settings, places
+        self.ranks = self.shares = 1
         devices = dict.fromkeys(place.device for place in places.values())
         self._held = {device: _held_bytes(device) for device in devices}
         self._base = {device: _base_bytes(device) for device in devices}
@@ -67,6 +68,10 @@ class Planner:
         precision = self.settings.precision if ROWS[name].transformed else "bf16"
         return measure(component, device, dtype, late, precision, self.settings.cuda_graphs)
 
+    def divide(self, ranks: int, halves: bool = False) -> None:
+        """Plan for one of so many ranks that draw each picture together, each half of them an evaluation of its own."""
+        self.ranks, self.shares = ranks, ranks // 2 if halves else ranks
+
     # ------------------------------------------------------------------ the decision
 
     def plan(self, work: Workload, loaded: Mapping[str, int] = NOTHING) -> MemoryPlan:
@@ -74,6 +79,7 @@ class Planner:
 
         `loaded` says how many bytes each returns. Always returns a plan; `check` refuses one that does not fit.
         """
+        work = replace(work, ranks=self.shares)
         stages: dict[str, StagePlan] = {}
         kept: set[str] = set()
         limits = {}

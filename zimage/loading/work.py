@@ -22,7 +22,7 @@ from zimage.text.qwen3 import Qwen3, Qwen3Config
 from zimage.text.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from zimage.text.replay import window_of
 from zimage.vae.kl import AutoencoderKLConfig
-from zimage.vae.tiling import runs_kernels, strip_values
+from zimage.vae.walk import runs_kernels, strip_values
 from zimage.vae.wan import AutoencoderKLWanConfig
 
 CPU = torch.device("cpu")
@@ -32,6 +32,8 @@ INT8_SUMS = 4.5
 # What the vision tower's maps take on a CPU over their bytes: they are of six sizes, and freed ones fit few others. Of
 # towers of 256 to 1024 channels and 2116 to 8464 patches, in fp32 and bf16, 1.9 to 2.1 were measured.
 VISION_SPREAD = 2
+# Values per pixel of the picture that all ranks have in the end: its parts as they arrive, and the whole of them.
+PICTURES = 2 * 3
 
 
 # ------------------------------------------------------------------ the work of a stage
@@ -74,7 +76,7 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 
 
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every image.
+    """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every token.
 
     Of each ControlNet beside it, as `control_bytes` says.
     """
@@ -93,8 +95,9 @@ def control_bytes(
 
 
 def _dit_tokens(work: Workload) -> int:
-    """Tokens of images and captions in one evaluation."""
-    return work.batch * (work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens))
+    """Tokens of images and captions in one evaluation, as many as one of the ranks has."""
+    tokens = work.batch * (work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens))
+    return -(-tokens // work.ranks)
 
 
 def graph_bytes(config: Qwen3Config | ZImageDiTConfig, work: Workload, dtype: torch.dtype) -> int:
@@ -124,7 +127,8 @@ def vae_bytes(
     """About the peak of decoding one image, whole, in exact strips or in blended tiles as the workload says."""
     whole, strips = _map_widths(config, device)
     if work.tile_mode == "exact":
-        rows = whole * work.width * work.tile_size + strips * work.pixels
+        rows = whole * work.width * work.tile_size + strips * work.pixels // work.ranks
+        rows += PICTURES * work.pixels if work.ranks > 1 else 0
         return min(rows * dtype.itemsize + _strip_bytes(dtype, device), whole * work.pixels * dtype.itemsize)
     if work.tile_mode == "blend":
         tile = min(work.pixels, (work.tile_size or BLEND_TILE) ** 2)

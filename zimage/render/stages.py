@@ -91,7 +91,7 @@ def run(
 ) -> Generator[Event, None, None]:
     """A whole job. Closing the generator cancels it; `state` is what an earlier run of the job has done."""
     conditions = Conditions([], None)
-    if len(_finished(job, state)) < job.count:
+    if len(finished(job, state)) < job.count:
         conditions = yield from encode(components, job, encoder, texts, vision)
     yield from draw(components, job, conditions, state, hooks)
 
@@ -100,7 +100,7 @@ def draw(
     components: Components, job: Job, conditions: Conditions, state: RenderState, hooks: Sequence["Hook"] = ()
 ) -> Generator[Event, None, None]:
     """All of a job behind its encoding; `conditions` are not read where the state has all latents."""
-    latents = _finished(job, state)
+    latents = finished(job, state)
     if len(latents) < job.count:
         sources = yield from start_from(components, job, conditions, state, hooks)
         begun = state if _in_last_pass(job, state) else RenderState()
@@ -113,7 +113,7 @@ def _in_last_pass(job: Job, state: RenderState) -> bool:
     return job.request.hires is None or bool(state.small)
 
 
-def _finished(job: Job, state: RenderState) -> list[Tensor]:
+def finished(job: Job, state: RenderState) -> list[Tensor]:
     """The latents of those images that have been through the last pass."""
     return state.finished if _in_last_pass(job, state) else []
 

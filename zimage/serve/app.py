@@ -3,15 +3,12 @@
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
 from zimage.errors import RequestError
 from zimage.serve.about import About
-from zimage.serve.answers import error_body
 from zimage.serve.database import Database
 from zimage.serve.door import Door
 from zimage.serve.forms import (
@@ -31,11 +28,12 @@ from zimage.serve.forms import (
 from zimage.serve.guard import Guard
 from zimage.serve.history import History
 from zimage.serve.listening import serve
-from zimage.serve.openapi import describe, methods_of
+from zimage.serve.openapi import describe
 from zimage.serve.safety import protected
 from zimage.serve.schema import drawing_body, drawing_parts
 from zimage.serve.service import Launch, Service
 from zimage.serve.token import read_token
+from zimage.serve.unhandled import HANDLERS
 from zimage.settings.environment import data_folder
 from zimage.settings.fields import Plain
 from zimage.settings.paths import user_path
@@ -100,8 +98,7 @@ def build(service: Service, door: Door) -> FastAPI:
         await service.start()
         yield
 
-    handlers: dict[Any, Any] = {HTTPException: _unknown, Exception: _failed}
-    app = FastAPI(lifespan=life, exception_handlers=handlers, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = FastAPI(lifespan=life, exception_handlers=HANDLERS, redirect_slashes=False, docs_url=None, redoc_url=None)
     forms = (encoder, hidden_states, texts, vision, meta)
     for form in forms if service.settings.encoder_only else (own, history, openai, a1111, controlnet, page, *forms):
         app.include_router(form.routes(service))
@@ -110,17 +107,3 @@ def build(service: Service, door: Door) -> FastAPI:
     others = {**history.SCHEMAS, **openai.schemas(service.settings), **a1111.schemas(service.settings)}
     describe(app, {**bodies, "DrawingParts": drawing_parts(bodies["Drawing"]), **others})
     return app
-
-
-async def _unknown(request: Request, error: HTTPException) -> Response:
-    """No such path, or no such method on it."""
-    path, status = request.url.path, error.status_code
-    text = f"{request.method} {path[:80]!r} is not something that this server does"
-    known = methods_of(request.app, path) if status == 405 else ""
-    return JSONResponse(error_body(path, status, text), status, {"Allow": known} if known else error.headers)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """A fault of the program; the log tells where."""
-    text = "the server failed at this; its log says more"
-    return JSONResponse(error_body(request.url.path, 500, text), 500)

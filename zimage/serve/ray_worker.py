@@ -210,7 +210,6 @@ def main() -> None:
     threading.Thread(target=bridge.listen, name="zimage-listen", daemon=True).start()
     try:
         with cluster.connected(address) as ray:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set its own
             bridge.work(hired(ray, start["loading"].get("device", "")), start)
     except ZImageError as error:
         outlet.send({"on": "refused", "error": as_plain(error)})

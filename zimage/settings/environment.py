@@ -30,7 +30,7 @@ def from_environment(settings: type[Settings], environ: Mapping[str, str] = os.e
         variable = field.metadata["env"]
         if variable and (text := environ.get(variable)):
             try:
-                value = _from_text(field.name, text, kinds[-1])
+                value = from_text(field.name, text, kinds[-1])
                 takes_one = list_fields(settings).get(field.name, True)
                 values[field.name] = settings.check_one(field.name, value if takes_one else [value])
             except RequestError as error:
@@ -46,6 +46,11 @@ def config_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
 def data_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The same among the user's data."""
     return _own_folder("LOCALAPPDATA" if sys.platform == "win32" else "XDG_DATA_HOME", "~/.local/share", environ)
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The same among what can be made again."""
+    return _own_folder("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "~/.cache", environ)
 
 
 def _own_folder(variable: str, usual: str, environ: Mapping[str, str]) -> Path | None:
@@ -73,8 +78,8 @@ def encoder_token(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get(ENCODER_TOKEN) or None
 
 
-def _from_text(name: str, text: str, kind: type) -> Plain:
-    """The value that a text stands for."""
+def from_text(name: str, text: str, kind: type) -> Plain:
+    """The value that a text stands for. Raises RequestError."""
     if kind is bool and text.lower() not in TRUE + FALSE:
         raise RequestError(f"{name} {quoted(text)} should be one of {', '.join(TRUE + FALSE)}", fields=(name,))
     try:

@@ -13,9 +13,10 @@ GROUP = "Several devices"
 class ParallelSettings(Settings):
     """How one picture is divided over ranks. Raises RequestError with the fields at fault."""
 
-    gpus: int = setting(
-        1,
-        "GPUs that draw each picture together; with `--device cpu`, processes.",
+    gpus: int | None = setting(
+        None,
+        "GPUs that draw each picture together; with `--device cpu`, processes. Default: as many as torchrun has "
+        "started, else 1.",
         group=GROUP,
         minimum=1,
         maximum=MOST_RANKS,
@@ -26,7 +27,7 @@ class ParallelSettings(Settings):
 
     def __post_init__(self):
         check_fields(self)
-        if self.cfg_parallel and self.gpus % 2:
+        if self.cfg_parallel and self.gpus is not None and self.gpus % 2:
             text = f"cfg_parallel divides the GPUs into two halves, and gpus is {self.gpus}; pass an even number"
             raise RequestError(text, fields=("cfg_parallel", "gpus"))
 
@@ -51,8 +52,7 @@ class BatchSettings(Settings):
     )
     address: str | None = setting(
         None,
-        "Ray cluster to run on, such as auto or ray://HOST:10001. Default: one on this computer that ends with the "
-        "command.",
+        "Ray cluster whose machines draw, such as auto or ray://HOST:10001. Default: this computer alone.",
         group=GROUP,
         metavar="ADDRESS",
     )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zimage.nn.config import Between
 from zimage.settings.declared import SIZE_MULTIPLE, TILE_OVERLAP
 from zimage.vae.layers import DecoderStack, EncoderStack
-from zimage.vae.tiling import OFF, StripWalk, Tiling, Walk
+from zimage.vae.tiling import OFF, Tiling
+from zimage.vae.walk import StripWalk, Walk
 
 Levels = Between(1, 4)  # how many an autoencoder has: each but the last halves a picture's sides, multiples of 16
 Side = Annotated[int, Between(SIZE_MULTIPLE, 1 << 16, multiple=SIZE_MULTIPLE)]  # pixels of a picture

@@ -1,7 +1,7 @@
 """The classic tiled pass: overlapping tiles, each run as a picture of its own, blended where they overlap.
 
 It needs little memory but is not exact: every tile has its own norm statistics and attention, which causes seams and
-shifts of colour. `zimage.vae.tiling` is exact.
+shifts of colour. `zimage.vae.walk` is exact.
 """
 
 import itertools

@@ -12,10 +12,9 @@ from typing import Annotated, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage.nn.attention import attention
 from zimage.nn.config import Channels, Colours, GroupDepth, Offset, Positive, check_divides, read_architecture
 from zimage.vae.autoencoder import Autoencoder, Levels, Side
-from zimage.vae.layers import Conv2d, DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
+from zimage.vae.layers import Conv2d, DecoderStack, EncoderStack, MapAttention, MidBlock, ResnetBlock, layers_of
 from zimage.vae.tiling import OFF, Tiling
 
 NORM_EPS = 1e-6
@@ -126,20 +125,20 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
 
-class SpatialAttention(nn.Module):
-    """One head over all h·w positions, residual."""
-
+class SpatialAttention(MapAttention):
     def __init__(self, config: AutoencoderKLConfig, width: int):
         super().__init__()
         self.group_norm = group_norm(config, width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, h·w, C)
-        q, k, v = (project(tokens).unsqueeze(2) for project in (self.to_q, self.to_k, self.to_v))  # (B, h·w, 1, C)
-        out = self.to_out[0](attention(q, k, v).flatten(2))
-        return x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2)  # (B, L, 1, C)
+        return self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+
+    def leave(self, x: Tensor, out: Tensor) -> Tensor:
+        projected: Tensor = self.to_out[0](out.flatten(2))
+        return x + projected.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zimage.kernels.channel_norm import channel_norm_silu
 from zimage.kernels.rms_norm import rms_norm
+from zimage.nn.attention import attention
 
 CHANNEL_NORM_EPS = 1e-12  # on the length of a channel vector, as in the reference's F.normalize
 
@@ -85,10 +86,25 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class MapAttention(nn.Module):
+    """One head over all L = H·W positions of a map, residual."""
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, L, 1, C)."""
+        raise NotImplementedError
+
+    def leave(self, x: Tensor, out: Tensor) -> Tensor:
+        """The next map of this one and of what was attended to, (B, L, 1, C)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(x, attention(*self.enter(x)))
+
+
 class MidBlock(nn.Module):
     """Attention over all positions between two residual blocks."""
 
-    def __init__(self, first: ResnetBlock, attention: nn.Module, last: ResnetBlock):
+    def __init__(self, first: ResnetBlock, attention: MapAttention, last: ResnetBlock):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList([first, last]), nn.ModuleList([attention])
 
@@ -97,8 +113,8 @@ class MidBlock(nn.Module):
         return cast(ResnetBlock, self.resnets[0])
 
     @property
-    def attention(self) -> nn.Module:
-        return self.attentions[0]
+    def attention(self) -> MapAttention:
+        return cast(MapAttention, self.attentions[0])
 
     @property
     def last(self) -> ResnetBlock:

@@ -1,6 +1,9 @@
 """Mean and variance of a map's groups, gathered while the map is written strip by strip.
 
-Shapes: C channels, H × W positions, G groups. Maps are (1, C, H, W) with the channels innermost.
+Moments say of each block of positions what a norm needs to know, so that those of a map can come from several
+processes: they are merged in the order of the blocks, wherever these were written.
+
+Shapes: C channels, H × W positions, G groups, N blocks. Maps are (1, C, H, W) with the channels innermost.
 """
 
 import math
@@ -8,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from zimage.kernels.group_norm import merge_moments, put_rows
+from zimage.kernels.group_norm import block_count, merge_moments, put_rows
 
 SUMS = 2048  # sums side by side on a CPU: short ones are accurate, and few enough stay in the nearest cache
 
@@ -21,6 +24,7 @@ class Statistics:
 
     def __init__(self, groups: int):
         self.groups = groups
+        self.moments: list[Tensor] = []  # each (3, C or G, N)
 
     def write(self, out: Tensor, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
         """out = rows + bias + residual; may overwrite `rows`."""
@@ -30,23 +34,23 @@ class Statistics:
         """Take the rows of a strip into account, after all of them have been written."""
         raise NotImplementedError
 
+    def blocks(self, channels: int, positions: int, parts: int) -> int:
+        """How many blocks a strip of so many positions has that is written in equal parts."""
+        raise NotImplementedError
+
+    def joined(self, like: Tensor) -> Tensor:
+        """The moments of all rows of a map that were written; N is 0 if there were none."""
+        raise NotImplementedError
+
     def of_groups(self) -> Tensor:
         """Mean and biased variance of every group, (2, G) fp32."""
         raise NotImplementedError
 
 
 class ChannelStatistics(Statistics):
-    """On a CPU: every channel of a strip while it lies in the cache; strips are merged in fp64.
-
-    Chan, Golub & LeVeque 1979.
-    """
+    """On a CPU: mean, variance and count of every channel of a strip while it lies in the cache, merged in fp64."""
 
     adds_bias = False
-
-    def __init__(self, groups: int):
-        super().__init__(groups)
-        self.count = 0
-        self.mean = self.deviation = torch.zeros((), dtype=torch.float64)  # deviation: sum of squares about the mean
 
     def write(self, out: Tensor, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
         assert bias is None
@@ -58,28 +62,27 @@ class ChannelStatistics(Statistics):
         if self.groups == 0:
             return
         mean, variance = (part.double() for part in channel_statistics(rows))
-        count = rows.numel() // rows.shape[1]
-        total = self.count + count
-        shift = mean - self.mean
-        self.mean = self.mean + shift * (count / total)
-        self.deviation = self.deviation + variance * count + shift**2 * (self.count * count / total)
-        self.count = total
+        count = torch.full_like(mean, rows.numel() // rows.shape[1])
+        self.moments.append(torch.stack((mean, variance, count))[..., None])
+
+    def blocks(self, channels: int, positions: int, parts: int) -> int:
+        return 1
+
+    def joined(self, like: Tensor) -> Tensor:
+        return torch.cat([like.new_empty(3, like.shape[1], 0, dtype=torch.float64), *self.moments], dim=2)
 
     def of_groups(self) -> Tensor:
-        means = self.mean.view(self.groups, -1)
-        mean = means.mean(dim=1, keepdim=True)
-        spread = self.deviation.view(self.groups, -1) / self.count + (means - mean) ** 2
-        return torch.stack((mean[:, 0], spread.mean(dim=1))).float()
+        mean, variance = merge_strips(torch.cat(self.moments, dim=2))
+        means = mean.view(self.groups, -1)
+        centre = means.mean(dim=1, keepdim=True)
+        spread = variance.view(self.groups, -1) + (means - centre) ** 2
+        return torch.stack((centre[:, 0], spread.mean(dim=1))).float()
 
 
 class BlockMoments(Statistics):
-    """On other devices: the pass that writes rows also takes the moments of their blocks, which are merged once."""
+    """On other devices: the pass that writes rows also takes the moments of their groups in blocks, merged once."""
 
     adds_bias = True
-
-    def __init__(self, groups: int):
-        super().__init__(groups)
-        self.moments: list[Tensor] = []
 
     def write(self, out: Tensor, rows: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
         self.moments.append(put_rows(rows, bias, residual, out, self.groups)[1])
@@ -87,8 +90,30 @@ class BlockMoments(Statistics):
     def measure(self, rows: Tensor) -> None:
         pass  # `write` has
 
+    def blocks(self, channels: int, positions: int, parts: int) -> int:
+        return parts * block_count(channels, self.groups, positions // parts)
+
+    def joined(self, like: Tensor) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.cat([like.new_empty(3, self.groups, 0, dtype=dtype), *self.moments], dim=2)
+
     def of_groups(self) -> Tensor:
         return merge_moments(self.moments[0] if len(self.moments) == 1 else torch.cat(self.moments, dim=2))
+
+
+def merge_strips(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, each (C,) fp64, of strips (3, C, N), one after the other.
+
+    Chan, Golub & LeVeque 1979.
+    """
+    total, mean, deviation = 0, *torch.zeros(2, moments.shape[1], dtype=torch.float64)
+    for strip_mean, variance, counts in moments.unbind(2):
+        before, count = total, int(counts[0])
+        total += count
+        shift = strip_mean - mean
+        mean = mean + shift * (count / total)
+        deviation = deviation + variance * count + shift**2 * (before * count / total)
+    return mean, deviation / total
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

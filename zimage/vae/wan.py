@@ -15,10 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from zimage.errors import CheckpointError
-from zimage.nn.attention import attention
 from zimage.nn.config import Between, Channels, Colours, GroupDepth, Offset, Positive, fault, read_architecture
 from zimage.vae.autoencoder import Autoencoder, Levels, Side
-from zimage.vae.layers import ChannelNorm, Conv2d, DecoderStack, EncoderStack, MidBlock, ResnetBlock, layers_of
+from zimage.vae.layers import (
+    ChannelNorm,
+    Conv2d,
+    DecoderStack,
+    EncoderStack,
+    MapAttention,
+    MidBlock,
+    ResnetBlock,
+    layers_of,
+)
 from zimage.vae.tiling import OFF, Tiling
 
 
@@ -214,16 +222,18 @@ def mid_block(width: int) -> MidBlock:
     return MidBlock(resnet_block(width, width), SpatialAttention(width), resnet_block(width, width))
 
 
-class SpatialAttention(nn.Module):
-    """One head over all h·w positions of a frame, residual."""
-
+class SpatialAttention(MapAttention):
     def __init__(self, width: int):
         super().__init__()
         self.norm = ChannelNorm(width, published_axes=2)
         self.to_qkv = Conv2d(width, 3 * width, 1)
         self.proj = Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2)  # (B, h·w, 1, 3C)
-        out = attention(*qkv.chunk(3, dim=-1)).flatten(2)  # (B, h·w, C)
-        return x + self.proj(out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2)  # (B, L, 1, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        return q, k, v
+
+    def leave(self, x: Tensor, out: Tensor) -> Tensor:
+        projected: Tensor = self.proj(out.flatten(2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
+        return x + projected

@@ -1,5 +1,6 @@
 """The page for people: `page/` as it is, nothing made on the way."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -15,8 +16,17 @@ UNCHANGED = {"Cache-Control": "no-cache"}  # asked for anew, and sent only where
 
 
 def routes(service: Service) -> APIRouter:
+    return routes_of(page_files(FOLDER))
+
+
+def page_files(folder: Path) -> dict[str, Path]:
+    """What a page consists of, by the names under which it asks for it."""
+    return {path.name: path for path in folder.iterdir() if path.suffix in TYPES}
+
+
+def routes_of(files: Mapping[str, Path]) -> APIRouter:
+    """`/`, which is index.html, and `/page/NAME`."""
     router = APIRouter(route_class=FormRoute, include_in_schema=False)
-    files = {path.name: path for path in FOLDER.iterdir() if path.suffix in TYPES}
 
     @router.get("/")
     async def page() -> Response:

@@ -53,3 +53,9 @@ export const dialogIsOpen = () => document.querySelector("dialog[open]") !== nul
 
 /** Whether keys that are typed now are somebody's text, or move a slider or a choice. */
 export const isTyping = (target) => target.closest?.("input, textarea, select, [contenteditable]") !== null;
+
+/** Fill a frame with a picture's own shape: CSS computes its size from the two sides. */
+export function shape(node, width, height) {
+  node.style.setProperty("--w", width || 1);
+  node.style.setProperty("--h", height || 1);
+}

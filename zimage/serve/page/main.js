@@ -5,6 +5,7 @@ import { $, closable, debounced, el } from "./dom.js";
 import { labelOf } from "./fields.js";
 import { draft, Form, keepDraft } from "./form.js";
 import { History } from "./history.js";
+import { encode, onUnauthorised, parse } from "./http.js";
 import { isActive, Jobs } from "./jobs.js";
 import { listenToKeys } from "./keys.js";
 import { Loras } from "./loras.js";
@@ -79,7 +80,7 @@ class Page {
     this.grow = growing(this.form.field("prompt").input);
     const kept = draft();
     if (kept) this.#restoreDraft(kept);
-    this.form.addEventListener("change", debounced(() => keepDraft(api.encode(this.request().values)), 300));
+    this.form.addEventListener("change", debounced(() => keepDraft(encode(this.request().values)), 300));
     this.form.addEventListener("change", () => this.grow());
     this.grow();
   }
@@ -87,7 +88,7 @@ class Page {
   /** A draft that another version wrote must not keep the page from starting. */
   #restoreDraft(text) {
     try {
-      const { lora = [], ...values } = api.parse(text);
+      const { lora = [], ...values } = parse(text);
       this.form.fill(values);
       this.loras.fill(lora);
     } catch {
@@ -257,6 +258,6 @@ class Page {
   }
 }
 
-api.onUnauthorised(signIn);
+onUnauthorised(signIn);
 window.addEventListener("unhandledrejection", ({ reason }) => toast(reason.message, { isFault: true }));
 api.schema().then((schema) => new Page(schema).start());

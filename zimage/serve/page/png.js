@@ -1,5 +1,5 @@
 // The settings that a PNG carries: its text chunk named "zimage".
-import { parse } from "./api.js";
+import { parse } from "./http.js";
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const KEY = "zimage";

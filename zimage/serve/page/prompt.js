@@ -1,6 +1,7 @@
 // The prompt's tokens, counted by the server while it is typed.
 import * as api from "./api.js";
 import { $, debounced } from "./dom.js";
+import { encode } from "./http.js";
 
 const NEAR = 0.9; // of the limit: from here on the count is yellow
 
@@ -18,7 +19,7 @@ export class TokenCount {
 
   async #count() {
     const request = this.form.text();
-    const text = api.encode(request);
+    const text = encode(request);
     if (text === this.#last) return;
     this.#last = text;
     this.#asked?.abort();

@@ -1,6 +1,6 @@
 // The dialogue that asks for the server's token, once for all questions that need it.
-import { openSession } from "./api.js";
 import { $ } from "./dom.js";
+import { openSession } from "./http.js";
 
 let waiting = null;
 

@@ -1,5 +1,5 @@
 // The picture: what is being drawn, with progress and preview, or one that is finished, with what can be done with it.
-import { $, el, tool, icon } from "./dom.js";
+import { $, el, tool, icon, shape } from "./dom.js";
 import { described, fraction, isActive, seconds } from "./jobs.js";
 
 export class Stage extends EventTarget {
@@ -114,12 +114,6 @@ export class Stage extends EventTarget {
   #tell(name, detail) {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
-}
-
-/** Fill the frame with the picture's own shape: CSS computes its size from the two sides. */
-export function shape(node, width, height) {
-  node.style.setProperty("--w", width || 1);
-  node.style.setProperty("--h", height || 1);
 }
 
 /** The facts of a picture that people look for. */

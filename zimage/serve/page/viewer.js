@@ -1,17 +1,17 @@
 // A picture in full, and two pictures under a slider.
-import { $, closable, el } from "./dom.js";
-import { factsOf, shape } from "./stage.js";
+import { $, closable, el, shape } from "./dom.js";
+import { Slider } from "./slider.js";
+import { factsOf } from "./stage.js";
 
 export class Viewer {
   constructor(history) {
     this.history = history;
+    this.slider = new Slider();
     closable($("viewer"));
-    closable($("compare"));
     $("viewer-previous").addEventListener("click", () => this.step(-1));
     $("viewer-next").addEventListener("click", () => this.step(1));
     $("viewer-scale").addEventListener("click", () => this.#scale(!this.isActualSize));
     $("viewer").addEventListener("keydown", (event) => this.#key(event));
-    $("compare-slider").addEventListener("input", () => this.#cut());
   }
 
   get isActualSize() {
@@ -50,21 +50,8 @@ export class Viewer {
     this.step(distance);
   }
 
-  /** Lay one picture over the other; the slider says how much of the left one is seen. */
   compare(left, right) {
-    const over = el("img", { class: "over", src: left.url, alt: `Left: ${left.prompt}` });
-    const under = el("img", { src: right.url, alt: `Right: ${right.prompt}` });
-    $("compare-picture").replaceChildren(under, over, el("div", { class: "cut" }));
-    shape($("compare-picture"), Math.max(left.width, right.width), Math.max(left.height, right.height));
-    $("compare-left").textContent = `${left.prompt} · seed ${left.seed}`;
-    $("compare-right").textContent = `${right.prompt} · seed ${right.seed}`;
-    $("compare-slider").value = 50;
-    this.#cut();
-    $("compare").showModal();
-    $("compare-slider").focus();
-  }
-
-  #cut() {
-    $("compare-picture").style.setProperty("--cut", `${$("compare-slider").value}%`);
+    const labelled = (image) => ({ ...image, label: `${image.prompt} · seed ${image.seed}` });
+    this.slider.open(labelled(left), labelled(right));
   }
 }

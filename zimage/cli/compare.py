@@ -1,0 +1,75 @@
+"""`compare`: the cells of a sweep side by side, as sheets or as an animation."""
+
+from pathlib import Path
+
+import click
+
+from zimage.cli import terminal
+from zimage.cli.options import PATH, PlainCommand
+
+AXIS, VALUE = "AXIS", "AXIS=VALUE"
+DIFFERENCES = ("absolute", "highlight", "heatmap")
+SHEET = "sheet.png"
+ENDINGS = "File: .png, .jpg or .webp; with --flip .webp, .gif or .png."
+
+
+@click.command(cls=PlainCommand)
+@click.argument("folder", type=PATH)
+@click.option("-o", "--output", type=PATH, help=f"{ENDINGS} Default: {SHEET} in the folder.")
+@click.option("--columns", multiple=True, metavar=AXIS, help="What varies from left to right. Default: the first axis.")
+@click.option("--rows", multiple=True, metavar=AXIS, help="What varies from top to bottom. Default: the second axis.")
+@click.option("--pages", multiple=True, metavar=AXIS, help="What varies from page to page. Default: the other axes.")
+@click.option("--only", multiple=True, metavar=VALUE, help="Show these cells only; repeat it for several values.")
+@click.option("--side-by-side", nargs=2, metavar="A B", help="Show two cells (ids), or two values (AXIS=VALUE).")
+@click.option("--diff", type=click.Choice(DIFFERENCES), help="Show differences from --base instead of pictures.")
+@click.option("--base", metavar=f"CELL|{VALUE}", help="What cells are compared with. Default: A of --side-by-side.")
+@click.option("--gain", type=click.FloatRange(0.1, 255), default=4.0, help="Factor of differences. Default: 4.")
+@click.option("--score", multiple=True, metavar="NAME", help="Write this score below each picture.")
+@click.option("--flip", is_flag=True, help="Make an animation that flips through the columns (.webp, .gif, .png).")
+@click.option("--seconds", type=click.FloatRange(0.05, 60), default=0.8, help="Time of a frame. Default: 0.8.")
+@click.option("--cell", type=int, metavar="PX", help="Longer side of a picture on the sheet. Default: up to 512.")
+@click.option("--theme", type=click.Choice(("light", "dark")), default="light", help="Colours of pictures' sheets.")
+@click.option("--font", metavar="FILE", help="Font of the labels. Default: one of the system that has the characters.")
+def compare(
+    folder: Path,
+    output: Path | None,
+    columns: tuple[str, ...],
+    rows: tuple[str, ...],
+    pages: tuple[str, ...],
+    only: tuple[str, ...],
+    side_by_side: tuple[str, str] | None,
+    diff: str | None,
+    base: str | None,
+    gain: float,
+    score: tuple[str, ...],
+    flip: bool,
+    seconds: float,
+    cell: int | None,
+    theme: str,
+    font: str | None,
+) -> None:
+    """Put the cells of a sweep's FOLDER side by side, with their values as headings.
+
+    An axis is a setting that the sweep varied, or prompt, or seed. Without options the first axis that varies becomes
+    the columns, the second the rows, and each combination of the others a page.
+    """
+    from zimage.experiments.difference import kind_of
+    from zimage.experiments.folder import Experiment
+    from zimage.experiments.layout import arranged, placed
+    from zimage.experiments.sheet import Style
+    from zimage.experiments.showing import Showing
+    from zimage.experiments.writing import write_flip, write_sheets
+
+    output, whole = output or folder / SHEET, Experiment.open(folder)
+    experiment = whole.only(only)
+    if side_by_side:
+        experiment, own_base, apart = experiment.pair(*side_by_side)
+        base, columns = base or (own_base if diff else None), columns or apart
+    showing = Showing(whole, kind_of(diff) if diff else None, base or "", gain, score)
+    grids, style = arranged(experiment, placed(experiment, columns, rows, pages)), Style(theme, cell, font)
+    if flip:
+        written = write_flip(output, grids, showing, style, seconds)
+    else:
+        written = write_sheets(output, grids, showing, style)
+    for path in written:
+        terminal.saved(str(path))

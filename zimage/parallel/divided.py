@@ -1,0 +1,95 @@
+"""A component divided over ranks while it is in use.
+
+A rank holds all weights and computes its own tokens. Of an evaluation of the DiT
+
+    embed      gives the rank's image tokens
+    context    is cut to the rank's caption tokens, and the rotations of its own tokens; so are tokens of controls
+    attention  sees whole sequences with some of the heads: see `exchange.py`
+    project    takes the rank's image tokens to patches, and gathers those of all ranks
+
+and everything between these looks at one token at a time. Every rank returns the whole velocity, of the same bits. The
+context refiner is not divided: it runs once per prompt, on a sequence that is short. Exact strips of a VAE are divided
+by `strips.py`; what it computes without strips, every rank does.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zimage.dit.control import Controlled
+from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.dit.rope import Rotation
+from zimage.loading.registry import DIT, VAE
+from zimage.parallel.attributes import Change, exchanged
+from zimage.parallel.exchange import divided_attention
+from zimage.parallel.layout import Layout
+from zimage.parallel.ranks import Ranks
+from zimage.parallel.strips import divided_walk
+
+
+def divided(ranks: Ranks, name: str, module: Any) -> AbstractContextManager[None]:
+    """Divide a component of this name over the ranks for as long as the context lasts; others stay as they are.
+
+    All ranks must use it in the same way meanwhile. A single rank computes as it does without. Raises RequestError
+    where there are too many ranks for a model or a sequence, when it is first evaluated.
+    """
+    if name == DIT and ranks.size > 1:
+        return exchanged([(module, "velocity", partial(divided_velocity, ranks, module))])
+    if name == VAE:
+        return exchanged([(module, "walk", divided_walk(ranks))])
+    return nullcontext()
+
+
+@torch.no_grad()
+def divided_velocity(
+    ranks: Ranks,
+    dit: ZImageDiT,
+    latents: Tensor,
+    modulation: Modulation,
+    context: Context,
+    controls: Sequence[Controlled] = (),
+) -> Tensor:
+    """`ZImageDiT.velocity`, for inference; never from CUDA graphs, which could not wait for other ranks."""
+    image = context.image_rotation.cos.shape[1]
+    layout = Layout.of(ranks.size, image, context.tokens.shape[1], dit.config.n_heads)
+    own = [c._replace(tokens=layout.image.part(c.tokens, ranks.rank)) for c in controls]
+    with exchanged(_changes(ranks, layout, dit, [control.net for control in controls])):
+        return type(dit).velocity(dit, latents, modulation, own_context(context, layout, ranks.rank), own)
+
+
+def own_context(context: Context, layout: Layout, rank: int) -> Context:
+    """What a rank needs of a context. The padding stays that of whole sequences, which its attention sees."""
+    caption = layout.joint.segments[1]
+    begin = sum(caption[:rank])
+    return Context(
+        tokens=context.tokens[:, begin : begin + caption[rank]],
+        image_rotation=Rotation(*(layout.image.part(turn, rank) for turn in context.image_rotation)),
+        rotation=Rotation(*(layout.joint.part(turn, rank) for turn in context.rotation)),
+        padding=context.padding,
+    )
+
+
+def _changes(ranks: Ranks, layout: Layout, dit: ZImageDiT, nets: Iterable[nn.Module]) -> Iterator[Change]:
+    """What an evaluation calls, in the form that is divided."""
+    yield dit, "embed", partial(_embed, ranks, layout, dit.embed)
+    yield dit, "project", partial(_project, ranks, layout, dit.project)
+    divided = (module for part in (dit.noise_refiner, dit.layers, *nets) for module in part.modules())
+    for module in dict.fromkeys(divided):  # one ControlNet may be there twice, with two pictures
+        if "attend" in vars(module):
+            yield module, "attend", partial(divided_attention, ranks, layout, vars(module)["attend"])
+
+
+def _embed(ranks: Ranks, layout: Layout, embed: Any, latents: Tensor) -> Tensor:
+    """The rank's image tokens (B, i_r, dim)."""
+    return layout.image.part(embed(latents), ranks.rank)
+
+
+def _project(ranks: Ranks, layout: Layout, project: Any, x: Tensor, modulation: Modulation, count: int) -> Tensor:
+    """Patch values (B, N, 4·C) of all ranks' image tokens; a rank's stand at the beginning of its x."""
+    lengths = layout.image.lengths
+    patches: Tensor = project(x, modulation, lengths[ranks.rank])
+    return ranks.all_gather("patches", patches, lengths)[:, :count]

@@ -1,0 +1,58 @@
+"""What torchrun tells a rank in its environment, and the file in which a rank leaves word of its end. No torch here."""
+
+import json
+import os
+import time
+from typing import Any, NamedTuple
+
+RUN = "TORCHELASTIC_RUN_ID"  # set by torchrun alone: what other launchers leave in RANK is not meant for us
+LAUNCHED = "zimage"  # the run that `gen --gpus` begins
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+# Why a rank ended, the reason that explains others first: a rank that was killed leaves no word.
+FAILED, KILLED, INTERRUPTED, LOST = "failed", "killed", "interrupted", "lost"
+REASONS = (FAILED, KILLED, INTERRUPTED, LOST)
+
+
+class Place(NamedTuple):
+    """A rank among the `size` of its group, and its number on its machine, which is also that of its GPU."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether it does what the command says; the others follow it. One that is alone leads."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+
+def place() -> Place:
+    """That of this process."""
+    if RUN not in os.environ:
+        return Place()
+    return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def is_launched() -> bool:
+    """Whether `gen --gpus` started this rank, and says in one line how all of them ended."""
+    return os.environ.get(RUN) == LAUNCHED
+
+
+def leave_word(line: str, reason: str) -> None:
+    """Tell torchrun why this rank ends, in the form in which its agent reads that."""
+    if file := os.environ.get(ERROR_FILE):
+        word = {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "reason": reason}}
+        with open(file, "w", encoding="utf-8") as out:
+            json.dump({"message": word}, out)
+
+
+def word_of(left: dict[str, Any]) -> tuple[str, str]:
+    """The line and the reason in what a rank left; empty where it left nothing."""
+    word = left.get("message")
+    if not isinstance(word, dict):
+        return "", ""
+    return str(word.get("message", "")), str(word.get("extraInfo", {}).get("reason", ""))
