@@ -266,7 +266,6 @@ def test_a_machine_may_go(tmp_path_factory, options, pipe):
         lost.shutdown()
 
 
-@pytest.mark.full
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path, cluster):
     running = Server(tmp_path / "data", "--address", "127.0.0.1:1", "--workers", "1", environment=cluster.environment)
     with pytest.raises(AssertionError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
