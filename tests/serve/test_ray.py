@@ -208,6 +208,11 @@ def check(server, id, pipe):
     assert os.listdir(server.folder / "states") == []
 
 
+def draws(server, id):
+    job = server.http.get(f"/api/jobs/{id}").json()
+    return (job["state"], job["stage"]) == ("running", "denoise")
+
+
 def all_ready(server):
     return all(worker["state"] == "ready" for worker in server.http.get("/health").json()["workers"])
 
@@ -242,9 +247,9 @@ def test_a_job_outlives_its_server(server, pipe):
 def test_a_job_that_ends_every_worker_fails_and_the_next_one_is_drawn(cluster, server):
     id = begin(server)
     for _ in range(2):
-        until(lambda: server.http.get(f"/api/jobs/{id}").json()["stage"] == "denoise")
+        until(lambda: draws(server, id))
         kill(cluster.relays())
-        until(lambda: server.http.get(f"/api/jobs/{id}").json()["stage"] != "denoise")
+        until(lambda: not draws(server, id))
     job = server.wait(id)
     assert (job["state"], job["error"]["message"].split(";")[0]) == ("failed", "its process ended unexpectedly 2 times")
     assert server.draw(**SHORT)
