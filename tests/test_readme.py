@@ -24,6 +24,7 @@ ROOMS = (
     "zimage",
     "zimage/cli",
     "zimage/serve",
+    "zimage/batch",
     "zimage/experiments",
     "zimage/experiments/metrics",
     "kernels",
@@ -32,6 +33,7 @@ ROOMS = (
     "bench",
     "tests",
     "zimage/serve/page",
+    "zimage/experiments/page",
 )
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [
