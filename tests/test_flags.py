@@ -288,6 +288,8 @@ OWN = {
     "picture": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",
     "output": "test_cli.py::test_patterns_folders_and_many_images",
     "server": "serve/test_gen_server.py::test_pictures_are_saved_as_they_come_bit_for_bit",
+    "gpus": "parallel/test_launch.py::test_pictures_are_those_of_one_rank",
+    "cfg_parallel": "parallel/test_leader.py::test_guidance_on_two_halves",
     "save_state": "test_resume.py::test_the_state_is_written_before_the_first_step",
     "resume": "test_resume.py::test_every_setting_comes_from_the_state",
     "config": "test_flags.py::test_a_line_in_a_file_does_something",

@@ -24,6 +24,7 @@ ROOMS = (
     "zimage",
     "zimage/cli",
     "zimage/serve",
+    "zimage/batch",
     "zimage/experiments",
     "zimage/experiments/metrics",
     "kernels",

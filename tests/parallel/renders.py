@@ -8,10 +8,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from test_control_files import peak_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import zimage
+from zimage.dit.control import Controlled
+from zimage.loading.controls import ControlFile
 from zimage.parallel.divided import divided
 from zimage.parallel.guidance import Halves
 from zimage.parallel.ranks import Ranks
@@ -107,13 +110,32 @@ def operations(ranks: Ranks | None, settings: Settings) -> int:
     return counter.get_total_flops()
 
 
+@torch.no_grad()
+def peak(ranks: Ranks | None, settings: Settings, file: str, side: int, tokens: int) -> int:
+    """Bytes that one evaluation of side × side latents with a ControlNet adds to what was there before it.
+
+    gloo lets go of what was sent a moment after it has arrived; that moment is not what is measured.
+    """
+    if ranks is not None:
+        ranks.exchange = late(ranks.exchange, 1)
+    pipe, read = pipeline(settings), ControlFile.of(file)
+    components = pipe._components(controls=(read,))
+    with components.use("dit") as dit, divided(ranks, "dit", dit) if ranks else nullcontext():
+        net, sigma = pipe.residency.control(read), torch.tensor([0.7])
+        shown = net.embed(torch.randn(1, net.config.control_in_dim, side, side), dit.x_pad_token)
+        control = Controlled(net, shown, net.modulate(dit.time(sigma)))
+        context = dit.context(dit.refine(captions(dit.config.cap_feat_dim, [tokens])), side, side)
+        latents, modulation = noise(1, (side, side)), dit.modulate(sigma)
+        return peak_of(lambda: dit.velocity(latents, modulation, context, [control]))
+
+
 def late(exchange: Any, seed: int) -> Any:
     dice = random.Random(seed)
 
     def call(*arguments: Any) -> Any:
         time.sleep(dice.random() * 0.01)
         found = exchange(*arguments)
-        time.sleep(dice.random() * 0.01)
+        time.sleep(0.002 + dice.random() * 0.01)
         return found
 
     return call

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny import relative_error
 
 from zimage.errors import RequestError
+from zimage.loading.plan import Workload
+from zimage.loading.work import dit_bytes
 from zimage.parallel.divided import divided
 from zimage.parallel.layout import shares
 
@@ -178,7 +180,7 @@ def test_bytes_on_halves(pool, model):
     case = {"lengths": (9,), "negative": 40, "guidance": 2.0, "steps": 3, "cfg_truncation": 0.3}
     answers = pool.run(4, renders.drawn_in_halves, model, case)
     found = {kind: sum(counts.get(kind, 0) for _, counts in answers) for kind in ("attention", "patches", "guidance")}
-    positive, negative = (sent(2, 4, 1, [(64,)] * 2 + [(64, caption)] * 5, 64) for caption in (32, 64))
+    positive, negative = (sent(2, 4, 1, [(64,)] * 2 + [(64, caption)] * 5, 35) for caption in (32, 64))
     expected = {kind: 4 * positive[kind] + 2 * negative[kind] for kind in positive}
     assert found == {**expected, "guidance": 4 * 2 * 16 * 10 * 14 * 4}
 
@@ -214,7 +216,7 @@ def test_bits_do_not_depend_on_timing(pool, model, wide_folder):
 
 
 def sent(size: int, element: int, batch: int, blocks: list[tuple[int, ...]], image: int) -> dict[str, int]:
-    """What all ranks send in one evaluation: for each block the lengths of its segments; image tokens, padded."""
+    """What all ranks send in an evaluation: by the segments of each block, and the image tokens without pads."""
     heads, width = shares(HEADS, size), WIDE["dim"] // HEADS
     moved = 0
     for segments in blocks:
@@ -226,10 +228,10 @@ def sent(size: int, element: int, batch: int, blocks: list[tuple[int, ...]], ima
 
 @pytest.mark.parametrize(("dtype", "element", "size"), [*(("fp32", 4, n) for n in (1, *SIZES)), ("bf16", 2, 5)])
 def test_bytes_are_those_of_the_formula(pool, model, size, dtype, element):
-    """Two blocks of the noise refiner and five joint ones, for two images of 64 tokens and captions of up to 64."""
+    """Two blocks of the noise refiner and five joint ones; two images of 35 tokens, or 64 with pads, and captions."""
     answers = pool.run(size, renders.drawn, (*model, ("dtype", dtype)), {"lengths": (9, 40)})
     found = {kind: sum(counts.get(kind, 0) for _, counts in answers) for kind in ("attention", "patches")}
-    assert found == sent(size, element, 2, [(64,)] * 2 + [(64, 64)] * 5, 64)
+    assert found == sent(size, element, 2, [(64,)] * 2 + [(64, 64)] * 5, 35)
 
 
 def test_bytes_with_guidance_and_a_controlnet(pool, model, wide_folder):
@@ -238,7 +240,7 @@ def test_bytes_with_guidance_and_a_controlnet(pool, model, wide_folder):
     case = {"lengths": (9,), "negative": 40, "guidance": 2.0, "steps": 3, "nets": nets}
     answers = pool.run(4, renders.drawn, model, case)
     found = {kind: sum(counts.get(kind, 0) for _, counts in answers) for kind in ("attention", "patches")}
-    branches = [sent(4, 4, 1, [(64,)] * 4 + [(64, caption)] * 8, 64) for caption in (32, 64)]
+    branches = [sent(4, 4, 1, [(64,)] * 4 + [(64, caption)] * 8, 35) for caption in (32, 64)]
     assert found == {kind: 3 * sum(branch[kind] for branch in branches) for kind in found}
 
 
@@ -247,13 +249,22 @@ def test_bytes_with_guidance_and_a_controlnet(pool, model, wide_folder):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_is_computed_twice(pool, model, size):
-    """But for the embedding of patches: 64 values of 35 tokens in two images."""
     settings = (*model, ("attention", "sdpa-math"))  # whose products can be counted
     whole, parts = renders.operations(None, settings), pool.run(size, renders.operations, settings)
-    embedding = 2 * 2 * 35 * 64 * WIDE["dim"]
-    padded = 2 * WIDE["dim"] * 64 * 2 * 29  # those of pad tokens of the image, which the final layer takes along
-    assert sum(parts) == whole + (size - 1) * embedding + padded
+    assert sum(parts) == whole
     assert max(parts) <= 1.3 * whole / size
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_memory_is_shared(pool, model, wide_folder, size):
+    """What a rank holds in an evaluation is its share, as that of the heads is, and no more than the plan expects."""
+    file, side, tokens = str(wide_folder / "nets" / "2.1"), 64, 100
+    alone = renders.peak(None, model, file, side, tokens)
+    found = max(pool.run(size, renders.peak, model, file, side, tokens))
+    config, work = control_nets.dit(**WIDE).config, Workload(8 * side, 8 * side, tokens, ranks=size, control_streams=1)
+    own = (side // 2) ** 2 * config.dim * 4  # the control's tokens were there before
+    assert found <= 1.05 * alone / size
+    assert found <= dit_bytes(config, work, torch.float32) - own
 
 
 # ------------------------------------------------------------------ before and afterwards

@@ -18,7 +18,7 @@ from PIL import Image
 from zimage.cli import main
 from zimage.parallel import environment
 from zimage.parallel.environment import FAILED, INTERRUPTED, LOST, REASONS
-from zimage.pictures.files import read_settings
+from zimage.pictures.files import read_metadata
 
 SHORT = ("a red cat", "--seed", "1", "--steps", "4", "--width", "64", "--height", "64", "--dtype", "fp32")
 CPU = ("--device", "cpu")
@@ -54,7 +54,7 @@ def test_pictures_are_those_of_one_rank(start, tmp_path):
     assert two.end(120) == 0, two.err
     picture = two.folder / "picture.png"
     assert abs(pixels(picture) - pixels(tmp_path / "one.png")).max() <= 1
-    assert read_settings(picture)["ranks"] == 2
+    assert read_metadata(picture)["ranks"] == 2
     (told,) = json.loads((two.folder / "out").read_text())["images"]
     assert told["path"] == "picture.png"
     assert two.errors == []
@@ -95,15 +95,15 @@ def test_a_killed_rank_loses_nothing(start):
 
 def ended(command: Command, status: int, line: str) -> None:
     assert command.end(DEADLINE) == status
-    assert command.errors == [line]
+    assert command.errors == [f"error: {line}"]
     assert not list(command.folder.glob("*.png"))
 
 
-def killed(rank: int, count: int = 2) -> str:
-    return f"error: rank {rank} of {count} was killed (SIGKILL), and all others were ended"
+def killed(rank: int, count: int = 2, how: str = "SIGKILL") -> str:
+    return f"rank {rank} of {count} was killed ({how}), and all others were ended"
 
 
-INTERRUPTION = "error: interrupted; the unfinished picture was not saved"
+INTERRUPTION = "interrupted; the unfinished picture was not saved"
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
@@ -178,7 +178,7 @@ if os.environ.get("RANK") == "1":
 def test_an_error_of_another_rank_ends_all_with_its_line(start, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(FAULT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    ended(start(*LONG, "--gpus", 2), 1, "error: rank 1: the GPU ran out of memory")
+    ended(start(*LONG, "--gpus", 2), 1, "rank 1: the GPU ran out of memory")
 
 
 # ------------------------------------------------------------------ what is refused, and what is told
@@ -237,11 +237,11 @@ def failures(tmp_path, *ends) -> dict:
 @pytest.mark.parametrize(
     ("ends", "told", "status"),
     [
-        ([(1, "gone", LOST), (-9, "", "")], "rank 1 of 2 was killed (SIGKILL), and all others were ended", 1),
-        ([(143, "interrupted", INTERRUPTED), (-11, "", "")], "rank 1 of 2 was killed (SIGSEGV), and all others were ended", 1),
+        ([(1, "gone", LOST), (-9, "", "")], killed(1), 1),
+        ([(143, "interrupted", INTERRUPTED), (-11, "", "")], killed(1, 2, "SIGSEGV"), 1),
         ([(1, "gone", LOST), (2, "no such file", FAILED)], "rank 1: no such file", 2),
         ([(1, "NaN", FAILED), (1, "NaN", FAILED)], "NaN", 1),
-        ([(-15, "", ""), (1, "gone", LOST), (-9, "", "")], "rank 2 of 3 was killed (SIGKILL), and all others were ended", 1),
+        ([(-15, "", ""), (1, "gone", LOST), (-9, "", "")], killed(2, 3), 1),
         ([(143, "interrupted; a note", INTERRUPTED), (143, "interrupted", INTERRUPTED)], "interrupted; a note", 143),
         ([(7, "", ""), (1, "gone", LOST)], "rank 0 of 2 ended with status 7, and all others were ended", 7),
     ],

@@ -309,9 +309,9 @@ class ZImageDiT(CaptionStream):
         patches = self.project(x, modulation, (h // PATCH) * (w // PATCH))
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
 
-    def embed(self, latents: Tensor) -> Tensor:
-        """Image tokens (B, Np, dim) of latents (B, C, h, w)."""
-        return embed_patches(latents, self.config.in_channels, self.x_embedder, self.x_pad_token)
+    def embed(self, latents: Tensor, part: slice = slice(None)) -> Tensor:
+        """Image tokens (B, Np, dim) of latents (B, C, h, w), or a part of the Np."""
+        return embed_patches(latents, self.config.in_channels, self.x_embedder, self.x_pad_token, part)
 
     def project(self, x: Tensor, modulation: Modulation, count: int) -> Tensor:
         """Patch values (B, N, 4·C) of a stream (B, Np + Lp, dim), whose first `count` = N tokens are the image's."""

@@ -25,18 +25,21 @@ def unpatchify(tokens: Tensor, h: int, w: int, p: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, h, w)
 
 
-def embed_patches(latents: Tensor, channels: int, embedder: nn.Module, pad: Tensor) -> Tensor:
+def embed_patches(
+    latents: Tensor, channels: int, embedder: nn.Module, pad: Tensor, part: slice = slice(None)
+) -> Tensor:
     """(B, C, h, w) → (B, Np, dim): the learned `pad` (1, dim) follows the image tokens and is attended like any token.
 
-    Raises RequestError for latents of other than `channels` channels, or of odd sides.
+    Of the Np tokens only a `part`. Raises RequestError for latents of other than `channels` channels, or of odd sides.
     """
     C, h, w = latents.shape[1:]
     if channels != C or h % PATCH or w % PATCH:
         raise RequestError(
             f"latents of shape {tuple(latents.shape)} do not fit; they must have {channels} channels and even sides"
         )
-    tokens = embedder(patchify(latents.to(pad), PATCH))
-    pads = pad.expand(len(tokens), padded_length(tokens.shape[1]) - tokens.shape[1], -1)
+    patches = patchify(latents.to(pad), PATCH)
+    tokens, every = embedder(patches[:, part]), range(padded_length(patches.shape[1]))
+    pads = pad.expand(len(tokens), len(every[part]) - tokens.shape[1], -1)
     return torch.cat((tokens, pads), dim=1)
 
 

@@ -87,11 +87,11 @@ def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, devic
 def control_bytes(
     config: ControlNetConfig | ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU
 ) -> int:
-    """What a control adds to the peak of an evaluation: its tokens, and the stream that they become.
+    """What a control adds to the peak of an evaluation: its tokens, all of them on every rank, and its stream.
 
     A hint comes and goes where less is held than within a block.
     """
-    return _dit_tokens(work) * 2 * config.dim * dtype.itemsize
+    return (_dit_tokens(replace(work, ranks=1)) + _dit_tokens(work)) * config.dim * dtype.itemsize
 
 
 def _dit_tokens(work: Workload) -> int:

@@ -63,10 +63,8 @@ def divided_velocity(
 
 def own_context(context: Context, layout: Layout, rank: int) -> Context:
     """What a rank needs of a context. The padding stays that of whole sequences, which its attention sees."""
-    caption = layout.joint.segments[1]
-    begin = sum(caption[:rank])
     return Context(
-        tokens=context.tokens[:, begin : begin + caption[rank]],
+        tokens=layout.caption.part(context.tokens, rank),
         image_rotation=Rotation(*(layout.image.part(turn, rank) for turn in context.image_rotation)),
         rotation=Rotation(*(layout.joint.part(turn, rank) for turn in context.rotation)),
         padding=context.padding,
@@ -75,7 +73,8 @@ def own_context(context: Context, layout: Layout, rank: int) -> Context:
 
 def _changes(ranks: Ranks, layout: Layout, dit: ZImageDiT, nets: Iterable[nn.Module]) -> Iterator[Change]:
     """What an evaluation calls, in the form that is divided."""
-    yield dit, "embed", partial(_embed, ranks, layout, dit.embed)
+    own = layout.image.runs[ranks.rank]
+    yield dit, "embed", partial(dit.embed, part=slice(own.start, own.stop))
     yield dit, "project", partial(_project, ranks, layout, dit.project)
     divided = (module for part in (dit.noise_refiner, dit.layers, *nets) for module in part.modules())
     for module in dict.fromkeys(divided):  # one ControlNet may be there twice, with two pictures
@@ -83,13 +82,7 @@ def _changes(ranks: Ranks, layout: Layout, dit: ZImageDiT, nets: Iterable[nn.Mod
             yield module, "attend", partial(divided_attention, ranks, layout, vars(module)["attend"])
 
 
-def _embed(ranks: Ranks, layout: Layout, embed: Any, latents: Tensor) -> Tensor:
-    """The rank's image tokens (B, i_r, dim)."""
-    return layout.image.part(embed(latents), ranks.rank)
-
-
 def _project(ranks: Ranks, layout: Layout, project: Any, x: Tensor, modulation: Modulation, count: int) -> Tensor:
-    """Patch values (B, N, 4·C) of all ranks' image tokens; a rank's stand at the beginning of its x."""
-    lengths = layout.image.lengths
-    patches: Tensor = project(x, modulation, lengths[ranks.rank])
-    return ranks.all_gather("patches", patches, lengths)[:, :count]
+    """Patch values (B, N, 4·C) of the image tokens of all ranks, without pads; a rank's begin its x (B, l_r, dim)."""
+    real = [len(range(run.start, min(run.stop, count))) for run in layout.image.runs]
+    return ranks.all_gather("patches", project(x, modulation, real[ranks.rank]), real)

@@ -10,6 +10,7 @@ tokens are [its image tokens, its caption tokens], so that its layers run as tho
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -37,11 +38,16 @@ class Split(NamedTuple):
         """Tokens of each rank."""
         return [sum(runs) for runs in zip(*self.segments, strict=True)]
 
+    @property
+    def runs(self) -> list[range]:
+        """Where each rank's tokens lie in a sequence of one segment."""
+        (segment,) = self.segments
+        return [range(end - length, end) for length, end in zip(segment, accumulate(segment), strict=True)]
+
     def part(self, whole: Tensor, rank: int, dim: int = 1) -> Tensor:
-        """A rank's tokens of a whole sequence, which lie along `dim`."""
-        runs = whole.split([run for segment in self.segments for run in segment], dim)
-        size = len(self.segments[0])
-        return torch.cat(runs[rank::size], dim)
+        """A rank's tokens of a whole sequence, which lie along `dim`; of one segment they are a view."""
+        runs = whole.split([run for segment in self.segments for run in segment], dim)[rank :: len(self.segments[0])]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
     def parts(self, whole: Tensor, dim: int = 1) -> list[Tensor]:
         """The tokens of every rank."""
@@ -59,6 +65,7 @@ class Layout:
     """How an evaluation is divided: the image tokens that the noise refiner sees, the joint sequence, and the heads."""
 
     image: Split
+    caption: Split
     joint: Split
     heads: tuple[int, ...]
 
@@ -70,8 +77,8 @@ class Layout:
             if tokens < size:
                 text = f"{what} of {tokens} tokens cannot be divided over {size} ranks; use at most {tokens}"
                 raise RequestError(text, fields=("gpus",))
-        picture = shares(image, size)
-        return cls(Split((picture,)), Split((picture, shares(caption, size))), shares(heads, size))
+        picture, words = shares(image, size), shares(caption, size)
+        return cls(Split((picture,)), Split((words,)), Split((picture, words)), shares(heads, size))
 
     def split(self, rank: int, length: int) -> Split:
         """Which of both sequences it is of which a rank has so many tokens; raises ValueError for any other length."""
