@@ -1,5 +1,7 @@
 """`python -m bench SCENARIO`: what a render costs, beside a peer in the same run."""
 
+import sys
+
 import click
 
 from bench.card import card
@@ -14,7 +16,13 @@ from bench.roofline import roofline
 from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
+from zimage.__main__ import main as zimage
+from zimage.cli.compare import compare
+from zimage.cli.metrics import metrics
 from zimage.cli.sweep import sweep
+
+SCENARIOS = (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, serve, tables)
+EXPERIMENTS = (sweep, metrics, compare)  # commands of `zimage`, which people look for here too
 
 
 @click.group()
@@ -22,9 +30,10 @@ def main() -> None:
     """Measure a scenario. Figures are medians with their range; the last line is JSON with machine and commit."""
 
 
-SCENARIOS = (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, sweep, serve, tables)
-for scenario in SCENARIOS:
+for scenario in (*SCENARIOS, *EXPERIMENTS):
     main.add_command(scenario)
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in [command.name for command in EXPERIMENTS]:
+        sys.exit(zimage())  # where a failure is one line
     main(prog_name="python -m bench")

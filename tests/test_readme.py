@@ -24,6 +24,7 @@ ROOMS = (
     "zimage",
     "zimage/cli",
     "zimage/serve",
+    "zimage/batch",
     "zimage/parallel",
     "zimage/experiments",
     "zimage/experiments/metrics",
@@ -33,6 +34,7 @@ ROOMS = (
     "bench",
     "tests",
     "zimage/serve/page",
+    "zimage/experiments/page",
 )
 MAPS = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 DOCUMENTS = [

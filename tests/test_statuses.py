@@ -13,12 +13,16 @@ from zimage.cli import main
 
 USAGE = {
     "gen": ["a", "--steps", "0"],
+    "batch": ["rows.jsonl", "-o", "out", "--steps", "0"],
     "sweep": ["a", "-o", "out", "--vary", "stepz=1"],
+    "compare": ["nowhere"],
+    "view": ["nowhere", "--port", "65536"],
     "serve": ["--port", "65536"],
     "rewrite": ["a", "--max-tokens", "0"],
     "encode": ["a"],
     "see": ["x.png", "--vision-layer", "0"],
     "tokens": ["a", "--hidden-layer", "0"],
+    "metrics": ["nowhere"],
     "info": ["--batch-size", "0"],
     "templates list": ["--category", "nothing-like-it"],
     "templates show": ["nothing-like-it"],

@@ -132,16 +132,22 @@ def test_an_id_may_be_a_number():
 
 
 def test_a_product_has_every_combination():
-    lists = {"steps": listed("steps", "1,2"), "negative": listed("negative", '["blurry, dark", "x"]')}
+    lists = {"steps": listed("steps", "1,2"), "negative": listed("negative", '"blurry, dark",')}
     found = [source.values for source in multiplied([Source("here", {"prompt": "a"})], lists)]
-    assert [(row["steps"], row["negative"]) for row in found] == [
+    assert [(row["steps"], row.get("negative")) for row in found] == [
         (1, "blurry, dark"),
-        (1, "x"),
+        (1, None),
         (2, "blurry, dark"),
-        (2, "x"),
+        (2, None),
     ]
     with pytest.raises(RequestError, match="here sets steps itself"):
         list(multiplied([Source("here", {"prompt": "a", "steps": 4})], lists))
+
+
+def test_an_id_gets_a_number_for_each_value():
+    lists = {"steps": [1, 2], "seed": [5, 6]}
+    found = rows_of(multiplied([Source("here", {"id": "x", "prompt": "a"})], lists), {}, Path())
+    assert [row.id for row in found] == ["x-1-1", "x-1-2", "x-2-1", "x-2-2"]
 
 
 # ------------------------------------------------------------------ files of rows
@@ -159,11 +165,13 @@ def test_pictures_travel_by_content_and_arrive_under_their_names(tmp_path):
     assert len(packing.contents) == 2  # each once
     assert str(tmp_path) not in json.dumps(packed)
     (tmp_path / "cat.png").unlink()
-    unpacked = Unpacking(packing.contents, lambda kept: kept[::-1]).unpack(packed)
+    unpacking = Unpacking(packing.contents, lambda kept: kept[::-1])
+    unpacked = unpacking.unpack(packed)
     paths = [unpacked["image"], *(one["picture"] for one in unpacked["reference"])]
     contents = [Path(path).read_bytes() for path in paths]
     assert contents == [b"a picture", b"another", b"a picture"]
     assert all(path.endswith("/cat.png") for path in paths)
+    assert unpacking.named(f"{paths[0]}: damaged") == "cat.png: damaged"
     assert [one["alpha"] for one in unpacked["reference"]] == [0.4, 0.3]
 
 

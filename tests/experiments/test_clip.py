@@ -12,7 +12,7 @@ from tiny import randomised
 
 from zimage.errors import CheckpointError, ConfigError, RequestError
 from zimage.experiments.metrics.clip import Clip
-from zimage.experiments.metrics.clip_score import BEGIN, END, MEAN, ClipScore
+from zimage.experiments.metrics.clip_folder import BEGIN, END, MEAN, load_clip
 
 STACK = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG = {
@@ -23,6 +23,7 @@ CONFIG = {
 }
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["ca", "cat</w>"]
+MANY = {token: i for i, token in enumerate([BEGIN, END, "c", "a", "t</w>", *WORDS, *map(str, range(10, 73))])}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def test_a_score_is_a_cosine_that_depends_on_picture_and_prompt(whole):
-    clip = ClipScore.load(whole)
+    clip = load_clip(whole, torch.device("cpu"))
     scores = {(i, prompt): clip.score(picture(i), prompt) for i in (1, 2) for prompt in ("a cat", "dog")}
     assert len(set(scores.values())) == 4
     assert all(-1 <= score <= 1 for score in scores.values())
@@ -61,7 +62,7 @@ def test_a_score_is_a_cosine_that_depends_on_picture_and_prompt(whole):
 
 
 def test_prompts_are_cut_at_the_positions_and_keep_their_end(whole):
-    clip = ClipScore.load(whole)
+    clip = load_clip(whole, torch.device("cpu"))
     begin, end = 54, 55
     assert clip.tokens("Cat") == [begin, 53, end]
     long = clip.tokens("cat " * 20)
@@ -90,17 +91,18 @@ def edit(folder, **values):
         (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "no weights were found"),
         (lambda f: (f / "merges.txt").unlink(), CheckpointError, "merges.txt is missing"),
         (lambda f: (f / "vocab.json").write_text('{"a": 0}'), CheckpointError, "clip"),
+        (lambda f: (f / "vocab.json").write_text(json.dumps(MANY)), CheckpointError, "has 70 tokens, and the model 60"),
         (lambda f: (f / "vocab.json").write_text("["), CheckpointError, "the tokenizer cannot be read"),
         (lambda f: (f / "preprocessor_config.json").write_text('{"image_std": [1, 1, 1]}'), ConfigError, "image_std"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_folders_that_do_not_fit_are_refused(copy, change, kind, fault):
     change(copy)
     with pytest.raises(kind, match=fault):
-        ClipScore.load(copy)
+        load_clip(copy, torch.device("cpu"))
 
 
 def test_a_file_is_not_a_folder(whole):
-    with pytest.raises(RequestError, match="should name the folder of a CLIP model"):
-        ClipScore.load(whole / "config.json")
+    with pytest.raises(RequestError, match="should name the folder of a model"):
+        load_clip(whole / "config.json", torch.device("cpu"))

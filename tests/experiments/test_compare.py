@@ -56,23 +56,14 @@ def test_a_cell_without_an_axis_has_its_default(tmp_path):
     assert [shown(value) for value in experiment.axes["layer_weights"]] == ["default", '{"-2": 1}']
 
 
-HOSTILE = {
-    "a path out of the folder": {"path": "../secret.png"},
-    "an absolute path": {"path": "/etc/hostname"},
-    "a link out": {"path": "link.png"},
-    "a zero byte": {"path": "a\0b"},
-    "a folder": {"path": "."},
-    "nothing there": {"path": "gone.png"},
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_pictures_lie_in_the_folder(tmp_path, kind):
+@pytest.mark.parametrize("name", ["link.png", "gone.png", "folder", "a\0b"])
+def test_pictures_lie_in_the_folder(tmp_path, name):
     picture(0).save(tmp_path / "secret.png")
     folder = tmp_path / "sweep"
     folder.mkdir()
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    (folder / RECORDS).write_text(json.dumps({**vars(records()[0]), **HOSTILE[kind]}) + "\n")
+    (folder / "folder").mkdir()
+    (folder / RECORDS).write_text(json.dumps({**vars(records()[0]), "path": name}) + "\n")
     (cell,) = Experiment.open(folder).cells
     assert cell.path is None
     with pytest.raises(RequestError, match="not rendered"):
@@ -87,6 +78,10 @@ DAMAGED = [
     {"id": "a b"},
     {"request": None},
     {"path": 3},
+    {"path": "../secret.png"},
+    {"path": "/etc/hostname"},
+    {"prompt": "\ud800"},
+    {"request": {"shift": float("nan")}},
     {"id": "<b>"},
 ]
 
@@ -94,8 +89,10 @@ DAMAGED = [
 @pytest.mark.parametrize("wrong", DAMAGED, ids=str)
 def test_records_of_the_wrong_kind_are_one_line(tmp_path, wrong):
     (tmp_path / RECORDS).write_text(json.dumps({**vars(records()[0]), **wrong}) + "\n")
-    with pytest.raises(RequestError, match="cannot be used"):
+    with pytest.raises(RequestError) as error:
         Experiment.open(tmp_path)
+    assert "record" in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_cells_are_named_by_id_and_by_value(experiment):
@@ -150,7 +147,7 @@ def test_headings_are_combinations_that_exist(tmp_path):
     zipped = [r for r in records() if (r.axes["steps"], r.axes["shift"]) in ((4, 1.0), (8, 3.0))]
     experiment = Experiment.open(folder_of(tmp_path, zipped))
     (grid,) = arranged(experiment, placed(experiment, columns=["steps", "shift"]))
-    assert [told(grid.axes.columns, one) for one in grid.columns] == ["steps 4 · shift 1.0", "steps 8 · shift 3.0"]
+    assert [told(grid.axes.columns, one) for one in grid.columns] == ["steps 4 · shift 1", "steps 8 · shift 3"]
 
 
 # ------------------------------------------------------------------ sheets
@@ -177,7 +174,7 @@ def test_every_label_is_written_where_it_belongs(experiment):
         (text, (left + k * measures.step[0], top - measures.gap - letters.line))
         for k, text in enumerate(["4", "8", "16"])
     ]
-    places += [(text, (edge, top + k * measures.step[1])) for k, text in enumerate(("1.0", "3.0"))]
+    places += [(text, (edge, top + k * measures.step[1])) for k, text in enumerate(("1", "3"))]
     for text, (x, y) in [*places, ("prompt a dog", (edge, edge))]:
         wanted = Image.new("RGB", (letters.width(text), letters.line), theme.paper)
         letters.draw(ImageDraw.Draw(wanted), (0, 0), [text], theme.ink)
@@ -341,6 +338,14 @@ def test_the_command_writes_sheets_and_names_them(experiment, tmp_path):
             picture.load()
 
 
+def test_a_link_in_the_folder_is_not_written_through(experiment, tmp_path, capsys):
+    (tmp_path / "precious").write_text("mine")
+    (experiment.folder / "sheet.png").symlink_to(tmp_path / "precious")
+    assert main(["compare", str(experiment.folder), "--only", "steps=4"]) == 1
+    assert "leads out of" in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_two_cells_and_two_values_side_by_side(experiment, tmp_path):
     path = tmp_path / "pair.png"
     assert run(experiment.folder, "--side-by-side", "c005", "c001", "--diff", "absolute", "-o", path).exit_code == 0
@@ -362,6 +367,9 @@ WRONG = [
     (["--side-by-side", "steps=4", "shift=1"], "two values of one axis"),
     (["--side-by-side", "c001", "c001"], "do not differ"),
     (["--cell", "5"], "cell 5 should be"),
+    (["--font", "/dev/zero"], "cannot be read; pass a TrueType"),
+    (["--base", "steps=4", "--gain", "nan"], "gain nan should be"),
+    (["--flip", "-o", "flip.gif", "--seconds", "nan"], "seconds nan should be"),
     (["--score", "psnr"], "no cell has a score 'psnr'"),
     (["-o", "sheet.tiff"], "should end in one of"),
     (["--flip", "-o", "flip.jpg"], "a flip ends in one of"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage.experiments.metrics.clip_score import ClipScore
+from zimage.experiments.metrics.clip_folder import load_clip
 
 transformers = pytest.importorskip("transformers", reason="the extra parity is not installed")
 
@@ -55,7 +55,7 @@ def both(request, tmp_path_factory):
     merges = ["c a", "ca t</w>", "w o", "wo r", "wor d</w>"]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     tokenizer = transformers.CLIPTokenizer(ids, [tuple(m.split()) for m in merges], model_max_length=32)
-    return ClipScore.load(folder), reference, tokenizer
+    return load_clip(folder, torch.device("cpu")), reference, tokenizer
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))

@@ -14,7 +14,7 @@ pytest.importorskip("jax")
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-4
-SIZES = ((64, 64), (128, 128), (97, 131), (224, 160), (33, 250))  # height, width
+SIZES = ((64, 64), (48, 80), (97, 131), (33, 120), (128, 96))  # height, width
 PAIRS = 10  # of each size
 
 

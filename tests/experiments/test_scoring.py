@@ -174,7 +174,8 @@ def test_the_command_scores_stores_and_ranks(folder, capsys):
     assert lines[0] == "psnr: PSNR to the base, dB (higher is better), 16 of 24 cells"
     assert lines[1].split() == ["rank", "mean", "behind", "the", "first", "best", "in", "steps"]
     assert [line.split()[-1] for line in lines[2:4]] == ["8", "16"]
-    assert lines[4].startswith("ssim:")
+    assert lines[4] == "  over 2 prompts: the intervals are narrower than they should be"
+    assert lines[5].startswith("ssim:")
 
 
 def test_stored_scores_are_ranked_again_without_pictures(folder, capsys):
@@ -193,6 +194,14 @@ def test_stored_scores_are_ranked_again_without_pictures(folder, capsys):
     assert row["mean_interval"][0] <= row["mean"] <= row["mean_interval"][1]
 
 
+def test_settings_without_a_common_prompt_are_told(tmp_path, capsys):
+    scored = [Record(f"c{n}", axes={"steps": n}, prompt=f"prompt {n}", scores={"grid": 1.0}) for n in (4, 8)]
+    folder_of(tmp_path, scored)
+    status, out, _ = run(capsys, tmp_path, "--stored")
+    assert status == 0
+    assert "no prompt has a score in all settings" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
@@ -201,8 +210,8 @@ def test_stored_scores_are_ranked_again_without_pictures(folder, capsys):
         (["--metric", "psnr,psnr"], "the metric psnr is named twice"),
         (["--metric", "ssim=folder"], "ssim takes no path"),
         (["--metric", "clip"], "clip needs the folder of its model; pass clip=PATH"),
-        (["--metric", "clip="], "clip needs the folder of its model; pass clip=PATH"),
-        (["--metric", "clip=nowhere"], "should name the folder of a CLIP model"),
+        (["--metric", "siglip="], "siglip needs the folder of its model; pass siglip=PATH"),
+        (["--metric", "clip=nowhere"], "should name the folder of a model"),
         (["--base", "steps=5"], "steps has no value '5' here; it has 4, 8, 16"),
         (["--base", "width=5"], "'width=5' should be AXIS=VALUE"),
         (["--base", "zzz"], "no cell is 'zzz'"),

@@ -15,8 +15,10 @@ import zimage
 from bench.__main__ import main as bench
 from zimage.batch.rows import with_files
 from zimage.cli import main
-from zimage.experiments.record import CAPTIONS, RECORDS, read_records
-from zimage.experiments.recorded import load_of, request_of
+from zimage.errors import CheckpointError, RequestError
+from zimage.experiments.again import opened
+from zimage.experiments.record import CAPTIONS, RECORDS, Record, read_records
+from zimage.experiments.recorded import request_of
 from zimage.experiments.spread import with_paths
 from zimage.pictures.files import read_metadata
 
@@ -223,7 +225,10 @@ def test_one_sweep_at_a_time_writes_a_folder(sweep, tmp_path):
     assert "another command is writing the records" in said
 
 
-def test_bench_has_the_same_command():
+def test_bench_has_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "bench", "sweep", "a cat", "-o", str(tmp_path / "out"), "--vary", "stepz=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "Draw PROMPTs under every combination" in CliRunner().invoke(bench, ["sweep", "--help"]).output
 
 
@@ -249,9 +254,16 @@ def test_a_record_draws_its_picture_again(sweep, given, style, tmp_path):
     (record,), _ = sweep(*conditions(given), "--lora", f"{style / 'one.safetensors'}:0.5")
     read = read_records(tmp_path / "out")[0]
     assert read == record
-    load = load_of(read)
-    *_, last = zimage.ZImage.load(load.pop("model"), **load).run(request_of(read))
+    *_, last = opened(read.load).run(request_of(read))
     assert last.image.tobytes() == pixels(tmp_path / "out" / read.path)
+
+
+@pytest.mark.parametrize(
+    "image", ["a.png", {"name": "a.png"}, {"name": "a.png", "hash": "0" * 12, "path": "nowhere.png"}]
+)
+def test_a_record_whose_files_are_gone_or_never_were_is_refused(image):
+    with pytest.raises((RequestError, CheckpointError), match=r"request\.image|nowhere\.png"):
+        request_of(Record("a", request={"prompt": "a cat", "image": image}))
 
 
 def test_a_picture_and_what_was_asked_for_make_the_request_of_a_job(seeing_folder, given):

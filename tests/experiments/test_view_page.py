@@ -14,10 +14,10 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from browsing import PHONE, chromium, until, window
 from viewing import viewer
 
+from zimage.experiments.pages import SERVERS as SERVER_PAGE
+from zimage.experiments.pages import SHARED
 from zimage.experiments.record import write_records
-from zimage.experiments.viewer import SHARED
 from zimage.experiments.votes import read_votes
-from zimage.serve.forms.page import FOLDER as SERVER_PAGE
 
 pytestmark = pytest.mark.browser
 
@@ -74,7 +74,7 @@ def test_the_grid_stands_as_a_table_with_headings(page):
     tables = page.locator("table")
     assert tables.count() == 2
     assert tables.first.locator("thead th").all_inner_texts() == ["steps 4", "steps 8", "steps 16"]
-    assert tables.first.locator("tbody th").all_inner_texts() == ["shift 1.0", "shift 3.0"]
+    assert tables.first.locator("tbody th").all_inner_texts() == ["shift 1", "shift 3"]
     assert page.locator("h2:visible").all_inner_texts() == ["prompt a fox", f"prompt {HOSTILE}"]
     boxes = [cell(page, f"c{k:03d}").bounding_box() for k in range(6)]
     assert len({round(b["x"]) for b in boxes}) == 3
@@ -89,7 +89,7 @@ def test_sides_turn_and_the_address_keeps_them(page):
     until(page, "() => document.querySelectorAll('table').length === 2")
     until(page, "() => document.querySelector('tbody th').innerText.startsWith('prompt')")
     page.select_option("#columns", "shift")
-    until(page, "() => document.querySelector('thead th').innerText === 'shift 1.0'")
+    until(page, "() => document.querySelector('thead th').innerText === 'shift 1'")
     assert "rows=prompt" in page.url
     page.reload()
     page.wait_for_selector("html[data-ready]")
@@ -115,14 +115,14 @@ def test_filters_leave_what_they_say(page):
 def test_a_cell_in_full_with_its_request_and_its_neighbours(page):
     cell(page, "c000").click()
     until(page, "() => document.querySelector('#cell-request').innerText.includes('\"steps\": 4')")
-    assert page.locator("#cell-label").inner_text() == "steps 4 · shift 1.0"
+    assert page.locator("#cell-label").inner_text() == "steps 4 · shift 1"
     assert near(colour_at(page, 0.35, 0.4), BLUE)
     page.keyboard.press("ArrowRight")  # the cell on the right, not the next record
-    until(page, "() => document.querySelector('#cell-label').innerText === 'steps 8 · shift 1.0'")
+    until(page, "() => document.querySelector('#cell-label').innerText === 'steps 8 · shift 1'")
     assert near(colour_at(page, 0.35, 0.4), RED)
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")  # there is none before the first
-    until(page, "() => document.querySelector('#cell-label').innerText === 'steps 4 · shift 1.0'")
+    until(page, "() => document.querySelector('#cell-label').innerText === 'steps 4 · shift 1'")
     page.keyboard.press("Escape")
     cell(page, "c003").click()
     assert page.locator("#cell-picture").inner_text() == f"failed: {HOSTILE}"

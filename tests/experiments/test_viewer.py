@@ -26,9 +26,9 @@ from zimage.pictures.files import save
 def folder(tmp_path_factory):
     folder = folder_of(tmp_path_factory.mktemp("viewer") / "sweep", made := records(prompts=("a fox", "<b>a dog</b>")))
     made[3] = dataclasses.replace(made[3], path=None, error="out of memory")
-    made[5] = dataclasses.replace(made[5], path="../outside.png")
     made[6] = dataclasses.replace(made[6], seed=2**63 - 1, scores={"psnr": 31.5})
-    (folder.parent / "outside.png").write_bytes((folder / "c005.png").read_bytes())
+    (folder / "c005.png").rename(folder.parent / "outside.png")
+    (folder / "c005.png").symlink_to(folder.parent / "outside.png")
     write_records(folder, made)
     return folder
 
@@ -186,18 +186,22 @@ def ended(http, id):
 
 def test_a_cell_is_rendered_again_and_its_bits_compared(tmp_path):
     pipe = zimage.ZImage.load()
-    made = records({"steps": [1, 2]}, prompts=("a red cup",))
+    made, jobs, start = records({"steps": [1, 2]}, prompts=("a red cup",)), [], tmp_path / "start.png"
+    picture(4, (64, 64)).save(start)
     for k, record in enumerate(made):
-        request = {"prompt": record.prompt, "seed": record.seed, "width": 64, "height": 64, "steps": k + 1}
+        asked = {"prompt": record.prompt, "seed": record.seed, "width": 64, "height": 64, "steps": k + 1}
+        asked |= {"image": str(start), "strength": 0.5} if k else {}
+        jobs.append(pipe.prepare(zimage.Request(**asked)))
+        request = json.loads(json.dumps(jobs[-1].to_dict()["request"]))  # as a sweep keeps it
         made[k] = dataclasses.replace(record, request=request, load={"device": "cpu"})
     made.append(dataclasses.replace(made[0], id="wrong", axes={"steps": 7}, request={"prompt": "x", "stepz": 1}))
     made.append(dataclasses.replace(made[0], id="away", axes={"steps": 8}, load={"encoder_url": "http://evil.example"}))
     endless = {"prompt": "a cup", "width": 256, "height": 256, "steps": 200, "seed": 1}
     made.append(dataclasses.replace(made[0], id="slow", axes={"steps": 9}, request=endless))
     folder = folder_of(tmp_path / "real", made)
-    for record in made[:2]:
-        result = pipe.generate(**record.request)
-        save(result.images[0], folder / record.path, result.metadata[0], replace=True)
+    for job, record in zip(jobs, made, strict=False):
+        *_, last = pipe.run(job)
+        save(last.image, folder / record.path, pipe.metadata(job, 0), replace=True)
     with Image.open(folder / made[1].path) as image:
         levels = np.array(image)
     levels[5, 6, 1] ^= 1

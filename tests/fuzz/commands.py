@@ -18,19 +18,23 @@ PATHS = ("fifo", "fifo.png", "fifo.safetensors", "folder", "folder.png", "empty"
 PATHS += ("null.png", "loop", "/dev/zero", "/dev/full", "~nosuch/x", "../../x", "x\0y", "y" * 300, "y" * 5000, ".", "/")
 FIFOS = ("fifo", "fifo.png", "fifo.safetensors")
 # What waits for a pipe that somebody else writes to, as it should: the shell makes such pipes of <(…).
-READS_PIPES = ("prompt_file", "config", "named")
+READS_PIPES = ("prompt_file", "config", "named", "toml")
 OUT = ("target", "folder")  # what is written as root may replace a device
 QUICK = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "fp32", "-q", "-o", "out"]
-# What a command needs beside the value at hand; `weights fetch` ends with a usage error before the network, `serve`
-# with settings that contradict each other before it listens.
+# What a command needs beside the value at hand; `batch` ends before Ray is started, `weights fetch` with a usage error
+# before the network, `serve` with settings that contradict each other before it listens.
 REST = {
     "gen": ["a cat", *QUICK],
+    "batch": ["nowhere.jsonl", "-o", "out"],
     "sweep": ["a cat", *QUICK, "--vary", "steps=1"],
+    "compare": ["nowhere"],
+    "view": ["nowhere"],
     "serve": ["--hidden-layer", "-2", "--layer-weights=-2:1"],
     "rewrite": ["a cat", "--max-tokens", "1", "--device", "cpu"],
     "encode": ["a cat", "-o", "out.safetensors", "--device", "cpu"],
     "see": ["null.png", "--device", "cpu"],
     "tokens": ["a cat"],
+    "metrics": ["folder"],
     "info": [],
     "templates list": [],
     "templates show": ["photo-overcast"],

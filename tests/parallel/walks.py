@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import KL, WAN, randomised
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zimage.parallel import strips
@@ -89,10 +90,39 @@ def differing(ranks: Ranks, name: str, cases: list[Case]) -> list[tuple[Case, st
 
 
 def flops(ranks: Ranks, name: str, case: Case) -> tuple[int, int]:
-    """What this rank computes of a decode in strips, and what one rank computes."""
+    """What this rank computes of both ways, and what one rank computes."""
     model, counted = vae(name), []
-    for context in (divided(ranks, "vae", model), divided(ranks, "dit of another name", model)):
-        with context, FlopCounterMode(display=False) as counter:
+    for component in ("vae", ""):
+        with divided(ranks, component, model), FlopCounterMode(display=False) as counter:
             both(model, case)
         counted.append(counter.get_total_flops())
     return counted[0], counted[1]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest memory that is taken meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return made
+
+
+def largest(ranks: Ranks, name: str, case: Case) -> int:
+    """The bytes of the largest memory that this rank takes at once in a decode."""
+    with divided(ranks, "vae", vae(name)), Largest() as seen:
+        vae(name).decode(noise(1, 16, *case.size), tile_size=case.height, tile_mode="exact")
+    return seen.bytes
+
+
+def sent(ranks: Ranks, name: str, case: Case) -> dict[str, int]:
+    """Bytes that this rank sends in a decode, by kind."""
+    before = ranks.sent.copy()
+    with divided(ranks, "vae", vae(name)):
+        vae(name).decode(noise(1, 16, *case.size), tile_size=case.height, tile_mode="exact")
+    return dict(ranks.sent - before)

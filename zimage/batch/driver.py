@@ -24,6 +24,7 @@ from zimage.batch.rows import Row, digest
 from zimage.errors import OutputError, RequestError
 from zimage.pictures.files import save
 from zimage.settings.fields import Plain
+from zimage.settings.loading import absolute_paths
 from zimage.settings.scale import BatchSettings
 
 
@@ -54,7 +55,7 @@ def run(
 
     Raises ZImageError where no row can be drawn.
     """
-    index = Index(folder)
+    index, loading = Index(folder), absolute_paths(loading)
     cpus = least_cpus(settings, os.cpu_count() or 1)
     with cluster.connected(settings.address, cpus) as ray, cluster.in_cluster():
         places = shares(settings, loading, _nodes(ray))

@@ -55,11 +55,16 @@ def of_text(name: str, text: str) -> Plain:
 
 
 def listed(name: str, text: str) -> list[Plain]:
-    """The values of a setting in a product: V1,V2,… or a JSON list. Raises RequestError."""
-    if not text.startswith("["):
-        return [of_text(name, one.strip()) for one in text.split(",")]
-    values: list[Plain] = _json(name, text)
-    return values
+    """V1,V2,… → the values of a setting, as `sweep` takes them: an empty one leaves it as it is, quotes as in CSV.
+
+    Raises RequestError.
+    """
+    try:
+        (values,) = csv.reader([text], strict=True)
+    except (csv.Error, ValueError):
+        told = f"{name}: {quoted(text)} cannot be read; a value with a comma stands in double quotes, as in CSV"
+        raise RequestError(told, fields=(name,)) from None
+    return [of_text(name, value) if value else None for value in values or [""]]
 
 
 def _json(name: str, text: str) -> Plain:
@@ -131,6 +136,12 @@ def multiplied(sources: Iterable[Source], lists: dict[str, list[Plain]]) -> Iter
     for name, values in lists.items():
         for source in sources:
             if name in source.values:
-                raise RequestError(f"{source.place} sets {name} itself; leave it out there, or in the product")
-        sources = [Source(place, {**row, name: value}) for place, row in sources for value in values]
+                raise RequestError(f"{source.place} sets {name} itself; leave it out there, or in --vary")
+        sources = [_with(source, name, value, k) for source in sources for k, value in enumerate(values, 1)]
     yield from sources
+
+
+def _with(source: Source, name: str, value: Plain, number: int) -> Source:
+    """A row with one more setting; an id gets a number for each of its values."""
+    own = {**source.values, **({} if value is None else {name: value})}
+    return Source(source.place, {**own, ID: f"{own[ID]}-{number}"} if ID in own else own)

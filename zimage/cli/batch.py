@@ -39,11 +39,11 @@ KEPT = "what is drawn is kept, and the same command goes on"
     "-o", "--output", "folder", type=PATH, required=True, metavar="FOLDER", help="Folder of the pictures and the index."
 )
 @click.option(
-    "--product",
+    "--vary",
     multiple=True,
     metavar="NAME=VALUE,…",
-    help="Draw every row with each of these values of a setting; repeat it for all combinations. What holds commas is "
-    'written as a JSON list: negative=["blurry, dark"].',
+    help="Draw every row with each of these values of a setting; repeat it for all combinations. An empty value leaves "
+    "the setting as it is; one with a comma stands in double quotes.",
 )
 @click.option("--parquet", is_flag=True, help="Also write the index as index.parquet.")
 @configured
@@ -56,7 +56,7 @@ def batch(
     jobs: Path | None,
     prompt_file: Path | None,
     folder: Path,
-    product: tuple[str, ...],
+    vary: tuple[str, ...],
     parquet: bool,
     quiet: bool,
     **options: object,
@@ -73,7 +73,7 @@ def batch(
     check_folder(resolved, "cache_folder")
     if resolved.note:
         progress.note(resolved.note)
-    rows = _rows(jobs, prompt_file, product, resolved)
+    rows = _rows(jobs, prompt_file, vary, resolved)
     _make(folder)
     summary = _run(rows, folder, resolved, progress)
     index = _index(folder, parquet)
@@ -85,14 +85,14 @@ def batch(
         raise ZImageError(f"{text} (all stand in {index}; the same command tries them again)")
 
 
-def _rows(jobs: Path | None, prompts: Path | None, product: tuple[str, ...], resolved: Resolved) -> "list[Row]":
+def _rows(jobs: Path | None, prompts: Path | None, vary: tuple[str, ...], resolved: Resolved) -> "list[Row]":
     """Raises RequestError, which names the row or the option at fault."""
     from zimage.batch.rows import rows_of
     from zimage.batch.sources import multiplied
 
     if (jobs is None) == (prompts is None):
         raise RequestError("pass a file of rows, or prompts with --file: one of them")
-    lists = dict(_lists(text) for text in product)
+    lists = dict(_lists(text) for text in vary)
     folder = Path(jobs.parent if jobs else ".")
     with resolved.naming_sources():
         rows = rows_of(multiplied(_sources(jobs, prompts), lists), resolved.of(Request), folder)
@@ -120,7 +120,7 @@ def _lists(text: str) -> tuple[str, list[Plain]]:
     known = [known for known in Request.names() if known not in NOT_OF_ROWS]
     if not equals or name not in known:
         hint = nearest(name, known) if equals else "write NAME=VALUE,…"
-        raise RequestError(f"product {quoted(text)} names no setting of a row; {hint}")
+        raise RequestError(f"vary {quoted(text)} names no setting of a row; {hint}")
     return name, listed(name, values)
 
 

@@ -1,4 +1,4 @@
-"""`compare`: the cells of a sweep side by side, as sheets or as an animation."""
+"""`compare`: the cells of a sweep side by side, as sheets, as one page, or as an animation."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from zimage.cli.options import PATH, PlainCommand
 AXIS, VALUE = "AXIS", "AXIS=VALUE"
 DIFFERENCES = ("absolute", "highlight", "heatmap")
 SHEET = "sheet.png"
-ENDINGS = "File: .png, .jpg or .webp; with --flip .webp, .gif or .png."
+HTML, ENDINGS = ".html", "File: .png, .jpg, .webp or .html; with --flip .webp, .gif or .png."
 
 
 @click.command(cls=PlainCommand)
@@ -23,13 +23,15 @@ ENDINGS = "File: .png, .jpg or .webp; with --flip .webp, .gif or .png."
 @click.option("--side-by-side", nargs=2, metavar="A B", help="Show two cells (ids), or two values (AXIS=VALUE).")
 @click.option("--diff", type=click.Choice(DIFFERENCES), help="Show differences from --base instead of pictures.")
 @click.option("--base", metavar=f"CELL|{VALUE}", help="What cells are compared with. Default: A of --side-by-side.")
-@click.option("--gain", type=click.FloatRange(0.1, 255), default=4.0, help="Factor of differences. Default: 4.")
+@click.option("--gain", type=float, default=4.0, metavar="FLOAT", help="Factor of differences. Default: 4.")
 @click.option("--score", multiple=True, metavar="NAME", help="Write this score below each picture.")
 @click.option("--flip", is_flag=True, help="Make an animation that flips through the columns (.webp, .gif, .png).")
-@click.option("--seconds", type=click.FloatRange(0.05, 60), default=0.8, help="Time of a frame. Default: 0.8.")
+@click.option("--seconds", type=float, default=0.8, metavar="FLOAT", help="Time of a frame. Default: 0.8.")
 @click.option("--cell", type=int, metavar="PX", help="Longer side of a picture on the sheet. Default: up to 512.")
 @click.option("--theme", type=click.Choice(("light", "dark")), default="light", help="Colours of pictures' sheets.")
-@click.option("--font", metavar="FILE", help="Font of the labels. Default: one of the system that has the characters.")
+@click.option(
+    "--font", type=PATH, metavar="FILE", help="Font of the labels. Default: one of the system that has the characters."
+)
 def compare(
     folder: Path,
     output: Path | None,
@@ -46,7 +48,7 @@ def compare(
     seconds: float,
     cell: int | None,
     theme: str,
-    font: str | None,
+    font: Path | None,
 ) -> None:
     """Put the cells of a sweep's FOLDER side by side, with their values as headings.
 
@@ -58,16 +60,25 @@ def compare(
     from zimage.experiments.layout import arranged, placed
     from zimage.experiments.sheet import Style
     from zimage.experiments.showing import Showing
-    from zimage.experiments.writing import write_flip, write_sheets
+    from zimage.experiments.writing import write_flip, write_page, write_sheets
+    from zimage.formats.files import require_inside
 
-    output, whole = output or folder / SHEET, Experiment.open(folder)
+    if output is None:
+        output = folder / SHEET
+        require_inside(folder, output)  # which may have come from anybody, with links in it
+    whole = Experiment.open(folder)
     experiment = whole.only(only)
     if side_by_side:
         experiment, own_base, apart = experiment.pair(*side_by_side)
         base, columns = base or (own_base if diff else None), columns or apart
     showing = Showing(whole, kind_of(diff) if diff else None, base or "", gain, score)
-    grids, style = arranged(experiment, placed(experiment, columns, rows, pages)), Style(theme, cell, font)
-    if flip:
+    grids, style = (
+        arranged(experiment, placed(experiment, columns, rows, pages)),
+        Style(theme, cell, None if font is None else str(font)),
+    )
+    if output.suffix.lower() == HTML:
+        written = write_page(output, whole, grids, showing)
+    elif flip:
         written = write_flip(output, grids, showing, style, seconds)
     else:
         written = write_sheets(output, grids, showing, style)

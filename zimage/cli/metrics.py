@@ -8,14 +8,15 @@ import click
 
 from zimage.cli import terminal
 from zimage.cli.options import PATH, PlainCommand
-from zimage.cli.progress import Progress
+from zimage.cli.progress import Progress, counted
 
 if TYPE_CHECKING:
     from zimage.experiments.folder import Experiment
     from zimage.experiments.ranking import Interval, Row
 
-NAMES = "psnr, ssim, lpips, lpips-vgg (against --base); diversity (over seeds); grid; ocr; clip=FOLDER"
+NAMES = "psnr, ssim, lpips, lpips-vgg (against --base); diversity (over seeds); grid; ocr; clip=FOLDER; siglip=FOLDER"
 USUAL, AGAINST_BASE = ("grid",), ("psnr", "ssim")
+ENOUGH = 10  # prompts; of fewer, resamples repeat one another
 
 
 @click.command(cls=PlainCommand)
@@ -35,7 +36,7 @@ USUAL, AGAINST_BASE = ("grid",), ("psnr", "ssim")
 )
 @click.option("--by", multiple=True, metavar="AXIS", help="Rank settings by these axes only. Default: all.")
 @click.option("--stored", is_flag=True, help="Rank by the scores that the records have; compute none.")
-@click.option("--device", default="cpu", help="Where LPIPS and CLIP run: cpu, cuda, auto … Default: cpu.")
+@click.option("--device", default="cpu", help="Where LPIPS, CLIP and SigLIP run: cpu, cuda, auto … Default: cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def metrics(
@@ -50,8 +51,8 @@ def metrics(
 ) -> None:
     """Score the cells of a sweep's FOLDER, write the scores into their records, and rank the settings by them.
 
-    Settings are compared on the same prompts. The intervals (95 %) are those of resampled prompts: where the one behind
-    the first setting holds 0, other prompts may well change the order.
+    Settings are compared on the same prompts, and the intervals (95 %) come from resampled prompts: where a setting's
+    distance "behind the first" may be 0, other prompts may change the order.
     """
     from zimage.experiments.folder import Experiment
     from zimage.experiments.metrics.catalogue import KINDS, parse_metrics
@@ -73,7 +74,7 @@ def metrics(
         direction = "higher" if KINDS[name].higher_is_better else "lower"
         count = sum(name in record.scores for record in records)
         terminal.out(f"{name}: {KINDS[name].title} ({direction} is better), {count} of {len(records)} cells", bold=True)
-        terminal.out("\n".join(_aligned(_lines(rows))) if rows else "  no cell has a score")
+        terminal.out("\n".join(_table(rows) if count else ["  no cell has a score"]))
 
 
 def _score(
@@ -110,6 +111,14 @@ def _scored(experiment: "Experiment") -> list[str]:
 
 
 # ------------------------------------------------------------------ tables
+
+
+def _table(rows: Sequence["Row"]) -> list[str]:
+    if not rows:
+        return ["  no prompt has a score in all settings; rank by fewer axes, or render the missing cells"]
+    prompts = rows[0].prompts
+    few = ": the intervals are narrower than they should be" if 1 < prompts < ENOUGH else ""
+    return [*_aligned(_lines(rows)), f"  over {counted(prompts, 'prompt')}{few}"]
 
 
 def _lines(rows: Sequence["Row"]) -> list[list[str]]:

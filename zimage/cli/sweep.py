@@ -179,7 +179,7 @@ class _Told:
         self._done += 1
         self._progress.close()
         if what.error is not None:
-            terminal.note(f"{cell.label}: {what.error}")
+            terminal.note(one_line(f"{cell.label}: {what.error}"))
         else:
             terminal.saved(str(self._folder / str(what.path)))
             self._progress.note(cell.label)

@@ -21,6 +21,7 @@ from zimage.settings.fields import Plain
 if TYPE_CHECKING:
     from zimage.events import Event
     from zimage.pipeline import ZImage
+    from zimage.settings.declared import Request
 
 REFUSED = ("encoder_url", "rewriter_url", "cache_folder")
 State = Literal["queued", "running", "done", "failed"]
@@ -84,12 +85,12 @@ class Renders:
                 self._renders[cell.id] = Render("failed", told=one_line(told))
 
     def _rendered(self, cell: Cell) -> Render:
-        from zimage.settings.declared import Request
+        from zimage.experiments.recorded import request_of
 
         self._renders[cell.id] = Render("running")
         pipe = self._pipeline(cell.record.load)
         image = None
-        events = pipe.run(pipe.prepare(Request.from_mapping(dict(cell.record.request))))
+        events = pipe.run(pipe.prepare(request_of(cell.record)))
         for event in events:
             if self._stopping.is_set():
                 events.close()
@@ -118,6 +119,17 @@ def opened(load: Mapping[str, Plain]) -> "ZImage":
     given = {name: value for name, value in load.items() if value is not None}
     path, device = given.pop("model", None), given.pop("device", "auto")
     return ZImage.load(path, device, **given)
+
+
+def request_of(cell: Cell) -> "Request":
+    """The request of a record, its files opened and checked by their hashes. Raises RequestError, CheckpointError."""
+    from zimage.render import attached
+    from zimage.settings.declared import Request
+
+    if fault := attached.fault(cell.record.request):
+        raise RequestError(f"the request of {cell.id} cannot be used: {fault}")
+    values = {name: value for name, value in cell.record.request.items() if value is not None}
+    return Request.from_mapping({**values, **attached.reopened(values, {})})
 
 
 def check(cell: Cell) -> None:

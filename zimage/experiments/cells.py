@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from zimage.errors import RequestError, quoted
+from zimage.errors import RequestError, one_line, quoted
 from zimage.experiments.axes import OWNERS, Axis
 from zimage.settings.conditions import names_of
 from zimage.settings.declared import MASK_ALPHA, Request
@@ -27,6 +27,7 @@ Resolve = Callable[[Mapping[str, Plain]], Resolved]  # the settings of all sourc
 
 MOST_CELLS = 100_000
 ID_DIGITS = 16
+LONGEST_SHOWN, LONGEST_LABEL = 60, 200  # characters
 # No picture depends on them; as axes they tell cells apart all the same.
 WITHOUT_EFFECT = ("cache_entries", "cache_folder", "encoder_timeout", "lora_folder", "memory", "residency")
 WHOLE = 8 << 20  # bytes of a file that are read for an id; of a larger one samples
@@ -63,8 +64,8 @@ class Cell:
     @property
     def label(self) -> str:
         """What tells it from other cells of its prompt, on one line."""
-        told = [f"{name} {shown(value)}" for name, value in self.axes.items()]
-        return ", ".join([*told, f"seed {self.seed}"])
+        told = [f"{name} {one_line(shown(value), LONGEST_SHOWN)}" for name, value in self.axes.items()]
+        return one_line(", ".join([*told, f"seed {self.seed}"]), LONGEST_LABEL)
 
 
 def shown(value: Plain) -> str:

@@ -10,7 +10,7 @@ from zimage.experiments.sheet import MOST_SIDE, Style, drawn, measured
 from zimage.experiments.showing import Showing
 
 FORMATS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
-SECONDS = 0.8
+SECONDS, SHORTEST, LONGEST = 0.8, 0.05, 60.0  # of a frame
 MOST_FRAMES = 100
 
 

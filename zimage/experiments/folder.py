@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,21 +16,8 @@ from zimage.experiments.record import Record, read_records
 from zimage.formats.files import is_inside
 from zimage.pictures.image import open_image
 from zimage.settings.fields import Plain
-from zimage.settings.plain import mistake
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-KINDS = {
-    "id": str,
-    "axes": dict[str, Any],
-    "prompt": str,
-    "seed": int | None,
-    "request": dict[str, Any],
-    "load": dict[str, Any],
-    "path": str | None,
-    "timings": dict[str, float],
-    "scores": dict[str, float],
-    "error": str | None,
-}
 DEFAULT = "null"  # the value of a cell that does not have an axis, and of what was left open
 LONGEST = 200  # characters of a shown value
 
@@ -161,13 +147,13 @@ def shown(value: str) -> str:
     plain = json.loads(value)
     if plain is None:
         return "default"
-    return one_line(plain if isinstance(plain, str) else value, LONGEST) or "(empty)"
+    text = plain if isinstance(plain, str) else value.removesuffix(".0")
+    return one_line(text, LONGEST) or "(empty)"
 
 
 def _cell(folder: Path, record: Record) -> Cell:
-    fault = mistake(vars(record), KINDS, "it") or _unsayable(record)
-    if fault or not ID.fullmatch(record.id):
-        fault = fault or f"its id is {quoted(record.id)}"
+    fault = "" if ID.fullmatch(record.id) else f"its id is {quoted(record.id)}"
+    if fault := fault or _unsayable(record):
         raise RequestError(f"a record of {quoted(folder.name)} cannot be used: {fault}")
     plain: dict[str, Plain] = {**record.axes, "prompt": record.prompt, "seed": record.seed}
     values = {name: json.dumps(value, sort_keys=True) for name, value in plain.items()}

@@ -7,11 +7,13 @@ be in any script.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import ImageDraw, ImageFont
 
-from zimage.errors import RequestError, printable, quoted
+from zimage.errors import CheckpointError, RequestError, printable, quoted
+from zimage.formats.files import require_file
 
 # As systems name them: Latin, Greek and Cyrillic first, then fonts with Chinese, Japanese and Korean.
 SYSTEM = (
@@ -89,8 +91,9 @@ class Letters:
 @functools.cache
 def _opened(file: str, size: int) -> Font:
     try:
+        require_file(Path(file))  # a pipe would be waited for
         return ImageFont.truetype(file, size)
-    except OSError:
+    except (OSError, ValueError, CheckpointError):
         text = f"font {quoted(file)} cannot be read; pass a TrueType or OpenType file"
         raise RequestError(text, fields=("font",)) from None
 

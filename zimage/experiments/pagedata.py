@@ -5,12 +5,15 @@ Words are made here, so that the page arranges and formats nothing by itself.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from zimage.errors import RequestError
 from zimage.experiments.folder import Cell, Experiment, shown
 from zimage.experiments.layout import Axes, Grid, told
+from zimage.experiments.metrics.catalogue import KINDS
+from zimage.experiments.ranking import Interval, Row, rank_table
 from zimage.pictures.opening import opened
 from zimage.settings.fields import Plain
 
@@ -62,6 +65,19 @@ def details(cell: Cell) -> dict[str, Plain]:
     return dataclasses.asdict(cell.record)
 
 
+def ranks(experiment: Experiment) -> list[dict[str, Plain]]:
+    """A table per metric that the cells have scores in: settings, the best first, with intervals over prompts."""
+    records = [cell.record for cell in experiment.cells]
+    scored = [name for name in KINDS if any(name in record.scores for record in records)]
+    return [
+        {
+            "title": f"{name}, {'higher' if KINDS[name].higher_is_better else 'lower'} is better",
+            "rows": [_rank(row) for row in rank_table(records, name, KINDS[name].higher_is_better)],
+        }
+        for name in scored
+    ]
+
+
 def size_of(cell: Cell) -> tuple[int, int]:
     """Width and height in pixels; 0 × 0 where there is no picture that can be read."""
     try:
@@ -74,6 +90,17 @@ def size_of(cell: Cell) -> tuple[int, int]:
 def _size(path: Path, changed: int) -> tuple[int, int]:
     with opened(path) as picture:
         return picture.size
+
+
+def _rank(row: Row) -> dict[str, Plain]:
+    """A row in words."""
+    setting = " · ".join(f"{name} {shown(json.dumps(value))}" for name, value in row.setting)
+    mean, rank = _with(row.mean, row.mean_interval), _with(row.rank, row.rank_interval)
+    return {"setting": setting or "all", "mean": mean, "rank": rank, "best": f"{row.best:.0%}"}
+
+
+def _with(value: float, interval: Interval | None) -> str:
+    return f"{value:.3g}" + (f" ({interval.low:.3g} to {interval.high:.3g})" if interval else "")
 
 
 def _page(grid: Grid) -> dict[str, Plain]:

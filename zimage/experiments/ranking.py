@@ -57,10 +57,10 @@ class Row:
 def rank_table(
     records: Iterable[Record], metric: str, higher_is_better: bool, axes: Sequence[str] | None = None
 ) -> list[Row]:
-    """The settings of records by their scores in a metric, the best first; empty where none has such a score.
+    """The settings of records by their scores in a metric, the best first; empty without a prompt that all have.
 
     Settings are told apart by `axes`, by default all axes of the records; what else differs, seeds as a rule, is
-    averaged for each prompt. Raises RequestError as `scores_of` and `ranked` do.
+    averaged for each prompt. Raises RequestError as `scores_of` does.
     """
     return ranked(scores_of(records, metric, axes), higher_is_better)
 
@@ -82,15 +82,13 @@ def scores_of(records: Iterable[Record], metric: str, axes: Sequence[str] | None
 
 
 def ranked(scores: Scores, higher_is_better: bool, resamples: int = RESAMPLES, seed: int = SEED) -> list[Row]:
-    """Settings on the prompts that all of them have, the best first. Raises RequestError where there are none."""
+    """Settings on the prompts that all of them have, the best first; empty where there are none."""
     import numpy as np
 
-    if not scores:
-        return []
-    shared = [prompt for prompt in next(iter(scores.values())) if all(prompt in mine for mine in scores.values())]
+    first = next(iter(scores.values()), {})
+    shared = [prompt for prompt in first if all(prompt in mine for mine in scores.values())]
     if not shared:
-        text = "no prompt has a score in all settings, so they cannot be ranked; rank by fewer axes"
-        raise RequestError(text, fields=("by",))
+        return []
     values = np.array([[mine[prompt] for prompt in shared] for mine in scores.values()])  # (M, N)
     sign = 1 if higher_is_better else -1
     draws = np.random.default_rng(seed).multinomial(len(shared), [1 / len(shared)] * len(shared), resamples)  # (R, N)

@@ -129,13 +129,14 @@ def _measures(grid: Grid, showing: Showing, style: Style, largest: tuple[int, in
     letters = Letters(max(SMALLEST_LETTERS, side // LETTERS_PER_BOX), style.font)
     box = round(side * largest[0] / max(largest)), round(side * largest[1] / max(largest))
     labels = [_label(grid.axes.rows, row) for row in grid.rows] if grid.axes.rows else []
-    widest = max([letters.width(text) for text in [*labels, _name(grid.axes.rows)]], default=0)
+    texts = [text for label in labels for text in label]
+    widest = max([letters.width(text) for text in [*texts, _name(grid.axes.rows)]], default=0)
     gutter = min(widest + 1, max(GUTTER, box[0])) if labels else 0
-    lines = [len(letters.wrapped(_label(grid.axes.columns, c), box[0], MOST_LINES)) for c in grid.columns]
+    lines = [len(_lines(letters, _label(grid.axes.columns, c), box[0], MOST_LINES)) for c in grid.columns]
     heading = (1 + max(lines) if grid.axes.columns else 0) or (1 if labels else 0)
     measures = Measures(letters, box, gutter, 0, heading, showing.lines)
     width = max(measures.size(len(grid.columns), 1)[0], measures.origin[0] + 2 * box[0]) - 4 * measures.gap
-    title = [line for text in _title(grid, showing) for line in letters.wrapped(text, width, MOST_TITLE_LINES)]
+    title = _lines(letters, _title(grid, showing), width, MOST_TITLE_LINES)
     return replace(measures, title=len(title))
 
 
@@ -157,9 +158,16 @@ def _title(grid: Grid, showing: Showing) -> list[str]:
     return [text for text in (told(grid.axes.pages, grid.page), showing.note) if text]
 
 
-def _label(names: tuple[str, ...], heading: Heading) -> str:
-    """The value alone where one axis is named above all of them."""
-    return shown(heading[0]) if len(names) == 1 else told(names, heading)
+def _label(names: tuple[str, ...], heading: Heading) -> list[str]:
+    """The value alone where one axis is named above all of them; else a text per axis."""
+    if len(names) == 1:
+        return [shown(heading[0])]
+    return [told([name], (value,)) for name, value in zip(names, heading, strict=True)]
+
+
+def _lines(letters: Letters, texts: list[str], width: int, most: int) -> list[str]:
+    """Each text begins a line."""
+    return [line for text in texts for line in letters.wrapped(text, width, most)]
 
 
 def _name(names: tuple[str, ...]) -> str:
@@ -170,19 +178,20 @@ def _draw_headings(
     grid: Grid, measures: Measures, theme: Theme, pen: ImageDraw.ImageDraw, title: list[str], width: int
 ) -> None:
     letters, (left, top), edge = measures.letters, measures.origin, 2 * measures.gap
-    lines = [line for text in title for line in letters.wrapped(text, width - 2 * edge, MOST_TITLE_LINES)]
+    lines = _lines(letters, title, width - 2 * edge, MOST_TITLE_LINES)
     letters.draw(pen, (edge, edge), lines, theme.ink)
     under = edge + measures.title * letters.line
     letters.draw(pen, (left, under), [_name(grid.axes.columns)], theme.quiet)
     letters.draw(pen, (edge, top - measures.gap - letters.line), [_name(grid.axes.rows)], theme.quiet)
     if grid.axes.columns:
         for number, column in enumerate(grid.columns):
-            text = letters.wrapped(_label(grid.axes.columns, column), measures.box[0], MOST_LINES)
+            text = _lines(letters, _label(grid.axes.columns, column), measures.box[0], MOST_LINES)
             down = top - measures.gap - len(text) * letters.line
             letters.draw(pen, (left + number * measures.step[0], down), text, theme.ink)
     most = max(1, measures.box[1] // letters.line)
     for number, row in enumerate(grid.rows if grid.axes.rows else ()):
-        text = letters.wrapped(_label(grid.axes.rows, row), measures.gutter, most)
+        label = _label(grid.axes.rows, row)
+        text = _lines(letters, label, measures.gutter, max(1, most // len(label)))
         letters.draw(pen, (edge, top + number * measures.step[1]), text, theme.ink)
 
 
@@ -198,7 +207,7 @@ def _draw_cell(
     else:
         picture = fitted(what.picture, measures.box)
         sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
-    lines = [line for text in what.captions for line in letters.wrapped(text, width, 1)]
+    lines = _lines(letters, list(what.captions), width, 1)
     letters.draw(pen, (x, y + height + measures.gap // 2), lines, theme.quiet)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from zimage.errors import RequestError
-from zimage.experiments.difference import GAIN, Kind, difference, distance
+from zimage.experiments.difference import GAIN, MOST_GAIN, Kind, difference, distance
 from zimage.experiments.folder import Cell, Experiment
 
 
@@ -34,6 +34,8 @@ class Showing:
     scores: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if not 0 < self.gain <= MOST_GAIN:
+            raise RequestError(f"gain {self.gain:g} should be above 0 and at most {MOST_GAIN:g}", fields=("gain",))
         if self.base:
             self.experiment.value(self.base) if "=" in self.base else self.experiment.cell(self.base)
         elif self.kind:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from zimage.errors import RequestError, quoted
-from zimage.experiments import pagedata
+from zimage.experiments import pagedata, pages
 from zimage.experiments.again import Renders
 from zimage.experiments.difference import GAIN, MOST_GAIN, difference, distance, kind_of
 from zimage.experiments.folder import Cell, Experiment
@@ -25,8 +25,7 @@ from zimage.pictures.files import encoded
 from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.door import Door
 from zimage.serve.forms import session
-from zimage.serve.forms.page import FOLDER as SERVER_PAGE
-from zimage.serve.forms.page import page_files, routes_of
+from zimage.serve.forms.page import routes_of
 from zimage.serve.guard import HEALTH, Guard
 from zimage.serve.listening import serve
 from zimage.serve.refusals import NotFound
@@ -35,8 +34,6 @@ from zimage.serve.token import read_token
 from zimage.serve.unhandled import HANDLERS
 from zimage.settings.serving import ServeSettings
 
-PAGE = Path(__file__).with_name("page")
-SHARED = ("base.css", "dom.js", "http.js", "icon.svg", "signin.js", "slider.js", "toast.js")  # of the server's page
 AT_ONCE = 2  # pictures that are decoded at the same time
 LONGEST = 2000  # characters of a name in a query
 Names = Annotated[list[str], Query(max_length=64)]
@@ -97,8 +94,7 @@ def build(viewer: Viewer, door: Door) -> FastAPI:
         yield
 
     app = FastAPI(lifespan=life, exception_handlers=HANDLERS, redirect_slashes=False, openapi_url=None)
-    files = {name: path for name, path in page_files(SERVER_PAGE).items() if name in SHARED}
-    app.include_router(routes_of({**files, **page_files(PAGE)}))
+    app.include_router(routes_of(pages.files()))
     app.include_router(session.routes(door))
     router = APIRouter(route_class=FormRoute)
     for add in (add_grid, add_cells, add_differences, add_votes, add_renders):
@@ -121,6 +117,10 @@ def add_grid(router: APIRouter, viewer: Viewer) -> None:
         part = whole.only(only)
         axes = placed(part, columns, rows, pages)
         return pagedata.described(whole, arranged(part, axes), axes)
+
+    @router.get("/api/ranks")
+    async def ranks() -> Response:
+        return JSONResponse(await asyncio.to_thread(pagedata.ranks, viewer.experiment))
 
 
 def add_cells(router: APIRouter, viewer: Viewer) -> None:

@@ -271,6 +271,8 @@ class Planner:
         """The ways of decoding that the request leaves open, the preferred one first."""
         if work.tile_mode:
             return (work.tile_mode,)
+        if self.ranks > 1:
+            return ("exact",)  # divided over the ranks; each would do all of the whole
         whole = replace(work, tile_mode="off", tile_size=0)
         decode = self.sizes[VAE].component.work_bytes(whole, self.sizes[VAE].dtype)
         return ("off", "exact") if decode <= WHOLE_BYTES else ("exact",)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage import cluster
-from zimage.settings.fields import Plain, fields
-from zimage.settings.loading import LoadSettings
+from zimage.settings.fields import Plain
+from zimage.settings.loading import absolute_paths
 from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
 
@@ -37,17 +37,5 @@ def places(loading: Mapping[str, Plain], serving: ServeSettings, machines: Batch
     if machines.address is None:
         return found
     shelves = [os.path.abspath(folder) for folder in (loading.get("lora_folder"), serving.control_folder) if folder]
-    there = {"loading": _absolute(loading), "address": machines.address, "shelves": shelves}
+    there = {"loading": absolute_paths(loading), "address": machines.address, "shelves": shelves}
     return found + [Place("Ray", ON_RAY, {**start, **there})] * (machines.workers or cluster.gpus(machines.address))
-
-
-def _absolute(loading: Mapping[str, Plain]) -> dict[str, Plain]:
-    """Settings of loading whose paths mean the same wherever a process runs."""
-    paths = {field.name for field, _ in fields(LoadSettings) if field.metadata["path"]} & loading.keys()
-    return {**loading, **{name: _absolute_one(loading[name]) for name in paths}}
-
-
-def _absolute_one(path: Plain) -> Plain:
-    if isinstance(path, list):
-        return [_absolute_one(one) for one in path]
-    return path if path is None or path.startswith("~") else os.path.abspath(path)

@@ -1,13 +1,14 @@
 """How a model is loaded, each parameter declared once as those of a request are."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.conditions import split_number
 from zimage.settings.declared import MAX_TIMEOUT
 from zimage.settings.environment import ENCODER_TOKEN
-from zimage.settings.fields import Settings, check_fields, setting
+from zimage.settings.fields import Plain, Settings, check_fields, fields, setting
 
 SDPA = ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
 ATTENTIONS = ("auto", *SDPA, "flash3", "flash2", "xformers", "sage")
@@ -222,3 +223,15 @@ def check_lora_scale(scale: object) -> None:
     if not abs(scale) <= MAX_LORA_SCALE:  # nor NaN
         text = f"lora scale {scale} should lie between -{MAX_LORA_SCALE:g} and {MAX_LORA_SCALE:g}"
         raise RequestError(text, fields=("lora",))
+
+
+def absolute_paths(loading: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Settings of loading whose paths mean the same wherever a process runs."""
+    paths = {field.name for field, _ in fields(LoadSettings) if field.metadata["path"]} & loading.keys()
+    return {**loading, **{name: _absolute(loading[name]) for name in paths}}
+
+
+def _absolute(path: Plain) -> Plain:
+    if isinstance(path, list):
+        return [_absolute(one) for one in path]
+    return path if path is None or path.startswith("~") else os.path.abspath(path)

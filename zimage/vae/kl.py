@@ -133,8 +133,9 @@ class SpatialAttention(MapAttention):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(2)  # (B, L, 1, C)
-        return self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, L, C)
+        q, k, v = (project(tokens).unsqueeze(2) for project in (self.to_q, self.to_k, self.to_v))
+        return q, k, v
 
     def leave(self, x: Tensor, out: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](out.flatten(2))

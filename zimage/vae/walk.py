@@ -149,14 +149,15 @@ class StripWalk:
         return self._everywhere(self._convolve(self._placed(x, step), conv, step, before, groups=0))
 
     def _residual(self, block: ResnetBlock, x: Map) -> Map:
-        """Both convolutions have the same strips, so that no row of a block changes its place."""
+        """The second convolution's strips are so many of the first's, so that no row of a block changes its place."""
         step, before, shortcut = self._rows(x, block.conv1), self._activation(block.norm1, x), block.conv_shortcut
-        x = self._placed(x, step)
+        wide = max(1, self._rows(x, block.conv2) // step) * step
+        x = self._placed(x, wide)
         out, residual = x.spare, x.values
         if shortcut is not None:
             out, residual = two_maps(x.values, shortcut.out_channels)
         h = self._convolve(x, block.conv1, step, before, out, shortcut=shortcut, kept=residual)
-        y = self._convolve(h, block.conv2, step, self._activation(block.norm2, h), h.values, residual)
+        y = self._convolve(h, block.conv2, wide, self._activation(block.norm2, h), h.values, residual)
         y.spare = residual
         return y
 
@@ -240,7 +241,7 @@ class StripWalk:
         Strips of a map that is halved or doubled so have the borders of those before or after it.
         """
         if self.height is None:
-            rows = self.values // (max(x.values.shape[1], conv.out_channels) * scale * x.values.shape[3])
+            rows = self.values // (max(conv.in_channels, conv.out_channels) * scale * x.values.shape[3])
         else:
             rows = self.height * scale * x.height // self.pixels
         return max(1, rows // 2 * 2)

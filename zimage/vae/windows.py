@@ -3,7 +3,7 @@
 Shapes: C channels, H × W positions. Maps are (1, C, H, W) with the channels innermost.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -21,31 +21,40 @@ def windows(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (top, end, rows top − 1 … end of x after `before`); beyond `x` are `above` and `below`, else zeros.
 
-    Each row is prepared once; those on both sides of a strip's last border by themselves, since a process that begins
-    with the next strip prepares them too, and an element's last bit may depend on how many are prepared with it.
+    Each row is prepared once.
     Rows top … end − 1 of `x` may be overwritten once they have been yielded. All windows share their memory.
     """
     total = x.shape[2]
     window = new_map(x, x.shape[1], min(height, total) + 2, x.shape[3])
-    _prepare(above, window[:, :, :1], before)
+    _put(above, window[:, :, :1], before)
     ready = 0  # rows of x already prepared
     for top in range(0, total, height):
         end = min(top + height, total)
-        size, following = end - top + 2, below if end == total else x[:, :, end : end + 1]
-        cuts = {ready, end} if following is None else {ready, max(ready, end - 1), end}
-        if ready == 0 and above is not None:
-            cuts |= {1}
-        for first, last in pairwise(sorted(cuts)):
+        size, ends = end - top + 2, end == total
+        for first, last in _pieces(x, ready, end, above is not None, ends and below is None):
             before(x[:, :, first:last], window[:, :, first - top + 1 : last - top + 1])
-        _prepare(following, window[:, :, size - 1 : size], before)
+        if ends:
+            _put(below, window[:, :, size - 1 : size], before)
         yield top, end, window[:, :, :size]
-        if end < total:
+        if not ends:
             window[:, :, :2] = window[:, :, size - 2 : size].clone()
         ready = end + 1
 
 
-def _prepare(row: Tensor | None, out: Tensor, before: Rows) -> None:
-    """A row on the border of a strip, or zeros beyond the map."""
+def _pieces(x: Tensor, ready: int, end: int, continues: bool, finishes: bool) -> Iterable[tuple[int, int]]:
+    """The rows from `ready` to the one below a strip, in the pieces in which they are prepared.
+
+    On a CPU an element's last bit may depend on how many are prepared with it. So rows that two processes may prepare,
+    those on both sides of a border between strips, are prepared by themselves. `continues`: another strip lies above
+    `x`; `finishes`: this is the map's last strip.
+    """
+    stop = min(end + 1, x.shape[2])
+    alone = () if x.device.type != "cpu" else (1,) * (continues and ready == 0) + (end - 1, end) * (not finishes)
+    return pairwise(sorted({ready, stop, *(cut for cut in alone if ready < cut < stop)}))
+
+
+def _put(row: Tensor | None, out: Tensor, before: Rows) -> None:
+    """A row beyond those at hand, or zeros beyond the map."""
     if row is None:
         out.zero_()
     else:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from zimage.errors import RequestError, quoted
 from zimage.experiments.metrics import pixels
-from zimage.experiments.metrics.clip_score import ClipScore
+from zimage.experiments.metrics.clip_folder import load_clip
 from zimage.experiments.metrics.lpips import Lpips
 from zimage.experiments.metrics.ocr import Reader
 from zimage.experiments.metrics.patch_grid import patch_grid
+from zimage.experiments.metrics.siglip_folder import load_siglip
 from zimage.experiments.metrics.walks import Alone, AmongSeeds, BesideBase, Walk
 from zimage.settings.paths import user_path
 
@@ -69,8 +70,9 @@ KINDS = {
     ),
     "grid": Kind("power of a grid of 16 pixels, dB", False, lambda *_: Alone(_grid)),
     "ocr": Kind("share of quoted text that can be read", True, lambda *_: Alone(Reader().score)),
-    "clip": Kind(
-        "cosine of picture and prompt, by CLIP", True, lambda *given: Alone(ClipScore.load(*given).score), MODEL
+    "clip": Kind("cosine of picture and prompt, by CLIP", True, lambda *given: Alone(load_clip(*given).score), MODEL),
+    "siglip": Kind(
+        "cosine of picture and prompt, by SigLIP", True, lambda *given: Alone(load_siglip(*given).score), MODEL
     ),
 }
 

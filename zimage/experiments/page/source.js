@@ -1,7 +1,7 @@
 // Where the page has everything from: the viewer that serves it, or the file that it stands in.
 import { ask, answered, parse } from "./http.js";
 
-const held = document.getElementById("held"); // JSON: {grid, records, pictures} of a file that holds all of it
+const held = document.getElementById("held"); // JSON: {grid, records, pictures, ranks} of a file that holds all of it
 const file = held && parse(held.textContent);
 
 export const isServed = !file;
@@ -27,6 +27,7 @@ export async function difference(left, right, kind, gain) {
 export const drawPair = (axis) => ask("POST", "/api/pairs", { body: { axis } });
 export const sideOf = (token, side) => `/api/pairs/${token}/${side}`;
 export const vote = (token, choice) => ask("POST", `/api/pairs/${token}`, { body: { choice } });
+export const ranks = () => (file ? Promise.resolve(file.ranks) : ask("GET", "/api/ranks"));
 export const votes = () => ask("GET", "/api/votes");
 export const renderAgain = (id) => ask("POST", `/api/cells/${id}/render`);
 export const rendering = (id) => ask("GET", `/api/cells/${id}/render`);

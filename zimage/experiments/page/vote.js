@@ -1,6 +1,6 @@
-// Blind votes: two pictures of which the page knows no more than their sides, and what all votes say.
+// Blind votes: two pictures of which the page knows no more than their sides; what all votes say, and all scores.
 import { $, closable, el, shape } from "./dom.js";
-import { drawPair, sideOf, vote, votes } from "./source.js";
+import { drawPair, isServed, ranks, sideOf, vote, votes } from "./source.js";
 import { toast } from "./toast.js";
 
 const KEYS = { ArrowLeft: "left", ArrowDown: "tie", ArrowRight: "right" };
@@ -66,18 +66,30 @@ export class Votes {
   }
 
   async #standings() {
-    const known = await votes();
-    const tables = Object.entries(known.standings).filter(([, rows]) => rows.length).map(([axis, rows]) => table(axis, rows));
-    const note = el("p", { class: "quiet" }, `${counted(known.votes)}. A tie is half a win; the bar is the 95 % interval of the share.${known.unread ? ` ${known.unread} lines cannot be read.` : ""}`);
-    $("standings-body").replaceChildren(note, ...tables);
+    const parts = [isServed ? byVotes(await votes()) : [], byScores(await ranks())].flat();
+    $("standings-body").replaceChildren(...(parts.length ? parts : [el("p", { class: "quiet" }, "There are no scores.")]));
     $("standings").showModal();
   }
 }
 
-function table(axis, rows) {
-  const head = ["", "votes", "won", "tied", "lost", "share"].map((text) => el("th", { scope: "col" }, text));
-  const body = rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.value), ...[row.votes, row.wins, row.ties, row.losses].map((n) => el("td", {}, String(n))), share(row)));
-  return el("table", {}, el("caption", {}, axis), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
+function byVotes({ votes: count, unread, standings }) {
+  const words = `${counted(count)}. A tie is half a win; the bar is the 95 % interval of the share.`;
+  const note = el("p", { class: "quiet" }, unread ? `${words} ${unread} lines cannot be read.` : words);
+  const row = (one) => [one.value, ...[one.votes, one.wins, one.ties, one.losses].map((n) => el("td", {}, String(n))), share(one)];
+  const tables = Object.entries(standings).filter(([, rows]) => rows.length);
+  return [note, ...tables.map(([axis, rows]) => table(axis, ["votes", "won", "tied", "lost", "share"], rows.map(row)))];
+}
+
+function byScores(tables) {
+  const row = ({ setting, ...figures }) => [setting, ...["mean", "rank", "best"].map((name) => el("td", {}, figures[name]))];
+  const note = el("p", { class: "quiet" }, "Scores with 95 % intervals over prompts, and how often a setting is the best when prompts are drawn anew.");
+  return tables.length ? [note, ...tables.map(({ title, rows }) => table(title, ["mean", "rank", "best in"], rows.map(row)))] : [];
+}
+
+function table(title, names, rows) {
+  const head = ["", ...names].map((text) => el("th", { scope: "col" }, text));
+  const body = rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), ...cells));
+  return el("table", {}, el("caption", {}, title), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
 }
 
 function share({ share: value, low, high }) {

@@ -16,12 +16,7 @@ UNCHANGED = {"Cache-Control": "no-cache"}  # asked for anew, and sent only where
 
 
 def routes(service: Service) -> APIRouter:
-    return routes_of(page_files(FOLDER))
-
-
-def page_files(folder: Path) -> dict[str, Path]:
-    """What a page consists of, by the names under which it asks for it."""
-    return {path.name: path for path in folder.iterdir() if path.suffix in TYPES}
+    return routes_of({path.name: path for path in FOLDER.iterdir() if path.suffix in TYPES})
 
 
 def routes_of(files: Mapping[str, Path]) -> APIRouter:
