@@ -95,13 +95,13 @@ def test_a_record_tells_all_of_a_cell(sweep, tmp_path, tiny_folder):
 @pytest.mark.parametrize("residency", ["keep", "stage"])
 def test_nothing_that_stays_the_same_is_loaded_or_encoded_twice(sweep, style, residency, tmp_path):
     loras = f"lora=,{style / 'one.safetensors'},{style / 'two.safetensors'}"
-    axes = ["--vary", loras, "--vary", "system_prompt=,In oil.", "--vary", "guidance=0,2", "--vary", "shift=,6"]
-    records, _ = sweep(*axes, "a dog", "--each", "--residency", residency, "--steps", "2")
-    assert len(records) == 48
+    axes = ["--vary", loras, "--vary", "system_prompt=,In oil.", "--vary", "guidance=0,2"]
+    records, _ = sweep(*axes, "a dog", "--each", "--residency", residency, "--steps", "1")
+    assert len(records) == 24
     assert total(records, "opened") == 1
     assert total(records, "loads") == 3, "text encoder, DiT and VAE, once each"
     assert total(records, "encodes") == 2 * 2 + 1, "two prompts, each with and without a system prompt, and a negative"
-    assert len({pixels(tmp_path / "out" / record.path) for record in records}) == 48
+    assert len({pixels(tmp_path / "out" / record.path) for record in records}) == 24
 
 
 def test_a_caption_is_not_encoded_again_for_another_model_with_the_same_encoder(sweep):

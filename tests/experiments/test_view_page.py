@@ -11,7 +11,8 @@ from sweeps import folder_of, picture, records
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from browsing import PHONE, chromium, until, window
+from axe_core import THEMES, axe_source, findings_by_theme
+from browsing import PHONE, WIDE, chromium, until, window
 from viewing import viewer
 
 from zimage.experiments.pages import SERVERS as SERVER_PAGE
@@ -247,12 +248,30 @@ def test_a_phone_scrolls_the_grid_and_nothing_else(browser, url):
         assert (box["x"], box["width"]) == (0, PHONE["width"])
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 def test_the_system_decides_light_or_dark(browser, url, theme):
     with window(browser, url, color_scheme=theme) as page:
         colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         shades = [int(part) for part in re.findall(r"\d+", colour)[:3]]
         assert (sum(shades) > 384) == (theme == "light")
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_axe_finds_nothing_serious(browser, url, request, size):
+    axe, none = axe_source(request.config.cache), {theme: [] for theme in THEMES}
+    with window(browser, url, size) as page:
+        assert findings_by_theme(page, axe) == none
+        for place, opened in (
+            ("#cell", cell(page, "c000")),
+            ("#vote", "#open-votes"),
+            ("#standings", "#open-standings"),
+        ):
+            page.click(opened) if isinstance(opened, str) else opened.click()
+            page.wait_for_selector(f"{place}[open]")
+            assert (place, findings_by_theme(page, axe, place)) == (place, none)
+            page.keyboard.press("Escape")
+        compare(page, "c000", "c002")
+        assert findings_by_theme(page, axe, "#compare") == none
 
 
 def test_nothing_stands_inline_and_nothing_comes_from_elsewhere():

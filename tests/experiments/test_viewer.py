@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sweeps import folder_of, picture, records
 
@@ -17,7 +18,7 @@ from viewing import PATIENCE, viewer
 import zimage
 from zimage.cli import main
 from zimage.experiments.difference import difference
-from zimage.experiments.record import RECORDS, write_records
+from zimage.experiments.record import RECORDS, facts, write_records
 from zimage.experiments.votes import VOTES
 from zimage.pictures.files import save
 
@@ -176,6 +177,9 @@ def test_a_folder_without_cells_is_one_line(tmp_path, capsys):
 # ------------------------------------------------------------------ rendered again
 
 
+WITH_ANOTHER = f"1 pixels differ (mean 0.00, max 1); torch is {torch.__version__!r} here and was '1.0'"
+
+
 def ended(http, id):
     end = time.monotonic() + PATIENCE
     while (state := http.get(f"/api/cells/{id}/render").json())["state"] in ("queued", "running"):
@@ -193,7 +197,9 @@ def test_a_cell_is_rendered_again_and_its_bits_compared(tmp_path):
         asked |= {"image": str(start), "strength": 0.5} if k else {}
         jobs.append(pipe.prepare(zimage.Request(**asked)))
         request = json.loads(json.dumps(jobs[-1].to_dict()["request"]))  # as a sweep keeps it
-        made[k] = dataclasses.replace(record, request=request, load={"device": "cpu"})
+        told = facts(json.loads(json.dumps(pipe.metadata(jobs[-1], 0))))
+        told["machine"]["torch"] = "1.0"
+        made[k] = dataclasses.replace(record, request=request, load={"device": "cpu"}, **told)
     made.append(dataclasses.replace(made[0], id="wrong", axes={"steps": 7}, request={"prompt": "x", "stepz": 1}))
     made.append(dataclasses.replace(made[0], id="away", axes={"steps": 8}, load={"encoder_url": "http://evil.example"}))
     endless = {"prompt": "a cup", "width": 256, "height": 256, "steps": 200, "seed": 1}
@@ -212,7 +218,7 @@ def test_a_cell_is_rendered_again_and_its_bits_compared(tmp_path):
         assert ended(http, "c000") == {"state": "done", "step": 0, "total": 0, "is_equal": True, "told": "equal bits"}
         http.post("/api/cells/c001/render")
         other = ended(http, "c001")
-        assert (other["is_equal"], other["told"]) == (False, "1 pixels differ: mean 0.00, max 1")
+        assert (other["is_equal"], other["told"]) == (False, WITH_ANOTHER)
         again = pixels(http.get("/api/cells/c001/render/picture"))
         assert np.abs(np.array(again, int) - levels).sum() == 1
         http.post("/api/cells/wrong/render")

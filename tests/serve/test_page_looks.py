@@ -2,12 +2,10 @@
 
 import os
 import re
-import shutil
-import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
+from axe_core import THEMES, axe_source, findings, findings_by_theme
 from browsing import PHONE, WIDE, able, drop, until, window, write
 from histories import fill, history
 from PIL import Image
@@ -16,11 +14,9 @@ from running import Server
 pytestmark = pytest.mark.browser
 
 PAGE = Path(__file__).parents[2] / "zimage/serve/page"
-AXE = "axe-core@4.14.1"
 MOST_BYTES = 200_000
 MANY = 1000  # pictures
 FIRST_PAINT = 1.0  # seconds, with as many pictures in the history
-THEMES = ("light", "dark")
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +36,7 @@ def url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def axe(request):
-    """axe-core's source, by npm's own client; kept in pytest's cache."""
-    folder = Path(request.config.cache.mkdir("axe-core"))
-    source = folder / "axe.min.js"
-    if not source.exists():
-        npm = shutil.which("npm") or pytest.skip("npm is not installed")
-        done = subprocess.run([npm, "pack", AXE], cwd=folder, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            pytest.skip(f"npm pack {AXE} failed: {done.stderr.strip().splitlines()[-1:]}")
-        with tarfile.open(folder / done.stdout.strip().splitlines()[-1]) as packed:
-            source.write_bytes(packed.extractfile("package/axe.min.js").read())
-    return source.read_text()
+    return axe_source(request.config.cache)
 
 
 def test_all_of_it_is_small():
@@ -152,23 +138,6 @@ def dialogs(page):
 def compare(page):
     page.click("[aria-label='Compare with another picture']")
     page.locator(".tile").nth(1).click()
-
-
-def findings(page, axe, place="html", rules=None):
-    """Serious and critical ones: the rule, and where."""
-    page.evaluate(axe)
-    options = {"resultTypes": ["violations"], **({"runOnly": rules} if rules else {})}
-    result = page.evaluate("([place, options]) => axe.run(place, options)", [place, options])
-    bad = [one for one in result["violations"] if one["impact"] in ("serious", "critical")]
-    return [(one["id"], str(node["target"]), node["failureSummary"][:300]) for one in bad for node in one["nodes"]]
-
-
-def findings_by_theme(page, axe, place="html"):
-    """All rules in the light, and in the dark the one that knows colours."""
-    page.emulate_media(color_scheme="light", reduced_motion="reduce")
-    light = findings(page, axe, place)
-    page.emulate_media(color_scheme="dark", reduced_motion="reduce")
-    return {"light": light, "dark": findings(page, axe, place, ["color-contrast"])}
 
 
 NONE = {theme: [] for theme in THEMES}

@@ -9,19 +9,19 @@ import io
 import threading
 from collections.abc import Mapping
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from zimage.errors import RequestError, ZImageError, one_line
+from zimage.errors import RequestError, ZImageError, one_line, quoted
 from zimage.experiments.difference import distance
 from zimage.experiments.folder import Cell
+from zimage.experiments.record import Record, facts
 from zimage.settings.fields import Plain
 
 if TYPE_CHECKING:
     from zimage.events import Event
     from zimage.pipeline import ZImage
-    from zimage.settings.declared import Request
 
 REFUSED = ("encoder_url", "rewriter_url", "cache_folder")
 State = Literal["queued", "running", "done", "failed"]
@@ -90,7 +90,8 @@ class Renders:
         self._renders[cell.id] = Render("running")
         pipe = self._pipeline(cell.record.load)
         image = None
-        events = pipe.run(pipe.prepare(request_of(cell.record)))
+        job = pipe.prepare(request_of(cell.record))
+        events = pipe.run(job)
         for event in events:
             if self._stopping.is_set():
                 events.close()
@@ -99,7 +100,7 @@ class Renders:
             self._tell(cell, event)
         if image is None:
             raise RequestError("the render gave no picture")
-        return compared(image, cell)
+        return compared(image, cell, facts(pipe.metadata(job, 0)))
 
     def _tell(self, cell: Cell, event: "Event") -> None:
         if event.stage == "denoise":
@@ -121,17 +122,6 @@ def opened(load: Mapping[str, Plain]) -> "ZImage":
     return ZImage.load(path, device, **given)
 
 
-def request_of(cell: Cell) -> "Request":
-    """The request of a record, its files opened and checked by their hashes. Raises RequestError, CheckpointError."""
-    from zimage.render import attached
-    from zimage.settings.declared import Request
-
-    if fault := attached.fault(cell.record.request):
-        raise RequestError(f"the request of {cell.id} cannot be used: {fault}")
-    values = {name: value for name, value in cell.record.request.items() if value is not None}
-    return Request.from_mapping({**values, **attached.reopened(values, {})})
-
-
 def check(cell: Cell) -> None:
     """Raises RequestError for a cell without a picture to compare with, and for settings that a record may not say."""
     if cell.path is None:
@@ -141,10 +131,23 @@ def check(cell: Cell) -> None:
             raise RequestError(f"the record sets {name}, which a folder may not decide; render it with `zimage gen`")
 
 
-def compared(image: Image.Image, cell: Cell) -> Render:
-    """Raises RequestError where the sizes differ."""
+def compared(image: Image.Image, cell: Cell, here: Mapping[str, Any]) -> Render:
+    """`here`: with which model and machine the image was drawn, as records have it. Raises RequestError for sizes."""
     far = distance(image, cell.picture())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    told = "equal bits" if not far.pixels else f"{far.pixels:,} pixels differ: {', '.join(far.lines)}"
+    told = "equal bits"
+    if far.pixels:
+        told = f"{far.pixels:,} pixels differ ({', '.join(far.lines)}); {otherwise(cell.record, here)}"
     return Render("done", is_equal=not far.pixels, told=told, picture=buffer.getvalue())
+
+
+def otherwise(record: Record, here: Mapping[str, Any]) -> str:
+    """What was not the same as for the record, as far as it tells; bits depend on the number of threads as well."""
+    found = [
+        f"{name} is {quoted(here[group][name])} here and was {quoted(values[name])}"
+        for group, values in (("model", record.model), ("machine", record.machine))
+        for name in values
+        if name in here[group] and here[group][name] != values[name]
+    ]
+    return "; ".join(found) or "perhaps another number of threads"

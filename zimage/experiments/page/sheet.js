@@ -39,7 +39,8 @@ function place(cell, size, chosen) {
 }
 
 function button(cell, chosen) {
-  const attributes = { type: "button", "data-id": cell.id, "aria-label": `${cell.label}, ${cell.prompt}`, title: cell.label, onclick: () => chosen(cell.id) };
+  const name = [cell.label, cell.prompt, cell.fault].filter(Boolean).join(", ");
+  const attributes = { type: "button", "data-id": cell.id, "aria-label": name, title: cell.label, onclick: () => chosen(cell.id) };
   if (cell.fault) return el("button", { ...attributes, class: "place faulty" }, cell.fault);
   const node = el("button", { ...attributes, class: "place" }, el("img", { decoding: "async", alt: "" }));
   inView.observe(node);
