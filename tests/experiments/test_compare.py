@@ -359,6 +359,14 @@ def test_two_cells_and_two_values_side_by_side(experiment, tmp_path):
     assert base == "c005"
 
 
+def test_of_two_sweeps_in_a_folder_the_last_stands_as_cell_and_as_base(tmp_path):
+    twice = [*records({"steps": [4, 8]}), *(r.replaced(id=f"d{r.id}", path=None) for r in records({"steps": [4, 8]}))]
+    whole = Experiment.open(folder_of(tmp_path, twice))
+    (grid,) = arranged(whole, placed(whole))
+    assert [cell.id for cell in grid.places.values()] == ["dc000", "dc001"]
+    assert whole.partner(whole.cell("dc001"), "steps=4").id == "dc000"
+
+
 WRONG = [
     (["--rows", "nothing"], "no cell has an axis 'nothing'; there are steps, shift, prompt, seed"),
     (["--diff", "heatmap"], "needs a base"),
@@ -368,7 +376,12 @@ WRONG = [
     (["--side-by-side", "c001", "c001"], "do not differ"),
     (["--cell", "5"], "cell 5 should be"),
     (["--font", "/dev/zero"], "cannot be read; pass a TrueType"),
-    (["--base", "steps=4", "--gain", "nan"], "gain nan should be"),
+    (["--base", "steps=4", "--diff", "heatmap", "--gain", "nan"], "gain nan should be"),
+    (["--base", "steps=4", "--gain", "2"], "gain: it has no effect without --diff absolute or heatmap"),
+    (["--base", "steps=4", "--diff", "highlight", "--gain", "2"], "gain: it has no effect"),
+    (["--seconds", "2"], "seconds: it has no effect without --flip"),
+    (["-o", "page.html", "--flip"], "flip: it has no effect on a page"),
+    (["-o", "page.html", "--cell", "200"], "cell: it has no effect on a page"),
     (["--flip", "-o", "flip.gif", "--seconds", "nan"], "seconds nan should be"),
     (["--score", "psnr"], "no cell has a score 'psnr'"),
     (["-o", "sheet.tiff"], "should end in one of"),

@@ -194,6 +194,18 @@ def test_stored_scores_are_ranked_again_without_pictures(folder, capsys):
     assert row["mean_interval"][0] <= row["mean"] <= row["mean_interval"][1]
 
 
+def test_long_and_listed_values_are_told_on_a_line(tmp_path, capsys):
+    values = {"lora": [None, ["a.safetensors:1"]], "system_prompt": ["In oil.\n\x1b[2J" + "On wood. " * 50]}
+    folder_of(tmp_path, [record.replaced(scores={"grid": 1.0}) for record in records(values)])
+    status, out, _ = run(capsys, tmp_path, "--stored")
+    assert status == 0
+    assert len(out.splitlines()) == 5
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) < 320
+    assert "a.safetensors:1" in out
+    assert "(" not in out.splitlines()[3].partition("100%")[2]
+
+
 def test_settings_without_a_common_prompt_are_told(tmp_path, capsys):
     scored = [Record(f"c{n}", axes={"steps": n}, prompt=f"prompt {n}", scores={"grid": 1.0}) for n in (4, 8)]
     folder_of(tmp_path, scored)
@@ -217,8 +229,9 @@ def test_settings_without_a_common_prompt_are_told(tmp_path, capsys):
         (["--base", "zzz"], "no cell is 'zzz'"),
         (["--base", "steps=4", "--by", "width"], "there is no axis 'width'"),
         (["--device", "tpu"], "device 'tpu' is not known"),
+        (["--stored", "--base", "steps=4"], "base: it has no effect on stored scores"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_mistakes_are_one_line_and_leave_the_records(folder, capsys, arguments, fault):
     status, out, err = run(capsys, folder, *arguments)
@@ -226,8 +239,15 @@ def test_mistakes_are_one_line_and_leave_the_records(folder, capsys, arguments, 
     assert fault in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
-    if "--by" not in arguments:
-        assert all(not record.scores for record in read_records(folder))
+    assert all(not record.scores for record in read_records(folder))
+
+
+@pytest.mark.parametrize("arguments", [["--metric", "grid,psnr"], ["--metric", "grid", "--by", "width"]], ids=range(2))
+def test_mistakes_are_told_before_hours_of_work(folder, capsys, arguments):
+    for number, file in enumerate(folder.glob("*.png")):
+        picture(number, (96, 96)).save(file)  # large enough for the grid
+    assert run(capsys, folder, *arguments)[0] == 2
+    assert all(not record.scores for record in read_records(folder))
 
 
 def test_a_folder_without_records(tmp_path, capsys):

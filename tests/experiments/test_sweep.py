@@ -183,6 +183,16 @@ def test_a_file_and_options_make_a_sweep(sweep, tmp_path):
     assert thought == {(False, None), (True, "Soft, warm.")}
 
 
+def test_an_axis_of_an_option_takes_the_place_of_the_files(tmp_path, capsys):
+    (tmp_path / "sweep.toml").write_text('prompts = ["a"]\n[vary]\nsteps = [1, 2]\nshift = [3, 6]\n')
+    given = ["sweep", "-o", tmp_path / "out", "--toml", tmp_path / "sweep.toml", "--vary", "steps=,8", "--dry-run"]
+    assert main([*map(str, given), "--steps", "4"]) == 0
+    labels = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert labels == [f"shift {shift}, steps {steps}, seed 0" for shift in (3, 6) for steps in ("–", "8")]
+    assert main([*map(str, given), "--shift", "4"]) == 2
+    assert "shift: every cell takes it from its axis" in capsys.readouterr().err
+
+
 def test_prompts_and_axes_come_from_a_file_alone(tiny_folder, tmp_path, capsys):
     (tmp_path / "sweep.toml").write_text(f'prompts = ["a cat", "b"]\n[settings]\nsteps = 1\nmodel = "{tiny_folder}"')
     given = ["sweep", *SMALL, "--toml", tmp_path / "sweep.toml", "-o", tmp_path / "out"]
@@ -212,6 +222,7 @@ def test_a_dry_run_draws_nothing_and_lists_all(tmp_path, capsys):
         (["--zip", "--vary", "steps=1,2", "--vary", "shift=3"], "zipped axes need as many values each"),
         (["--seeds", "x"], "seeds 'x' should be numbers and ranges"),
         (["--toml", "nowhere.toml"], "nowhere.toml"),
+        (["--steps", "4", "--vary", "steps=1,2"], "steps: every cell takes it from its axis"),
     ],
 )
 def test_wrong_usage_is_one_line_before_anything_is_made(tmp_path, capsys, arguments, says):

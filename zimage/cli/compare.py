@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from zimage.cli import terminal
 from zimage.cli.options import PATH, PlainCommand
+from zimage.errors import RequestError
 
 AXIS, VALUE = "AXIS", "AXIS=VALUE"
 DIFFERENCES = ("absolute", "highlight", "heatmap")
+GAINED = ("absolute", "heatmap")  # of them, those that a gain makes stronger
+OF_PICTURES = ("flip", "seconds", "cell", "theme", "font")
 SHEET = "sheet.png"
 HTML, ENDINGS = ".html", "File: .png, .jpg, .webp or .html; with --flip .webp, .gif or .png."
 
@@ -63,6 +67,7 @@ def compare(
     from zimage.experiments.writing import write_flip, write_page, write_sheets
     from zimage.formats.files import require_inside
 
+    _check_effect(output is not None and output.suffix.lower() == HTML, flip, diff)
     if output is None:
         output = folder / SHEET
         require_inside(folder, output)  # which may have come from anybody, with links in it
@@ -72,10 +77,8 @@ def compare(
         experiment, own_base, apart = experiment.pair(*side_by_side)
         base, columns = base or (own_base if diff else None), columns or apart
     showing = Showing(whole, kind_of(diff) if diff else None, base or "", gain, score)
-    grids, style = (
-        arranged(experiment, placed(experiment, columns, rows, pages)),
-        Style(theme, cell, None if font is None else str(font)),
-    )
+    grids = arranged(experiment, placed(experiment, columns, rows, pages))
+    style = Style(theme, cell, None if font is None else str(font))
     if output.suffix.lower() == HTML:
         written = write_page(output, whole, grids, showing)
     elif flip:
@@ -84,3 +87,17 @@ def compare(
         written = write_sheets(output, grids, showing, style)
     for path in written:
         terminal.saved(str(path))
+
+
+def _check_effect(page: bool, flip: bool, diff: str | None) -> None:
+    """Raise RequestError for an option that would change nothing beside the others."""
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    useless = dict.fromkeys(OF_PICTURES if page else (), f"on a page ({HTML})")
+    if not page and not flip:
+        useless["seconds"] = "without --flip"
+    if diff not in GAINED:
+        useless["gain"] = f"without --diff {' or '.join(GAINED)}"
+    for name in given:
+        if name in useless:
+            raise RequestError(f"{name}: it has no effect {useless[name]}; leave it out", fields=(name,))

@@ -1,5 +1,6 @@
 """`metrics`: scores of the cells of a sweep, and which settings are best by them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ import click
 from zimage.cli import terminal
 from zimage.cli.options import PATH, PlainCommand
 from zimage.cli.progress import Progress, counted
+from zimage.errors import RequestError
 
 if TYPE_CHECKING:
     from zimage.experiments.folder import Experiment
@@ -56,10 +58,14 @@ def metrics(
     """
     from zimage.experiments.folder import Experiment
     from zimage.experiments.metrics.catalogue import KINDS, parse_metrics
-    from zimage.experiments.ranking import rank_table
+    from zimage.experiments.ranking import rank_table, telling_axes
 
     experiment = Experiment.open(folder)
+    telling_axes([cell.record for cell in experiment.cells], by)  # before hours of work
     if stored:
+        if base:
+            text = "base: it has no effect on stored scores; leave out --base, or --stored to score anew"
+            raise RequestError(text, fields=("base", "stored"))
         wanted = [metric.name for metric in parse_metrics(names)] if names else _scored(experiment)
     else:
         usual = (*USUAL, *(AGAINST_BASE if base else ()))
@@ -85,11 +91,12 @@ def _score(
     Meanwhile no other command may write the records.
     """
     from zimage.experiments.metrics.catalogue import parse_metrics
-    from zimage.experiments.metrics.scoring import base_of, score, store
+    from zimage.experiments.metrics.scoring import base_of, need_base, score, store
     from zimage.experiments.record import Journal
     from zimage.loading.devices import choose_device
 
     metrics, partner, place = parse_metrics(names), base_of(experiment, base), choose_device(device)
+    need_base(metrics, partner)
     with Journal(experiment.folder) as journal:
         for metric in metrics:
             progress.show(f"{metric.name} 0/{len(experiment.cells)}")
@@ -122,10 +129,12 @@ def _table(rows: Sequence["Row"]) -> list[str]:
 
 
 def _lines(rows: Sequence["Row"]) -> list[list[str]]:
+    from zimage.experiments.folder import shown
+
     axes = [axis for axis, _ in rows[0].setting]
     lines = [["rank", "mean", "behind the first", "best in", *axes]]
     for row in rows:
-        values = ["default" if value is None else str(value) for _, value in row.setting]
+        values = [shown(json.dumps(value)) for _, value in row.setting]
         figures = [_figure(row.rank, row.rank_interval), _figure(row.mean, row.mean_interval)]
         lines.append([*figures, _figure(row.behind, row.behind_interval), f"{row.best:.0%}", *values])
     return lines

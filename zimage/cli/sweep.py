@@ -1,7 +1,7 @@
 """`sweep`: prompts × values of settings × seeds, one picture and one record per cell."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,8 +83,8 @@ def sweep(
     base, progress = resolve({}), Progress(quiet)
     check_server(base, "encoder_url")
     check_folder(base, "cache_folder")
-    axes = [*file.axes, *_axes(vary, together)]
-    check_axes(axes)
+    axes = _axes(vary, together, file)
+    _check_effect(axes, {**options, **left})
     prompts = _prompts(given_prompts(prompt, prompt_file, each), file, base, axes)
     cells = cells_of(axes, prompts, parse_seeds(seeds) if seeds else file.seeds or _seeds(base), resolve)
     if base.note:
@@ -95,9 +95,22 @@ def sweep(
         _draw(cells, output, _workers(base), progress)
 
 
-def _axes(vary: Sequence[str], together: bool) -> list[Axis]:
-    axes = [parse_axis(text) for text in vary]
-    return zipped(axes) if together else axes
+def _axes(vary: Sequence[str], together: bool, file: SweepFile) -> list[Axis]:
+    """Those of --vary, and those of the file that they do not replace. Raises RequestError."""
+    own = [parse_axis(text) for text in vary]
+    names = {name for one in own for name in one.names}
+    axes = [*(one for one in file.axes if not names.issuperset(one.names)), *(zipped(own) if together else own)]
+    check_axes(axes)
+    return axes
+
+
+def _check_effect(axes: Sequence[Axis], options: Mapping[str, Plain]) -> None:
+    """Raise RequestError for an option in the place of which every cell has a value of an axis."""
+    for one in axes:
+        for name, values in zip(one.names, zip(*one.points, strict=True), strict=True):
+            if options.get(name) not in (None, ()) and None not in values:
+                text = f"{name}: every cell takes it from its axis; leave out one of the two, or give the axis an empty"
+                raise RequestError(f"{text} value, which leaves the setting as it is", fields=(name,))
 
 
 def _prompts(given: str | list[str] | None, file: SweepFile, base: Resolved, axes: Sequence[Axis]) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -78,7 +79,7 @@ class Experiment:
     def value(self, text: str) -> tuple[str, str]:
         """The axis and the value that AXIS=VALUE names. Raises RequestError."""
         axis, equals, wanted = text.partition("=")
-        known = {name: _distinct(cell.values[name] for cell in self.cells) for name in self.names}
+        known = self._known
         if not equals or axis not in known:
             raise RequestError(f"{quoted(text)} should be AXIS=VALUE, where AXIS is one of {', '.join(known)}")
         for value in known[axis]:
@@ -129,11 +130,23 @@ class Experiment:
         if "=" not in base:
             return self.cell(base)
         axis, value = self.value(base)
-        wanted = {**cell.values, axis: value}
-        found = next((other for other in self.cells if other.values == wanted), None)
+        found = self._by_values.get(frozenset({**cell.values, axis: value}.items()))
         if found is None:
             raise RequestError(f"no cell has {axis} {shown(value)} and all else as {cell.id}")
         return found
+
+    @cached_property
+    def _known(self) -> dict[str, list[str]]:
+        return {name: _distinct(cell.values[name] for cell in self.cells) for name in self.names}
+
+    @cached_property
+    def _by_values(self) -> dict[frozenset[tuple[str, str]], Cell]:
+        return by_values(self.cells)
+
+
+def by_values(cells: Iterable[Cell]) -> dict[frozenset[tuple[str, str]], Cell]:
+    """Cells by their place on all axes. Where several have one, as in a folder of two sweeps, the last of them stands."""
+    return {frozenset(cell.values.items()): cell for cell in cells}
 
 
 def varying(cells: Sequence[Cell]) -> dict[str, list[str]]:

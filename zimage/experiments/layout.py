@@ -4,7 +4,7 @@ Each of the three is a list of axes, and its headings are those combinations of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zimage.errors import RequestError, quoted
 from zimage.experiments.folder import Cell, Experiment, shown
@@ -64,7 +64,10 @@ def placed(
 
 def arranged(experiment: Experiment, axes: Axes) -> list[Grid]:
     """A grid per page. Where several cells have one place, as in a folder of two sweeps, the last of them stands."""
-    return [_grid(experiment, axes, page) for page in _headings(experiment, axes.pages)]
+    pages: dict[Heading, list[Cell]] = {page: [] for page in _headings(experiment, axes.pages)}
+    for cell in experiment.cells:
+        pages[_of(cell, axes.pages)].append(cell)
+    return [_grid(replace(experiment, cells=cells), axes, page) for page, cells in pages.items()]
 
 
 def told(names: Sequence[str], heading: Heading) -> str:
@@ -72,11 +75,10 @@ def told(names: Sequence[str], heading: Heading) -> str:
     return " · ".join(f"{name} {shown(value)}" for name, value in zip(names, heading, strict=True))
 
 
-def _grid(experiment: Experiment, axes: Axes, page: Heading) -> Grid:
-    cells = [cell for cell in experiment.cells if _of(cell, axes.pages) == page]
-    of_page = Experiment(experiment.folder, cells, experiment.axes)
+def _grid(of_page: Experiment, axes: Axes, page: Heading) -> Grid:
     rows, columns = _headings(of_page, axes.rows), _headings(of_page, axes.columns)
-    places = {(rows.index(_of(cell, axes.rows)), columns.index(_of(cell, axes.columns))): cell for cell in cells}
+    row, column = ({heading: i for i, heading in enumerate(side)} for side in (rows, columns))
+    places = {(row[_of(cell, axes.rows)], column[_of(cell, axes.columns)]): cell for cell in of_page.cells}
     return Grid(axes, page, rows, columns, places)
 
 

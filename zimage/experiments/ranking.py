@@ -68,17 +68,22 @@ def rank_table(
 def scores_of(records: Iterable[Record], metric: str, axes: Sequence[str] | None = None) -> Scores:
     """{setting: {prompt: mean score}} of the records that have a score. Raises RequestError for an unknown axis."""
     records = list(records)
-    known = list(dict.fromkeys(axis for record in records for axis in record.axes))
-    for axis in axes or ():
-        if axis not in known:
-            text = f"there is no axis {quoted(axis)}; the records have {', '.join(known) or 'none'}"
-            raise RequestError(text, fields=("by",))
-    told = [axis for axis in known if axis not in APART] if axes is None else axes
+    told = telling_axes(records, axes)
     found: dict[Setting, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if metric in record.scores:
             found[_setting(record, told)][record.prompt].append(record.scores[metric])
     return {setting: {p: sum(s) / len(s) for p, s in by_prompt.items()} for setting, by_prompt in found.items()}
+
+
+def telling_axes(records: Iterable[Record], axes: Sequence[str] | None) -> Sequence[str]:
+    """The axes that tell settings apart: these, or all that records have. Raises RequestError for one they have not."""
+    known = list(dict.fromkeys(axis for record in records for axis in record.axes))
+    for axis in axes or ():
+        if axis not in known:
+            text = f"there is no axis {quoted(axis)}; the records have {', '.join(known) or 'none'}"
+            raise RequestError(text, fields=("by",))
+    return [axis for axis in known if axis not in APART] if axes is None else axes
 
 
 def ranked(scores: Scores, higher_is_better: bool, resamples: int = RESAMPLES, seed: int = SEED) -> list[Row]:

@@ -25,14 +25,20 @@ def base_of(experiment: Experiment, texts: Sequence[str]) -> Base:
     return dict(map(experiment.value, texts))
 
 
+def need_base(metrics: Sequence[Metric], base: Base) -> None:
+    """Raise RequestError where one of these compares with a base, and there is none."""
+    for metric in metrics:
+        if metric.kind.against_base and not base:
+            text = f"{metric.name} compares with a base; pass --base CELL or --base AXIS=VALUE"
+            raise RequestError(text, fields=("base",))
+
+
 def score(experiment: Experiment, metric: Metric, base: Base, device: torch.device) -> Scored:
     """The cells that have pictures, one by one, with their scores.
 
     Raises RequestError where the metric lacks a base, a package or a model, and NonFiniteError for NaN and infinity.
     """
-    if metric.kind.against_base and not base:
-        text = f"{metric.name} compares with a base; pass --base CELL or --base AXIS=VALUE"
-        raise RequestError(text, fields=("base",))
+    need_base([metric], base)
     walk = metric.kind.build(metric.given, device)
     for cell, value in walk([cell for cell in experiment.cells if not cell.fault], base):
         if value is not None and not math.isfinite(value):

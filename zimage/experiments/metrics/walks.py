@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from PIL import Image
 
 from zimage.errors import RequestError
-from zimage.experiments.folder import Cell
+from zimage.experiments.folder import Cell, by_values
 
 log = logging.getLogger("zimage")
 
@@ -88,8 +88,8 @@ def partners(cells: Sequence[Cell], base: Base) -> dict[str, Cell]:
 
     A cell that is a base itself has none, nor has one whose base is not there.
     """
-    by_values = {frozenset(cell.values.items()): cell for cell in cells}
-    found = {cell.id: by_values.get(frozenset({**cell.values, **base}.items())) for cell in cells}
+    places = by_values(cells)
+    found = {cell.id: places.get(frozenset({**cell.values, **base}.items())) for cell in cells}
     return {id: other for id, other in found.items() if other is not None and other.id != id}
 
 
