@@ -25,6 +25,7 @@ ROOMS = (
     "zimage/cli",
     "zimage/serve",
     "zimage/batch",
+    "zimage/parallel",
     "zimage/experiments",
     "zimage/experiments/metrics",
     "kernels",

@@ -18,6 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IMPORTING = "<frozen importlib._bootstrap>"
 PATIENCE = 2.0  # seconds that tidying up may take before another signal ends it
 POLL = 0.01  # seconds
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set where torchrun has started this process as one of several ranks
 
 
 class Interrupt(KeyboardInterrupt):
@@ -107,9 +108,10 @@ def check() -> None:
 
 
 def leave(number: int) -> NoReturn:
-    """End at once, without tidying up."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"error: interrupted\n")
+    """End at once, without tidying up. Of a rank's end, what started it tells."""
+    if TORCHRUN not in os.environ:
+        with contextlib.suppress(OSError):
+            os.write(2, b"error: interrupted\n")
     os._exit(128 + number)
 
 

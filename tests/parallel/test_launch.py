@@ -215,7 +215,7 @@ def test_other_launchers_variables_make_no_rank(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert environment.place() == (0, 1, 0)
-    monkeypatch.setenv(environment.RUN, "a run")
+    monkeypatch.setenv(environment.TORCHRUN, "a run")
     assert environment.place() == (1, 2, 1)
 
 

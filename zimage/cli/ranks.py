@@ -17,7 +17,6 @@ from zimage.cli import terminal
 from zimage.cli.settings import load_pipeline, resolve_options
 from zimage.errors import RequestError
 from zimage.parallel.environment import FAILED, Place, is_launched, leave_word, place
-from zimage.parallel.guard import guarded
 from zimage.settings.fields import Plain
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
@@ -138,6 +137,8 @@ def standing() -> Iterator[Place]:
     if here.alone:
         yield here
         return
+    from zimage.parallel.guard import guarded
+
     with guarded():
         yield here
         if here.leads:

@@ -5,7 +5,8 @@ import os
 import time
 from typing import Any, NamedTuple
 
-RUN = "TORCHELASTIC_RUN_ID"  # set by torchrun alone: what other launchers leave in RANK is not meant for us
+from zimage.interrupts import TORCHRUN
+
 LAUNCHED = "zimage"  # the run that `gen --gpus` begins
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # Why a rank ended, the reason that explains others first: a rank that was killed leaves no word.
@@ -32,14 +33,14 @@ class Place(NamedTuple):
 
 def place() -> Place:
     """That of this process."""
-    if RUN not in os.environ:
+    if TORCHRUN not in os.environ:  # what other launchers leave in RANK is not meant for us
         return Place()
     return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def is_launched() -> bool:
     """Whether `gen --gpus` started this rank, and says in one line how all of them ended."""
-    return os.environ.get(RUN) == LAUNCHED
+    return os.environ.get(TORCHRUN) == LAUNCHED
 
 
 def leave_word(line: str, reason: str) -> None:
