@@ -6,7 +6,7 @@ so have the blocks that are never quantised. With --counted, a step is counted l
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,17 @@ class Cost(NamedTuple):
         return max(arithmetic, self.bytes / peaks.bandwidth)
 
 
+def numbers(context: click.Context, option: click.Parameter, value: str | None) -> list[int]:
+    """Numbers of ranks, from one up."""
+    try:
+        found = [int(part) for part in value.split(",")] if value else []
+    except ValueError:
+        found = [0]
+    if any(number < 1 for number in found):
+        raise click.BadParameter(f"{value} is not a list of numbers of GPUs, such as 2,4,8")
+    return found
+
+
 @click.command()
 @JSON
 @click.option("--device", type=click.Choice([*DEVICES, "here"]), default="rtx4090", show_default=True)
@@ -52,6 +63,9 @@ class Cost(NamedTuple):
 @click.option(
     "--measured", type=click.Path(exists=True, path_type=Path), multiple=True, help="A result, whose last line is JSON."
 )
+@click.option(
+    "--ranks", callback=numbers, metavar="N,N…", help="Several GPUs of this kind, on paper: so many, or so many."
+)
 @click.option("--counted", is_flag=True, help="Count a step on a pretended card, part by part, in every precision.")
 def roofline(
     as_json: bool,
@@ -60,17 +74,22 @@ def roofline(
     tokens: int,
     precision: str,
     measured: tuple[Path, ...],
+    ranks: list[int],
     counted: bool,
 ) -> None:
     """Compute FLOPs, least bytes and least time (floor) of every stage; with --measured, results over the floor.
 
     --counted runs the DiT on a GPU that is pretended (tests/cuda; it needs g++, Triton and pytest): every launch of a
     step takes as long as its arithmetic or its bytes at the makers' figures, and the table sums these part by part.
+
+    --ranks counts what a rank of several computes and exchanges in a step and in a decode (`ranks.py`).
     """
     peaks = here() if device == "here" else DEVICES[device]
     if counted:
         rows = counted_rows(peaks, sizes or (1024,), tokens, PRECISIONS)
-        return _print_counted(rows, device, as_json)
+        return _print_table(rows, device, as_json)
+    if ranks:
+        return _print_ranks(peaks, device, ranks, sizes or (1024,), tokens, precision, as_json)
     found: dict[str, float] = {}
     for file in measured:
         found |= json.loads(file.read_text().splitlines()[-1])["median"]["zimage"]
@@ -101,7 +120,18 @@ def _print_stages(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def _print_counted(rows: list[dict[str, Any]], device: str, as_json: bool) -> None:
+def _print_ranks(
+    peaks: Peaks, device: str, ranks: list[int], sizes: Sequence[int], tokens: int, precision: str, as_json: bool
+) -> None:
+    from bench.ranks import LINKS, rank_rows  # which takes its arithmetic from here
+
+    if device not in LINKS:
+        raise click.UsageError(f"--ranks needs to know how GPUs are joined; pass --device {', '.join(LINKS)}")
+    rows = [row for size in sizes for row in rank_rows(peaks, LINKS[device], ranks, size, tokens, precision)]
+    _print_table(rows, f"{device}, {LINKS[device].name}", as_json)
+
+
+def _print_table(rows: list[dict[str, Any]], device: str, as_json: bool) -> None:
     if not as_json:
         width = max(len(row["part"]) for row in rows) + 2
         print(f"{'':{width}}" + "".join(f"{name:>16}" for name in rows[0] if name != "part"))
@@ -135,11 +165,11 @@ def _published(size: int, tokens: int) -> tuple[Any, dict[str, tuple["Flops", in
         caption = torch.zeros(tokens, dit.config.cap_feat_dim, dtype=torch.bfloat16)
         latents = torch.zeros(1, 16, size // 8, size // 8)
         with torch.no_grad():
-            refined, refine = _count(lambda: dit.refine([caption]))
+            refined, refine = count(lambda: dit.refine([caption]))
             context, modulation = dit.context(refined, size // 8, size // 8), dit.modulate(torch.zeros(1))
-            _, encode = _count(lambda: text(ids))
-            _, step = _count(lambda: dit.velocity(latents, modulation, context))
-            _, decode = _count(lambda: vae.decode(latents))
+            _, encode = count(lambda: text(ids))
+            _, step = count(lambda: dit.velocity(latents, modulation, context))
+            _, decode = count(lambda: vae.decode(latents))
     io = 2 * latents.numel() * 4 + refined[0].numel() * 2
     picture = 3 * size * size * 4 + latents.numel() * 4
     refiner = _bytes(dit.context_refiner.parameters()) + caption.numel() * 2 + refined[0].numel() * 2
@@ -177,7 +207,8 @@ class Flops(NamedTuple):
     total: int
 
 
-def _count(call: Callable[[], Any]) -> tuple[Any, Flops]:
+def count(call: Callable[[], Any]) -> tuple[Any, Flops]:
+    """What a call returns, and its FLOPs."""
     counter = FlopCounterMode(display=False)
     with counter:
         result = call()

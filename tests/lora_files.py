@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zimage.dit import ZImageDiT
+from zimage.loading.registry import DIT
 from zimage.nn.adapters import linear_shapes, vector_sizes
+from zimage.pipeline import ZImage
 
 RANK = 4
 ALPHA = 2.0  # half the rank: powers of two, so that every way to write the scale gives the same bits
@@ -144,6 +146,16 @@ def write(file: Path, tensors: dict[str, Tensor], config: dict | None = None) ->
     metadata = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(config)} if config is not None else {})
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, file, metadata=metadata)
     return file
+
+
+def strong(file: Path, pipe: ZImage) -> Path:
+    """An adapter of every linear layer of a model's blocks, strong enough to change each picture."""
+    made, tensors = torch.Generator().manual_seed(1), {}
+    for path, (out, into) in linear_shapes(pipe.model.skeleton(DIT)).items():
+        if path.startswith("layers."):
+            tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(4, into, generator=made) / into**0.5
+            tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(out, 4, generator=made) / 4
+    return write(file, tensors)
 
 
 def lokr(path: str, rows: int, columns: int, low: str, rank: int = RANK, seed: int = 92) -> dict[str, Tensor]:

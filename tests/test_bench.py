@@ -29,10 +29,12 @@ from bench.kernels import TOLERANCE, relative
 from bench.pairs import report
 from bench.peaks import DEVICES, peaks_of
 from bench.profile import SCENARIOS, Profile, configurations, placements
+from bench.ranks import NVLINK, decode_share, step_share
 from bench.roofline import costs
 from bench.sides import zimage as sides_zimage
 from bench.timing import timed
 from zimage.experiments.record import Record as ProfileRecord
+from zimage.parallel.layout import attention_elements
 from zimage.vae import AutoencoderKL
 
 DIT_PARAMETERS = 6_154_908_736
@@ -49,6 +51,30 @@ def test_floors_agree_with_the_published_sizes():
     assert found["encode"].bytes == pytest.approx(35 * 101e6 * 2, rel=0.02)
     assert found["decode"].plain == pytest.approx(10e12, rel=0.1)
     assert costs(256, 32)["decode"].plain < found["decode"].plain / 14
+
+
+def test_ranks_exchange_by_the_formula_and_gain_what_is_published():
+    """2 × H100: 1.66 times one a step."""
+    tokens, caption, heads = 4096, 32, 30
+    blocks = [(tokens, 2), (tokens + caption, 30)]  # the noise refiner sees no caption
+    moved = sum(n * attention_elements(1, 128, [length // 2] * 2, [heads // 2] * 2) for length, n in blocks)
+    share = step_share(1024, caption, "bf16", 2)
+    assert share.travelling == 2 * (moved // 2 + tokens // 2 * 64)  # of one rank, in bf16; and its patches
+    alone, both = (sum(step_share(1024, caption, "bf16", n).seconds(DEVICES["h100"], NVLINK, "bf16")) for n in (1, 2))
+    assert alone / both == pytest.approx(1.66, rel=0.05)
+
+
+def test_a_decode_is_divided_but_for_what_all_ranks_do():
+    alone, four = (decode_share(1024, 32, "bf16", n) for n in (1, 4))
+    assert 0.25 <= four.cost.plain / alone.cost.plain <= 0.26
+    assert alone.travelling == 0 < four.travelling < 100e6
+
+
+@pytest.mark.parametrize(("ranks", "says"), [("2,x", "2,x"), ("0", "0"), ("2,,4", "2,,4")])
+def test_numbers_of_ranks_are_checked(ranks, says):
+    done = CliRunner().invoke(main, ["roofline", "--ranks", ranks])
+    assert done.exit_code == 2
+    assert says in done.output
 
 
 def test_roofline_sets_measured_figures_beside_floors(tmp_path):

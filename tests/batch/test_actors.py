@@ -141,7 +141,18 @@ def test_warnings_stand_in_the_line(tools):
 
 
 def test_facts_tell_models_from_one_another(tiny_folder, seeing_folder):
-    found = [facts({**LOADING, "model": str(folder)}) for folder in (tiny_folder, seeing_folder)]
+    found = [facts({**LOADING, "model": str(folder)}, []) for folder in (tiny_folder, seeing_folder)]
     assert found[0] != found[1]
-    assert facts({**LOADING, "dtype": "bf16", "model": str(tiny_folder)}) != found[0]
-    assert facts({**LOADING, "model": str(tiny_folder)}) == found[0]
+    assert facts({**LOADING, "dtype": "bf16", "model": str(tiny_folder)}, []) != found[0]
+    assert facts({**LOADING, "model": str(tiny_folder)}, []) == found[0]
+
+
+def test_facts_tell_a_template_from_what_it_was(tiny_folder, tmp_path):
+    told = []
+    for text in ("In oil.", "In ink."):
+        head = "---\nname: mine\ndescription: Mine\ncategory: photo\n---\n"
+        (tmp_path / "mine.md").write_text(head + text)
+        loading = {**LOADING, "model": str(tiny_folder), "templates": str(tmp_path)}
+        told.append(facts(loading, ["mine", "nowhere"])["templates"])
+    assert told[0]["mine"] != told[1]["mine"]
+    assert told[0]["nowhere"] == ""

@@ -89,7 +89,7 @@ def test_a_batch(batch, here, pipe, monkeypatch):
     assert (status, out) == (1, f"out/{NAME}\n"), err
     assert f"3 rows of {COUNT + 3} failed" in err
     assert [line for line in err.splitlines() if not line.startswith(("error: ", f"{COUNT} pictures in"))] == []
-    assert len(killed) == 1
+    assert killed
     told = lines(here)
     assert told["kills"]["error"] == "its process died in drawing"
     assert told["wrong"]["error"].startswith("image: picture.txt cannot be read as a picture")

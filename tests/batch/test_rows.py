@@ -58,7 +58,7 @@ FAULTS = {
     'jsonl: {"prompt": "a", "steps": "4"}': "rows.jsonl line 1: steps '4' is of type str",
     'jsonl: {"steps": 4}': "rows.jsonl line 1: a prompt is needed",
     'jsonl: {"prompt": "a", "batch_size": 2}': "rows.jsonl line 1: batch_size 2: rows are drawn one by one",
-    'jsonl: {"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}': "line 2: the id 'x' is that of rows.jsonl line 1",
+    'jsonl: {"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "X"}': "line 2: the id 'X' is that of rows.jsonl line 1",
     'jsonl: {"prompt": "a", "id": "../x"}': "line 1: id '../x' should be a text",
     'jsonl: {"prompt": "a", "id": ".x"}': "line 1: id '.x' should be a text",
     'jsonl: {"prompt": "a", "id": true}': "line 1: id True should be a text",
@@ -82,6 +82,11 @@ def test_a_fault_names_its_place(tmp_path, fault):
     with pytest.raises(RequestError) as raised:
         rows_of(read_rows(path), {}, tmp_path)
     assert FAULTS[fault] in str(raised.value)
+
+
+def test_a_prompt_may_begin_with_a_bracket(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt\n[a cat] on a chair\n")
+    assert [source.values for source in read_rows(tmp_path / "rows.csv")] == [{"prompt": "[a cat] on a chair"}]
 
 
 def test_a_file_that_is_not_there(tmp_path):

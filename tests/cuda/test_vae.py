@@ -10,11 +10,13 @@ from tiny import KL, WAN
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.ranks import Counted
 from bench.weights import COMPONENTS
 from zimage.kernels import backend
 from zimage.kernels.tiles import to_levels
 from zimage.loading.plan import Workload
 from zimage.loading.work import vae_bytes
+from zimage.parallel.divided import divided
 from zimage.pictures.image import to_pil
 from zimage.vae import Autoencoder, AutoencoderKL, AutoencoderKLWan
 
@@ -86,6 +88,21 @@ def test_the_peak_is_planned(name, dtype, size, mode):
     if size == 1024 and dtype is BF16:
         peak = max(peak, cost(name, dtype, size, mode, encodes=True).peak)
     assert 0.6 * planned <= peak <= planned, f"{peak / 1e6:.0f} MB of {planned / 1e6:.0f}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(("size", "number"), [(2048, 2), (2048, 4), (4096, 2)])
+def test_the_peak_of_a_rank_is_planned(name, size, number):
+    """Of one with others above it and below it, or at least above; nothing waits for its card."""
+    cls, config = PUBLISHED[name]
+    with torch.no_grad(), pretend() as card:
+        vae = build(cls, config, BF16)
+        vae._lay_out_weights()
+        with card.count() as count, divided(Counted(number // 2, number), "vae", vae):
+            vae.decode(torch.zeros(1, 16, size // 8, size // 8, device=CARD), tile_mode="exact")
+        planned = vae_bytes(vae.config, Workload(size, size, 0, tile_mode="exact", ranks=number), BF16, CARD)
+    assert 0.6 * planned <= count.peak <= planned, f"{count.peak / 1e6:.0f} MB of {planned / 1e6:.0f}"
+    assert not count.syncs
 
 
 def test_a_picture_leaves_the_card_as_bytes():

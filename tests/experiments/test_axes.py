@@ -128,6 +128,24 @@ def test_ids_follow_the_content_of_files(tmp_path, monkeypatch):
     assert ids(model="nowhere") != ids(model="elsewhere")
 
 
+def test_ids_follow_what_a_template_says(tmp_path, monkeypatch):
+    head = "---\nname: own\ndescription: mine\ncategory: photo\n---\n"
+    monkeypatch.setenv("ZIMAGE_TEMPLATES", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    found = []
+    for folder in (tmp_path / "own", tmp_path / "config" / "zimage" / "templates"):
+        folder.mkdir(parents=True)
+        for text in ("In oil.", "In ink."):
+            (folder / "own.md").write_text(head + text)
+            found.append(ids(template="own"))
+        monkeypatch.delenv("ZIMAGE_TEMPLATES", raising=False)
+    assert found[:2] == found[2:]
+    assert found[0] != found[1]
+    (folder / "own.md").write_text(head.replace("mine", "told otherwise") + "In oil.")
+    assert ids(template="own") == found[2]
+    assert ids(template="nowhere") != ids(template="elsewhere")
+
+
 def test_a_large_file_counts_by_its_size_and_samples(tmp_path):
     file = tmp_path / "large.safetensors"
     with file.open("wb") as stream:

@@ -1,10 +1,12 @@
 """The records of sweeps and profiles: there and back, lines that were cut off, what is not a record."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from zimage.errors import OutputError, RequestError
+from zimage.errors import CheckpointError, OutputError, RequestError
 from zimage.experiments.record import RECORDS, Journal, Record, read_records, write_records
 
 
@@ -87,3 +89,36 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written to"):
         Journal(tmp_path / "file" / "folder")
+
+
+def test_records_behind_a_link_that_leads_away_are_left_alone(tmp_path):
+    (tmp_path / "secret").write_text("one line without an end")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / RECORDS).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="by a link, which is not followed"):
+        Journal(tmp_path / "folder")
+    assert (tmp_path / "secret").read_text() == "one line without an end"
+
+
+def test_a_record_that_a_full_disk_cuts_off_leaves_the_others(tmp_path):
+    """A limit on the size of files stands for the disk: the kernel takes the part of a line that fits."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from zimage.experiments.record import Journal, Record
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Journal(Path(sys.argv[1])) as journal:
+    journal.append(Record("a"))
+    size = journal.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+    try:
+        journal.append(Record("b"))
+    except OSError as error:
+        print(error.filename)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    journal.append(Record("c"))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / RECORDS}\n"), done.stderr
+    assert read_records(tmp_path) == [Record("a"), Record("c")]

@@ -1,4 +1,4 @@
-"""A Ray cluster for tests: two machines of one core each, as far as Ray can tell, and a head that computes nothing.
+"""A Ray cluster for tests: some machines, as far as Ray can tell, with a core for each worker.
 
 It runs in a process of its own, which ends it when the test process goes: Ray reads its environment once.
 """
@@ -16,14 +16,17 @@ PATIENCE = 60.0  # seconds that it may take to end
 
 
 class Cluster:
-    """`address` is what servers connect to, in this `environment`: no other cluster knows the token."""
+    """`address` is what servers connect to, in this `environment`: no other cluster knows the token.
 
-    def __init__(self) -> None:
+    It has `cores` on one machine, and `others` of one core each, which can be lost.
+    """
+
+    def __init__(self, cores: int, others: int = 0):
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         self.environment = {**token, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         self._folder = tempfile.mkdtemp(prefix="zray-", dir="/tmp")  # short: Ray's sockets lie in it
         self._process = subprocess.Popen(
-            [sys.executable, __file__, self._folder],
+            [sys.executable, __file__, self._folder, str(cores), str(others)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,13 +70,13 @@ def _of_session(leader: int) -> list[int]:
     return [int(number) for number in found.stdout.split()]
 
 
-def run(folder: str) -> None:
+def run(folder: str, cores: int, others: int) -> None:
     from ray.cluster_utils import Cluster as Machines
 
     usual = {"object_store_memory": STORE, "include_dashboard": False}
-    machines = Machines(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **usual})
+    machines = Machines(True, head_node_args={"num_cpus": cores, "temp_dir": folder, **usual})
     one = {"num_cpus": 1, "object_store_memory": STORE}
-    nodes = [machines.add_node(**one) for _ in range(2)]
+    nodes = [machines.add_node(**one) for _ in range(others)]
     print("now", machines.address, flush=True)
     for _ in sys.stdin:
         machines.remove_node(nodes.pop(0), allow_graceful=False)
@@ -83,4 +86,4 @@ def run(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1])
+    run(sys.argv[1], *map(int, sys.argv[2:]))

@@ -6,15 +6,13 @@ import signal
 import threading
 import time
 
+import lora_files
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import zimage
 from zimage.errors import RequestError
 from zimage.loading.registry import DIT
-from zimage.nn.adapters import linear_shapes
 from zimage.serve.channel import Outlet
 from zimage.serve.worker import Worker
 
@@ -24,16 +22,7 @@ PLAIN, OTHER = {"prompt": "a cat", **SMALL}, {"prompt": "a dog", "images": 2, **
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    """An adapter of every linear layer of the demo's blocks, strong enough to change each picture."""
-    shapes = linear_shapes(zimage.ZImage.load().model.skeleton(DIT))
-    made, tensors = torch.Generator().manual_seed(1), {}
-    for path, (out, into) in shapes.items():
-        if path.startswith("layers."):
-            tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(4, into, generator=made) / into**0.5
-            tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(out, 4, generator=made) / 4
-    path = tmp_path_factory.mktemp("loras") / "strong.safetensors"
-    save_file(tensors, path)
-    return path
+    return lora_files.strong(tmp_path_factory.mktemp("loras") / "strong.safetensors", zimage.ZImage.load())
 
 
 @pytest.fixture(scope="module")

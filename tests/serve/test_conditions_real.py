@@ -6,45 +6,21 @@ import json
 import os
 import shutil
 
-import control_nets
 import pytest
-import tiny
 import torch
 from hostile import BOMBS, picture, tensors
 from PIL import Image
 from running import Server
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 import zimage
 from zimage.cli import main
-from zimage.dit import ZImageDiT
 from zimage.errors import RequestError
 from zimage.serve.drawing import Studio
-from zimage.text import Qwen3
-from zimage.vae import AutoencoderKL
 
 SIZE = {"width": 64, "height": 48}
 PNG = base64.b64encode(picture()).decode()
 DRAWN = {"prompt": "a cat", "seed": 7, "steps": 3, **SIZE}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model whose DiT has as many layers as the ControlNets count."""
-    parts = (Qwen3.from_config(tiny.QWEN), ZImageDiT.from_config(control_nets.DIT), AutoencoderKL.from_config(tiny.KL))
-    states = [tiny.randomised(part, seed).state_dict() for seed, part in enumerate(parts)]
-    return tiny.write_model(tmp_path_factory.mktemp("models") / "five", *states, tiny.KL, control_nets.DIT)
-
-
-@pytest.fixture(scope="module")
-def controls(tmp_path_factory):
-    """A folder of control files: one loose, one as a component."""
-    root = tmp_path_factory.mktemp("controls")
-    (root / "lite").mkdir()
-    (root / "lite" / "config.json").write_text(json.dumps(control_nets.FORMS["lite"]))
-    save_file(control_nets.net("lite").state_dict(), root / "lite" / "diffusion_pytorch_model.safetensors")
-    (root / "lite-damaged.safetensors").write_bytes(b"x")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ class FakeWorker:
     """Takes messages and says what it is told to say."""
 
     device_name, about, restarts, refusal = "cpu", {}, 0, None
+    is_elsewhere = False
 
     def __init__(self, place, hear):
         self.hear, self.task, self.lives, self.got = hear, "", True, []
@@ -108,6 +109,7 @@ def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "RETRY", 0.01)
     monkeypatch.setattr(dispatch, "RETRY", 0.01)
     monkeypatch.setattr(dispatch, "CANCELLING", 0.05)
+    monkeypatch.setattr(dispatch, "TOGETHER", 0.05)
     opened = []
 
     def make(workers=1):
@@ -384,6 +386,26 @@ async def test_a_full_disk_keeps_what_is_to_be_written(queue):
 
 
 # ---------------------------------------------------------------------- events
+
+
+@in_loop
+async def test_a_job_is_not_given_to_a_worker_that_is_gone_as_well(queue):
+    """A machine with several workers goes: they are missed one after the other, and the job has died once."""
+    q = queue(workers=3)
+    first, second, third = q.dispatcher.workers
+    first.is_elsewhere = second.is_elsewhere = True
+    id = q.submit()
+    for worker in (first, second):
+        worker.lives = False
+        worker.says("died")
+        assert third.got == []
+    while not third.got:
+        await asyncio.sleep(0.01)
+    third.draws(q, id)
+    third.says("image", id=id, index=0, image=f"{id}-1")
+    third.ends(id)
+    await q.written()
+    assert (q.state(id), q.jobs.get(id).deaths, second.got) == (DONE, 1, [])
 
 
 @in_loop

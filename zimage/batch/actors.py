@@ -11,16 +11,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from zimage import cluster
 from zimage.batch.attempts import MOST
 from zimage.batch.contents import Unpacking
 from zimage.batch.index import BATCH, failed_line, line_of
-from zimage.batch.rows import file_of
+from zimage.batch.rows import digest, file_of
 from zimage.errors import CheckpointError, RequestError, ZImageError, one_line
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
@@ -126,16 +126,27 @@ class Worker(Actor):
         return {**row, "captions": b"", "png": encoded(image, "PNG", record), "told": json.dumps(line)}
 
 
-def facts(loading: Mapping[str, Plain]) -> Packed:
-    """What a picture's bits come from besides its request, as a worker of the cluster sees it. Raises ZImageError."""
+def facts(loading: Mapping[str, Plain], templates: Collection[str]) -> Packed:
+    """What pictures come from besides their requests, as a worker sees it: the model, and these templates by content.
+
+    Raises ZImageError.
+    """
     pipe = Tools(loading, {}, None).pipeline()
-    job = pipe.prepare(Request(prompt="", seed=0), must_fit=False)
-    record = pipe.metadata(job, 0)
-    return {name: record[name] for name in ("model", "dtype", "precision", "lora", "attention", "compile", "device")}
+    record = pipe.metadata(pipe.prepare(Request(prompt="", seed=0), must_fit=False), 0)
+    found = {name: record[name] for name in ("model", "dtype", "precision", "lora", "attention", "compile", "device")}
+    return {**found, "templates": {name: _content(pipe, name) for name in templates}}
+
+
+def _content(pipe: "ZImage", template: str) -> str:
+    """Hex digits of a template's text; none for one that is not there, on which its rows will fail."""
+    try:
+        return digest([str(part) for part in asdict(pipe.texts.templates.get(template)).values()])
+    except RequestError:
+        return ""
 
 
 @contextmanager
-def noted() -> Any:
+def noted() -> Iterator[list[str]]:
     """The library's warnings meanwhile."""
     notes: list[str] = []
     handler = _Notes(notes.append)

@@ -7,20 +7,20 @@ it, which another process draws anew, to the same bits. Nothing comes in order, 
 """
 
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from zimage import cluster, interrupts
-from zimage.batch.actors import Actor, Encoder, Packed, Tools, Worker, facts
+from zimage.batch.actors import Packed, Tools, facts
 from zimage.batch.attempts import Attempts
 from zimage.batch.contents import Packing
 from zimage.batch.index import Index, Line, failed_line
-from zimage.batch.places import Node, Share, Shares, least_cpus, shares
+from zimage.batch.places import Node, Share, least_cpus, shares
 from zimage.batch.rows import Row, digest
+from zimage.batch.streaming import results
 from zimage.errors import OutputError, RequestError
 from zimage.pictures.files import save
 from zimage.settings.fields import Plain
@@ -59,13 +59,14 @@ def run(
     cpus = least_cpus(settings, os.cpu_count() or 1)
     with cluster.connected(settings.address, cpus) as ray, cluster.in_cluster():
         places = shares(settings, loading, _nodes(ray))
-        batch = _Batch(ray, index, Packing(ray.put), _facts(ray, places.workers, loading))
+        batch = _Batch(ray, index, Packing(ray.put), _facts(ray, places.workers, loading, rows))
         pending = batch.sorted(rows)
         listener.begun(len(rows), batch.summary.kept)
         index.settle(row.id for row in rows)
         for line in batch.unreadable:
             batch.end(line, listener)
-        for packed in _results(ray, pending, places, Tools(loading, batch.packing.contents, _attempts(ray))):
+        tools = Tools(loading, batch.packing.contents, _attempts(ray))
+        for packed in results(ray, settings.address, pending, places, tools):
             batch.end(batch.written(packed), listener)
             interrupts.check()
     index.settle(row.id for row in rows)
@@ -120,7 +121,8 @@ class _Batch:
         except RequestError as error:
             self.unreadable.append(failed_line({**_travelling(row.id, row.request), "asked": ""}, str(error), 0))
             return None
-        return {**_travelling(row.id, request), "asked": digest([request, self._facts])}
+        facts = {**self._facts, "templates": self._facts["templates"].get(request.get("template"))}
+        return {**_travelling(row.id, request), "asked": digest([request, facts])}
 
 
 def _travelling(id: str, request: Mapping[str, Plain]) -> Packed:
@@ -136,34 +138,13 @@ def _nodes(ray: Any) -> list[Node]:
     return [Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in found]
 
 
-def _facts(ray: Any, share: Share, loading: Mapping[str, Plain]) -> Packed:
+def _facts(ray: Any, share: Share, loading: Mapping[str, Plain], rows: Sequence[Row]) -> Packed:
     """Those of a worker, from a process that ends with the answer: it would keep a GPU's memory."""
     task = ray.remote(**share.options, max_calls=1, max_retries=0)(facts)
-    found: Packed = cluster.get(task.remote(dict(loading)))
+    templates = {template for row in rows if (template := row.request.get("template"))}
+    found: Packed = cluster.get(task.remote(dict(loading), sorted(templates)))
     return found
 
 
 def _attempts(ray: Any) -> Any:
     return ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-
-
-def _results(ray: Any, pending: Sequence[Packed], places: Shares, tools: Tools) -> Iterator[Packed]:
-    """What becomes of each row, as soon as it is known."""
-    if not pending:
-        return
-    _quieten(ray)
-    rows = ray.data.from_items(list(pending), override_num_blocks=len(pending))
-    stages: list[tuple[type[Actor], Share]] = [(Encoder, places.encoders), (Worker, places.workers)]
-    for actor, share in stages:
-        if share.count:
-            pool = ray.data.ActorPoolStrategy(size=share.count)
-            rows = rows.map(actor, fn_constructor_args=(tools,), compute=pool, **share.options)
-    for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from block.to_pylist()
-
-
-def _quieten(ray: Any) -> None:
-    """Progress is our own, and what Ray Data logs lies in a file of its session."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)

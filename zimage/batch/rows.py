@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def rows_of(sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Pa
             singles = list(_singles(laid_over(usual, _absolute(own, folder))))
             for k, single in enumerate(singles):
                 name = _derived(single, seen) if given is None else _given(given, k, len(singles))
-                if name in taken:
-                    raise RequestError(f"the id {name!r} is that of {taken[name]} too; each row needs its own")
-                taken[name] = source.place
+                key = name.casefold()  # some file systems do not tell cases apart
+                if key in taken:
+                    raise RequestError(f"the id {name!r} is that of {taken[key]} too; each row needs its own")
+                taken[key] = source.place
                 rows.append(Row(name, {**single, "seed": _seed(name, single)}, source.place))
     return rows
 
@@ -136,15 +138,10 @@ def _seed(id: str, values: Values) -> int:
     return int(digest(id)[:16], 16) % SEEDS if given is None else given
 
 
-class _placed:
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
     """Errors inside name the place of a row."""
-
-    def __init__(self, place: str):
-        self._place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RequestError):
-            raise error.with_text(f"{self._place}: {error}") from None
+    try:
+        yield
+    except RequestError as error:
+        raise error.with_text(f"{place}: {error}") from None

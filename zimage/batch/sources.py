@@ -47,7 +47,7 @@ def read_rows(path: Path) -> Iterator[Source]:
 def of_text(name: str, text: str) -> Plain:
     """The value of a setting that a text stands for. Raises RequestError."""
     one = list_fields(Request).get(name, True)
-    if text.startswith("[") and name in list_fields(Request):
+    if not one and text.startswith("["):
         return _json(name, text)
     kind = str if name in CONDITIONS or name not in KINDS else KINDS[name]
     value = from_text(name, text, kind)

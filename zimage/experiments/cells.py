@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from zimage.errors import RequestError, one_line, quoted
 from zimage.experiments.axes import OWNERS, Axis
@@ -23,13 +23,16 @@ from zimage.settings.loading import LoadSettings, split_lora
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import FIELDS, Resolved
 
+if TYPE_CHECKING:
+    from zimage.text.templates import Templates
+
 Resolve = Callable[[Mapping[str, Plain]], Resolved]  # the settings of all sources, under these values
 
 MOST_CELLS = 100_000
 ID_DIGITS = 16
 LONGEST_SHOWN, LONGEST_LABEL = 60, 200  # characters
-# No picture depends on them; as axes they tell cells apart all the same.
-WITHOUT_EFFECT = ("cache_entries", "cache_folder", "encoder_timeout", "lora_folder", "memory", "residency")
+# No picture depends on them, but for a template's own text; as axes they tell cells apart all the same.
+WITHOUT_EFFECT = ("cache_entries", "cache_folder", "encoder_timeout", "lora_folder", "memory", "residency", "templates")
 WHOLE = 8 << 20  # bytes of a file that are read for an id; of a larger one samples
 SAMPLES, SAMPLE = 16, 1 << 16
 MOST_FILES = 10_000  # of a folder
@@ -138,6 +141,8 @@ def _cell(point: Mapping[str, Plain], prompt: str, seed: int, settings: _Settled
             error = str(fault)
     used = {name: value for name, value in load.items() if name in point or name not in WITHOUT_EFFECT}
     marked = {name: contents.marked(name, value) for name, value in {**request, **used}.items()}
+    if template := request.get("template"):
+        marked["template"] = contents.template(str(template), load.get("templates"))
     tried = {name: as_plain(value) for name, value in point.items()} if error else {}
     text = json.dumps([marked, tried], sort_keys=True)
     identity = hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
@@ -170,6 +175,7 @@ class Contents:
 
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
+        self._templates: dict[Plain, Templates] = {}
 
     def marked(self, name: str, value: Plain) -> Plain:
         """A setting's value with the content of files in the place of their paths."""
@@ -181,6 +187,18 @@ class Contents:
         if name == "lora":
             return [[self.digest(path), scale] for path, scale in map(split_lora, value)]
         return self.digest(value) if m["path"] or m["attachment"] else as_plain(value)
+
+    def template(self, name: str, folder: Plain) -> Plain:
+        """What a template says, of a folder or the user's own; its name where it cannot be read."""
+        from zimage.text.templates import Templates, user_folder
+
+        try:
+            if folder not in self._templates:
+                self._templates[folder] = Templates.open(Path(str(folder)) if folder else user_folder())
+            found = self._templates[folder].get(name)
+        except RequestError:  # what draws the cell says it
+            return name
+        return [found.add_think_block, found.thinking_content, found.assistant_content, found.system_prompt]
 
     def _marked_condition(self, condition: Plain) -> list[Plain]:
         values = {name: getattr(condition, name) for name in names_of(type(condition))}

@@ -17,8 +17,8 @@ from typing import Any, Self
 
 from zimage import interrupts
 from zimage.errors import CheckpointError, OutputError, RequestError, quoted
-from zimage.formats.atomic import beside
-from zimage.formats.files import read_file
+from zimage.formats.atomic import beside, extend, naming
+from zimage.formats.files import read_file, require_inside
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
 from zimage.settings.fields import Hint, Plain
@@ -26,7 +26,9 @@ from zimage.settings.plain import mistake
 
 SCHEMA = 1
 RECORDS = "cells.jsonl"  # within the folder of a sweep
-CAPTIONS = "captions"  # the folder in it that keeps them until all cells are done
+# Folders in it that a sweep makes and removes, under names that nobody else's have.
+CAPTIONS = ".sweep-captions"  # keeps them until all cells are done
+WORKERS = ".sweep-workers"  # what batches draw into
 LONGEST_FILE, LONGEST_LINE = 1 << 30, 1 << 20  # bytes; a record of a long prompt has some ten thousand
 
 
@@ -128,11 +130,12 @@ class Journal:
     """The right to write the records of a folder, which one process has at a time; the folder is made.
 
     `records` are all that it holds, by their ids. Raises RequestError where another process is writing them or one is
-    damaged, and OutputError where the folder cannot be written to.
+    damaged, CheckpointError where they lead out of the folder by a link, and OutputError where it cannot be written to.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / RECORDS
+        require_inside(folder, self.path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -153,10 +156,8 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Add a record, or replace the one with its id; it is on the disk when this returns."""
-        line = (record.line() + "\n").encode()
-        with interrupts.held(), self.path.open("ab", buffering=0) as stream:
-            stream.write(line)
-            os.fsync(stream.fileno())
+        with interrupts.held(), naming(self.path), self.path.open("ab", buffering=0) as stream:
+            extend(stream, (record.line() + "\n").encode())
         self.records[record.id] = record
 
     def replace(self, records: Iterable[Record]) -> None:

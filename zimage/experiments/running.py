@@ -5,11 +5,10 @@
             for each cell:      denoise ─ decode ─→ ID.png ─→ its record
 
 A cell is done when its record is on the disk, which is after its picture: a process may be killed at any moment, and
-the same sweep goes on from there. Captions are kept in the folder `captions` until all cells are done.
+the same sweep goes on from there. Captions are kept in the folder `.sweep-captions` until all cells are done.
 """
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from zimage.errors import RequestError, ZImageError, one_line
 from zimage.experiments.cells import Cell
 from zimage.experiments.order import Loaded, ordered
-from zimage.experiments.record import CAPTIONS, Journal, Record
+from zimage.experiments.record import CAPTIONS, WORKERS, Journal, Record
+from zimage.formats.atomic import remove
 from zimage.version import __version__
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ class Sweep:
 
     def end(self) -> None:
         """Leave nothing but pictures and records where all is done."""
-        if not self.failed and (self.folder / CAPTIONS).is_dir():
-            shutil.rmtree(self.folder / CAPTIONS)
+        if not self.failed:
+            for name in (CAPTIONS, WORKERS):
+                remove(self.folder / name)
 
     def keep(self, cell: Cell, values: Mapping[str, Any]) -> Record:
         """Write the record of a cell."""

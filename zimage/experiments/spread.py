@@ -1,12 +1,11 @@
 """Long sweeps on many workers of Ray: the cells of each way of loading, LoRAs among it, are the rows of a batch.
 
-    cells ─→ rows ─ workers ─→ FOLDER/workers/ID.png ─→ FOLDER/ID.png ─→ its record
+    cells ─→ rows ─ workers ─→ FOLDER/.sweep-workers/ID.png ─→ FOLDER/ID.png ─→ its record
 
 Workers start anew for each such batch, and each loads the model for itself: this pays where the cells of one are many.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,8 +16,9 @@ from zimage.batch.rows import Row, with_files
 from zimage.errors import CheckpointError, RequestError
 from zimage.experiments.cells import Cell
 from zimage.experiments.order import Adapted
-from zimage.experiments.record import CAPTIONS, Record, facts
+from zimage.experiments.record import CAPTIONS, WORKERS, Record, facts
 from zimage.experiments.running import Sweep
+from zimage.formats.atomic import remove
 from zimage.pictures.files import read_metadata
 from zimage.settings.conditions import names_of
 from zimage.settings.declared import MASK_ALPHA, Request
@@ -29,7 +29,6 @@ from zimage.settings.scale import BatchSettings
 if TYPE_CHECKING:
     from zimage.events import Event
 
-WORKERS = "workers"  # the folder within a sweep's that batches draw into
 Told: TypeAlias = "Callable[[Cell, Event | Record], None]"
 
 
@@ -45,7 +44,7 @@ def spread(sweep: Sweep, settings: BatchSettings, tell: Told) -> None:
             if settings.address is None:  # elsewhere there is no such folder
                 load.setdefault("cache_folder", str(sweep.folder.absolute() / CAPTIONS))
             _Batch(sweep, part, folder, tell).draw(load, settings)
-    shutil.rmtree(folder)
+    remove(folder)
     sweep.end()
 
 

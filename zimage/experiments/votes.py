@@ -20,6 +20,7 @@ from pathlib import Path
 
 from zimage.errors import CheckpointError, RequestError, quoted
 from zimage.experiments.folder import Cell, Experiment, shown
+from zimage.formats.atomic import extend
 from zimage.formats.files import is_inside, read_file
 from zimage.formats.json_text import json_object
 from zimage.settings.fields import Plain
@@ -168,7 +169,7 @@ def _vote(line: bytes) -> Vote | None:
 
 
 def _append(path: Path, line: str) -> None:
-    """One write at the end of a regular file, on the disk when this returns; a line that was cut off is ended first."""
+    """Written at the end of a regular file; a line that was cut off is ended first."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -177,8 +178,7 @@ def _append(path: Path, line: str) -> None:
         if size:
             file.seek(size - 1)
         torn = size > 0 and file.read(1) != b"\n"
-        file.write((b"\n" if torn else b"") + line.encode() + b"\n")
-        os.fsync(file.fileno())
+        extend(file, (b"\n" if torn else b"") + line.encode() + b"\n")
 
 
 def _standing(value: str, count: Counter[str]) -> Standing:

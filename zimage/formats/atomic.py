@@ -7,6 +7,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from zimage import interrupts
@@ -53,6 +54,21 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def extend(stream: FileIO, content: bytes) -> None:
+    """Write at the end of an unbuffered file, all or nothing; it is on the disk when this returns. Raises OSError.
+
+    A full disk takes a part at first, and tells only the next write.
+    """
+    end, rest = stream.seek(0, os.SEEK_END), memoryview(content)
+    try:
+        while rest:
+            rest = rest[stream.write(rest) :]
+        os.fsync(stream.fileno())
+    except OSError:
+        stream.truncate(end)
+        raise
 
 
 def free_name(path: Path) -> Path:

@@ -23,7 +23,7 @@ from zimage.nn.attention import attention
 from zimage.parallel.ranks import Ranks
 from zimage.vae.layers import Stack
 from zimage.vae.share import Bounds, Share
-from zimage.vae.walk import StripWalk, Walk, on_gpu
+from zimage.vae.walk import StripWalk, Walk, on_gpu, strip_values
 
 STRIPS = 2  # of a map for every rank, on a GPU where no height is asked for
 QUERIES = 256  # PyTorch's attention computes as many at a time on a CPU, where there are at least 768
@@ -37,9 +37,11 @@ def divided_walk(ranks: Ranks) -> Walk:
 
 
 def _walk(share: Share, stack: Stack, pixels: int, height: int | None) -> StripWalk:
-    if height is None and on_gpu(stack.conv_in.weight.device):
-        height = -(-pixels // (STRIPS * share.size))  # one rank's strips are as large as fit, too few for all
-    return StripWalk(stack, pixels, height, share=share)
+    device = stack.conv_in.weight.device
+    if height is not None or not on_gpu(device):
+        return StripWalk(stack, pixels, height, share=share)
+    # One rank's strips are as large as memory allows, too few for all.
+    return StripWalk(stack, pixels, -(-pixels // (STRIPS * share.size)), strip_values(device), share)
 
 
 class DividedShare(Share):

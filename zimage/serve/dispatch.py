@@ -35,6 +35,7 @@ MOST_RESTARTS = 20  # of servers
 MOST_UNWRITTEN = 3  # times that a job's pictures could not be written, though there seemed to be room
 REMEMBERED = 100  # jobs that have ended
 MOMENT = 0.2  # seconds between two words on who waits where
+TOGETHER = 3.0  # seconds in which the workers of a machine that went are missed, one after the other
 CANCELLING = 5.0  # seconds that a cancel waits for the worker to let go
 
 
@@ -292,7 +293,14 @@ class Dispatcher:
         elif row.deaths >= MOST_DEATHS:
             text = f"its process ended unexpectedly {row.deaths} times; it may need more memory than there is"
             self._close(row, FAILED, {"message": text, "fields": []})
+        elif worker.is_elsewhere:
+            asyncio.get_running_loop().call_later(TOGETHER, self._again, row)
         else:
+            self._requeue(row)
+
+    def _again(self, row: JobRow) -> None:
+        """Once it has shown which workers went together with the one that a job had."""
+        if not self.stopping:
             self._requeue(row)
 
     # ------------------------------------------------------------------ states

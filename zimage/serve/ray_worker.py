@@ -210,13 +210,13 @@ def main() -> None:
     threading.Thread(target=bridge.listen, name="zimage-listen", daemon=True).start()
     try:
         with cluster.connected(address) as ray:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set its own
-            bridge.work(hired(ray, start["loading"].get("device", "")), start)
+            try:
+                bridge.work(hired(ray, start["loading"].get("device", "")), start)
+            except ray.exceptions.RayError as error:
+                _end(error)  # at once: the server should miss it before it sends anything more
+            os._exit(0)  # Ray then ends the actor
     except ZImageError as error:
         outlet.send({"on": "refused", "error": as_plain(error)})
-    except Exception as error:
-        _end(error)
-    os._exit(0)
 
 
 if __name__ == "__main__":

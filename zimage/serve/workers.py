@@ -14,7 +14,7 @@ from typing import Any
 
 from zimage.errors import CheckpointError, RemoteError, RequestError, RewriteError, ZImageError
 from zimage.serve.channel import Message, packed, read_async
-from zimage.serve.places import Place
+from zimage.serve.places import ON_RAY, Place
 from zimage.serve.refusals import Unavailable
 
 log = logging.getLogger("zimage.serve")
@@ -49,6 +49,11 @@ class Worker:
         self._was_sound = False
         self._keeper: asyncio.Task[None] | None = None
         self.refusal: ZImageError | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it may go together with others: with their machine, or the way to it."""
+        return self._place.module == ON_RAY
 
     @property
     def device_name(self) -> str:

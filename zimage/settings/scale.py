@@ -52,8 +52,7 @@ class BatchSettings(Settings):
     )
     address: str | None = setting(
         None,
-        "Ray cluster to run on, such as auto or ray://HOST:10001. Default: one on this computer that ends with the "
-        "command.",
+        "Ray cluster whose machines draw, such as auto or ray://HOST:10001. Default: this computer alone.",
         group=GROUP,
         metavar="ADDRESS",
     )

@@ -87,14 +87,14 @@ class Map:
 class StripWalk:
     """Runs an encoder or a decoder layer by layer in strips of at most `height` rows of the picture's `pixels`.
 
-    Maps of lower resolution have proportionally lower strips. Without `height`, strips have `values` values. Of maps
-    that are divided over several processes, each runs the strips of its share.
+    Maps of lower resolution have proportionally lower strips. Strips have at most `values` values, by default where no
+    height is given. Of maps that are divided over several processes, each runs the strips of its share.
     """
 
     def __init__(self, stack: Stack, pixels: int, height: int | None, values: int | None = None, share: Share = ALONE):
         device = stack.conv_in.weight.device
         self.stack, self.pixels, self.height, self.share = stack, pixels, height, share
-        self.values = values or strip_values(device)
+        self.values = values or (strip_values(device) if height is None else None)
         self.groups = next((module.num_groups for module in stack.modules() if isinstance(module, nn.GroupNorm)), 0)
         self.gathers: type[Statistics] = BlockMoments if on_gpu(device) else ChannelStatistics
 
@@ -240,11 +240,12 @@ class StripWalk:
 
         Strips of a map that is halved or doubled so have the borders of those before or after it.
         """
-        if self.height is None:
-            rows = self.values // (max(conv.in_channels, conv.out_channels) * scale * x.values.shape[3])
-        else:
-            rows = self.height * scale * x.height // self.pixels
-        return max(1, rows // 2 * 2)
+        width, limits = scale * x.values.shape[3], []
+        if self.height is not None:
+            limits.append(self.height * scale * x.height // self.pixels)
+        if self.values is not None:
+            limits.append(self.values // (max(conv.in_channels, conv.out_channels) * width))
+        return max(1, min(limits) // 2 * 2)
 
     # ------------------------------------------------------------------ what other processes have
 
