@@ -17,6 +17,21 @@ from zimage.settings.declared import Request
 REQUEST = Request(prompt="a", seed=5, width=16, height=16, steps=1, guidance=0.0, shift=3.0).to_mapping()
 RECORD = {"request": REQUEST, "model": {"name": "tiny", "fingerprint": "0"}, "dtype": "float32", "version": "0"}
 
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from zimage.batch.index import Index
+
+index = Index(Path(sys.argv[1]))
+index.lines["b"] = line = {"id": "b", "notes": ["y" * 1000]}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+try:
+    index.add(line) if sys.argv[2] == "add" else index.settle("ab")
+except OSError as error:
+    print(error.filename)
+"""
+
 
 def line(id, **more):
     return {"id": id, "path": f"{id}.png", "error": None, **more}
@@ -54,6 +69,20 @@ def test_it_is_settled_in_the_rows_order_with_the_last_line_of_each(tmp_path):
         index.add(line(id, error=error))
     index.settle(["a", "b", "never drawn"])
     assert [(one["id"], one["error"]) for one in read_index(index.path)] == [("a", None), ("b", None), ("other", None)]
+
+
+@pytest.mark.parametrize("write", ["add", "settle"])
+def test_a_full_disk_tears_no_line_and_its_error_names_the_index(tmp_path, write):
+    """The system cuts the file where the disk would be full; a process of its own has that limit."""
+    index = Index(tmp_path)
+    index.add(line("a", notes=["x" * 1000]))
+    path = index.path
+    del index  # and its lock
+    before = path.read_bytes()
+    told = subprocess.run([sys.executable, "-c", FULL, tmp_path, write], capture_output=True, text=True, timeout=60)
+    assert told.stdout == f"{path}\n", told.stderr
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_picture_tells_its_line(tmp_path):
