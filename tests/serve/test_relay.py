@@ -12,8 +12,11 @@ from zimage.errors import RequestError
 from zimage.formats import own_folder
 from zimage.formats.own_folder import LOCK, sweep
 from zimage.serve import ray_worker, relay
+from zimage.serve.places import places
 from zimage.serve.ray_worker import Bridge
 from zimage.serve.relay import PREFIX, Relay
+from zimage.settings.scale import BatchSettings
+from zimage.settings.serving import ServeSettings
 
 PATIENCE = 20.0
 
@@ -256,6 +259,14 @@ def test_another_version_there_is_refused(tmp_path, monkeypatch):
     bridge = Bridge(Said(), tmp_path, [])
     with pytest.raises(RequestError, match=r"zimage 0\.0 is installed on far, and .* here; install the same on both"):
         bridge.work(lambda method: {"version": "0.0", "node": "far", "root": "/"}, {})
+
+
+def test_more_processes_than_memory_holds_are_refused(tmp_path):
+    with pytest.raises(
+        RequestError, match=r"10,000 processes need more than 600\.0 GB .*; pass fewer workers"
+    ) as raised:
+        places({}, ServeSettings(), BatchSettings(workers=10_000, address="auto"), tmp_path)
+    assert raised.value.fields == ("workers",)
 
 
 def test_what_killed_relays_have_left_is_removed_and_nothing_else(tmp_path, monkeypatch):

@@ -72,19 +72,10 @@ def least_cpus(settings: BatchSettings, here: int) -> int:
     """
     count = (settings.workers or 1) + settings.encoders
     if count > here:
-        _check_memory(count)
+        from zimage.loading.memory import check_processes
+
+        check_processes(count, PROCESS, ("workers", "encoders"))
     return max(here, count)
-
-
-def _check_memory(count: int) -> None:
-    import torch
-
-    from zimage.loading.memory import available_memory
-
-    needed, free = count * PROCESS / 1e9, available_memory(torch.device("cpu")) / 1e9
-    if needed > free:
-        text = f"{count:,} processes need more than {needed:.1f} GB without their models, and {free:.1f} GB are free"
-        raise RequestError(f"{text}; pass fewer workers or encoders", fields=("workers", "encoders"))
 
 
 def _threads(nodes: Sequence[Node], count: int, on_gpus: int) -> int:

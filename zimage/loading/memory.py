@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zimage.errors import OutOfMemory
+from zimage.errors import OutOfMemory, RequestError
 from zimage.formats.pages import PAGE, libc
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt
@@ -63,6 +63,14 @@ def _windows_memory() -> int:
     if not vars(ctypes)["windll"].kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         raise OSError("GlobalMemoryStatusEx failed")
     return status.available
+
+
+def check_processes(count: int, each: int, fields: tuple[str, ...]) -> None:
+    """Raise RequestError where so many processes of `each` bytes, without models, do not fit; `fields` ask for them."""
+    needed, free = count * each / 1e9, available_memory(torch.device("cpu")) / 1e9
+    if needed > free:
+        text = f"{count:,} processes need more than {needed:.1f} GB without their models, and {free:.1f} GB are free"
+        raise RequestError(f"{text}; pass fewer {' or '.join(fields)}", fields=fields)
 
 
 def process_memory() -> int:

@@ -11,6 +11,7 @@ from zimage.settings.loading import absolute_paths
 from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
 
+PROCESS = 60 * 10**6  # bytes of one that speaks with a worker on Ray
 HERE, ON_RAY = "zimage.serve.worker", "zimage.serve.ray_worker"
 
 
@@ -23,7 +24,10 @@ class Place(NamedTuple):
 
 
 def places(loading: Mapping[str, Plain], serving: ServeSettings, machines: BatchSettings, data: Path) -> list[Place]:
-    """The places of a server that keeps everything in `data`. Raises ZImageError where no cluster answers."""
+    """The places of a server that keeps everything in `data`.
+
+    Raises ZImageError where no cluster answers, or where the processes that speak with it do not fit in memory.
+    """
     start = {
         "op": "start",
         "loading": dict(loading),
@@ -38,4 +42,9 @@ def places(loading: Mapping[str, Plain], serving: ServeSettings, machines: Batch
         return found
     shelves = [os.path.abspath(folder) for folder in (loading.get("lora_folder"), serving.control_folder) if folder]
     there = {"loading": absolute_paths(loading), "address": machines.address, "shelves": shelves}
-    return found + [Place("Ray", ON_RAY, {**start, **there})] * (machines.workers or cluster.gpus(machines.address))
+    count = machines.workers or cluster.gpus(machines.address)
+    if count > (os.cpu_count() or 1):  # the server itself does without torch
+        from zimage.loading.memory import check_processes
+
+        check_processes(count, PROCESS, ("workers",))
+    return found + [Place("Ray", ON_RAY, {**start, **there})] * count
