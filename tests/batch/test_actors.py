@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 import zimage
-from zimage.batch import actors
+from zimage.batch import actors, driver
 from zimage.batch.actors import Encoder, Tools, Worker, facts
 from zimage.batch.attempts import MOST, Attempts
+from zimage.batch.contents import Packing
 from zimage.batch.index import BATCH
+from zimage.batch.rows import Row
 from zimage.errors import CheckpointError, OutOfMemory, RequestError
 from zimage.formats import own_folder
 from zimage.pictures.opening import opened_bytes
@@ -160,10 +162,23 @@ def test_warnings_stand_in_the_line(tools):
 
 
 def test_facts_tell_models_from_one_another(tiny_folder, seeing_folder):
-    found = [facts({**LOADING, "model": str(folder)}, []) for folder in (tiny_folder, seeing_folder)]
+    found = [facts({**LOADING, "model": str(folder)}, [], False) for folder in (tiny_folder, seeing_folder)]
     assert found[0] != found[1]
-    assert facts({**LOADING, "dtype": "bf16", "model": str(tiny_folder)}, []) != found[0]
-    assert facts({**LOADING, "model": str(tiny_folder)}, []) == found[0]
+    assert facts({**LOADING, "dtype": "bf16", "model": str(tiny_folder)}, [], False) != found[0]
+    assert facts({**LOADING, "model": str(tiny_folder)}, [], False) == found[0]
+
+
+def test_a_row_is_another_one_with_another_vision_model_where_it_has_references(seeing_folder, tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"a picture")
+    loading = {**LOADING, "model": str(seeing_folder), "vision_model": str(seeing_folder / "vision")}
+    found = [facts({**loading, "vision_mode": mode}, [], True) for mode in ("full", "tower")]
+    plain, looks = (
+        Row("a", {"prompt": "a"}, ""),
+        Row("b", {"prompt": "a", "reference": [str(tmp_path / "cat.png")]}, ""),
+    )
+    for row, differs in ((plain, False), (looks, True)):
+        first, second = (driver._Batch(None, None, Packing(len), one)._packed(row)["asked"] for one in found)
+        assert (first != second) == differs, row
 
 
 def test_facts_tell_a_template_from_what_it_was(tiny_folder, tmp_path):
@@ -172,6 +187,6 @@ def test_facts_tell_a_template_from_what_it_was(tiny_folder, tmp_path):
         head = "---\nname: mine\ndescription: Mine\ncategory: photo\n---\n"
         (tmp_path / "mine.md").write_text(head + text)
         loading = {**LOADING, "model": str(tiny_folder), "templates": str(tmp_path)}
-        told.append(facts(loading, ["mine", "nowhere"])["templates"])
+        told.append(facts(loading, ["mine", "nowhere"], False)["templates"])
     assert told[0]["mine"] != told[1]["mine"]
     assert told[0]["nowhere"] == ""

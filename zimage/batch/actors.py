@@ -133,15 +133,16 @@ class Worker(Actor):
         return {**row, "captions": b"", "png": encoded(image, "PNG", record), "told": json.dumps(line)}
 
 
-def facts(loading: Mapping[str, Plain], templates: Collection[str]) -> Packed:
+def facts(loading: Mapping[str, Plain], templates: Collection[str], looks: bool) -> Packed:
     """What pictures come from besides their requests, as a worker sees it: the model, and these templates by content.
 
-    Raises ZImageError.
+    The vision model is among it where a row `looks` at references. Raises ZImageError.
     """
     pipe = Tools(loading, {}, None).pipeline()
     record = pipe.metadata(pipe.prepare(Request(prompt="", seed=0), must_fit=False), 0)
     found = {name: record[name] for name in ("model", "dtype", "precision", "lora", "attention", "compile", "device")}
-    return {**found, "templates": {name: _content(pipe, name) for name in templates}}
+    vision = pipe.vision.describe() if looks and pipe.vision else None
+    return {**found, "vision": vision, "templates": {name: _content(pipe, name) for name in templates}}
 
 
 def _content(pipe: "ZImage", template: str) -> str:

@@ -124,7 +124,9 @@ class _Batch:
         except RequestError as error:
             self.unreadable.append(failed_line({**_travelling(row.id, row.request), "asked": ""}, str(error), 0))
             return None
-        facts = {**self._facts, "templates": self._facts["templates"].get(request.get("template"))}
+        template = self._facts["templates"].get(request.get("template"))
+        vision = self._facts["vision"] if request.get("reference") else None
+        facts = {**self._facts, "templates": template, "vision": vision}
         return {**_travelling(row.id, request), "asked": digest([request, facts])}
 
 
@@ -145,7 +147,8 @@ def _facts(ray: Any, share: Share, loading: Mapping[str, Plain], rows: Sequence[
     """Those of a worker, from a process that ends with the answer: it would keep a GPU's memory."""
     task = ray.remote(**share.options, max_calls=1, max_retries=0)(facts)
     templates = {template for row in rows if (template := row.request.get("template"))}
-    found: Packed = cluster.get(task.remote(dict(loading), sorted(templates)))
+    looks = any(row.request.get("reference") for row in rows)
+    found: Packed = cluster.get(task.remote(dict(loading), sorted(templates), looks))
     return found
 
 
