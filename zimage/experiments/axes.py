@@ -16,18 +16,12 @@ from zimage.errors import RequestError, quoted
 from zimage.settings.declared import MAX_SEED, Request
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.loading import LoadSettings
+from zimage.settings.scale import FIXED
 
 SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings)
 OWNERS = {name: settings for settings in SETTINGS for name in settings.names()}
 KINDS = {field.name: kinds[-1] for settings in SETTINGS for field, kinds in fields(settings)}
 LISTS = {name: takes_one for settings in SETTINGS for name, takes_one in list_fields(settings).items()}
-# What a sweep decides by itself: it draws one picture per cell.
-FIXED = {
-    "prompt": "pass prompts as arguments or with --file",
-    "seed": "pass --seeds",
-    "images": "a cell is one picture; pass --seeds",
-    "batch_size": "a cell is one picture",
-}
 SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 MOST_SEEDS = 10_000
 
