@@ -113,15 +113,14 @@ def _sources(jobs: Path | None, prompts: Path | None) -> "Iterator[Source]":
 
 def _lists(text: str) -> tuple[str, list[Plain]]:
     """NAME=VALUE,… → (name, values). Raises RequestError."""
-    from zimage.batch.sources import listed
+    from zimage.batch.sources import of_text
+    from zimage.settings.varied import varied
 
-    name, equals, values = text.partition("=")
-    name = name.strip().replace("-", "_")
+    name, texts = varied(text)
     known = [known for known in Request.names() if known not in NOT_OF_ROWS]
-    if not equals or name not in known:
-        hint = nearest(name, known) if equals else "write NAME=VALUE,…"
-        raise RequestError(f"vary {quoted(text)} names no setting of a row; {hint}")
-    return name, listed(name, values)
+    if name not in known:
+        raise RequestError(f"vary {quoted(text)} names no setting of a row; {nearest(name, known)}")
+    return name, [of_text(name, value) if value else None for value in texts]
 
 
 def _make(folder: Path) -> None:
