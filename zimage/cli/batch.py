@@ -61,9 +61,10 @@ def batch(
     quiet: bool,
     **options: object,
 ) -> None:
-    """Draw the rows of JOBS (.jsonl, .csv, .parquet) on many workers, into a folder with an index.
+    """Draw the rows of JOBS on many workers.
 
-    A row holds settings of a picture by their names, and an id, which names its file. Options are the defaults of all
+    FOLDER gets their pictures and an index. JOBS is a file (.jsonl, .csv or .parquet); a row holds settings of a
+    picture by their names, and an id, which names the picture's file. Options are the defaults of all
     rows. The same command goes on where it was interrupted; pictures are the ones that `gen` draws.
     """
     started, progress = time.perf_counter(), Progress(quiet)
