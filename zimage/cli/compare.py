@@ -56,8 +56,8 @@ def compare(
 ) -> None:
     """Put the cells of a sweep's FOLDER side by side.
 
-    Their values are the headings. An axis is a setting that the sweep varied, or prompt, or seed. Without options the first axis that varies becomes
-    the columns, the second the rows, and each combination of the others a page.
+    Their values are the headings. An axis is a setting that the sweep varied, or prompt, or seed. Without options the
+    first axis that varies becomes the columns, the second the rows, and each combination of the others a page.
     """
     from zimage.experiments.difference import kind_of
     from zimage.experiments.folder import Experiment

@@ -53,8 +53,9 @@ def metrics(
 ) -> None:
     """Score the cells of a sweep's FOLDER, and rank settings.
 
-    The scores are written into the cells' records. Settings are compared on the same prompts, and the intervals (95 %) come from resampled prompts: where a setting's
-    distance "behind the first" may be 0, other prompts may change the order.
+    The scores are written into the cells' records. Settings are compared on the same prompts, and the intervals (95 %)
+    come from resampled prompts: where a setting's distance "behind the first" may be 0, other prompts may change the
+    order.
     """
     from zimage.experiments.folder import Experiment
     from zimage.experiments.metrics.catalogue import KINDS, parse_metrics
