@@ -145,7 +145,7 @@ class Experiment:
 
 
 def by_values(cells: Iterable[Cell]) -> dict[frozenset[tuple[str, str]], Cell]:
-    """Cells by their place on all axes. Where several have one, as in a folder of two sweeps, the last of them stands."""
+    """Cells by their values on all axes; of several with the same ones, as in a folder of two sweeps, the last."""
     return {frozenset(cell.values.items()): cell for cell in cells}
 
 
