@@ -128,6 +128,8 @@ def test_commands_exist_and_know_their_options(words):
         compile(words[2], "-c", "exec")
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
+    elif words[0] == "ray":
+        parse(importlib.import_module("ray.scripts.scripts").cli, words[1:])
     elif words[0] == "pytest":
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
     elif words[0] == "python":
