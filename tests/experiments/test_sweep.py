@@ -1,6 +1,7 @@
 """Sweeps on a tiny model: cells have `gen`'s bits, nothing is done twice, failures stay alone, a kill loses nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,13 @@ def test_folders_that_lie_where_a_sweep_draws_are_left_alone(sweep, tmp_path):
     sweep("--steps", "1")
     assert all((tmp_path / "out" / name / "own.txt").is_file() for name in ("captions", "workers"))
     assert not [name for name in (CAPTIONS, WORKERS) if (tmp_path / "out" / name).exists()]
+
+
+def test_a_picture_is_on_the_disk_before_its_record(sweep, tmp_path, monkeypatch):
+    fsync, settled = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: settled.append(os.fstat(file).st_ino) or fsync(file))
+    (record,), _ = sweep("--steps", "1")
+    assert settled == [(tmp_path / "out" / name).stat().st_ino for name in (record.path, RECORDS)]
 
 
 def test_bad_cells_are_records_and_the_others_go_on(sweep, tmp_path):

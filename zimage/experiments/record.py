@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from zimage import interrupts
 from zimage.errors import CheckpointError, OutputError, RequestError, quoted
-from zimage.formats.atomic import beside, extend, naming
+from zimage.formats.atomic import beside, extend, naming, settle
 from zimage.formats.files import read_file, require_inside
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
@@ -163,8 +163,9 @@ class Journal:
     def replace(self, records: Iterable[Record]) -> None:
         """Put these in the place of all that there are, in one step."""
         self.records = {record.id: record for record in records}
-        with beside(self.path) as temporary:
+        with naming(self.path), beside(self.path) as temporary:
             temporary.write_text("".join(record.line() + "\n" for record in self.records.values()), encoding="utf-8")
+            settle(temporary)
             self._lock.publish(temporary)
 
     def _remove_torn_line(self) -> None:
