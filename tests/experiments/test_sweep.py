@@ -196,7 +196,7 @@ def test_an_axis_of_an_option_takes_the_place_of_the_files(tmp_path, capsys):
     given = ["sweep", "-o", tmp_path / "out", "--toml", tmp_path / "sweep.toml", "--vary", "steps=,8", "--dry-run"]
     assert main([*map(str, given), "--steps", "4"]) == 0
     labels = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert labels == [f"shift {shift}, steps {steps}, seed 0" for shift in (3, 6) for steps in ("–", "8")]
+    assert labels == [f"shift {shift}, steps {steps}, seed 0" for shift in (3, 6) for steps in ("default", "8")]
     assert main([*map(str, given), "--shift", "4"]) == 2
     assert "shift: every cell takes it from its axis" in capsys.readouterr().err
 
