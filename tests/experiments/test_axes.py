@@ -179,7 +179,7 @@ def test_settings_that_do_not_go_together_make_a_cell_with_an_error():
 
 
 def test_two_cells_that_are_one_picture_are_refused():
-    with pytest.raises(RequestError, match="the same picture: steps –, seed 0 and steps 4, seed 0"):
+    with pytest.raises(RequestError, match="the same picture: steps default, seed 0 and steps 4, seed 0"):
         cells("steps=,4", steps=4)
     with pytest.raises(RequestError, match="the same picture: prompt 'a'"):
         cells(prompts=["a", "b", "a"])

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--zip", "together", is_flag=True, help="Change all settings of --vary together, not as a grid.")
 @click.option("--seeds", metavar="FIRST-LAST,…", help="Seeds of each cell. Default: that of the settings file, else 0.")
 @click.option("--toml", type=PATH, help="Read prompts, seeds, settings and axes from a file; options override them.")
-@click.option("--dry-run", is_flag=True, help="List the cells in the order in which they would be drawn.")
+@click.option("--dry-run", is_flag=True, help="Draw nothing; list all cells in their order.")
 @configured
 @options_of(Request, skip=tuple(FIXED))
 @options_of(LoadSettings)

@@ -101,6 +101,19 @@ def checked(name: str, value: Plain) -> Plain:
     return OWNERS[name].check_one(name, value)
 
 
+def shown(value: Plain) -> str:
+    """A value of an axis as people read it, and write it with --vary."""
+    if value is None:
+        return "default"
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{shown(weight)}" for key, weight in value.items())
+    if isinstance(value, list | tuple):
+        return " + ".join(map(shown, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value) or "(empty)"
+
+
 def parse_seeds(text: str) -> list[int]:
     """0-3,7 → 0, 1, 2, 3, 7. Raises RequestError."""
     seeds: list[int] = []

@@ -163,7 +163,7 @@ class Journal:
     def replace(self, records: Iterable[Record]) -> None:
         """Put these in the place of all that there are, in one step."""
         self.records = {record.id: record for record in records}
-        with beside(self.path) as temporary:
+        with naming(self.path), beside(self.path) as temporary:
             write_new(temporary, map(_text, self.records.values()))
             self._lock.publish(temporary)
 

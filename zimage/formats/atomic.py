@@ -76,6 +76,12 @@ def extend(stream: FileIO, content: bytes) -> None:
         raise
 
 
+def settle(path: Path) -> None:
+    """Have a file's content on the disk, also after a power cut. Raises OSError that names it."""
+    with naming(path), path.open("rb+") as file:  # Windows wants it writable
+        os.fsync(file.fileno())
+
+
 def free_name(path: Path) -> Path:
     """A name in the folder of `path` that nobody can foresee, and so put a link under."""
     return path.with_name(f".{cut(path.stem, 40)}-{uuid.uuid4().hex}{cut(path.suffix, 16)}")
