@@ -60,6 +60,13 @@ class Actor:
     def __call__(self, row: Packed) -> Packed:
         if row["told"]:  # it failed at the stage before
             return row
+        try:
+            return self._tried(row)
+        finally:
+            self._files.clear()
+
+    def _tried(self, row: Packed) -> Packed:
+        """The row as it is after as many attempts as it takes."""
         while True:
             attempt, error = cluster.get(self._attempts.begin.remote(f"{self.STAGE} {row['id']}"))
             if attempt > MOST:

@@ -46,7 +46,7 @@ def _config(count: int, folder: str) -> LaunchConfig:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=LAUNCHED,
+        run_id=f"{LAUNCHED}{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
