@@ -368,7 +368,7 @@ def test_the_first_readmes_figures_come_from_results():
 
 
 def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
-    assert Profile(tiny_folder, {"device": "cpu"}).pipe.cache.entries == 0
+    assert Profile({"model": tiny_folder, "device": "cpu"}).pipe.cache.entries == 0
     load, loaded = zimage.ZImage.load, []
     monkeypatch.setattr(zimage.ZImage, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     clock = SimpleNamespace(lap=lambda name: clock.figures.update({name: 1.0}), figures={}, total=lambda: None)
