@@ -1,10 +1,12 @@
 """What becomes of a row in its process: attempts, errors of every kind, captions that come along. Without Ray."""
 
+import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import zimage
 from zimage.batch import actors
@@ -12,6 +14,7 @@ from zimage.batch.actors import Encoder, Tools, Worker, facts
 from zimage.batch.attempts import MOST, Attempts
 from zimage.batch.index import BATCH
 from zimage.errors import CheckpointError, OutOfMemory, RequestError
+from zimage.formats import own_folder
 from zimage.pictures.opening import opened_bytes
 
 LOADING = {"device": "cpu", "dtype": "fp32"}
@@ -132,6 +135,22 @@ def test_a_picture_carries_its_settings_and_its_row(tools, tmp_path):
     assert (own["id"], own["asked"], own["attempts"]) == ("a", "hash", 1)
     assert own["timings"] == line["timings"]
     assert set(own["timings"]) == {"load", "encode", "denoise", "decode"}
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_nothing_of_a_rows_pictures_stays_at_its_worker(tools, tmp_path, monkeypatch, content):
+    """Ray ends its processes without letting them tidy up."""
+    monkeypatch.setattr(own_folder.tempfile, "tempdir", str(tmp_path))
+    if content is None:
+        stream = io.BytesIO()
+        Image.new("RGB", (64, 48)).save(stream, "PNG")
+        content = stream.getvalue()
+    tools.contents["ab"] = content
+    worker = Worker(tools)
+    told = [json.loads(worker(packed(image="ab/cat.png", width=None, height=None))["told"]) for _ in range(2)]
+    fault = "image: cat.png cannot be read" if content == b"no picture" else "None"
+    assert [str(line["error"]).startswith(fault) for line in told] == [True, True], told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_warnings_stand_in_the_line(tools):

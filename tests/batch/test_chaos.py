@@ -132,7 +132,7 @@ def test_a_cluster_elsewhere_that_loses_a_machine(tmp_path, tiny_folder, pipe):
     """Its workers' pictures that were on their way are drawn on another one."""
     from serve.ray_cluster import Cluster
 
-    rows, cluster = write_rows(tmp_path, 40), Cluster()
+    rows, cluster = write_rows(tmp_path, 40), Cluster(cores=1, others=1)
     try:
         elsewhere = ["--address", cluster.address]
         command = Command(tmp_path, tiny_folder, *elsewhere, environment=cluster.environment)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zimage.batch.places import Node, least_cpus, shares
+from zimage.batch.places import Node, least_cpus, needed_for, shares
 from zimage.errors import RequestError
 from zimage.settings.scale import BatchSettings
 
@@ -62,3 +62,17 @@ def test_what_does_not_fit_is_refused(nodes, loading, settings, said):
 
 def test_a_cluster_of_our_own_has_a_cpu_for_each():
     assert [least_cpus(BatchSettings(workers=w, encoders=e), 2) for w, e in ((None, 0), (2, 0), (2, 3))] == [2, 2, 5]
+
+
+def test_a_cluster_of_our_own_has_no_more_processes_than_fit_into_memory():
+    with pytest.raises(
+        RequestError, match=r"10,000 processes need more than 2500.0 GB without their models, and"
+    ) as raised:
+        least_cpus(BatchSettings(workers=9_990, encoders=10), 2)
+    assert raised.value.fields == ("workers", "encoders")
+
+
+def test_there_are_no_more_processes_than_rows():
+    asked = BatchSettings(workers=10_000, encoders=5)
+    assert needed_for(2, asked) == BatchSettings(workers=2, encoders=2)
+    assert needed_for(7, BatchSettings(encoders=5)) == BatchSettings(encoders=5)  # GPUs are counted later

@@ -9,9 +9,11 @@ import pytest
 from test_workers import HEAD, OPEN, REST
 
 from zimage.errors import RequestError
+from zimage.formats import own_folder
+from zimage.formats.own_folder import LOCK, sweep
 from zimage.serve import ray_worker, relay
 from zimage.serve.ray_worker import Bridge
-from zimage.serve.relay import LOCK, PREFIX, Relay, sweep
+from zimage.serve.relay import PREFIX, Relay
 
 PATIENCE = 20.0
 
@@ -78,8 +80,8 @@ def rig(tmp_path, monkeypatch):
     def make(script=""):
         head = HEAD.replace("n = nth()", "DATA = Path(hear()['data'])")
         monkeypatch.setattr(relay, "COMMAND", (sys.executable, "-S", "-E", "-c", head + OPEN + script + REST))
-        monkeypatch.setattr(relay.tempfile, "gettempdir", lambda: str(tmp_path))
-        monkeypatch.setattr(relay.tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(own_folder.tempfile, "gettempdir", lambda: str(tmp_path))
+        monkeypatch.setattr(own_folder.tempfile, "tempdir", str(tmp_path))
         made.append(Rig(tmp_path))
         return made[-1]
 
@@ -257,10 +259,10 @@ def test_another_version_there_is_refused(tmp_path, monkeypatch):
 
 
 def test_what_killed_relays_have_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(relay.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(own_folder.tempfile, "tempdir", str(tmp_path))
     lives, killed = Relay(), Relay()
     assert killed.root.exists()
-    killed._lock.close()
+    killed._folder._lock.close()
     (killed.root / "uploads").mkdir()
     begins = tmp_path / f"{PREFIX}begins"
     begins.mkdir()
@@ -268,6 +270,6 @@ def test_what_killed_relays_have_left_is_removed_and_nothing_else(tmp_path, monk
     link.symlink_to(tmp_path / "mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / LOCK).touch()
-    sweep(tmp_path)
+    sweep(tmp_path, PREFIX)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([lives.root.name, begins.name, link.name, "mine"])
     assert (tmp_path / "mine" / LOCK).exists()

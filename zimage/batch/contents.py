@@ -2,22 +2,23 @@
 
     path ─ Packing ─→ "HASH/NAME", and the content by its hash ─ Unpacking ─→ a file of that name in a folder of its own
 
-What lies in a file is read as late as a worker needs it, and once, however many rows name it. Files of ControlNets do
-not travel: they are part of what a worker's machine has to have, as the model is.
+What lies in a file is read and carried once, however many rows name it; at a worker it lies only while that draws such
+a row. Files of ControlNets do not travel: they are part of what a worker's machine has to have, as the model is.
 """
 
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from zimage.batch.rows import PICTURE, Values, with_files
 from zimage.errors import RequestError
+from zimage.formats.own_folder import OwnFolder
 
 LARGEST = 1 << 30  # bytes of a file that travels
+PREFIX = "zimage-batch-"  # of the folders that files are unpacked to
 
 
 class Packing:
@@ -48,20 +49,29 @@ class Unpacking:
 
     def __init__(self, contents: Mapping[str, Any], fetch: Callable[[Any], bytes]):
         self._contents, self._fetch = contents, fetch
-        self._folder = tempfile.TemporaryDirectory(prefix="zimage-batch-")
+        self._folder: OwnFolder | None = None
 
     def unpack(self, values: Values) -> Values:
-        """The inverse of `pack`, with paths on this machine."""
+        """The inverse of `pack`, with paths on this machine, where the files lie until `clear`."""
         return with_files(values, self._moved)
 
     def named(self, text: str) -> str:
         """A text without the folders that the files lie in here."""
-        return re.sub(rf"{re.escape(self._folder.name)}[/\\][0-9a-f]+[/\\]", "", text)
+        if self._folder is None:
+            return text
+        return re.sub(rf"{re.escape(str(self._folder.path))}[/\\][0-9a-f]+[/\\]", "", text)
+
+    def clear(self) -> None:
+        """Remove the files: whatever ends this process later does not give it the time to."""
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
     def _moved(self, role: str, name: str) -> str:
         if role != PICTURE:
             return name
-        path = Path(self._folder.name, name)
+        self._folder = self._folder or OwnFolder(PREFIX)
+        path = self._folder.path / name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(self._fetch(self._contents[path.parent.name]))

@@ -18,7 +18,7 @@ from zimage.batch.actors import Packed, Tools, facts
 from zimage.batch.attempts import Attempts
 from zimage.batch.contents import Packing
 from zimage.batch.index import Index, Line, failed_line
-from zimage.batch.places import Node, Share, least_cpus, shares
+from zimage.batch.places import Node, Share, least_cpus, needed_for, shares
 from zimage.batch.rows import Row, digest
 from zimage.batch.streaming import results
 from zimage.errors import OutputError, RequestError
@@ -56,7 +56,10 @@ def run(
     Raises ZImageError where no row can be drawn.
     """
     index, loading = Index(folder), absolute_paths(loading)
-    cpus = least_cpus(settings, os.cpu_count() or 1)
+    if not rows:
+        return Summary(0)
+    settings = needed_for(len(rows), settings)
+    cpus = None if settings.address else least_cpus(settings, os.cpu_count() or 1)
     with cluster.connected(settings.address, cpus) as ray, cluster.in_cluster():
         places = shares(settings, loading, _nodes(ray))
         batch = _Batch(ray, index, Packing(ray.put), _facts(ray, places.workers, loading, rows))

@@ -9,13 +9,12 @@ is what counts: lines that a kill took are written anew from the pictures.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.atomic import beside, destination
+from zimage.formats.atomic import beside, destination, extend, write_new
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
 from zimage.pictures.files import read_metadata
@@ -38,7 +37,7 @@ class Index:
         except BlockingIOError:
             raise RequestError(f"{folder}: another batch writes there; wait for it, or name another folder") from None
         self.lines = {line["id"]: line for line in read_index(self.path)}
-        self._stream: IO[bytes] | None = None
+        self._stream: FileIO | None = None
 
     def picture(self, id: str, file: str) -> Line | None:
         """The line of a picture that lies in the folder, from what it carries; None where none of this id does."""
@@ -54,10 +53,8 @@ class Index:
     def add(self, line: Line) -> None:
         """Write a line, so that it is there whatever happens next."""
         if self._stream is None:
-            self._stream = self.path.open("ab")
-        self._stream.write(_text(line))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+            self._stream = self.path.open("ab", buffering=0)
+        extend(self._stream, _text(line))
         self.lines[line["id"]] = line
 
     def settle(self, order: Iterable[str]) -> None:
@@ -65,10 +62,7 @@ class Index:
         self.close()
         ids = dict.fromkeys([*order, *self.lines])
         with beside(self.path) as temporary:
-            with temporary.open("xb") as stream:
-                stream.writelines(_text(self.lines[id]) for id in ids if id in self.lines)
-                stream.flush()
-                os.fsync(stream.fileno())
+            write_new(temporary, (_text(self.lines[id]) for id in ids if id in self.lines))
             self._lock.publish(temporary)
         self.lines = {id: self.lines[id] for id in ids if id in self.lines}
 

@@ -5,7 +5,7 @@ for ever, so it is refused here, with the numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from zimage.errors import RequestError
@@ -13,6 +13,7 @@ from zimage.settings.fields import Plain
 from zimage.settings.scale import BatchSettings
 
 ON_CPU = ("cpu", "mps")
+PROCESS = 250 * 10**6  # bytes of a process of the demo model, without what it shares with others
 
 
 class Node(NamedTuple):
@@ -58,9 +59,32 @@ def shares(settings: BatchSettings, loading: Mapping[str, Plain], nodes: Sequenc
     return Shares(Share(workers, cpus, draws), Share(settings.encoders, cpus, encodes))
 
 
+def needed_for(rows: int, settings: BatchSettings) -> BatchSettings:
+    """The same with no more processes of a kind than there are rows: the others would have nothing to do."""
+    workers = settings.workers and min(settings.workers, rows)
+    return replace(settings, workers=workers, encoders=min(settings.encoders, rows))
+
+
 def least_cpus(settings: BatchSettings, here: int) -> int:
-    """The CPUs that a cluster of our own on a machine with so many has to have: one for each process."""
-    return max(here, (settings.workers or 1) + settings.encoders)
+    """The CPUs that a cluster of our own on a machine with so many has to have: one for each process.
+
+    Raises RequestError where so many processes would not fit into the machine's memory, whatever their model is.
+    """
+    count = (settings.workers or 1) + settings.encoders
+    if count > here:
+        _check_memory(count)
+    return max(here, count)
+
+
+def _check_memory(count: int) -> None:
+    import torch
+
+    from zimage.loading.memory import available_memory
+
+    needed, free = count * PROCESS / 1e9, available_memory(torch.device("cpu")) / 1e9
+    if needed > free:
+        text = f"{count:,} processes need more than {needed:.1f} GB without their models, and {free:.1f} GB are free"
+        raise RequestError(f"{text}; pass fewer workers or encoders", fields=("workers", "encoders"))
 
 
 def _threads(nodes: Sequence[Node], count: int, on_gpus: int) -> int:

@@ -40,7 +40,7 @@ def _streamed(ray: Any, pending: Sequence[Packed], places: Shares, tools: Tools)
     stages: list[tuple[type[Actor], Share]] = [(Encoder, places.encoders), (Worker, places.workers)]
     for actor, share in stages:
         if share.count:
-            pool = ray.data.ActorPoolStrategy(size=share.count)
+            pool = ray.data.ActorPoolStrategy(size=min(share.count, len(pending)))  # more would have nothing to do
             rows = rows.map(actor, fn_constructor_args=(tools,), compute=pool, **share.options)
     for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from block.to_pylist()

@@ -9,18 +9,16 @@ next one removes. Any thread may call.
 import logging
 import os
 import queue
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from zimage.formats.lock import Lock
+from zimage.formats.own_folder import OwnFolder
 from zimage.serve import parcels
 from zimage.serve.channel import Message, packed, read
 from zimage.serve.leftovers import PICTURES, STATES
@@ -30,7 +28,7 @@ from zimage.version import __version__
 log = logging.getLogger("zimage.serve")
 
 COMMAND = (sys.executable, "-m", "zimage.serve.worker")
-PREFIX, LOCK = "zimage-relay-", "lock"  # of the folder, and the file in it that is locked while its relay lives
+PREFIX = "zimage-relay-"  # of the folder
 FOLDERS = (PICTURES, STATES, "captions", "uploads")
 MOST_UNREAD = 256  # messages that may wait for the server; then the worker waits
 STATE_EVERY = 2.0  # seconds between two states of a running job that are sent
@@ -40,11 +38,8 @@ class Relay:
     """A worker process on this machine, for a server on another."""
 
     def __init__(self) -> None:
-        sweep(Path(tempfile.gettempdir()))
-        self.root = Path(tempfile.mkdtemp(prefix=PREFIX))
-        self._lock = Lock(self.root / LOCK)
-        (self.root / "unlocked").touch()
-        self._lock.publish(self.root / "unlocked")
+        self._folder = OwnFolder(PREFIX)
+        self.root = self._folder.path
         self._said: queue.Queue[Parcel] = queue.Queue(MOST_UNREAD)
         self._telling = threading.Lock()
         self._task, self._sent = "", (0.0, 0)  # the job that runs; when which state of it was sent
@@ -110,7 +105,7 @@ class Relay:
             self._said.put(Parcel(message, dict(self._files(message))))
         self._process.wait()
         last = dict(self._state(0))
-        shutil.rmtree(self.root, ignore_errors=True)  # else the next relay does it
+        self._folder.remove()
         self._said.put(Parcel(None, last))
 
     def _read(self) -> Message | None:
@@ -155,14 +150,3 @@ def _taken(path: Path) -> Iterator[tuple[str, bytes]]:
         if content := path.read_bytes():
             yield str(path), content
         path.unlink()
-
-
-def sweep(folder: Path) -> None:
-    """Remove the folders of relays that were killed."""
-    for root in folder.glob(f"{PREFIX}*") if os.name == "posix" else ():  # elsewhere a lock tells nothing
-        try:
-            lock = Lock.of(root / LOCK)
-        except OSError:  # its relay lives or has just begun, or it is another user's
-            continue
-        shutil.rmtree(root, ignore_errors=True)
-        lock.close()
