@@ -128,6 +128,16 @@ def test_an_interrupt_ends_all(start, number, status):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("seconds", [0.01, 0.3])
+def test_an_interrupt_ends_ranks_that_start(start, seconds):
+    command = start(*LONG, "--gpus", 2)
+    command.ranks(2)
+    time.sleep(seconds)
+    os.kill(command.process.pid, signal.SIGINT)
+    ended(command, 130, INTERRUPTION)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("begins", [True, False], ids=["while they start", "while they draw"])
 def test_ranks_end_with_the_process_that_started_them(start, begins):
     command = start(*LONG, "--gpus", 2)
