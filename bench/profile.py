@@ -27,7 +27,7 @@ from zimage.experiments.running import told
 from zimage.formats.atomic import write_text
 from zimage.loading.memory import process_memory
 from zimage.loading.registry import REQUIRED
-from zimage.settings.loading import LoadSettings
+from zimage.settings.loading import LoadSettings, absolute_paths
 from zimage.version import __version__
 
 SHORT = "a cat face on a blue background"
@@ -41,15 +41,15 @@ Settings = dict[str, Any]
 class Profile:
     """A model under test; each scenario is a method that yields (figure, seconds or bytes)."""
 
-    def __init__(self, model: Path | None, settings: Settings):
-        self.model, self.settings = model, settings
-        self.pipe = self._load()
+    def __init__(self, load: Settings):
+        self.load = load
+        self.pipe = self._open()
 
-    def _load(self):
+    def _open(self):
         import zimage
 
-        settings = {"cache_entries": 0, **self.settings}  # every encode is a real one
-        return zimage.ZImage.load(settings.pop("model", self.model), **settings)
+        settings = {"cache_entries": 0, **self.load}  # every encode is a real one
+        return zimage.ZImage.load(settings.pop("model", None), **settings)
 
     def cuda_sync(self) -> Iterator[tuple[str, float]]:
         """The cost of waiting for an idle GPU; nothing elsewhere."""
@@ -62,7 +62,7 @@ class Profile:
 
     def load_pipeline(self) -> Iterator[tuple[str, float]]:
         """Opening and checking a model folder, and loading its largest component."""
-        yield "open_s", self._timed(self._load)
+        yield "open_s", self._timed(self._open)
         self.pipe.release()
         yield "dit_s", self._timed(lambda: self.pipe.dit)
 
@@ -131,33 +131,34 @@ class Profile:
 SCENARIOS = [name for name, member in vars(Profile).items() if callable(member) and not name.startswith("_")]
 
 
-def measured(tested: Profile, name: str, repeat: int) -> Record:
+def measured(tested: Profile, settings: Settings, name: str, repeat: int) -> Record:
     """The record of a scenario; one that fails is a record with its error."""
-    pipe, axes = tested.pipe, {**tested.settings, "scenario": name}
+    pipe = tested.pipe
     reset_peaks(pipe)
     try:
         rounds = [dict(getattr(tested, name)()) for _ in range(repeat)]
     except Exception as error:
-        return _record(axes, repeat, error=told(error))
+        return _record(settings, name, repeat, tested.load, error=told(error))
     found = {figure: [one[figure] for one in rounds] for figure in rounds[0]}
     medians = {figure: statistics.median(values) for figure, values in found.items()}
     seconds = [figure for figure in found if figure.endswith("_s")]
     return _record(
-        axes,
+        settings,
+        name,
         repeat,
+        tested.load,
         timings={figure.removesuffix("_s"): medians[figure] for figure in seconds},
         spread={figure.removesuffix("_s"): [min(found[figure]), max(found[figure])] for figure in seconds},
-        memory=peaks(pipe) | {name: medians[name] for name in found if name.endswith("_bytes")},
-        counts={"rounds": repeat} | {name: medians[name] for name in found if name == "tokens"},
+        memory=peaks(pipe) | {figure: medians[figure] for figure in found if figure.endswith("_bytes")},
+        counts={"rounds": repeat} | {figure: medians[figure] for figure in found if figure == "tokens"},
         model={"name": pipe.model.name, "fingerprint": pipe.model.fingerprint},
         machine=describe_machine() | (describe_gpu(pipe.device) if pipe.device.type == "cuda" else {}),
     )
 
 
-def _record(axes: Settings, repeat: int, **values: Any) -> Record:
-    load = {name: value for name, value in axes.items() if name != "scenario"}
+def _record(settings: Settings, name: str, repeat: int, load: Settings, **values: Any) -> Record:
+    axes, asked = {**settings, "scenario": name}, {"scenario": name, "repeat": repeat}
     identity = hashlib.sha256(json.dumps([axes, values.get("model")], sort_keys=True).encode()).hexdigest()[:16]
-    asked = {"scenario": axes["scenario"], "repeat": repeat}
     return Record(identity, "profile", axes=axes, load=load, request=asked, version=__version__, **values)
 
 
@@ -236,6 +237,8 @@ def profile(
     """Measure the steps of a render one by one: loading, encoding, leaks, all; swept over settings and devices."""
     if devices and sweep_devices:
         raise click.UsageError("--sweep-devices takes every device of this machine; leave out --device")
+    if output and not output.parent.is_dir():
+        raise click.BadParameter(f"{output} lies in no folder; make {output.parent} first", param_hint="--output")
     if show_info and not as_json:
         print(json.dumps(describe_machine(), indent=2))
     records: list[Record] = []
@@ -247,20 +250,21 @@ def profile(
             records.append(record)
             if not as_json:
                 print_record(record)
-    if output:
-        write_text(output, "".join(record.line() + "\n" for record in records))
+            if output:  # what is measured is there, whatever happens to the rest
+                write_text(output, "".join(record.line() + "\n" for record in records))
     plain = [json.loads(record.line()) for record in records]
     print(json.dumps({"machine": describe_machine(), "command": command_line(), "records": plain}))
 
 
 def profiled(model: Path | None, settings: Settings, tests: Sequence[str], repeat: int) -> Iterator[Record]:
     """The records of a configuration; where it cannot be opened, each has that error."""
+    load = absolute_paths({**({"model": str(model)} if model else {}), **settings})
     try:
-        tested = Profile(model, settings)
+        tested = Profile(load)
     except Exception as error:
-        yield from (_record({**settings, "scenario": name}, repeat, error=told(error)) for name in tests)
+        yield from (_record(settings, name, repeat, load, error=told(error)) for name in tests)
         return
-    yield from (measured(tested, name, repeat) for name in tests)
+    yield from (measured(tested, settings, name, repeat) for name in tests)
 
 
 def print_record(record: Record) -> None:

@@ -88,7 +88,7 @@ def rank_rows(
     for name, share in (("step", step_share), ("decode", decode_share)):
         found = [share(size, tokens, precision, number) for number in numbers]
         times = [each.seconds(peaks, link, precision) for each in found]
-        (alone,) = {sum(share(size, tokens, precision, 1).seconds(peaks, link, precision))}
+        alone = sum(share(size, tokens, precision, 1).seconds(peaks, link, precision))
         label = f"a {name} at {size} × {size}"
         rows += [
             _row(f"**{label}, ms**", numbers, [f"{sum(each) * 1e3:.1f}" for each in times]),
@@ -122,7 +122,7 @@ def step_share(size: int, tokens: int, precision: str, number: int) -> Share:
 
 @cache
 def decode_share(size: int, tokens: int, precision: str, number: int) -> Share:
-    """What a rank does in a decode that has others above it and below it."""
+    """What a rank in the middle does in a decode: one of two has another above it only."""
     with on_meta(), torch.no_grad():
         cls, config, _ = COMPONENTS["vae"]
         vae, ranks = cls.from_config(config).bfloat16(), Counted(number // 2, number)

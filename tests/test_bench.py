@@ -161,7 +161,20 @@ def test_profile_sweeps_every_placement_of_the_components(tiny_folder, monkeypat
     arguments = ["--model", str(tiny_folder), "--repeat", "1", "--tests", "cuda_sync", "--json", "--sweep-devices"]
     monkeypatch.setattr("bench.profile.here", lambda: ["cpu"])
     (record,) = json.loads(CliRunner().invoke(main, ["profile", *arguments]).output)["records"]
-    assert record["load"] == {f"{name}_device": "cpu" for name in ("text_encoder", "dit", "vae")}
+    devices = {f"{name}_device": "cpu" for name in ("text_encoder", "dit", "vae")}
+    assert record["load"] == {"model": str(tiny_folder), **devices}
+    assert record["axes"] == {"scenario": "cuda_sync", **devices}
+
+
+def test_what_is_measured_is_kept_when_a_profile_is_stopped(tmp_path, tiny_folder, monkeypatch):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Profile, "encode_short", stopped)
+    output = tmp_path / "profile.jsonl"
+    arguments = ["--model", str(tiny_folder), "--repeat", "1", "--tests", "cuda_sync,encode_short"]
+    assert CliRunner().invoke(main, ["profile", *arguments, "--output", str(output)]).exit_code != 0
+    assert [json.loads(line)["axes"]["scenario"] for line in output.read_text().splitlines()] == ["cuda_sync"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
@@ -355,7 +368,7 @@ def test_the_first_readmes_figures_come_from_results():
 
 
 def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
-    assert Profile(tiny_folder, {"device": "cpu"}).pipe.cache.entries == 0
+    assert Profile({"model": tiny_folder, "device": "cpu"}).pipe.cache.entries == 0
     load, loaded = zimage.ZImage.load, []
     monkeypatch.setattr(zimage.ZImage, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     clock = SimpleNamespace(lap=lambda name: clock.figures.update({name: 1.0}), figures={}, total=lambda: None)
@@ -373,6 +386,7 @@ def test_what_is_timed_is_encoding_and_not_the_cache(tiny_folder, monkeypatch):
         (["--sweep", "steps=4,8"], "steps is not a setting of loading"),
         (["--sweep-devices", "--device", "cpu"], "leave out --device"),
         (["--repeat", "0"], "is not in the range"),
+        (["--output", "nowhere/profile.jsonl"], "nowhere/profile.jsonl lies in no folder; make nowhere first"),
     ],
 )
 def test_profile_names_what_is_wrong(arguments, says):

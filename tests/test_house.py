@@ -204,7 +204,17 @@ def test_the_library_never_prints():
     "module", ["zimage", "zimage.cli", "zimage.settings", "zimage.settings.profiles", "zimage.text.templates"]
 )
 def test_importing_loads_nothing_heavy(module):
-    heavy = ("torch", "numpy", "tokenizers", "safetensors", "PIL", "yaml", "httpx")
+    heavy = (
+        "torch",
+        "numpy",
+        "tokenizers",
+        "safetensors",
+        "PIL",
+        "yaml",
+        "httpx",
+        "zimage.batch",
+        "zimage.experiments",
+    )
     code = f"import {module}; import sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

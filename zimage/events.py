@@ -1,11 +1,16 @@
 """What a render tells its consumer while it runs, and its result."""
 
+import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
 
 from zimage.settings.declared import Request
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,18 @@ class Result:
     request: Request
     timings: dict[str, float]
     metadata: list[dict[str, object]] = field(repr=False)
+
+
+def timed(events: Generator[Event, None, R], seconds: dict[str, float]) -> Generator[Event, None, R]:
+    """The same events; what each took is added to the `seconds` of its stage, without the time of their consumer."""
+    try:
+        while True:
+            begun = time.perf_counter()
+            try:
+                event = next(events)
+            except StopIteration as finished:
+                return finished.value
+            seconds[event.stage] = seconds.get(event.stage, 0.0) + time.perf_counter() - begun
+            yield event
+    finally:
+        events.close()

@@ -16,7 +16,6 @@ Shapes: B images, L caption tokens, h × w = H/8 × W/8 latents.
 
 import dataclasses
 import logging
-import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from zimage.captioner import Captioner, checked_settings
 from zimage.dit import ZImageDiT
 from zimage.dit.control import Flow
 from zimage.errors import RequestError
-from zimage.events import Event, Result
+from zimage.events import Event, Result, timed
 from zimage.loading.controls import ControlFiles, with_controls
 from zimage.loading.devices import Place, choose_places, device_names
 from zimage.loading.files import ModelFiles, load_component, open_model
@@ -274,13 +273,8 @@ class ZImage(Captioner):
         if prompt is None and settings.get("embeddings") is None:
             raise RequestError("prompt: a value is needed, unless embeddings are given", fields=("prompt",))
         job = self.prepare(Request.from_mapping({"prompt": "" if prompt is None else prompt, **settings}))
-        images, timings, last = [], dict[str, float](), time.perf_counter()
-        for event in self.run(job):
-            now = time.perf_counter()
-            timings[event.stage] = timings.get(event.stage, 0.0) + now - last
-            last = now
-            if event.image is not None:
-                images.append(event.image)
+        timings = dict[str, float]()
+        images = [event.image for event in timed(self.run(job), timings) if event.image is not None]
         metadata = [self.metadata(job, i) for i in range(job.count)]
         return Result(images, list(job.seeds), job.request, timings, metadata)
 

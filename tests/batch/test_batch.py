@@ -135,7 +135,7 @@ REFUSED = {
     "rows.jsonl --steps 0": "steps 0 is too small",
     "rows.jsonl --vary steps=0": "rows.jsonl line 1: steps 0 is too small",
     "rows.jsonl --vary stepz=1": "vary 'stepz=1' names no setting of a row; did you mean 'steps'?",
-    "rows.jsonl --vary steps": "write NAME=VALUE,…",
+    "rows.jsonl --vary steps": "vary 'steps' should be NAME=VALUE,VALUE,…",
     "rows.jsonl --vary steps=a": "steps 'a' should be of type int",
     'rows.jsonl --vary negative="a': "a value with a comma stands in double quotes, as in CSV",
     "rows.jsonl --workers 0": "workers 0 is too small",

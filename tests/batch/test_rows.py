@@ -9,7 +9,7 @@ import pytest
 
 from zimage.batch.contents import Packing, Unpacking
 from zimage.batch.rows import rows_of
-from zimage.batch.sources import Source, listed, multiplied, read_rows
+from zimage.batch.sources import Source, multiplied, read_rows
 from zimage.errors import RequestError
 
 ROWS = [
@@ -137,7 +137,7 @@ def test_an_id_may_be_a_number():
 
 
 def test_a_product_has_every_combination():
-    lists = {"steps": listed("steps", "1,2"), "negative": listed("negative", '"blurry, dark",')}
+    lists = {"steps": [1, 2], "negative": ["blurry, dark", None]}
     found = [source.values for source in multiplied([Source("here", {"prompt": "a"})], lists)]
     assert [(row["steps"], row.get("negative")) for row in found] == [
         (1, "blurry, dark"),

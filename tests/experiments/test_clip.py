@@ -58,6 +58,7 @@ def test_a_score_is_a_cosine_that_depends_on_picture_and_prompt(whole):
     scores = {(i, prompt): clip.score(picture(i), prompt) for i in (1, 2) for prompt in ("a cat", "dog")}
     assert len(set(scores.values())) == 4
     assert all(-1 <= score <= 1 for score in scores.values())
+    assert clip.score(picture(1), "") is None, "saved embeddings have no prompt"
     assert clip.model.text_vector(torch.tensor(clip.tokens("a cat"))).norm() == pytest.approx(1, abs=1e-6)
 
 

@@ -53,7 +53,7 @@ def test_a_cell_without_an_axis_has_its_default(tmp_path):
     made = records({"steps": [4, 8]})
     made.append(dataclasses.replace(made[0], id="other", axes={"steps": 4, "layer_weights": {"-2": 1}}))
     experiment = Experiment.open(folder_of(tmp_path, made))
-    assert [shown(value) for value in experiment.axes["layer_weights"]] == ["default", '{"-2": 1}']
+    assert [shown(value) for value in experiment.axes["layer_weights"]] == ["default", "-2:1"]
 
 
 @pytest.mark.parametrize("name", ["link.png", "gone.png", "folder", "a\0b"])
@@ -357,6 +357,17 @@ def test_two_cells_and_two_values_side_by_side(experiment, tmp_path):
     (grid,) = arranged(cells, placed(cells, columns))
     assert [grid.places[0, k].id for k in range(2)] == ["c005", "c001"]
     assert base == "c005"
+
+
+def test_values_are_shown_and_named_as_vary_has_them(tmp_path):
+    varied = {"lora": [None, ["a.safetensors:0.5"]], "layer_weights": [None, {"-2": 0.7, "-5": 0.25}]}
+    whole = Experiment.open(folder_of(tmp_path, records(varied)))
+    (grid,) = arranged(whole, placed(whole))
+    assert [shown(heading[0]) for heading in grid.columns] == ["default", "a.safetensors:0.5"]
+    assert [shown(heading[0]) for heading in grid.rows] == ["default", "-2:0.7,-5:0.25"]
+    assert whole.value("layer_weights=-2:0.7,-5:0.25") == ("layer_weights", '{"-2": 0.7, "-5": 0.25}')
+    with pytest.raises(RequestError, match=r"layer_weights has no value '-3:1' here; it has default, -2:0\.7"):
+        whole.value("layer_weights=-3:1")
 
 
 def test_of_two_sweeps_in_a_folder_the_last_stands_as_cell_and_as_base(tmp_path):

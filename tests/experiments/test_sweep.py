@@ -1,6 +1,7 @@
 """Sweeps on a tiny model: cells have `gen`'s bits, nothing is done twice, failures stay alone, a kill loses nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,13 @@ def test_folders_that_lie_where_a_sweep_draws_are_left_alone(sweep, tmp_path):
     assert not [name for name in (CAPTIONS, WORKERS) if (tmp_path / "out" / name).exists()]
 
 
+def test_a_picture_is_on_the_disk_before_its_record(sweep, tmp_path, monkeypatch):
+    fsync, settled = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: settled.append(os.fstat(file).st_ino) or fsync(file))
+    (record,), _ = sweep("--steps", "1")
+    assert settled == [(tmp_path / "out" / name).stat().st_ino for name in (record.path, RECORDS)]
+
+
 def test_bad_cells_are_records_and_the_others_go_on(sweep, tmp_path):
     axes = ["--vary", "model=,nowhere", "--vary", "hidden_layer=,-99", "--vary", "guidance=0,1", "--negative", "dogs"]
     records, said = sweep(*axes, "--steps", "1", status=1)
@@ -188,7 +196,7 @@ def test_an_axis_of_an_option_takes_the_place_of_the_files(tmp_path, capsys):
     given = ["sweep", "-o", tmp_path / "out", "--toml", tmp_path / "sweep.toml", "--vary", "steps=,8", "--dry-run"]
     assert main([*map(str, given), "--steps", "4"]) == 0
     labels = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert labels == [f"shift {shift}, steps {steps}, seed 0" for shift in (3, 6) for steps in ("–", "8")]
+    assert labels == [f"shift {shift}, steps {steps}, seed 0" for shift in (3, 6) for steps in ("default", "8")]
     assert main([*map(str, given), "--shift", "4"]) == 2
     assert "shift: every cell takes it from its axis" in capsys.readouterr().err
 

@@ -124,3 +124,14 @@ def plans(leader: Leader, request: Given) -> dict[str, int]:
     """Bytes of work that each stage is planned with."""
     job = leader.pipe.prepare(Request.from_mapping(request))
     return {name: stage.activations for name, stage in job.plan.stages.items()} | {"ranks": leader.pipe.planner.ranks}
+
+
+def afterwards(ranks: Ranks, settings: Settings, request: Given) -> tuple[int, int]:
+    """What a pipeline that has drawn with others plans the DiT with, and how many ranks its pictures tell of."""
+    pipe = load(settings)
+    if ranks.rank:
+        follow(pipe, ranks)
+    else:
+        Leader(pipe, ranks).close()
+    job = pipe.prepare(Request.from_mapping(request))
+    return job.plan.stages["dit"].activations, pipe.metadata(job, 0)["ranks"]

@@ -16,6 +16,7 @@ from commands import LONG, STATE, Command
 from PIL import Image
 
 from zimage.cli import main
+from zimage.errors import RequestError
 from zimage.parallel import environment
 from zimage.parallel.environment import FAILED, INTERRUPTED, LOST, REASONS
 from zimage.pictures.files import read_metadata
@@ -127,10 +128,22 @@ def test_an_interrupt_ends_all(start, number, status):
 
 
 @pytest.mark.full
-def test_ranks_end_with_the_process_that_started_them(start):
+@pytest.mark.parametrize("seconds", [0.01, 0.3])
+def test_an_interrupt_ends_ranks_that_start(start, seconds):
     command = start(*LONG, "--gpus", 2)
     command.ranks(2)
-    command.until_it_draws()
+    time.sleep(seconds)
+    os.kill(command.process.pid, signal.SIGINT)
+    ended(command, 130, INTERRUPTION)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("begins", [True, False], ids=["while they start", "while they draw"])
+def test_ranks_end_with_the_process_that_started_them(start, begins):
+    command = start(*LONG, "--gpus", 2)
+    command.ranks(2)
+    if not begins:
+        command.until_it_draws()
     command.process.kill()
     assert command.end(DEADLINE) == -signal.SIGKILL
 
@@ -197,7 +210,8 @@ def test_an_error_of_another_rank_ends_all_with_its_line(start, tmp_path, monkey
         (["--gpus", "2", "--server", "http://localhost:1"], "--gpus belongs to the server; leave it out"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_starts(arguments, told, capsys):
+def test_what_does_not_go_together_is_refused_before_anything_starts(arguments, told, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert main(["gen", "a cat", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
@@ -209,6 +223,50 @@ def test_torchrun_and_gpus_must_agree(monkeypatch, capsys):
     monkeypatch.setattr(ranks, "place", lambda: environment.Place(0, 3, 0))
     assert main(["gen", "a cat", "--gpus", "2"]) == 2
     assert "gpus 2: torchrun has started 3 ranks; leave it out, or pass 3" in capsys.readouterr().err
+
+
+def test_each_rank_has_its_own_of_any_gpu(monkeypatch):
+    """One that is named is never exchanged for a CPU."""
+    from zimage.cli import ranks
+
+    monkeypatch.setattr(ranks, "place", lambda: environment.Place(1, 2, 1))
+    for there, auto in ((True, "cuda:1"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert ranks.own_devices({"device": "auto"})["device"] == ranks.own_devices({})["device"] == auto
+        assert ranks.own_devices({"dit_device": "cuda"}) == {"device": auto, "dit_device": "cuda:1"}
+        assert ranks.own_devices({"device": "cuda", "vae_device": "cpu"}) == {"device": "cuda:1", "vae_device": "cpu"}
+
+
+@pytest.mark.parametrize(("dit", "vae", "found"), [("cpu", "cpu", "cpu"), ("cpu", "cuda:1", "cuda:1")])
+def test_ranks_talk_where_the_tensors_are(dit, vae, found):
+    from types import SimpleNamespace
+
+    import torch
+
+    from zimage.cli import ranks
+
+    places = {name: SimpleNamespace(device=torch.device(at)) for name, at in (("dit", dit), ("vae", vae))}
+    assert ranks.talking(SimpleNamespace(places=places)) == torch.device(found)
+
+
+def test_settings_of_a_state_are_checked_too(monkeypatch):
+    """They are not known before the ranks are started."""
+    from zimage.cli import ranks, settings
+
+    monkeypatch.setattr(ranks, "place", lambda: environment.Place(0, 2, 0))
+    resolved = settings.resolve_options({"device": "cpu", "compile": True})
+    with pytest.raises(RequestError, match="compiled blocks cannot wait"), ranks.drawing(resolved):
+        pass
+
+
+def test_a_word_is_whole_or_not_there(tmp_path, monkeypatch):
+    """torchrun's agent fails at half of one."""
+    seen, file = [], tmp_path / "word"
+    monkeypatch.setenv(environment.ERROR_FILE, str(file))
+    monkeypatch.setattr(environment.json, "dump", lambda word, out: seen.append(file.exists()))
+    environment.leave_word("no such file", FAILED)
+    assert seen == [False]
+    assert file.exists()
 
 
 def test_other_launchers_variables_make_no_rank(monkeypatch):

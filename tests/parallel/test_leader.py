@@ -178,3 +178,8 @@ def test_a_rank_is_planned_with_its_share_of_the_work(pool, settings):
     assert halved["dit"] == plain["dit"].activations / 2
     assert found["vae"] < 0.6 * plain["vae"].activations
     assert found["ranks"] == halved["ranks"] == 4
+
+
+def test_afterwards_a_pipeline_is_planned_alone(pool, settings):
+    plain = leading.load(settings).prepare(leading.Request.from_mapping(PLAIN)).plan.stages
+    assert pool.run(2, leading.afterwards, settings, PLAIN) == [(plain["dit"].activations, 1)] * 2

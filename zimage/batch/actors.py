@@ -10,7 +10,6 @@ so takes the place of the picture. The bits are `gen`'s: the same job in the sam
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -177,9 +176,9 @@ class _Notes(logging.Handler):
 
 def _drawn(pipe: "ZImage", job: "Job", conditions: "Conditions | None") -> tuple[Any, dict[str, float]]:
     """The one picture of a job, and seconds per stage."""
-    timings, last, image = dict[str, float](), time.perf_counter(), None
-    for event in pipe.run(job, conditions=conditions):
-        now = time.perf_counter()
-        timings[event.stage] = timings.get(event.stage, 0.0) + now - last
-        last, image = now, event.image or image
+    from zimage.events import timed
+
+    timings, image = dict[str, float](), None
+    for event in timed(pipe.run(job, conditions=conditions), timings):
+        image = event.image or image
     return image, {stage: round(seconds, 4) for stage, seconds in timings.items()}

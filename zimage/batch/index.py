@@ -9,13 +9,12 @@ is what counts: lines that a kill took are written anew from the pictures.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
 from zimage.errors import CheckpointError, RequestError
-from zimage.formats.atomic import beside, destination, extend, naming
+from zimage.formats.atomic import beside, destination, extend, naming, write_new
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
 from zimage.pictures.files import read_metadata
@@ -67,10 +66,7 @@ class Index:
         self.close()
         ids = dict.fromkeys([*order, *self.lines])
         with naming(self.path), beside(self.path) as temporary:
-            with temporary.open("xb") as stream:
-                stream.writelines(_text(self.lines[id]) for id in ids if id in self.lines)
-                stream.flush()
-                os.fsync(stream.fileno())
+            write_new(temporary, (_text(self.lines[id]) for id in ids if id in self.lines))
             self._lock.publish(temporary)
         self.lines = {id: self.lines[id] for id in ids if id in self.lines}
 

@@ -54,19 +54,6 @@ def of_text(name: str, text: str) -> Plain:
     return value if one else [value]
 
 
-def listed(name: str, text: str) -> list[Plain]:
-    """V1,V2,… → the values of a setting, as `sweep` takes them: an empty one leaves it as it is, quotes as in CSV.
-
-    Raises RequestError.
-    """
-    try:
-        (values,) = csv.reader([text], strict=True)
-    except (csv.Error, ValueError):
-        told = f"{name}: {quoted(text)} cannot be read; a value with a comma stands in double quotes, as in CSV"
-        raise RequestError(told, fields=(name,)) from None
-    return [of_text(name, value) if value else None for value in values or [""]]
-
-
 def _json(name: str, text: str) -> Plain:
     try:
         return json_value(f"{name} {quoted(text)}", text)

@@ -61,9 +61,10 @@ def batch(
     quiet: bool,
     **options: object,
 ) -> None:
-    """Draw the rows of JOBS (.jsonl, .csv, .parquet) on many workers, into a folder with an index.
+    """Draw the rows of JOBS on many workers.
 
-    A row holds settings of a picture by their names, and an id, which names its file. Options are the defaults of all
+    FOLDER gets their pictures and an index. JOBS is a file (.jsonl, .csv or .parquet); a row holds settings of a
+    picture by their names, and an id, which names the picture's file. Options are the defaults of all
     rows. The same command goes on where it was interrupted; pictures are the ones that `gen` draws.
     """
     started, progress = time.perf_counter(), Progress(quiet)
@@ -113,15 +114,14 @@ def _sources(jobs: Path | None, prompts: Path | None) -> "Iterator[Source]":
 
 def _lists(text: str) -> tuple[str, list[Plain]]:
     """NAME=VALUE,… → (name, values). Raises RequestError."""
-    from zimage.batch.sources import listed
+    from zimage.batch.sources import of_text
+    from zimage.settings.varied import varied
 
-    name, equals, values = text.partition("=")
-    name = name.strip().replace("-", "_")
+    name, texts = varied(text)
     known = [known for known in Request.names() if known not in NOT_OF_ROWS]
-    if not equals or name not in known:
-        hint = nearest(name, known) if equals else "write NAME=VALUE,…"
-        raise RequestError(f"vary {quoted(text)} names no setting of a row; {hint}")
-    return name, listed(name, values)
+    if name not in known:
+        raise RequestError(f"vary {quoted(text)} names no setting of a row; {nearest(name, known)}")
+    return name, [of_text(name, value) if value else None for value in texts]
 
 
 def _make(folder: Path) -> None:

@@ -54,10 +54,10 @@ def compare(
     theme: str,
     font: Path | None,
 ) -> None:
-    """Put the cells of a sweep's FOLDER side by side, with their values as headings.
+    """Put the cells of a sweep's FOLDER side by side.
 
-    An axis is a setting that the sweep varied, or prompt, or seed. Without options the first axis that varies becomes
-    the columns, the second the rows, and each combination of the others a page.
+    Their values are the headings. An axis is a setting that the sweep varied, or prompt, or seed. Without options the
+    first axis that varies becomes the columns, the second the rows, and each combination of the others a page.
     """
     from zimage.experiments.difference import kind_of
     from zimage.experiments.folder import Experiment

@@ -51,10 +51,11 @@ def metrics(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Score the cells of a sweep's FOLDER, write the scores into their records, and rank the settings by them.
+    """Score the cells of a sweep's FOLDER, and rank settings.
 
-    Settings are compared on the same prompts, and the intervals (95 %) come from resampled prompts: where a setting's
-    distance "behind the first" may be 0, other prompts may change the order.
+    The scores are written into the cells' records. Settings are compared on the same prompts, and the intervals (95 %)
+    come from resampled prompts: where a setting's distance "behind the first" may be 0, other prompts may change the
+    order.
     """
     from zimage.experiments.folder import Experiment
     from zimage.experiments.metrics.catalogue import KINDS, parse_metrics

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from zimage import interrupts
 from zimage.cli import terminal
 from zimage.cli.settings import load_pipeline, resolve_options
 from zimage.errors import RequestError
@@ -23,6 +24,8 @@ from zimage.settings.profiles import Resolved
 from zimage.settings.scale import ParallelSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from zimage.parallel.leader import Leader
     from zimage.pipeline import ZImage
 
@@ -89,11 +92,12 @@ def drawing(resolved: Resolved) -> Iterator[tuple["ZImage", "ZImage | Leader"]]:
     from zimage.parallel.leader import Leader
     from zimage.parallel.meeting import announce, met
 
+    _check(resolved)  # a state has settings of its own
     pipe = load_pipeline(resolved, own_devices(resolved.of(LoadSettings)))
     parallel = ParallelSettings.from_mapping(resolved.of(ParallelSettings))
     loading = LoadSettings.from_mapping(resolved.of(LoadSettings))
     announce({"load": loading.to_mapping(), "cfg_parallel": parallel.cfg_parallel})
-    with met(pipe.device) as ranks, Leader(pipe, ranks, parallel.cfg_parallel) as leader:
+    with met(talking(pipe)) as ranks, Leader(pipe, ranks, parallel.cfg_parallel) as leader:
         yield pipe, leader
 
 
@@ -101,9 +105,18 @@ def own_devices(loading: Mapping[str, Plain]) -> dict[str, Plain]:
     """Settings of loading, with this rank's own GPU in the place of any."""
     import torch
 
-    gpu = f"cuda:{place().local}" if torch.cuda.is_available() else "cpu"
+    gpu = f"cuda:{place().local}"
+    own = {"cpu": "cpu", "cuda": gpu, "auto": gpu if torch.cuda.is_available() else "cpu"}
     named = {"device": "auto"} | {name: loading[name] for name in DEVICES if loading.get(name)}
-    return {**loading, **{name: "cpu" if device == "cpu" else gpu for name, device in named.items()}}
+    return {**loading, **{name: own[str(device)] for name, device in named.items()}}
+
+
+def talking(pipe: "ZImage") -> "torch.device":
+    """Where the tensors are that ranks exchange: a GPU, if the DiT or the VAE is there, and a CPU's memory."""
+    from zimage.loading.registry import DIT, VAE
+
+    devices = [pipe.places[name].device for name in (DIT, VAE)]
+    return next((device for device in devices if device.type == "cuda"), devices[0])
 
 
 # ------------------------------------------------------------------ the others
@@ -122,7 +135,7 @@ def follow() -> int:
 
     loading = own_devices(plan["load"])
     pipe = ZImage.load(loading.pop("model", None), **loading)
-    with met(pipe.device) as ranks:
+    with met(talking(pipe)) as ranks:
         follow(pipe, ranks, plan["cfg_parallel"])
     return 0
 
@@ -149,6 +162,7 @@ def standing() -> Iterator[Place]:
 
 def leave(line: str, status: int, reason: str) -> NoReturn:
     """End a rank that cannot go on, at once: what it shares with others may never be let go."""
+    interrupts.ignore()  # also torchrun's, which would take its word from it
     terminal.clear()
     leave_word(line, reason)
     if not is_launched() and (place().leads or reason == FAILED):

@@ -15,20 +15,18 @@ from zimage.cli.prompts import given_prompts
 from zimage.cli.settings import configured, resolver
 from zimage.cli.trust import check_address, check_folder, check_server
 from zimage.errors import RequestError, ZImageError, one_line
-from zimage.experiments.axes import FIXED, Axis, check_axes, parse_axis, parse_seeds, zipped
-from zimage.experiments.cells import Cell, cells_of
-from zimage.experiments.order import by_caption, ordered
-from zimage.experiments.record import RECORDS, Journal, Record
-from zimage.experiments.running import Sweep
-from zimage.experiments.sweep_file import SweepFile, read_sweep
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
-from zimage.settings.scale import BatchSettings
+from zimage.settings.scale import FIXED, BatchSettings
 
 if TYPE_CHECKING:
     from zimage.events import Event
+    from zimage.experiments.axes import Axis
+    from zimage.experiments.cells import Cell
+    from zimage.experiments.record import Record
+    from zimage.experiments.sweep_file import SweepFile
 
 
 @click.command(cls=GroupedCommand)
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--zip", "together", is_flag=True, help="Change all settings of --vary together, not as a grid.")
 @click.option("--seeds", metavar="FIRST-LAST,…", help="Seeds of each cell. Default: that of the settings file, else 0.")
 @click.option("--toml", type=PATH, help="Read prompts, seeds, settings and axes from a file; options override them.")
-@click.option("--dry-run", is_flag=True, help="List the cells in the order in which they would be drawn.")
+@click.option("--dry-run", is_flag=True, help="Draw nothing; list all cells in their order.")
 @configured
 @options_of(Request, skip=tuple(FIXED))
 @options_of(LoadSettings)
@@ -77,6 +75,10 @@ def sweep(
 
     FOLDER gets a picture and a record of each cell; options are the settings of all.
     """
+    from zimage.experiments.axes import parse_seeds
+    from zimage.experiments.cells import cells_of
+    from zimage.experiments.sweep_file import SweepFile, read_sweep
+
     file = read_sweep(toml) if toml else SweepFile([], [], {}, [])
     left = {name: value for name, value in file.settings.items() if options.get(name) in (None, ())}
     resolve = resolver({**options, **left})
@@ -95,8 +97,10 @@ def sweep(
         _draw(cells, output, _workers(base), progress)
 
 
-def _axes(vary: Sequence[str], together: bool, file: SweepFile) -> list[Axis]:
+def _axes(vary: Sequence[str], together: bool, file: "SweepFile") -> "list[Axis]":
     """Those of --vary, and those of the file that they do not replace. Raises RequestError."""
+    from zimage.experiments.axes import check_axes, parse_axis, zipped
+
     own = [parse_axis(text) for text in vary]
     names = {name for one in own for name in one.names}
     axes = [*(one for one in file.axes if not names.issuperset(one.names)), *(zipped(own) if together else own)]
@@ -104,7 +108,7 @@ def _axes(vary: Sequence[str], together: bool, file: SweepFile) -> list[Axis]:
     return axes
 
 
-def _check_effect(axes: Sequence[Axis], options: Mapping[str, Plain]) -> None:
+def _check_effect(axes: "Sequence[Axis]", options: Mapping[str, Plain]) -> None:
     """Raise RequestError for an option in the place of which every cell has a value of an axis."""
     for one in axes:
         for name, values in zip(one.names, zip(*one.points, strict=True), strict=True):
@@ -113,7 +117,7 @@ def _check_effect(axes: Sequence[Axis], options: Mapping[str, Plain]) -> None:
                 raise RequestError(f"{text} value, which leaves the setting as it is", fields=(name,))
 
 
-def _prompts(given: str | list[str] | None, file: SweepFile, base: Resolved, axes: Sequence[Axis]) -> list[str]:
+def _prompts(given: str | list[str] | None, file: "SweepFile", base: Resolved, axes: "Sequence[Axis]") -> list[str]:
     prompts = file.prompts if given is None else [given] if isinstance(given, str) else given
     embedded = "embeddings" in base.entries or any("embeddings" in one.names for one in axes)
     if not prompts and not embedded:
@@ -127,7 +131,9 @@ def _seeds(base: Resolved) -> list[int]:
     return seed if isinstance(seed, list) else [seed]
 
 
-def _list(cells: Sequence[Cell]) -> None:
+def _list(cells: "Sequence[Cell]") -> None:
+    from zimage.experiments.order import by_caption, ordered
+
     groups = ordered(cell for cell in cells if not cell.error)
     for cell in (cell for group in groups for cell in group.cells):
         terminal.out(f"{cell.id}  {cell.label}  {one_line(cell.prompt, 60)}")
@@ -152,8 +158,11 @@ def _workers(base: Resolved) -> BatchSettings | None:
     return settings if asked else None
 
 
-def _draw(cells: Sequence[Cell], folder: Path, workers: BatchSettings | None, progress: Progress) -> None:
+def _draw(cells: "Sequence[Cell]", folder: Path, workers: BatchSettings | None, progress: Progress) -> None:
     """Draw what is not there yet. Raises ZImageError where cells failed."""
+    from zimage.experiments.record import RECORDS, Journal
+    from zimage.experiments.running import Sweep
+
     begun = time.perf_counter()
     with Journal(folder) as journal:
         running = Sweep(cells, folder, journal)
@@ -184,7 +193,9 @@ class _Told:
     def __init__(self, progress: Progress, folder: Path, total: int, done: int):
         self._progress, self._folder, self._total, self._done = progress, folder, total, done
 
-    def of(self, cell: Cell, what: "Event | Record") -> None:
+    def of(self, cell: "Cell", what: "Event | Record") -> None:
+        from zimage.experiments.record import Record
+
         if not isinstance(what, Record):
             self._progress.head = f"{self._done + 1}/{self._total} {one_line(cell.label, 60)} · "
             self._progress.update(what)

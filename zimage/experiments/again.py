@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from zimage.errors import RequestError, ZImageError, one_line, quoted
+from zimage.errors import RequestError, one_line, quoted
 from zimage.experiments.difference import distance
 from zimage.experiments.folder import Cell
 from zimage.experiments.record import Record, facts
+from zimage.experiments.running import told
 from zimage.settings.fields import Plain
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class Renders:
             try:
                 self._renders[cell.id] = self._rendered(cell)
             except Exception as error:
-                told = str(error) if isinstance(error, ZImageError) else f"{type(error).__name__}: {error}"
-                self._renders[cell.id] = Render("failed", told=one_line(told))
+                self._renders[cell.id] = Render("failed", told=one_line(told(error)))
 
     def _rendered(self, cell: Cell) -> Render:
         from zimage.experiments.recorded import request_of

@@ -8,27 +8,21 @@ Any setting of a request or of loading can be one: a model, a LoRA, a template o
 of steps. Axes are crossed with one another; those that are zipped change together.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.declared import MAX_SEED, Request
+from zimage.settings.environment import from_text
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.loading import LoadSettings
+from zimage.settings.scale import FIXED
+from zimage.settings.varied import varied
 
 SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings)
 OWNERS = {name: settings for settings in SETTINGS for name in settings.names()}
 KINDS = {field.name: kinds[-1] for settings in SETTINGS for field, kinds in fields(settings)}
 LISTS = {name: takes_one for settings in SETTINGS for name, takes_one in list_fields(settings).items()}
-# What a sweep decides by itself: it draws one picture per cell.
-FIXED = {
-    "prompt": "pass prompts as arguments or with --file",
-    "seed": "pass --seeds",
-    "images": "a cell is one picture; pass --seeds",
-    "batch_size": "a cell is one picture",
-}
-SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 MOST_SEEDS = 10_000
 
 
@@ -50,17 +44,9 @@ def axis(name: str, values: Sequence[Plain]) -> Axis:
 
 def parse_axis(text: str) -> Axis:
     """NAME=VALUE,VALUE,… → an axis. Raises RequestError."""
-    name, equals, listed = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals:
-        raise RequestError(f"vary {quoted(text)} should be NAME=VALUE,VALUE,…, such as steps=4,8,16")
+    name, texts = varied(text)
     check_name(name)
-    try:
-        (values,) = csv.reader([listed], strict=True)
-    except (csv.Error, ValueError):
-        text = f"{name}: {quoted(listed)} cannot be read; a value with a comma stands in double quotes, as in CSV"
-        raise RequestError(text, fields=(name,)) from None
-    return axis(name, [read(name, value) for value in values or [""]])
+    return axis(name, [read(name, value) for value in texts])
 
 
 def zipped(axes: Sequence[Axis]) -> list[Axis]:
@@ -99,14 +85,9 @@ def check_name(name: str) -> None:
 
 
 def read(name: str, text: str) -> Plain:
-    """A value from the command line as its field holds it; what cannot be read stays text, for the field to refuse."""
-    kind = KINDS[name]
-    if kind is bool:
-        return SWITCHES.get(text.lower(), text)
-    try:
-        return kind(text) if text and kind in (int, float) else text
-    except ValueError:
-        return text
+    """A value from the command line, as far as a plain type makes it from its text. Raises RequestError."""
+    kind = KINDS[name] if KINDS[name] in (bool, int, float) else str
+    return from_text(name, text, kind) if text else None
 
 
 def checked(name: str, value: Plain) -> Plain:
@@ -118,6 +99,19 @@ def checked(name: str, value: Plain) -> Plain:
     if KINDS[name] is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return OWNERS[name].check_one(name, value)
+
+
+def shown(value: Plain) -> str:
+    """A value of an axis as people read it, and write it with --vary."""
+    if value is None:
+        return "default"
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{shown(weight)}" for key, weight in value.items())
+    if isinstance(value, list | tuple):
+        return " + ".join(map(shown, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value) or "(empty)"
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from zimage.errors import RequestError, one_line, quoted
-from zimage.experiments.axes import OWNERS, Axis
+from zimage.experiments.axes import OWNERS, Axis, shown
 from zimage.settings.conditions import names_of
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, as_plain
@@ -69,19 +69,6 @@ class Cell:
         """What tells it from other cells of its prompt, on one line."""
         told = [f"{name} {one_line(shown(value), LONGEST_SHOWN)}" for name, value in self.axes.items()]
         return one_line(", ".join([*told, f"seed {self.seed}"]), LONGEST_LABEL)
-
-
-def shown(value: Plain) -> str:
-    """A value of an axis as people read it."""
-    if value is None:
-        return "–"
-    if isinstance(value, dict):
-        return ",".join(f"{key}:{weight:g}" for key, weight in value.items())
-    if isinstance(value, list):
-        return " + ".join(map(shown, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def cells_of(axes: Sequence[Axis], prompts: Sequence[str], seeds: Sequence[int], resolve: Resolve) -> list[Cell]:

@@ -24,6 +24,7 @@ from zimage.loading.registry import DIT, VAE
 from zimage.pictures.files import save
 from zimage.pipeline import ZImage
 from zimage.render.job import Job
+from zimage.render.stages import finished
 from zimage.render.state import RenderState, load_state, save_state
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
@@ -150,11 +151,11 @@ class Drawer:
     def _denoised(self, cell: Cell, job: Job, held: Held) -> Outcomes:
         """To the finished latents, which its state file then holds."""
         state = self._begun(cell, job)
-        if _is_denoised(state, job):
+        if len(finished(job, state)) == job.count:
             return
         for event in self._followed(cell, job, self.pipe.run(job, state), held):
             yield cell, event
-            if state.update(event) and _is_denoised(state, job):
+            if state.update(event) and len(finished(job, state)) == job.count:
                 break
         save_state(self.folder / cell.state, state, {"cell": cell.id})
 
@@ -204,8 +205,3 @@ class Drawer:
 
     def _cost(self, cell: Cell) -> Cost:
         return self._costs.setdefault(cell.id, Cost())
-
-
-def _is_denoised(state: RenderState, job: Job) -> bool:
-    """Whether the last pass has ended, so that only decoding is left."""
-    return len(state.finished) == job.count and (job.request.hires is None or bool(state.small))

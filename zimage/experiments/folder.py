@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from zimage.errors import RequestError, one_line, quoted
+from zimage.experiments.axes import shown as shown_plain
 from zimage.experiments.record import Record, read_records
 from zimage.formats.files import is_inside
 from zimage.pictures.image import open_image
@@ -83,7 +84,7 @@ class Experiment:
         if not equals or axis not in known:
             raise RequestError(f"{quoted(text)} should be AXIS=VALUE, where AXIS is one of {', '.join(known)}")
         for value in known[axis]:
-            if wanted in (value, shown(value)) or _number(wanted) == json.loads(value):
+            if wanted in (value, shown(value)) or _is_number(wanted, json.loads(value)):
                 return axis, value
         values = ", ".join(one_line(shown(value), 40) for value in known[axis][:20])
         raise RequestError(f"{axis} has no value {quoted(wanted)} here; it has {values}")
@@ -145,7 +146,7 @@ class Experiment:
 
 
 def by_values(cells: Iterable[Cell]) -> dict[frozenset[tuple[str, str]], Cell]:
-    """Cells by their place on all axes. Where several have one, as in a folder of two sweeps, the last of them stands."""
+    """Cells by their values on all axes; of several with the same ones, as in a folder of two sweeps, the last."""
     return {frozenset(cell.values.items()): cell for cell in cells}
 
 
@@ -156,12 +157,8 @@ def varying(cells: Sequence[Cell]) -> dict[str, list[str]]:
 
 
 def shown(value: str) -> str:
-    """A value of an axis as people read it."""
-    plain = json.loads(value)
-    if plain is None:
-        return "default"
-    text = plain if isinstance(plain, str) else value.removesuffix(".0")
-    return one_line(text, LONGEST) or "(empty)"
+    """A value on an axis, as JSON text, as people read it: on one line."""
+    return one_line(shown_plain(json.loads(value)), LONGEST) or "(empty)"
 
 
 def _cell(folder: Path, record: Record) -> Cell:
@@ -190,12 +187,12 @@ def _path(folder: Path, record: Record) -> Path | None:
     return path if is_inside(folder, path) and path.is_file() else None
 
 
-def _number(text: str) -> float | None:
-    """People write 3 for 3.0."""
+def _is_number(text: str, value: Plain) -> bool:
+    """Whether a text is this number: people write 3 for 3.0."""
     try:
-        return float(text)
+        return value is not None and float(text) == value
     except ValueError:
-        return None
+        return False
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

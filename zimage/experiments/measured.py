@@ -1,24 +1,21 @@
 """What a cell takes: seconds by stage, components loaded, texts encoded, and the peak of memory."""
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from zimage.events import Event
+from zimage.events import Event, timed
 from zimage.loading.memory import process_memory
 from zimage.loading.plan import MemoryPlan
 from zimage.render.conditioning import Encoder, Text
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage
-
-R = TypeVar("R")
 
 
 class CountingEncoder:
@@ -49,24 +46,18 @@ class Cost:
         self.counts[what] += 1
 
     def follow(
-        self, pipe: "ZImage", encoder: CountingEncoder, events: Generator[Event, None, R]
-    ) -> Generator[Event, None, R]:
+        self, pipe: "ZImage", encoder: CountingEncoder, events: Generator[Event, None, object]
+    ) -> Generator[Event, None, None]:
         """The same events, and what they took; the time that their consumer takes is not counted."""
         encoded = encoder.count
         reset_peaks(pipe)
         try:
-            while True:
-                begun = time.perf_counter()
-                try:
-                    event = next(events)
-                except StopIteration as finished:
-                    return finished.value
-                spent = time.perf_counter() - begun
-                self.timings[event.stage] = self.timings.get(event.stage, 0.0) + spent
-                self.counts["loads"] += event.stage == "load" and event.step == 0 and event.detail not in pipe.loaded
-                yield event
+            with contextlib.closing(timed(events, self.timings)) as measured:
+                for event in measured:
+                    begins = event.stage == "load" and event.step == 0
+                    self.counts["loads"] += begins and event.detail not in pipe.loaded
+                    yield event
         finally:
-            events.close()
             self.counts["encodes"] += encoder.count - encoded
             for device, peak in peaks(pipe).items():
                 self.memory[device] = max(self.memory.get(device, 0), peak)

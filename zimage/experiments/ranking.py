@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from zimage.errors import RequestError, quoted
+from zimage.experiments.axes import shown
 from zimage.experiments.record import Record
 from zimage.settings.fields import Plain
 
@@ -151,11 +152,9 @@ def _interval(values: Array) -> Interval:
 
 
 def _setting(record: Record, axes: Sequence[str]) -> Setting:
-    """The record's place on these axes; lists become tuples, which can be keys."""
+    """The record's place on these axes; lists become tuples and blends their text, which can be keys."""
     return tuple((axis, _key(record.axes.get(axis))) for axis in axes)
 
 
 def _key(value: Plain) -> Plain:
-    if isinstance(value, list):
-        return tuple(map(_key, value))
-    return tuple((name, _key(inner)) for name, inner in value.items()) if isinstance(value, dict) else value
+    return tuple(map(_key, value)) if isinstance(value, list) else shown(value) if isinstance(value, dict) else value

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from zimage import interrupts
 from zimage.errors import CheckpointError, OutputError, RequestError, quoted
-from zimage.formats.atomic import beside, extend, naming
+from zimage.formats.atomic import beside, extend, naming, write_new
 from zimage.formats.files import read_file, require_inside
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
@@ -157,20 +157,24 @@ class Journal:
     def append(self, record: Record) -> None:
         """Add a record, or replace the one with its id; it is on the disk when this returns."""
         with interrupts.held(), naming(self.path), self.path.open("ab", buffering=0) as stream:
-            extend(stream, (record.line() + "\n").encode())
+            extend(stream, _text(record))
         self.records[record.id] = record
 
     def replace(self, records: Iterable[Record]) -> None:
         """Put these in the place of all that there are, in one step."""
         self.records = {record.id: record for record in records}
-        with beside(self.path) as temporary:
-            temporary.write_text("".join(record.line() + "\n" for record in self.records.values()), encoding="utf-8")
+        with naming(self.path), beside(self.path) as temporary:
+            write_new(temporary, map(_text, self.records.values()))
             self._lock.publish(temporary)
 
     def _remove_torn_line(self) -> None:
         content = self.path.read_bytes()
         if not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def _text(record: Record) -> bytes:
+    return record.line().encode() + b"\n"
 
 
 def _read(path: Path) -> dict[str, Record]:

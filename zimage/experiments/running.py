@@ -17,7 +17,7 @@ from zimage.errors import RequestError, ZImageError, one_line
 from zimage.experiments.cells import Cell
 from zimage.experiments.order import Loaded, ordered
 from zimage.experiments.record import CAPTIONS, WORKERS, Journal, Record
-from zimage.formats.atomic import remove
+from zimage.formats.atomic import remove, settle
 from zimage.version import __version__
 
 if TYPE_CHECKING:
@@ -64,8 +64,10 @@ class Sweep:
                 remove(self.folder / name)
 
     def keep(self, cell: Cell, values: Mapping[str, Any]) -> Record:
-        """Write the record of a cell."""
+        """Write the record of a cell, whose picture is on the disk before."""
         record = Record(cell.id, axes=cell.axes, prompt=cell.prompt, seed=cell.seed, **values)
+        if record.path is not None:
+            settle(self.folder / record.path)
         self.journal.append(record)
         (self.folder / cell.state).unlink(missing_ok=True)
         return record

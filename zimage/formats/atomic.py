@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -49,11 +49,16 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The same of bytes."""
     with naming(path), beside(path) as temporary:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(temporary, [content])
         os.replace(temporary, path)
+
+
+def write_new(path: Path, contents: Iterable[bytes]) -> None:
+    """Write a file that is not there yet, one content after the other; it is on the disk when this returns."""
+    with path.open("xb") as file:
+        file.writelines(contents)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def extend(stream: FileIO, content: bytes) -> None:
@@ -69,6 +74,12 @@ def extend(stream: FileIO, content: bytes) -> None:
     except OSError:
         stream.truncate(end)
         raise
+
+
+def settle(path: Path) -> None:
+    """Have a file's content on the disk, also after a power cut. Raises OSError that names it."""
+    with naming(path), path.open("rb+") as file:  # Windows wants it writable
+        os.fsync(file.fileno())
 
 
 def free_name(path: Path) -> Path:

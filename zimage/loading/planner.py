@@ -22,13 +22,13 @@ from itertools import combinations
 import torch
 
 from zimage.errors import RequestError
-from zimage.loading.allocator import page_locked_bytes, reserved_bytes
+from zimage.loading.allocator import page_locked_bytes
 from zimage.loading.devices import Place
 from zimage.loading.files import ModelFiles
 from zimage.loading.memory import available_memory, process_memory
 from zimage.loading.plan import MemoryPlan, StagePlan, Workload
 from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE, VISION, VISION_TOWER
-from zimage.loading.sizes import BlockBytes, ComponentSizes, measure
+from zimage.loading.sizes import ComponentSizes, measure, window_bytes
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE
 from zimage.settings.loading import LoadSettings
 
@@ -218,7 +218,7 @@ class Planner:
                 weights=whole.weights - sum(blocks[i].resident for i in chosen) + beside,
                 streamed=chosen,
                 streamed_bytes=sum(blocks[i].loaded for i in chosen),
-                window=_window(on_cpu, [blocks[i] for i in chosen]),
+                window=window_bytes(on_cpu, [blocks[i] for i in chosen]),
             )
             if stage.peak <= limit:
                 break
@@ -331,16 +331,6 @@ def _is_allowed(plan: MemoryPlan, stage: StagePlan) -> bool:
 def _gb(size: int) -> str:
     """A budget in GB that is not below a size."""
     return f"{-(-size // 10**8) / 10:.1f}"
-
-
-def _window(on_cpu: bool, blocks: list[BlockBytes]) -> int:
-    """Bytes of the running block and the next one; a block that is cast is read ahead as it is stored."""
-    loaded = max(block.loaded for block in blocks)
-    if not on_cpu:
-        return reserved_bytes([loaded, loaded])
-    if len(blocks) == 1:
-        return loaded + blocks[0].stored
-    return loaded + max(block.stored or block.loaded for block in blocks)
 
 
 def _held_bytes(device: torch.device) -> int:

@@ -222,3 +222,13 @@ def _repacked_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 @cache
 def _largest_matrix(model: nn.Module) -> int:
     return max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+
+
+def window_bytes(on_cpu: bool, blocks: list[BlockBytes]) -> int:
+    """Bytes of the running block and the next one; a block that is cast is read ahead as it is stored."""
+    loaded = max(block.loaded for block in blocks)
+    if not on_cpu:
+        return reserved_bytes([loaded, loaded])
+    if len(blocks) == 1:
+        return loaded + blocks[0].stored
+    return loaded + max(block.stored or block.loaded for block in blocks)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from zimage.interrupts import TORCHRUN
 
-LAUNCHED = "zimage"  # the run that `gen --gpus` begins
+LAUNCHED = "zimage-"  # begins the name of a run that `gen --gpus` has started; its process id follows
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # Why a rank ended, the reason that explains others first: a rank that was killed leaves no word.
 FAILED, KILLED, INTERRUPTED, LOST = "failed", "killed", "interrupted", "lost"
@@ -40,15 +40,24 @@ def place() -> Place:
 
 def is_launched() -> bool:
     """Whether `gen --gpus` started this rank, and says in one line how all of them ended."""
-    return os.environ.get(TORCHRUN) == LAUNCHED
+    return os.environ.get(TORCHRUN, "").startswith(LAUNCHED)
+
+
+def starter() -> int:
+    """The process that started this rank, by its id.
+
+    By the name of the run where that tells, since the process may have gone before anybody asks.
+    """
+    return int(os.environ[TORCHRUN].removeprefix(LAUNCHED)) if is_launched() else os.getppid()
 
 
 def leave_word(line: str, reason: str) -> None:
-    """Tell torchrun why this rank ends, in the form in which its agent reads that."""
+    """Tell torchrun why this rank ends, in the form in which its agent reads that: half of it would end the agent."""
     if file := os.environ.get(ERROR_FILE):
         word = {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "reason": reason}}
-        with open(file, "w", encoding="utf-8") as out:
+        with open(f"{file}.part", "w", encoding="utf-8") as out:
             json.dump({"message": word}, out)
+        os.replace(out.name, file)
 
 
 def word_of(left: dict[str, Any]) -> tuple[str, str]:

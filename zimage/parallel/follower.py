@@ -31,6 +31,7 @@ def follow(pipe: ZImage, ranks: Ranks, cfg_parallel: bool = False) -> None:
         word = orders.hear(ranks)
         if word is Word.JOB:
             word = _draw(pipe, ranks, halves, *orders.take(ranks))
+    pipe.planner.divide(1)  # it draws alone again
 
 
 def _draw(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 
 from zimage import interrupts
+from zimage.parallel.environment import starter
 
 GRACE = 5.0  # seconds from a signal to the end
 POLL = 0.5  # seconds
@@ -27,7 +28,7 @@ def guarded() -> Iterator[None]:
         end.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(ours, os.getppid(), over), daemon=True, name="guard")
+    thread = threading.Thread(target=_watch, args=(ours, starter(), over), daemon=True, name="guard")
     thread.start()
     try:
         yield

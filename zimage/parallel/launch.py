@@ -11,6 +11,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -32,27 +34,25 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     """
     with _silence(), tempfile.TemporaryDirectory(prefix="zimage-ranks-") as folder, _environment(_of_ranks(count)):
         try:
-            elastic_launch(_config(count, folder), sys.executable)("-m", "zimage", *arguments)
+            with _signals():
+                elastic_launch(_config(count, folder), sys.executable)("-m", "zimage", *arguments)
         except ChildFailedError as error:
             raise failure(error.failures, count) from None
-        except SignalException as told:
-            raise interrupts.Interrupt(told.sigval) from None
 
 
 def _config(count: int, folder: str) -> LaunchConfig:
-    """One machine, no second try, words in a folder; a signal that is ignored here (`nohup`) stays so."""
-    ending = [number.name for number in interrupts.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    """One machine, no second try, words in a folder; signals are handled here."""
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=LAUNCHED,
+        run_id=f"{LAUNCHED}{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=folder),
-        signals_to_handle=",".join(ending),
+        signals_to_handle="",
         shutdown_timeout=int(GRACE) + 2,
     )
 
@@ -82,6 +82,31 @@ def _of_ranks(count: int) -> dict[str, str]:
     talk = {"GLOO_SOCKET_IFNAME": LOOPBACK[sys.platform]} if sys.platform in LOOPBACK else {}
     share = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
     return {"OMP_NUM_THREADS": str(share), "TORCH_CPP_LOG_LEVEL": "ERROR", **talk}
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Raise Interrupt for a signal, once the engine has ended all ranks; one that is ignored (`nohup`) stays so.
+
+    To ranks each is a SIGTERM: in its first moments Python answers to Ctrl-C with pages.
+    """
+    told: list[int] = []
+
+    def arrived(number: int, frame: FrameType | None) -> NoReturn:
+        told.append(number)
+        raise SignalException("told to end", signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, arrived)
+    try:
+        yield
+    except SignalException:
+        raise interrupts.Interrupt(told[0]) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

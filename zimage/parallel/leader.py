@@ -55,6 +55,7 @@ class Leader:
         if not self._has_ended and not self._is_parted:
             orders.say(self._ranks, Word.END)
         self._has_ended = True
+        self.pipe.planner.divide(1)  # it draws alone again
 
     @property
     def _is_parted(self) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from zimage import interrupts
 from zimage.captioner import Captioner
 from zimage.errors import OutputError, RequestError, ZImageError
-from zimage.events import Event
+from zimage.events import Event, timed
 from zimage.formats.lock import Lock
 from zimage.formats.lora import content_hash
 from zimage.loading.loras import LoraUse
@@ -191,19 +191,17 @@ class Drawing:
 
     def run(self, check: Check) -> Message:
         """Draw what is not drawn yet. A cancel comes through in the middle of a step, but not while weights move."""
-        begun = last = time.monotonic()
+        begun = time.monotonic()
         hooks = [self._previews.hook] if self._previews else []
         try:
-            events = self.pipe.run(self.job, self.state, hooks)
+            events = timed(self.pipe.run(self.job, self.state, hooks), self.timings)
             with self._previews or nullcontext(), closing(events), ExitStack() as moving:
                 for event in events:
                     check()
-                    self.timings[event.stage] = self.timings.get(event.stage, 0.0) + time.monotonic() - last
                     if event.stage == "load":
                         moving.close() if event.step else moving.enter_context(interrupts.held())
                     self._take(event)
-                    last = time.monotonic()
-                    self._keep(event, last - begun)
+                    self._keep(event, time.monotonic() - begun)
         except OutputError:
             raise  # once there is room, the job goes on from its state
         except BaseException:

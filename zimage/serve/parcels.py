@@ -6,12 +6,11 @@ The other machine keeps files in a folder of its own, ROOT, at the paths that th
 ROOT before its paths, and comes back without: no path of the one machine means anything on the other.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from zimage.formats.atomic import beside
+from zimage.formats.atomic import write_bytes
 from zimage.formats.peft import FILE_NAME
 from zimage.serve.channel import Message
 from zimage.settings.fields import Plain
@@ -58,7 +57,5 @@ def put(path: Path, content: bytes | None) -> None:
     """Write a file whole, or remove it. Raises OSError."""
     if content is None:
         path.unlink(missing_ok=True)
-        return
-    with beside(path) as temporary:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+    else:
+        write_bytes(path, content)

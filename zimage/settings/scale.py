@@ -7,6 +7,13 @@ from zimage.settings.fields import Settings, check_fields, setting
 
 MOST_RANKS = 64
 GROUP = "Several devices"
+# What a sweep decides by itself, since it draws one picture per cell → what to pass instead.
+FIXED = {
+    "prompt": "pass prompts as arguments or with --file",
+    "seed": "pass --seeds",
+    "images": "a cell is one picture; pass --seeds",
+    "batch_size": "a cell is one picture",
+}
 
 
 @dataclass(frozen=True)

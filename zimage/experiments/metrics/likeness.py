@@ -49,7 +49,10 @@ class Likeness:
         self.model, self.tokens, self.pixels, self.device = model, tokens, pixels, device
         self.text_vector = functools.lru_cache(maxsize=256)(self._text_vector)
 
-    def score(self, picture: Image.Image, prompt: str) -> float:
+    def score(self, picture: Image.Image, prompt: str) -> float | None:
+        """None without a prompt, as where saved embeddings took its place."""
+        if not prompt.strip():
+            return None
         return float(self.model.picture_vector(self.pixels(picture).to(self.device)) @ self.text_vector(prompt))
 
     def _text_vector(self, prompt: str) -> Tensor:

@@ -1,7 +1,6 @@
 """The weights of LPIPS under our names: converted once, then kept as safetensors in the user's cache."""
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from zimage.errors import CheckpointError
 from zimage.experiments.metrics.lpips_package import PUBLISHED, Source, published_arrays
-from zimage.formats.atomic import beside
+from zimage.formats.atomic import write_bytes
 from zimage.formats.stored import TensorFile
 from zimage.settings.environment import cache_folder
 
@@ -76,9 +75,7 @@ def _keep(file: Path, network: str, weights: dict[str, Tensor]) -> None:
     """For the next time; where that fails, the package is read again then."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with beside(file) as temporary:
-            temporary.write_bytes(save(weights, _described(network)))
-            os.replace(temporary, file)
+        write_bytes(file, save(weights, _described(network)))
     except OSError as error:
         log.warning("the weights of LPIPS are not cached in %s: %s", file.parent, error.strerror or error)
 
