@@ -9,7 +9,6 @@ Rank 0 does what the command says. The others wait until it tells them to draw w
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -167,7 +166,4 @@ def leave(line: str, status: int, reason: str) -> NoReturn:
     leave_word(line, reason)
     if not is_launched() and (place().leads or reason == FAILED):
         terminal.note(f"error: {line}" if place().leads else f"error: rank {place().rank}: {line}")
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
     os._exit(status)

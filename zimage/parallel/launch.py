@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
+import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -80,7 +81,7 @@ def _told(rank: int, count: int, end: ProcessFailure) -> tuple[str, str]:
 def _of_ranks(count: int) -> dict[str, str]:
     """Variables that each rank gets, unless the user has set them: its share of the cores, where to talk, no logs."""
     talk = {"GLOO_SOCKET_IFNAME": LOOPBACK[sys.platform]} if sys.platform in LOOPBACK else {}
-    share = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
+    share = max(1, torch.get_num_threads() // count)
     return {"OMP_NUM_THREADS": str(share), "TORCH_CPP_LOG_LEVEL": "ERROR", **talk}
 
 
