@@ -8,7 +8,11 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +27,8 @@ from zimage.pictures.files import read_metadata
 
 SHORT = ("a red cat", "--seed", "1", "--steps", "4", "--width", "64", "--height", "64", "--dtype", "fp32")
 CPU = ("--device", "cpu")
+README = Path(__file__).parents[2] / "zimage" / "parallel" / "README.md"
+SAVING = 'event.image and event.image.save(f"{ranks.rank}.png")'
 DEADLINE = 30.0  # seconds from the end of a rank to that of all
 
 
@@ -59,6 +65,23 @@ def test_pictures_are_those_of_one_rank(start, tmp_path):
     (told,) = json.loads((two.folder / "out").read_text())["images"]
     assert told["path"] == "picture.png"
     assert two.errors == []
+
+
+def test_the_program_of_the_readme_draws(tmp_path):
+    """On two ranks of a CPU, the demo in the place of a model that is not here; it saves what it draws."""
+    text = README.read_text(encoding="utf-8").partition("In a program of your own")[2].split("\n\nA rank waits")[0]
+    program = textwrap.dedent(text.partition("\n\n")[2])
+    for shown, here in (
+        ('"Z-Image-Turbo", device=f"cuda:{os.environ[\'LOCAL_RANK\']}"', 'device="cpu"'),
+        ("...", SAVING),
+    ):
+        assert program.count(shown) == 1, shown
+        program = program.replace(shown, here)
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("*.png")] == ["0.png"]  # only the first rank's events have pictures
 
 
 @pytest.mark.full

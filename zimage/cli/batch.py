@@ -34,7 +34,7 @@ KEPT = "what is drawn is kept, and the same command goes on"
 
 @click.command(cls=GroupedCommand)
 @click.argument("jobs", required=False, type=PATH)
-@click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line, in the place of JOBS.")
+@click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line, instead of JOBS.")
 @click.option(
     "-o", "--output", "folder", type=PATH, required=True, metavar="FOLDER", help="Folder of the pictures and the index."
 )

@@ -101,7 +101,7 @@ def drawing(resolved: Resolved) -> Iterator[tuple["ZImage", "ZImage | Leader"]]:
 
 
 def own_devices(loading: Mapping[str, Plain]) -> dict[str, Plain]:
-    """Settings of loading, with this rank's own GPU in the place of any."""
+    """Settings of loading, with this rank's own GPU instead of any."""
     import torch
 
     gpu = f"cuda:{place().local}"

@@ -109,7 +109,7 @@ def _axes(vary: Sequence[str], together: bool, file: "SweepFile") -> "list[Axis]
 
 
 def _check_effect(axes: "Sequence[Axis]", options: Mapping[str, Plain]) -> None:
-    """Raise RequestError for an option in the place of which every cell has a value of an axis."""
+    """Raise RequestError for an option that no cell would use, since each has a value of an axis instead."""
     for one in axes:
         for name, values in zip(one.names, zip(*one.points, strict=True), strict=True):
             if options.get(name) not in (None, ()) and None not in values:

@@ -165,7 +165,7 @@ class Contents:
         self._templates: dict[Plain, Templates] = {}
 
     def marked(self, name: str, value: Plain) -> Plain:
-        """A setting's value with the content of files in the place of their paths."""
+        """A setting's value with the content of files instead of their paths."""
         m = FIELDS[name].metadata
         if value is None or (name == "mask" and value == MASK_ALPHA):
             return value

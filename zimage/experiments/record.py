@@ -121,7 +121,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
-    """Put these in the place of a folder's records, all of them or none. Raises as `Journal` does."""
+    """Replace a folder's records with these, all of them or none. Raises as `Journal` does."""
     with Journal(folder) as journal:
         journal.replace(records)
 
@@ -161,7 +161,7 @@ class Journal:
         self.records[record.id] = record
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Put these in the place of all that there are, in one step."""
+        """Replace all records with these, in one step."""
         self.records = {record.id: record for record in records}
         with naming(self.path), beside(self.path) as temporary:
             write_new(temporary, map(_text, self.records.values()))

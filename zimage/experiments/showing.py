@@ -1,4 +1,4 @@
-"""What stands in the place of a cell: its picture or how it differs from another, and the words below."""
+"""What a cell shows: its picture or how it differs from another, and the words below."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ class Lpips(nn.Module):
         widths = [3, *(layer.width for layer in self.network.layers)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inputs, layer.width, layer.kernel, layer.stride, layer.padding)
-            for inputs, layer in zip(widths, self.network.layers, strict=False)
+            for inputs, layer in zip(widths[:-1], self.network.layers, strict=True)
         )
         counting = [layer.width for layer in self.network.layers if layer.counts]
         self.weights = nn.ParameterList(torch.empty(width) for width in counting)

@@ -18,7 +18,7 @@ def patch_grid(picture: Tensor) -> float | None:
 
     Mean differences between neighbours, along rows and columns, are looked at as a signal: what repeats every 16 pixels
     has its power at the multiples of the frequency 1/16, whatever its sign and its place within a patch.
-    Source: Wang, Bovik, Evans, "Blind measurement of blocking artifacts in images", 2000, with 16 in the place of 8.
+    Source: Wang, Bovik, Evans, "Blind measurement of blocking artifacts in images", 2000, with 16 instead of 8.
     """
     if min(picture.shape[1:]) < SMALLEST:
         return None

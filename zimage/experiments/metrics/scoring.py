@@ -47,7 +47,7 @@ def score(experiment: Experiment, metric: Metric, base: Base, device: torch.devi
 
 
 def store(journal: Journal, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """Put scores {metric: {id of a cell: score}} into the records, in the place of all earlier ones of these metrics.
+    """Put scores {metric: {id of a cell: score}} into the records, replacing all earlier ones of these metrics.
 
     What was scored against another base must not stand beside it. Raises OSError.
     """
