@@ -21,8 +21,8 @@ from zimage.cli import main
 from zimage.cli.gen import gen
 from zimage.dit import ZImageDiT
 from zimage.loading.files import ModelFiles, open_model
-from zimage.render import stages
-from zimage.settings.declared import VISION_BLENDS
+from zimage.render import denoising
+from zimage.settings.captions import VISION_BLENDS
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import ALL_SETTINGS, FIELDS
 from zimage.text import Qwen3
@@ -205,6 +205,7 @@ CASES = [
     Case("steps", 2),
     Case("seed", 2),
     Case("guidance", 2.0),
+    Case("sampler", "heun", beside={"steps": 2}),
     Case("shift", 6.0, beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),
@@ -381,10 +382,10 @@ def opened():
 def run(places, opened, tmp_path, monkeypatch, capsys):
     """A command line in a folder of its own; whatever it does is noted."""
     calls, compiled, count = [], [], iter(range(99))
-    denoise = stages.denoise_steps
+    denoise = denoising.denoise_steps
     monkeypatch.setattr("zimage.pipeline.open_model", opened)
     monkeypatch.setattr("zimage.loading.residency.compile_blocks", compiled.append)
-    monkeypatch.setattr(stages, "denoise_steps", lambda *a: calls.append(len(a[3].noise)) or denoise(*a))
+    monkeypatch.setattr(denoising, "denoise_steps", lambda *a: calls.append(len(a[3].noise)) or denoise(*a))
 
     def call(*arguments: str, settings: str | None = None, environment: tuple[str, str] | None = None) -> Outcome:
         for notes in (calls, compiled, places["asked"]):

@@ -13,7 +13,8 @@ import pytest
 from zimage.cli import main
 from zimage.cli.prompts import file_prompts
 from zimage.errors import RequestError
-from zimage.settings.declared import LONGEST_TEXT, MAX_TEXT_TOKENS, Request
+from zimage.settings.captions import LONGEST_TEXT, MAX_TEXT_TOKENS
+from zimage.settings.declared import Request
 from zimage.settings.loading import LoadSettings
 
 SIZE = {"width": 64, "height": 64, "steps": 1, "seed": 1}

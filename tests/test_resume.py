@@ -179,7 +179,7 @@ def test_keeping_the_state_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypat
         (["--resume", "nothing"], "a prompt is needed"),
         (["--resume", "text"], "cannot be read as the state"),
         (["--resume", "hollow"], "does not hold a complete state"),
-        (["--resume", "earlier"], "is a state of format 1, not 2; finish the render with the version that wrote it"),
+        (["--resume", "earlier"], "is a state of format 1, not 3; finish the render with the version that wrote it"),
         (["--resume", "empty"], "cannot be read as the state of a render: it lacks 'step'"),
         (["--resume", "listed"], "listed should hold a JSON object, not list"),
     ],
@@ -188,7 +188,7 @@ def test_what_would_end_otherwise_is_refused_and_nothing_lost(run, monkeypatch, 
     stopped(monkeypatch, run, "--steps", "2", "--seed", "1", "--checkpoint", "state", "-o", "x.png")
     Path("text").write_text("hello")
     save_state(Path("hollow"), RenderState(), {})
-    kept = {"format": "zimage-render", "version": "2", "state": "{}"}
+    kept = {"format": "zimage-render", "version": "3", "state": "{}"}
     save_file({}, "earlier", {**kept, "version": "1"})
     save_file({}, "empty", kept)
     save_file({}, "listed", {**kept, "state": "[1]"})

@@ -21,7 +21,7 @@ from zimage.pictures.files import read_metadata
 from zimage.render import seeing
 from zimage.render.job import Job
 from zimage.render.state import RenderState
-from zimage.settings.declared import VISION_BLENDS
+from zimage.settings.captions import VISION_BLENDS
 from zimage.text import Qwen3, Qwen3VL
 from zimage.text.blend import Seen, blend
 from zimage.text.chat import seen_text

@@ -26,12 +26,13 @@ from zimage.loading.registry import DIT, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.residency import Residency
 from zimage.loading.vision import with_vision
 from zimage.render.attached import open_picture, opened_references
+from zimage.render.components import Components
 from zimage.render.conditioning import CachedEncoder, Encoder, Identified, LocalEncoder, Text, Texts, TokenCount
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.rewriting import Rewrite, Rewriter
 from zimage.render.seeing import Look, View, Vision, glimpses, mixed, needed, references, see, views_of
-from zimage.render.stages import Components
-from zimage.settings.declared import HIDDEN_LAYER, SIZE_MULTIPLE, VISION_TOKENS, CaptionSettings, TextSettings
+from zimage.settings.captions import HIDDEN_LAYER, VISION_TOKENS, CaptionSettings, TextSettings
+from zimage.settings.declared import SIZE_MULTIPLE
 from zimage.settings.environment import from_environment
 from zimage.settings.loading import LoadSettings
 from zimage.settings.paths import user_path

@@ -1,7 +1,7 @@
 """What a render tells its consumer while it runs, and its result."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,8 +19,8 @@ class Event:
 
     `stage` is "load" (of the component that `detail` names), "see" (a reference), "encode", "encode image", "encode
     control", "denoise", "enlarge" (between two passes) or "decode"; `index` of `count` counts distinct references,
-    texts or images. `latents` (B, 16, h, w) come with denoising steps, those of the region that is rendered; `image`
-    with each finished picture, the whole of it.
+    texts or images. `latents` (B, 16, h, w) come with denoising steps, those of the region that is rendered, with what
+    is `carried` besides them to the next step, by name; `image` with each finished picture, the whole of it.
     """
 
     stage: str
@@ -30,6 +30,7 @@ class Event:
     count: int = 1
     detail: str = ""
     latents: Tensor | None = None
+    carried: Mapping[str, Tensor] | None = None
     image: Image.Image | None = None
 
 

@@ -39,8 +39,9 @@ from zimage.loading.plan import MemoryPlan, Workload
 from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.vision import with_vision
 from zimage.pictures.image import InputPicture
-from zimage.render import stages
+from zimage.render import denoising, stages
 from zimage.render.captioning import Conditions, encode
+from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
 from zimage.render.defaults import find_shift, usual_side
@@ -116,12 +117,12 @@ class ZImage(Captioner):
         with self._components().use(name) as module:
             return module
 
-    def _components(self, work: Workload | None = None, controls: ControlFiles = ()) -> stages.Components:
+    def _components(self, work: Workload | None = None, controls: ControlFiles = ()) -> Components:
         """For stages called one by one: planned for this work, else for a picture of the usual size."""
         adapters = self.lora.list()
         work = dataclasses.replace(work or self._usual, loras=bytes_beside(adapters, self.dtype))
         work = with_controls(work, controls, self.planner.sizes[DIT])
-        return stages.Components(self.residency, self.planner.plan(work, self.residency.copies), adapters, controls)
+        return Components(self.residency, self.planner.plan(work, self.residency.copies), adapters, controls)
 
     @property
     def _usual(self) -> Workload:
@@ -152,7 +153,7 @@ class ZImage(Captioner):
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
-        hooks: Sequence[stages.Hook] = (),
+        hooks: Sequence[denoising.Hook] = (),
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
@@ -161,7 +162,7 @@ class ZImage(Captioner):
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
-        it adds. `hooks` wrap every evaluation, see `render.stages`. Raises RequestError, and CheckpointError for an
+        it adds. `hooks` wrap every evaluation, see `render.denoising`. Raises RequestError, and CheckpointError for an
         unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
@@ -181,9 +182,11 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            guided = stages.Guidance(*scales.values())
-            *_, latents = stages.denoise_steps(components, captions, negative, start, sigmas, guided, steering, hooks)
-        return latents
+            sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()))
+            *_, reached = denoising.denoise_steps(
+                components, captions, negative, start, sigmas, sampling, steering, hooks
+            )
+        return reached.latents
 
     def decode(
         self,
@@ -232,13 +235,13 @@ class ZImage(Captioner):
         self,
         job: Job | Request,
         state: RenderState | None = None,
-        hooks: Sequence[stages.Hook] = (),
+        hooks: Sequence[denoising.Hook] = (),
         conditions: Conditions | None = None,
     ) -> Generator[Event, None, None]:
         """Render, yielding an Event per step; closing the generator cancels. A request is prepared first.
 
         Work that the `state` of an earlier run of the job contains is skipped. `hooks` wrap every evaluation, see
-        `render.stages`. With `conditions`, which `conditions` of this job returned here or elsewhere, nothing is
+        `render.denoising`. With `conditions`, which `conditions` of this job returned here or elsewhere, nothing is
         encoded. Raises RequestError, and CheckpointError for files that the job names, before any loading.
         """
         job, begun = self.begun(job, state)
@@ -260,9 +263,9 @@ class ZImage(Captioner):
         job = self.checked(job)
         return encode(self.components(job), job, self._encoder_of(job), self.texts, self.vision)
 
-    def components(self, job: Job) -> stages.Components:
+    def components(self, job: Job) -> Components:
         """The components as a checked job sees them, for stages that are run one by one."""
-        return stages.Components(self.residency, job.plan, self.lora.read(job.loras), control_files(job.request))
+        return Components(self.residency, job.plan, self.lora.read(job.loras), control_files(job.request))
 
     def _encoder_of(self, job: Job) -> Encoder:
         embeddings = job.request.embeddings

@@ -161,17 +161,17 @@ def test_bad_cells_are_records_and_the_others_go_on(sweep, tmp_path):
 
 
 def test_a_cell_that_fails_while_it_is_drawn_fails_alone(sweep, monkeypatch):
-    from zimage.render import stages
+    from zimage.render import denoising
 
-    step, calls = stages._Batch.step, []
+    step, calls = denoising._Batch.step, []
 
-    def failing(self, latents, i):
-        calls.append(i)
+    def failing(self, reached):
+        calls.append(reached.step)
         if len(calls) == 2:
             raise RuntimeError("the card fell off")
-        return step(self, latents, i)
+        return step(self, reached)
 
-    monkeypatch.setattr(stages._Batch, "step", failing)
+    monkeypatch.setattr(denoising._Batch, "step", failing)
     records, _ = sweep("--seeds", "0-2", "--steps", "1", status=1)
     assert [record.error for record in records] == [None, "RuntimeError: the card fell off", None]
     records, _ = sweep("--seeds", "0-2", "--steps", "1")

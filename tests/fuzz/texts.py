@@ -8,7 +8,8 @@ from pathlib import Path
 
 import zimage
 from zimage.cli.target import Target
-from zimage.settings.declared import LONGEST_TEXT, Request
+from zimage.settings.captions import LONGEST_TEXT
+from zimage.settings.declared import Request
 from zimage.settings.profiles import EXAMPLE, FIELDS, read_config, resolve
 from zimage.templates import FOLDER
 from zimage.text.templates import Templates, read_template

@@ -25,7 +25,8 @@ from zimage.errors import CheckpointError, RequestError
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.serve.encoding import encode
 from zimage.serve.forms import encoder, hidden_states
-from zimage.settings.declared import MAX_TEXT_TOKENS, Request
+from zimage.settings.captions import MAX_TEXT_TOKENS
+from zimage.settings.declared import Request
 from zimage.settings.rewriting import RewriteSettings
 from zimage.text.embeddings import caption_hash, load_embeddings
 from zimage.text.wire import Wanted, ids_hash, unpacked

@@ -11,7 +11,7 @@ from hostile import BOMBS, picture
 
 from zimage.serve.conditions import Piece
 from zimage.serve.forms import vision
-from zimage.settings.declared import VISION_BLENDS
+from zimage.settings.captions import VISION_BLENDS
 
 PNG = base64.b64encode(picture()).decode()
 

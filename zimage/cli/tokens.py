@@ -14,7 +14,7 @@ from zimage.cli.prompts import prompt_argument
 from zimage.cli.settings import configured, load_pipeline, resolve_options
 from zimage.cli.target import check_output
 from zimage.errors import RequestError
-from zimage.settings.declared import CaptionSettings, TextSettings
+from zimage.settings.captions import CaptionSettings, TextSettings
 from zimage.settings.fields import Plain
 from zimage.settings.loading import LoadSettings
 

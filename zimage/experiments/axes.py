@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zimage.errors import RequestError, quoted
-from zimage.settings.declared import MAX_SEED, Request
+from zimage.settings.declared import Request
 from zimage.settings.environment import from_text
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.loading import LoadSettings
+from zimage.settings.sampling import MAX_SEED
 from zimage.settings.scale import FIXED
 from zimage.settings.varied import varied
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from zimage.experiments.cells import Cell
-from zimage.settings.declared import CaptionSettings
+from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import Plain
 
 # What a caption is made from, the negative prompt's among them, which only guidance asks for.

@@ -12,7 +12,7 @@ from torch import Tensor
 from zimage import flow
 from zimage.errors import RequestError
 from zimage.parallel.ranks import Ranks
-from zimage.render.stages import Evaluate, Evaluation
+from zimage.render.denoising import Evaluate, Evaluation
 
 KIND = "guidance"  # of traffic
 

@@ -18,7 +18,7 @@ from zimage.pictures.image import InputPicture
 from zimage.render.attached import ATTACHMENTS, CONDITIONS
 from zimage.render.captioning import Conditions
 from zimage.render.job import Job
-from zimage.render.state import RenderState
+from zimage.render.state import CARRIED, RenderState, carried_of
 from zimage.text.embeddings import Embeddings
 
 ORDERS = "orders"  # this kind of traffic
@@ -57,6 +57,7 @@ def give(ranks: Ranks, job: Job, conditions: Conditions, state: RenderState) -> 
     tensors |= _numbered("finished", state.finished)
     tensors |= {} if conditions.negative is None else {"negative": conditions.negative}
     tensors |= {} if state.latents is None else {"latents": state.latents}
+    tensors |= {CARRIED + name: x for name, x in state.carried.items()}
     ranks.share(ORDERS, {"job": plain, "files": files, "step": state.step, "decoded": state.decoded}, tensors)
 
 
@@ -66,7 +67,8 @@ def take(ranks: Ranks) -> tuple[Job, Conditions, RenderState]:
     files = {hash: _opened(hash, about, tensors[f"file.{hash}"]) for hash, about in values["files"].items()}
     conditions = Conditions(_listed("caption", tensors), tensors.get("negative"))
     small, finished = _listed("small", tensors), _listed("finished", tensors)
-    state = RenderState(small, finished, tensors.get("latents"), values["step"], values["decoded"])
+    latents, carried = tensors.get("latents"), carried_of(tensors)
+    state = RenderState(small, finished, latents, values["step"], values["decoded"], carried)
     return Job.from_dict(values["job"], files), conditions, state
 
 

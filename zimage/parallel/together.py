@@ -14,7 +14,8 @@ from zimage.parallel.guidance import Halves
 from zimage.parallel.layout import check_ranks
 from zimage.parallel.ranks import Ranks
 from zimage.pipeline import ZImage
-from zimage.render.stages import Components, Hook
+from zimage.render.components import Components
+from zimage.render.denoising import Hook
 
 
 class Divided(Components):

@@ -25,7 +25,8 @@ from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.loading.residency import Residency
 from zimage.loading.weights import finite
-from zimage.settings.declared import MAX_TEXT_TOKENS, TEXT_PARTS, Request, TextSettings
+from zimage.settings.captions import MAX_TEXT_TOKENS, TEXT_PARTS, TextSettings
+from zimage.settings.declared import Request
 from zimage.settings.fields import Weights, either
 from zimage.text.cache import EmbeddingCache, cache_key
 from zimage.text.chat import format_chat

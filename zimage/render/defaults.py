@@ -32,6 +32,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         "width": width,
         "height": height,
         "steps": either(request.steps, 30 if is_base(model) else 8),
+        "sampler": either(request.sampler, "euler"),
         "guidance": guidance,
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
         "shift": find_shift(model, request.shift),

@@ -54,7 +54,7 @@ from zimage.loading.memory import out_of_memory_in
 from zimage.loading.registry import ROWS, VAE
 from zimage.loading.residency import Residency
 from zimage.pictures.image import to_pil
-from zimage.render.stages import Evaluate, Evaluation
+from zimage.render.denoising import Evaluate, Evaluation
 from zimage.settings.plain import mistake
 
 log = logging.getLogger("zimage")

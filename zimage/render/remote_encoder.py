@@ -20,7 +20,7 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.plan import MemoryPlan
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.render.conditioning import Text
-from zimage.settings.declared import LONGEST_TEXT
+from zimage.settings.captions import LONGEST_TEXT
 from zimage.settings.environment import ENCODER_TOKEN, encoder_token
 from zimage.settings.fields import Plain, as_plain, check_text
 from zimage.settings.loading import LoadSettings

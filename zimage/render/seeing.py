@@ -30,8 +30,8 @@ from zimage.loading.residency import Residency
 from zimage.loading.vision import WHERE, caption_width, config_of, mode_of, vision_of
 from zimage.loading.weights import finite
 from zimage.pictures.image import InputPicture
+from zimage.settings.captions import HIDDEN_LAYER, MAX_TEXT_TOKENS, VISION_TOKENS, CaptionSettings
 from zimage.settings.conditions import Reference
-from zimage.settings.declared import HIDDEN_LAYER, MAX_TEXT_TOKENS, VISION_TOKENS, CaptionSettings
 from zimage.text.blend import Seen, blend, blended_length
 from zimage.text.cache import EmbeddingCache, cache_key
 from zimage.text.chat import seen_text

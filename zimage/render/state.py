@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from zimage.settings.plain import mistake
 log = logging.getLogger("zimage")
 
 FORMAT = "zimage-render"
-VERSION = "2"
+VERSION = "3"
 MAX_BYTES = 16 << 30
-TENSORS = re.compile(r"(?:small|finished)\.(?:0|[1-9]\d{0,4})|latents")
+TENSORS = re.compile(r"(?:small|finished)\.(?:0|[1-9]\d{0,4})|latents|carried\.[a-z_]{1,20}(?:\.\d)?")
+CARRIED = "carried."
 
 
 @dataclass
@@ -44,7 +46,8 @@ class RenderState:
     """A consumer of a render's events, and what `ZImage.run` takes to continue one.
 
     `small` are the finished latents of the first of two passes, `finished` those of the last pass so far, `latents`
-    those in progress, after `step` evaluations, `decoded` the number of pictures that are done.
+    those in progress, after `step` steps, `carried` what these need besides, `decoded` the number of pictures that are
+    done.
     """
 
     small: list[Tensor] = field(default_factory=list)
@@ -52,10 +55,11 @@ class RenderState:
     latents: Tensor | None = None
     step: int = 0
     decoded: int = 0
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
     def snapshot(self) -> "RenderState":
         """A copy that later updates leave as it is."""
-        return replace(self, small=list(self.small), finished=list(self.finished))
+        return replace(self, small=list(self.small), finished=list(self.finished), carried=dict(self.carried))
 
     def update(self, event: Event) -> bool:
         """Take in an event; returns whether there is anything new to keep."""
@@ -65,6 +69,7 @@ class RenderState:
             done = event.step == event.total
             self.finished += event.latents.cpu().split(1) if done else []
             self.latents, self.step = (None, 0) if done else (event.latents.cpu(), event.step)
+            self.carried = {} if done else {name: x.cpu() for name, x in (event.carried or {}).items()}
         elif event.image is not None:
             self.decoded += 1
         else:
@@ -142,6 +147,7 @@ def save_state(path: Path, state: RenderState, record: dict[str, Any], lock: Loc
     tensors |= {f"finished.{i}": x for i, x in enumerate(state.finished)}
     if state.latents is not None:
         tensors["latents"] = state.latents
+    tensors |= {CARRIED + name: x for name, x in state.carried.items()}
     plain = {"step": state.step, "decoded": state.decoded, **record}
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(plain)}
     with beside(path) as temporary:
@@ -168,7 +174,12 @@ def load_state(path: Path) -> tuple[RenderState, dict[str, Any]]:
         small, finished = _numbered(tensors, "small"), _numbered(tensors, "finished")
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be read as the state of a render: {error}") from error
-    return RenderState(small, finished, tensors.get("latents"), step, decoded), record
+    return RenderState(small, finished, tensors.get("latents"), step, decoded, carried_of(tensors)), record
+
+
+def carried_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a state's tensors is carried from step to step, by its own name."""
+    return {name.removeprefix(CARRIED): x for name, x in tensors.items() if name.startswith(CARRIED)}
 
 
 def _record(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -214,9 +225,10 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
         f"{state.step} steps of {steps}": (state.latents is None) != (state.step == 0) or state.step >= steps,
         "latents of another shape": any(x.shape != (1, *first) for x in state.small)
         or any(x.shape != (1, *now) for x in state.finished)
-        or (state.latents is not None and state.latents.shape != (together, *now)),
+        or any(x.shape != (together, *now) for x in (*_present(state.latents), *state.carried.values())),
         "latents that contain NaN or infinity": not all(
-            bool(torch.isfinite(x).all()) for x in (*state.small, *state.finished, *_present(state.latents))
+            bool(torch.isfinite(x).all())
+            for x in (*state.small, *state.finished, *_present(state.latents), *state.carried.values())
         ),
     }
     return next((told for told, holds in faults.items() if holds), "")

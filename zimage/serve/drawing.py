@@ -31,7 +31,8 @@ from zimage.render.state import RenderState, StateFile, hold, load_state
 from zimage.serve.channel import Message
 from zimage.serve.encoding import encode
 from zimage.serve.uploads import named
-from zimage.settings.declared import Request, TextSettings
+from zimage.settings.captions import TextSettings
+from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
 from zimage.settings.rewriting import RewriteSettings
 

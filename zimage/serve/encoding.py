@@ -18,7 +18,7 @@ from zimage.errors import RequestError
 from zimage.loading.registry import TEXT_ENCODER
 from zimage.render.attached import open_picture
 from zimage.render.conditioning import Text
-from zimage.settings.declared import MAX_TEXT_TOKENS, TextSettings
+from zimage.settings.captions import MAX_TEXT_TOKENS, TextSettings
 from zimage.settings.fields import Plain, Weights
 from zimage.text.embeddings import caption_hash, save_embeddings
 from zimage.text.wire import dtype_name, ids_hash, packed, to_base64

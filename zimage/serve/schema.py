@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from zimage.serve.about import About
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
 from zimage.serve.conditions import MODEL, PICTURE
+from zimage.settings.captions import TextSettings
 from zimage.settings.conditions import MAX_CONTROL_SCALE, names_of
-from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request, TextSettings
+from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request
 from zimage.settings.fields import Plain, Settings, json_schema
 from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings

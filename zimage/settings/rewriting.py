@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from zimage.errors import RequestError
-from zimage.settings.declared import MAX_SEED, MAX_TIMEOUT
+from zimage.settings.declared import MAX_TIMEOUT
 from zimage.settings.environment import REWRITER_KEY
 from zimage.settings.fields import Settings, check_fields, setting
+from zimage.settings.sampling import MAX_SEED
 
 DEFAULT_REWRITER = "rewrite-expand"
 MAX_TOKENS = 512

@@ -17,7 +17,8 @@ from zimage.pictures.parameters import LORA as TAG
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, NAMES, lora_names
 from zimage.serve.forms.a1111_control import SCRIPTS, controls
 from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
-from zimage.settings.declared import LONGEST_TEXT, MAX_SIDE
+from zimage.settings.captions import LONGEST_TEXT
+from zimage.settings.declared import MAX_SIDE
 from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
 from zimage.settings.serving import ServeSettings
 

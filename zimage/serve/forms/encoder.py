@@ -13,7 +13,7 @@ from zimage.serve.bodies import FormRoute, read_object
 from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import TEXT, Schema, answers, listed, takes
 from zimage.serve.service import Service
-from zimage.settings.declared import TextSettings
+from zimage.settings.captions import TextSettings
 from zimage.settings.fields import Plain, check_text, json_schema
 
 MOST_TEXTS = 64

@@ -17,7 +17,7 @@ from zimage.serve.forms.encoder import taken
 from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import TEXT, WHOLE, Schema, answers, content, listed, record, takes
 from zimage.serve.service import Service
-from zimage.settings.declared import HIDDEN_LAYER, TextSettings
+from zimage.settings.captions import HIDDEN_LAYER, TextSettings
 from zimage.settings.fields import Plain, check_text
 
 MOST_TEXTS = 16

@@ -36,7 +36,7 @@ from zimage.serve.openapi import EVENTS, TEXT, WHOLE, answers, content, listed, 
 from zimage.serve.refusals import Conflict, Failed
 from zimage.serve.schema import Schema, whole
 from zimage.serve.service import Service
-from zimage.settings.declared import TextSettings
+from zimage.settings.captions import TextSettings
 from zimage.settings.fields import Plain
 from zimage.settings.serving import ServeSettings
 

@@ -19,8 +19,8 @@ from zimage.serve.forms.waiting import while_there
 from zimage.serve.openapi import MAYBE_TEXT, RECORD, TEXT, WHOLE, answers, content, listed, record, takes
 from zimage.serve.schema import FILE, text_body
 from zimage.serve.service import Service
+from zimage.settings.captions import TextSettings
 from zimage.settings.declared import Request as Drawing
-from zimage.settings.declared import TextSettings
 from zimage.settings.fields import Plain, Settings
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import laid_over

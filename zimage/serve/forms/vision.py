@@ -21,8 +21,8 @@ from zimage.serve.refusals import Conflict
 from zimage.serve.schema import FILE, SIGHT, SMALL_PNG, Schema, sight_fields, whole
 from zimage.serve.service import Service
 from zimage.serve.uploads import named
+from zimage.settings.captions import VISION_BLENDS
 from zimage.settings.conditions import ALPHA
-from zimage.settings.declared import VISION_BLENDS
 from zimage.settings.declared import Request as Drawing
 from zimage.settings.fields import Plain
 

@@ -1,7 +1,6 @@
-"""The flow-matching sampler as pure functions. σ is the noise level: 1 = pure noise, 0 = clean.
+"""Where denoising begins: at pure noise, or at a picture mixed with it; and what a mask keeps.
 
-A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε − x₀ (rectified flow: Liu et al. 2022,
-Lipman et al. 2022). Shapes: latents (B, C, h, w) fp32; masks (1, 1, h, w), 1 = repaint … 0 = keep.
+Shapes: latents (B, C, h, w) fp32; masks (1, 1, h, w), 1 = repaint … 0 = keep.
 """
 
 from typing import NamedTuple
@@ -11,51 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zimage.errors import RequestError
-
-
-def sigmas(steps: int = 8, shift: float = 3.0) -> Tensor:
-    """(steps + 1,) fp32 falling from 1 to 0: σ = shift·s / (1 + (shift − 1)·s) at s = 1 … 1/steps, then 0.
-
-    Each step is one model evaluation. A larger shift spends more of them near pure noise (Esser et al. 2024, eq. 23).
-    Computed in fp32 throughout, for the reference's bits.
-    """
-    if steps < 1 or shift <= 0:
-        raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0, respectively")
-    s = torch.linspace(1, 1 / steps, steps)
-    return torch.cat((shift * s / (1 + (shift - 1) * s), torch.zeros(1)))
-
-
-def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """x += (σ′ − σ)·v, in fp32."""
-    return latents + (sigma_next - sigma).to(latents.device) * velocity
-
-
-def guide(positive: Tensor, negative: Tensor, scale: float, normalization: float = 0.0) -> Tensor:
-    """Classifier-free guidance pos + scale·(pos − neg) (Ho & Salimans 2022, counted from 0), in fp32.
-
-    With normalization c > 0, a guided velocity longer than c · ‖pos‖ is scaled back to that length, sample by sample.
-    """
-    guided = positive + scale * (positive - negative)
-    if normalization <= 0:
-        return guided
-    dims = tuple(range(1, guided.ndim))
-    limit = normalization * torch.linalg.vector_norm(positive, dim=dims, keepdim=True)
-    length = torch.linalg.vector_norm(guided, dim=dims, keepdim=True)
-    return guided * torch.where(length > limit, limit / length, 1.0)
-
-
-def guidance_at(sigma: Tensor, scale: float, truncation: float = 1.0) -> float:
-    """The guidance scale at one noise level σ (): 0 once 1 − σ is past `truncation`.
-
-    1 − σ is taken in thousandths and fp32, as the reference does, so that ties fall the same way.
-    """
-    return 0.0 if float((1000 - sigma * 1000) / 1000) > truncation else scale
-
-
-def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:
-    """(1, C, h, w) fp32 drawn on the CPU, so that a seed gives the same noise on every device and in every batch."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((1, channels, h, w), generator=generator, dtype=torch.float32)
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -1,0 +1,42 @@
+"""The flow-matching sampler as pure functions. σ is the noise level: 1 = pure noise, 0 = clean.
+
+A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε − x₀ (rectified flow: Liu et al. 2022,
+Lipman et al. 2022).
+"""
+
+from zimage.flow.guidance import guidance_at, guide
+from zimage.flow.noise import StepNoise, start_noise
+from zimage.flow.schedules import sigmas
+from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
+from zimage.flow.starts import (
+    Start,
+    first_step,
+    first_steps,
+    keep_outside,
+    latent_mask,
+    noised,
+    soft_latent_mask,
+    start,
+    steps_between,
+)
+
+__all__ = [
+    "SOLVERS",
+    "Past",
+    "Solver",
+    "Start",
+    "StepNoise",
+    "euler_step",
+    "first_step",
+    "first_steps",
+    "guidance_at",
+    "guide",
+    "keep_outside",
+    "latent_mask",
+    "noised",
+    "sigmas",
+    "soft_latent_mask",
+    "start",
+    "start_noise",
+    "steps_between",
+]

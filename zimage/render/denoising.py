@@ -1,0 +1,283 @@
+"""The denoise stage: from captions and noise to finished latents, by a solver, a schedule and guidance.
+
+    captions ─ refine, context (once) ─┐
+    noise, clean latents ─ start ──→ x ┴─ evaluate at σᵢ: branches → guided velocity ─ solver ─→ x at σᵢ₊₁ ─ keep ─┐
+                                     └──────────────────────── next step ←────────────────────────────────────────┘
+
+A hook takes the function that computes an evaluation's velocity and gives another: guidance split over devices or a
+second noise prediction stand there without another pipeline.
+
+What a run carries from step to step is its latents and what its solver wants to see again; both are in every event, so
+that a run goes on from any step to the same bits.
+
+Shapes: B images, L caption tokens, C caption width, h × w latents.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zimage import flow
+from zimage.dit.control import Controlled
+from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.errors import RequestError
+from zimage.events import Event
+from zimage.loading.registry import DIT, VAE
+from zimage.loading.weights import finite
+from zimage.render.canvas import pastes
+from zimage.render.captioning import Conditions
+from zimage.render.components import Components
+from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
+from zimage.render.job import Job
+from zimage.render.state import RenderState
+
+# ------------------------------------------------------------------ one evaluation
+
+
+class Evaluation(NamedTuple):
+    """What one velocity is computed from.
+
+    `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; a solver may evaluate at the level after a step's
+    own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off.
+    """
+
+    dit: ZImageDiT
+    latents: Tensor
+    step: int
+    sigmas: Tensor  # (steps + 1,)
+    modulation: Modulation
+    positive: Context
+    negative: Context | None
+    scale: float
+    normalization: float
+    controls: Sequence[Controlled] = ()  # ControlNets that have a say in this step
+
+
+Evaluate = Callable[[Evaluation], Tensor]  # → velocity (B, 16, h, w) fp32
+Hook = Callable[[Evaluate], Evaluate]
+
+
+def guided_velocity(e: Evaluation) -> Tensor:
+    """The model's velocity, with classifier-free guidance where there is any."""
+    velocity = e.dit.velocity(e.latents, e.modulation, e.positive, e.controls)
+    if e.negative is None or e.scale <= 0:
+        return velocity
+    negative = e.dit.velocity(e.latents, e.modulation, e.negative, e.controls)
+    return flow.guide(velocity, negative, e.scale, e.normalization)
+
+
+# ------------------------------------------------------------------ one batch
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance over a run, as `flow.guidance_at` and `flow.guide` take it."""
+
+    scale: float = 0.0
+    truncation: float = 1.0
+    normalization: float = 0.0
+
+
+class Sampling(NamedTuple):
+    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes."""
+
+    sampler: str = "euler"
+    guidance: Guidance = Guidance()
+    seeds: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
+        """That of some of a job's images."""
+        request = job.request
+        guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
+        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch])
+
+
+class Reached(NamedTuple):
+    """Where a run stands before step number `step`: its latents, and by name what else that step needs, like them."""
+
+    step: int
+    latents: Tensor
+    carried: Mapping[str, Tensor]
+
+
+PAST = "past"  # what the solver wants to see again
+
+
+class _Batch:
+    """The steps of one batch. Between them it holds no component: one that is let go is gone."""
+
+    def __init__(
+        self,
+        components: Components,
+        start: flow.Start,
+        sigmas: Tensor,
+        sampling: Sampling,
+        steering: Steering,
+        hooks: Sequence[Hook],
+    ):
+        self.components, self.sigmas, self.sampling, self.steering = components, sigmas, sampling, steering
+        self.start = start.to(components.device(DIT))
+        self.solver = flow.SOLVERS[sampling.sampler]
+        self.noise = flow.StepNoise(sampling.seeds, self.start.latents, start.step) if self.solver.draws else None
+        self.evaluate: Evaluate = guided_velocity
+        for hook in hooks:
+            self.evaluate = hook(self.evaluate)
+
+    def condition(self, positive: Sequence[Tensor], negative: Sequence[Tensor] | None) -> None:
+        """What stays the same over the steps; captions come from where the text encoder runs."""
+        device, size = self.components.device(DIT), self.start.noise.shape[-2:]
+        with self.components.use(DIT) as dit, torch.no_grad():
+
+            def context(captions: Sequence[Tensor]) -> Context:
+                refined: Context = dit.context(dit.refine([caption.to(device) for caption in captions]), *size)
+                return refined
+
+            self.modulation = dit.modulate(self.sigmas[:-1])
+            self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
+            self.positive = context(positive)
+            self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+
+    def begin(self, reached: Reached | None) -> Reached:
+        """Where the first step begins."""
+        if reached is None:
+            return Reached(self.start.step, self.start.latents, {})
+        return reached._replace(latents=reached.latents.to(self.start.noise))
+
+    def step(self, reached: Reached) -> Reached:
+        """From a noise level to the next."""
+        i, sigmas, past = reached.step, self.sigmas, _listed(reached.carried, reached.latents.device)
+        with self.components.use(DIT) as dit, torch.no_grad():
+            latents, past = self.solver.step(
+                reached.latents,
+                i,
+                sigmas,
+                lambda x, level: self.evaluate(self._evaluation(dit, x, level)),
+                lambda: self._noise_of(i),
+                past,
+            )
+            latents = self.start.kept(latents, i, sigmas[i + 1])
+            if i in (self.start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
+                finite(latents, "the DiT", dit)
+        return Reached(i + 1, latents, {f"{PAST}.{k}": x for k, x in enumerate(past)})
+
+    def _evaluation(self, dit: ZImageDiT, latents: Tensor, level: int) -> Evaluation:
+        """What the model is asked at a noise level."""
+        guidance = self.sampling.guidance
+        return Evaluation(
+            dit,
+            latents,
+            level,
+            self.sigmas,
+            self.modulation.step(level),
+            self.positive,
+            self.negative,
+            flow.guidance_at(self.sigmas[level], guidance.scale, guidance.truncation),
+            guidance.normalization,
+            self.beside.step(level),
+        )
+
+    def _noise_of(self, step: int) -> Tensor:
+        assert self.noise is not None, "a solver that draws noise says so in its row"
+        return self.noise.at(step)
+
+
+def _listed(carried: Mapping[str, Tensor], device: torch.device) -> flow.Past:
+    """The solver's own of what is carried."""
+    count = sum(name.startswith(f"{PAST}.") for name in carried)
+    return tuple(carried[f"{PAST}.{k}"].to(device) for k in range(count))
+
+
+def denoise_steps(
+    components: Components,
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor] | None,
+    start: flow.Start,
+    sigmas: Tensor,
+    sampling: Sampling,
+    steering: Steering = NOTHING,
+    hooks: Sequence[Hook] = (),
+    reached: Reached | None = None,
+) -> Iterator[Reached]:
+    """Yield what each step reaches, for B captions (L, C) and as many negative ones; goes on from what is `reached`."""
+    batch = _Batch(components, start, sigmas, sampling, steering, hooks)
+    batch.condition(positive, negative)
+    reached = batch.begin(reached)
+    while reached.step < len(sigmas) - 1:
+        reached = batch.step(reached)
+        yield reached
+
+
+# ------------------------------------------------------------------ a whole pass
+
+
+class Sources(NamedTuple):
+    """What a pass is given besides captions.
+
+    `clean` are the latents (1, 16, h, w) that each image starts from, None where it starts from noise alone, and
+    `controls` what ControlNets read.
+    """
+
+    clean: list[Tensor] | None
+    controls: list[ControlInput]
+
+
+def denoise(
+    components: Components,
+    job: Job,
+    conditions: Conditions,
+    sources: Sources,
+    state: RenderState,
+    hooks: Sequence[Hook] = (),
+) -> Generator[Event, None, list[Tensor]]:
+    """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
+    request, finished = job.request, list(state.finished)
+    sigmas, mask = torch.tensor(job.sigmas), _latent_mask(components, job)
+    for first in range(len(finished), job.count, request.batch_size):
+        batch = range(first, min(first + request.batch_size, job.count))
+        start, done, begun = _start(components, job, batch, sources.clean, mask, sigmas), 0, None
+        total = len(sigmas) - 1 - start.step
+        if first == len(state.finished) and state.latents is not None:
+            done = state.step
+            if done >= total:  # how many there are, a mask by value decides
+                raise RequestError(f"the state is that of another render ({done} steps of {total}); start anew")
+            begun = Reached(start.step + done, state.latents, state.carried)
+        positive = [conditions.prompts[i // request.images] for i in batch]
+        negative = None if conditions.negative is None else [conditions.negative] * len(batch)
+        sampling, steering = Sampling.of(job, batch), Steering.of(request, sources.controls, start.step)
+        yield Event("denoise", done, total, first, job.count)
+        steps = denoise_steps(components, positive, negative, start, sigmas, sampling, steering, hooks, begun)
+        latents = start.latents
+        for step, (_, latents, carried) in enumerate(steps, done + 1):
+            yield Event("denoise", step, total, first, job.count, latents=latents, carried=carried)
+        finished += latents.split(1)
+    return finished
+
+
+def _start(
+    components: Components, job: Job, batch: range, clean: list[Tensor] | None, mask: Tensor | None, sigmas: Tensor
+) -> flow.Start:
+    """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
+    channels, (h, w) = components.config(DIT).in_channels, _latent_size(components, job)
+    noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
+    if clean is None:
+        return flow.start(noise, sigmas)
+    begin = torch.cat([clean[i] for i in batch]).cpu()
+    return flow.start(noise, sigmas, job.request.strength or 1.0, begin, mask)
+
+
+def _latent_mask(components: Components, job: Job) -> Tensor | None:
+    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back."""
+    mask = None if job.request.image is None else job.rendered().mask
+    if mask is None:
+        return None
+    reduced = flow.soft_latent_mask if pastes(job.request) else flow.latent_mask
+    return reduced(mask, *_latent_size(components, job))
+
+
+def _latent_size(components: Components, job: Job) -> tuple[int, int]:
+    """(h, w) of a job's last pass."""
+    factor = components.model.skeleton(VAE).spatial_factor
+    width, height, _ = job.passes[-1]
+    return height // factor, width // factor
