@@ -25,6 +25,7 @@ from zimage.render import denoising
 from zimage.settings.captions import VISION_BLENDS
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import ALL_SETTINGS, FIELDS
+from zimage.settings.sampling import SAMPLERS
 from zimage.text import Qwen3
 from zimage.text.embeddings import save_embeddings
 from zimage.vae import AutoencoderKL
@@ -205,7 +206,7 @@ CASES = [
     Case("steps", 2),
     Case("seed", 2),
     Case("guidance", 2.0),
-    Case("sampler", "heun", beside={"steps": 2}),
+    *[Case("sampler", name, beside={"steps": 3}) for name in SAMPLERS[1:]],
     Case("shift", 6.0, beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),

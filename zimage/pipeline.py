@@ -153,6 +153,8 @@ class ZImage(Captioner):
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
+        sampler: str = "euler",
+        seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
@@ -162,16 +164,18 @@ class ZImage(Captioner):
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
-        it adds. `hooks` wrap every evaluation, see `render.denoising`. Raises RequestError, and CheckpointError for an
-        unusable control file.
+        it adds. A `sampler` that adds noise draws it from `seeds`, one per image. `hooks` wrap every evaluation, see
+        `render.denoising`. Raises RequestError, and CheckpointError for an unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **scales, **say}.items():
+        for name, value in {"steps": steps, "shift": shift, "sampler": sampler, **scales, **say}.items():
             if value is not None:
                 Request.check_one(name, value)
+        if flow.SOLVERS[sampler].draws and len(seeds) != len(noise):
+            raise RequestError(f"{sampler} adds noise: pass a seed for each of {len(noise)} images", fields=("seeds",))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
@@ -182,7 +186,7 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()))
+            sampling = denoising.Sampling(sampler, denoising.Guidance(*scales.values()), seeds)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )

@@ -31,7 +31,7 @@ from zimage.render.captioning import Conditions
 from zimage.render.components import Components
 from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
 from zimage.render.job import Job
-from zimage.render.state import RenderState
+from zimage.render.state import PAST, RenderState
 
 # ------------------------------------------------------------------ one evaluation
 
@@ -100,9 +100,6 @@ class Reached(NamedTuple):
     step: int
     latents: Tensor
     carried: Mapping[str, Tensor]
-
-
-PAST = "past"  # what the solver wants to see again
 
 
 class _Batch:

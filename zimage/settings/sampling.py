@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
 
-SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
+# The rows of `flow.SOLVERS`.
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "lcm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "res_multistep",
+    "er_sde",
+)
 MAX_SEED = 2**63 - 1
 
 
@@ -21,7 +32,10 @@ class SamplingSettings(CaptionSettings):
         maximum=1000,
     )
     sampler: str | None = setting(
-        None, "Solver of the denoising steps. Default: euler.", group="Sampling", choices=SAMPLERS
+        None,
+        "Solver of the denoising steps; heun evaluates the model twice in each but the last. Default: euler.",
+        group="Sampling",
+        choices=SAMPLERS,
     )
     seed: int | list[int] | None = setting(
         None,
