@@ -182,7 +182,7 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()))
+            sampling = denoising.Sampling(guidance=flow.Guidance(guidance, cfg_truncation, cfg_normalization))
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )
