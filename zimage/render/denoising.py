@@ -80,18 +80,23 @@ class Guidance(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes."""
+    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
+
+    `variety` is that of `flow.varied`.
+    """
 
     sampler: str = "euler"
     guidance: Guidance = Guidance()
     seeds: Sequence[int] = ()
+    variety: float = 0.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
         guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
-        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch])
+        variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
+        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], variety)
 
 
 class Reached(NamedTuple):
@@ -137,7 +142,17 @@ class _Batch:
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
             self.positive = context(positive)
+            self.varied = self._varied(positive, context)
             self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+
+    def _varied(self, captions: Sequence[Tensor], context: Callable[[Sequence[Tensor]], Context]) -> dict[int, Context]:
+        """What stands for the prompts' context in the first steps, where there is variety between seeds."""
+        sampling = self.sampling
+        if sampling.variety <= 0:
+            return {}
+        pairs = zip(captions, sampling.seeds, strict=True)
+        early = flow.varied_steps(self.start.step, len(self.sigmas) - 1)
+        return dict.fromkeys(early, context([flow.varied(one, seed, sampling.variety) for one, seed in pairs]))
 
     def begin(self, reached: Reached | None) -> Reached:
         """Where the first step begins."""
@@ -153,7 +168,7 @@ class _Batch:
                 reached.latents,
                 i,
                 sigmas,
-                lambda x, level: self.evaluate(self._evaluation(dit, x, level)),
+                lambda x, level: self.evaluate(self._evaluation(dit, x, i, level)),
                 lambda: self._noise_of(i),
                 past,
             )
@@ -162,8 +177,8 @@ class _Batch:
                 finite(latents, "the DiT", dit)
         return Reached(i + 1, latents, {f"{PAST}.{k}": x for k, x in enumerate(past)})
 
-    def _evaluation(self, dit: ZImageDiT, latents: Tensor, level: int) -> Evaluation:
-        """What the model is asked at a noise level."""
+    def _evaluation(self, dit: ZImageDiT, latents: Tensor, step: int, level: int) -> Evaluation:
+        """What the model is asked at a noise level, by a step; all of a step see the same captions."""
         guidance = self.sampling.guidance
         return Evaluation(
             dit,
@@ -171,7 +186,7 @@ class _Batch:
             level,
             self.sigmas,
             self.modulation.step(level),
-            self.positive,
+            self.varied.get(step, self.positive),
             self.negative,
             flow.guidance_at(self.sigmas[level], guidance.scale, guidance.truncation),
             guidance.normalization,
