@@ -94,18 +94,23 @@ def guided_velocity(e: Evaluation) -> Tensor:
 
 
 class Sampling(NamedTuple):
-    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes."""
+    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
+
+    `variety` is that of `flow.varied`.
+    """
 
     sampler: str = "euler"
     guidance: flow.Guidance = flow.Guidance()
     seeds: Sequence[int] = ()
+    variety: float = 0.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
         guidance = flow.Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
-        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch])
+        variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
+        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], variety)
 
 
 class Reached(NamedTuple):
@@ -151,7 +156,17 @@ class _Batch:
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
             self.positive = context(positive)
+            self.varied = self._varied(positive, context)
             self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+
+    def _varied(self, captions: Sequence[Tensor], context: Callable[[Sequence[Tensor]], Context]) -> dict[int, Context]:
+        """What stands for the prompts' context in the first steps, where there is variety between seeds."""
+        sampling = self.sampling
+        if sampling.variety <= 0:
+            return {}
+        pairs = zip(captions, sampling.seeds, strict=True)
+        early = flow.varied_steps(self.start.step, len(self.sigmas) - 1)
+        return dict.fromkeys(early, context([flow.varied(one, seed, sampling.variety) for one, seed in pairs]))
 
     def begin(self, reached: Reached | None) -> Reached:
         """Where the first step begins."""
@@ -168,7 +183,7 @@ class _Batch:
                 reached.latents,
                 i,
                 sigmas,
-                lambda x, level: self.evaluate(self._evaluation(dit, x, level, kept)),
+                lambda x, level: self.evaluate(self._evaluation(dit, x, i, level, kept)),
                 lambda: self._noise_of(i),
                 past,
             )
@@ -177,8 +192,10 @@ class _Batch:
                 finite(latents, "the DiT", dit)
         return Reached(i + 1, latents, {**kept, **{f"{PAST}.{k}": x for k, x in enumerate(past)}})
 
-    def _evaluation(self, dit: ZImageDiT, latents: Tensor, level: int, kept: dict[str, Tensor]) -> Evaluation:
-        """What the model is asked at a noise level."""
+    def _evaluation(
+        self, dit: ZImageDiT, latents: Tensor, step: int, level: int, kept: dict[str, Tensor]
+    ) -> Evaluation:
+        """What the model is asked at a noise level, by a step; all of a step see the same captions."""
         guidance = self.sampling.guidance
         return Evaluation(
             dit,
@@ -186,7 +203,7 @@ class _Batch:
             level,
             self.sigmas,
             self.modulation.step(level),
-            self.positive,
+            self.varied.get(step, self.positive),
             self.negative,
             guidance.at(self.sigmas[level]),
             guidance,
