@@ -40,7 +40,8 @@ class Evaluation(NamedTuple):
     """What one velocity is computed from.
 
     `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; a solver may evaluate at the level after a step's
-    own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off.
+    own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off. `start` is
+    where the run began, and says which cells go back to the picture.
     """
 
     dit: ZImageDiT
@@ -52,7 +53,8 @@ class Evaluation(NamedTuple):
     negative: Context | None
     scale: float
     normalization: float
-    controls: Sequence[Controlled] = ()  # ControlNets that have a say in this step
+    controls: Sequence[Controlled]  # ControlNets that have a say in this step
+    start: flow.Start
 
 
 Evaluate = Callable[[Evaluation], Tensor]  # → velocity (B, 16, h, w) fp32
@@ -176,6 +178,7 @@ class _Batch:
             flow.guidance_at(self.sigmas[level], guidance.scale, guidance.truncation),
             guidance.normalization,
             self.beside.step(level),
+            self.start,
         )
 
     def _noise_of(self, step: int) -> Tensor:
