@@ -41,8 +41,9 @@ class Evaluation(NamedTuple):
 
     `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; a solver may evaluate at the level after a step's
     own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off, and
-    `guidance` says what is made of it. `carried` is what evaluations keep for later ones, by name, tensors like the
-    latents; it is the step's own, and goes on with what this step reaches.
+    `guidance` says what is made of it. `start` is where the run began, and says which cells go back to the picture.
+    `carried` is what evaluations keep for later ones, by name, tensors like the latents; it is the step's own, and goes
+    on with what this step reaches.
     """
 
     dit: ZImageDiT
@@ -54,8 +55,8 @@ class Evaluation(NamedTuple):
     negative: Context | None
     scale: float
     guidance: flow.Guidance
-    first: int  # the step with which the run begins
     controls: Sequence[Controlled]  # ControlNets that have a say in this step
+    start: flow.Start
     carried: dict[str, Tensor]
 
     @property
@@ -63,7 +64,8 @@ class Evaluation(NamedTuple):
         """What the model evaluates for it."""
         if self.negative is None:
             return (flow.PROMPT,)
-        return self.guidance.branches(self.scale, self.step - self.first, len(self.sigmas) - 1 - self.first)
+        first = self.start.step
+        return self.guidance.branches(self.scale, self.step - first, len(self.sigmas) - 1 - first)
 
     def alone(self, branch: str) -> "Evaluation":
         """One of its branches, without guidance."""
@@ -207,8 +209,8 @@ class _Batch:
             self.negative,
             guidance.at(self.sigmas[level]),
             guidance,
-            self.start.step,
             self.beside.step(level),
+            self.start,
             kept,
         )
 
