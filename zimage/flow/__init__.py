@@ -19,11 +19,8 @@ from zimage.flow.starts import (
     start,
     steps_between,
 )
-<<<<<<< HEAD
 from zimage.flow.steps import Past, euler_step
-=======
 from zimage.flow.variety import varied, varied_steps
->>>>>>> main
 
 __all__ = [
     "AVERAGE",
