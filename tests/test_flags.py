@@ -207,6 +207,7 @@ CASES = [
     Case("guidance", 2.0),
     Case("sampler", "heun", beside={"steps": 2}),
     Case("variety", 1.0),
+    Case("variation", "2:0.3"),
     Case("shift", 6.0, beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),
