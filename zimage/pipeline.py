@@ -186,7 +186,8 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling("euler", denoising.Guidance(*scales.values()), seeds, variety)
+            guided = flow.Guidance(guidance, cfg_truncation, cfg_normalization)
+            sampling = denoising.Sampling("euler", guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )

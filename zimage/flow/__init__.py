@@ -4,7 +4,7 @@ A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε −
 Lipman et al. 2022).
 """
 
-from zimage.flow.guidance import guidance_at, guide
+from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
 from zimage.flow.noise import StepNoise, slerp, start_noise, stream
 from zimage.flow.schedules import sigmas
 from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
@@ -22,7 +22,12 @@ from zimage.flow.starts import (
 from zimage.flow.variety import varied, varied_steps
 
 __all__ = [
+    "AVERAGE",
+    "METHODS",
+    "NEGATIVE",
+    "PROMPT",
     "SOLVERS",
+    "Guidance",
     "Past",
     "Solver",
     "Start",
