@@ -294,12 +294,10 @@ class ZImage(Captioner):
         The template's parts stand in the request, so that the picture does not depend on its file.
         """
         request = job.request
-        prompt = request.prompts[index // request.images]
-        single = {"prompt": prompt, "seed": job.seeds[index], "images": 1, "template": None}
         looks = any(isinstance(r.picture, InputPicture) for r in request.reference or [])
         return {
             "version": __version__,
-            "request": {**request.to_mapping(), **single},
+            "request": {**request.to_mapping(), **request.single(index), "template": None},
             "template": request.template,
             "model": {"name": self.model.name, "fingerprint": job.model},
             "dtype": job.dtype,

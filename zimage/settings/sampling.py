@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from zimage.errors import RequestError, quoted
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
 
@@ -52,6 +53,14 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=10,
     )
+    variation: str | None = setting(
+        None,
+        "Mix the noise of another seed into that of --seed, by a weight from 0 to 1; image k of a prompt keeps the "
+        "seed and uses SEED + k here. SEED -1 is random, and reported. Default: no other seed.",
+        group="Sampling",
+        metavar="SEED:WEIGHT",
+        longest=60,
+    )
     guidance: float | None = setting(
         None,
         "Classifier-free guidance; 0 is off. Default: 0 (Turbo) or 4 (Base).",
@@ -83,3 +92,21 @@ class SamplingSettings(CaptionSettings):
         minimum=1,
         maximum=1024,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.variation is not None:
+            split_variation(self.variation)
+
+
+def split_variation(text: str) -> tuple[int, float]:
+    """SEED:WEIGHT → both; −1 is a seed that is still open. Raises RequestError."""
+    seed, _, weight = text.partition(":")
+    try:
+        found = int(seed), float(weight)
+    except ValueError:
+        found = -2, 0.0
+    if not (-1 <= found[0] <= MAX_SEED and 0 <= found[1] <= 1):
+        told = f"should be SEED:WEIGHT, a whole number from -1 to {MAX_SEED} and one from 0 to 1, such as 7:0.2"
+        raise RequestError(f"variation {quoted(text)} {told}", fields=("variation",))
+    return found
