@@ -146,6 +146,8 @@ class ZImage(Captioner):
         negative: Sequence[Tensor] | None = None,
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
+        schedule: str = "simple",
+        sigmas: Sequence[float] | None = None,
         clean: Tensor | None = None,
         strength: float = STRENGTH,
         mask: Tensor | None = None,
@@ -157,6 +159,7 @@ class ZImage(Captioner):
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
+        `sigmas` (steps + 1), falling from 1 or less to 0, stand in the place of `steps`, `shift` and `schedule`.
         `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
@@ -169,13 +172,16 @@ class ZImage(Captioner):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **scales, **say}.items():
+        for name, value in {"steps": steps, "shift": shift, "schedule": schedule, **scales, **say}.items():
             if value is not None:
                 Request.check_one(name, value)
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
-        sigmas = flow.sigmas(steps, find_shift(self.model, shift))
-        start = flow.start(noise, sigmas, strength, clean, mask)
+        if sigmas is None:
+            levels = flow.sigmas(steps, find_shift(self.model, shift), schedule)
+        else:
+            levels = flow.exact(sigmas)
+        start = flow.start(noise, levels, strength, clean, mask)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
@@ -184,7 +190,7 @@ class ZImage(Captioner):
         with out_of_memory_in(ROWS[DIT].title):
             sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()))
             *_, reached = denoising.denoise_steps(
-                components, captions, negative, start, sigmas, sampling, steering, hooks
+                components, captions, negative, start, levels, sampling, steering, hooks
             )
         return reached.latents
 

@@ -6,7 +6,7 @@ Lipman et al. 2022).
 
 from zimage.flow.guidance import guidance_at, guide
 from zimage.flow.noise import StepNoise, start_noise
-from zimage.flow.schedules import sigmas
+from zimage.flow.schedules import SCHEDULES, exact, sigmas
 from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
 from zimage.flow.starts import (
     Start,
@@ -21,12 +21,14 @@ from zimage.flow.starts import (
 )
 
 __all__ = [
+    "SCHEDULES",
     "SOLVERS",
     "Past",
     "Solver",
     "Start",
     "StepNoise",
     "euler_step",
+    "exact",
     "first_step",
     "first_steps",
     "guidance_at",

@@ -13,6 +13,7 @@ from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
+from zimage.settings.sampling import split_sigmas
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -31,17 +32,27 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         **attachments,
         "width": width,
         "height": height,
-        "steps": either(request.steps, 30 if is_base(model) else 8),
+        **_schedule(request, model),
         "sampler": either(request.sampler, "euler"),
         "guidance": guidance,
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
-        "shift": find_shift(model, request.shift),
         "seed": either(request.seed, secrets.randbelow(2**32)),
         "strength": _strength(request),
         "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
     return values, frame
+
+
+def _schedule(request: Request, model: ModelFiles) -> dict[str, Any]:
+    """What noise levels come from: those that are given, else steps, a schedule and a shift."""
+    if request.sigmas is not None:
+        return {"steps": len(split_sigmas(request.sigmas)) - 1, "schedule": None, "shift": None}
+    return {
+        "steps": either(request.steps, 30 if is_base(model) else 8),
+        "schedule": either(request.schedule, "simple"),
+        "shift": find_shift(model, request.shift),
+    }
 
 
 def is_base(model: ModelFiles) -> bool:

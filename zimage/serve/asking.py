@@ -96,9 +96,12 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
         text = f"a picture of {' × '.join(str(side) for side in sides.values() if side)} px is too large"
         named = [name for name, side in sides.items() if side]
         raise RequestError(f"{' and '.join(named)}: {text}; the limit is {limits.max_pixels:,} pixels", fields=named)
-    if (values.get("steps") or 0) > limits.max_steps:
-        text = f"steps {values['steps']} is too large; this server takes at most {limits.max_steps}"
-        raise RequestError(text, fields=("steps",))
+    steps = {"steps": values.get("steps") or 0, "sigmas": (values.get("sigmas") or "").count(",")}
+    for name, count in steps.items():
+        if count > limits.max_steps:
+            told = "steps" if name == "steps" else "sigmas: the number of steps,"
+            text = f"{told} {count} is too large; this server takes at most {limits.max_steps}"
+            raise RequestError(text, fields=(name,))
     if (values.get(WRITTEN) or 0) > limits.max_prompt_tokens:
         text = f"{WRITTEN} {values[WRITTEN]} is too large; this server writes at most {limits.max_prompt_tokens}"
         raise RequestError(text, fields=(WRITTEN,))

@@ -1,12 +1,18 @@
 """How a caption becomes latents: noise, schedule, solver and guidance, each parameter declared once."""
 
+import itertools
+import struct
 from dataclasses import dataclass
 
+from zimage.errors import RequestError, quoted
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
 
 SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
+# The rows of `flow.SCHEDULES`.
+SCHEDULES = ("simple", "normal", "beta", "karras", "exponential", "linear_quadratic", "kl_optimal")
 MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +24,7 @@ class SamplingSettings(CaptionSettings):
         "Denoising steps, one model evaluation each. Default: 8 (Turbo) or 30 (Base).",
         group="Sampling",
         minimum=1,
-        maximum=1000,
+        maximum=MAX_STEPS,
     )
     sampler: str | None = setting(
         None, "Solver of the denoising steps. Default: euler.", group="Sampling", choices=SAMPLERS
@@ -37,12 +43,28 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=100,
     )
+    schedule: str | None = setting(
+        None,
+        "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
+        "(beta), closer towards the last (karras, exponential, kl_optimal), or nearly all near pure noise "
+        "(linear_quadratic). Default: simple.",
+        group="Sampling",
+        choices=SCHEDULES,
+    )
     shift: float | None = setting(
         None,
         "Shift of the noise schedule. Default: from the checkpoint's scheduler config.",
         group="Sampling",
         above=0,
         maximum=100,
+    )
+    sigmas: str | None = setting(
+        None,
+        "Noise levels of the steps, exactly, from 1 or less down to 0, instead of steps, schedule and shift. "
+        "Default: those of the schedule.",
+        group="Sampling",
+        metavar="SIGMA,…,0",
+        longest=32 * MAX_STEPS,
     )
     cfg_truncation: float = setting(
         1.0, "Turn guidance off on steps where 1 − sigma exceeds this.", group="Sampling", minimum=0, maximum=1
@@ -61,3 +83,46 @@ class SamplingSettings(CaptionSettings):
         minimum=1,
         maximum=1024,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sigmas is None:
+            return
+        steps = len(split_sigmas(self.sigmas)) - 1
+        if self.steps not in (None, steps):
+            text = f"sigmas: these are {steps} steps, and steps is {self.steps}; pass only one of them"
+            raise RequestError(text, fields=("sigmas", "steps"))
+        if others := [name for name in ("schedule", "shift") if getattr(self, name) is not None]:
+            text = f"sigmas: they are the noise levels themselves; leave out {' and '.join(others)}, or the sigmas"
+            raise RequestError(text, fields=("sigmas", *others))
+
+
+def split_sigmas(text: str) -> list[float]:
+    """SIGMA,…,0 → noise levels. Raises RequestError unless they fall from 1 or less to 0, as fp32 too."""
+    told = f"sigmas {quoted(text)}"
+    try:
+        levels = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise _sigmas_fault(
+            f"{told} cannot be read; write numbers that fall from 1 to 0, such as 1,0.9,0.6,0"
+        ) from None
+    if not 2 <= len(levels) <= MAX_STEPS + 1:
+        raise _sigmas_fault(f"{told}: pass 2 to {MAX_STEPS + 1} numbers, one more than there are steps")
+    if not 0 < levels[0] <= 1:
+        raise _sigmas_fault(f"{told}: the first, {levels[0]:g}, should be above 0 and at most 1, which is pure noise")
+    if levels[-1] != 0:
+        raise _sigmas_fault(f"{told}: the last, {levels[-1]:g}, should be 0, which is the picture")
+    for high, low in itertools.pairwise(levels):
+        if not (low >= 0 and _fp32(low) < _fp32(high)):
+            text = f"{low:g} stands after {high:g}; each should be below the one before it, and none below 0"
+            raise _sigmas_fault(f"{told}: {text}")
+    return levels
+
+
+def _fp32(value: float) -> float:
+    """As denoising computes with it; the value is at most 1."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def _sigmas_fault(text: str) -> RequestError:
+    return RequestError(text, fields=("sigmas",))
