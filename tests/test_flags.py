@@ -207,6 +207,7 @@ CASES = [
     Case("seed", 2),
     Case("guidance", 2.0),
     Case("sampler", "heun", beside={"steps": 2}),
+    Case("variety", 1.0),
     Case("shift", 6.0, beside={"steps": 2}),
     *[Case("schedule", name, beside={"steps": 3}) for name in SCHEDULES[2:]],
     Case("sigmas", "1,0.9,0", beside={"steps": 2}),
