@@ -146,6 +146,8 @@ class ZImage(Captioner):
         negative: Sequence[Tensor] | None = None,
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
+        schedule: str = "simple",
+        sigmas: Sequence[float] | None = None,
         clean: Tensor | None = None,
         strength: float = STRENGTH,
         mask: Tensor | None = None,
@@ -160,6 +162,7 @@ class ZImage(Captioner):
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
+        `sigmas` (steps + 1), falling from 1 or less to 0, stand in the place of `steps`, `shift` and `schedule`.
         `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
@@ -173,15 +176,19 @@ class ZImage(Captioner):
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
         drawn = {"sampler": sampler, "variety": variety}
-        for name, value in {"steps": steps, "shift": shift, **scales, **say, **drawn}.items():
+        timing = {"steps": steps, "shift": shift, "schedule": schedule}
+        for name, value in {**timing, **scales, **say, **drawn}.items():
             if value is not None:
                 Request.check_one(name, value)
         if (flow.SOLVERS[sampler].draws or variety > 0) and len(seeds) != len(noise):
             raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", *drawn))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
-        sigmas = flow.sigmas(steps, find_shift(self.model, shift))
-        start = flow.start(noise, sigmas, strength, clean, mask)
+        if sigmas is None:
+            levels = flow.sigmas(steps, find_shift(self.model, shift), schedule)
+        else:
+            levels = flow.exact(sigmas)
+        start = flow.start(noise, levels, strength, clean, mask)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
@@ -191,7 +198,7 @@ class ZImage(Captioner):
             guided = flow.Guidance(guidance, cfg_truncation, cfg_normalization)
             sampling = denoising.Sampling(sampler, guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
-                components, captions, negative, start, sigmas, sampling, steering, hooks
+                components, captions, negative, start, levels, sampling, steering, hooks
             )
         return reached.latents
 
