@@ -166,7 +166,7 @@ def test_exact_levels_need_no_checkpoints_schedule(pipe, monkeypatch):
 
 
 def test_a_file_that_sets_the_schedule_gives_way_to_exact_levels():
-    from zimage.settings.profiles import laid_over
+    from zimage.settings.merging import laid_over
 
     defaults = {"steps": 20, "schedule": "beta", "shift": 2.0, "guidance": 1.0}
     assert laid_over(defaults, {"sigmas": "1,0.5,0"}) == {"guidance": 1.0, "sigmas": "1,0.5,0"}

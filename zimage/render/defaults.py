@@ -13,10 +13,15 @@ from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
+from zimage.settings.presets import BASE, TURBO, Values, preset_values
 from zimage.settings.sampling import split_sigmas
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
+USUAL: dict[str, Values] = {
+    TURBO: {"sampler": "euler", "schedule": "simple", "steps": 8, "guidance": 0.0},
+    BASE: {"sampler": "euler", "schedule": "simple", "steps": 30, "guidance": 4.0},
+}
 
 
 def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[str, Any], Frame]:
@@ -24,7 +29,8 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
 
     Raises RequestError, CheckpointError.
     """
-    guidance = either(request.guidance, 4.0 if is_base(model) else 0.0)
+    usual = {**USUAL[kind_of(model)], **preset_values(request.preset, kind_of(model))}
+    guidance = either(request.guidance, usual["guidance"])
     attachments = attached.opened(request, model)
     width, height, frame = _placed(request, attachments, usual_side(model))
     values = {
@@ -32,8 +38,8 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         **attachments,
         "width": width,
         "height": height,
-        **_schedule(request, model),
-        "sampler": either(request.sampler, "euler"),
+        **_schedule(request, model, usual),
+        "sampler": either(request.sampler, usual["sampler"]),
         "guidance": guidance,
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
         "seed": either(request.seed, secrets.randbelow(2**32)),
@@ -44,15 +50,20 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
     return values, frame
 
 
-def _schedule(request: Request, model: ModelFiles) -> dict[str, Any]:
+def _schedule(request: Request, model: ModelFiles, usual: Values) -> dict[str, Any]:
     """What noise levels come from: those that are given, else steps, a schedule and a shift."""
     if request.sigmas is not None:
         return {"steps": len(split_sigmas(request.sigmas)) - 1, "schedule": None, "shift": None}
     return {
-        "steps": either(request.steps, 30 if is_base(model) else 8),
-        "schedule": either(request.schedule, "simple"),
-        "shift": find_shift(model, request.shift),
+        "steps": either(request.steps, usual["steps"]),
+        "schedule": either(request.schedule, usual["schedule"]),
+        "shift": find_shift(model, either(request.shift, usual.get("shift"))),
     }
+
+
+def kind_of(model: ModelFiles) -> str:
+    """TURBO or BASE."""
+    return BASE if is_base(model) else TURBO
 
 
 def is_base(model: ModelFiles) -> bool:

@@ -96,12 +96,11 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
         text = f"a picture of {' × '.join(str(side) for side in sides.values() if side)} px is too large"
         named = [name for name, side in sides.items() if side]
         raise RequestError(f"{' and '.join(named)}: {text}; the limit is {limits.max_pixels:,} pixels", fields=named)
-    steps = {"steps": values.get("steps") or 0, "sigmas": (values.get("sigmas") or "").count(",")}
-    for name, count in steps.items():
-        if count > limits.max_steps:
-            told = "steps" if name == "steps" else "sigmas: the number of steps,"
-            text = f"{told} {count} is too large; this server takes at most {limits.max_steps}"
-            raise RequestError(text, fields=(name,))
+    levels = values.get("sigmas")
+    steps = levels.count(",") if levels else values.get("steps") or 0
+    if steps > limits.max_steps:
+        told, name = ("sigmas: the number of steps,", "sigmas") if levels else ("steps", "steps")
+        raise RequestError(f"{told} {steps} is too large; this server takes at most {limits.max_steps}", fields=(name,))
     if (values.get(WRITTEN) or 0) > limits.max_prompt_tokens:
         text = f"{WRITTEN} {values[WRITTEN]} is too large; this server writes at most {limits.max_prompt_tokens}"
         raise RequestError(text, fields=(WRITTEN,))

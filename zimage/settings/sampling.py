@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
+from zimage.settings.presets import check_preset
 
 SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
 # The rows of `flow.SCHEDULES`.
@@ -25,6 +26,13 @@ class SamplingSettings(CaptionSettings):
         group="Sampling",
         minimum=1,
         maximum=MAX_STEPS,
+    )
+    preset: str | None = setting(
+        None,
+        "Fill what is left open as another program does: comfyui, forge or diffusers; or with half of Turbo's steps: "
+        "turbo-4; or as a settings file says under [presets.NAME]. Default: none.",
+        group="Sampling",
+        metavar="NAME",
     )
     sampler: str | None = setting(
         None, "Solver of the denoising steps. Default: euler.", group="Sampling", choices=SAMPLERS
@@ -94,6 +102,8 @@ class SamplingSettings(CaptionSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.preset is not None:
+            check_preset(self.preset)
         if self.sigmas is None:
             return
         steps = len(split_sigmas(self.sigmas)) - 1
