@@ -155,6 +155,7 @@ class ZImage(Captioner):
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
+        sampler: str = "euler",
         variety: float = 0.0,
         seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
@@ -167,19 +168,20 @@ class ZImage(Captioner):
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
-        it adds. `hooks` wrap every evaluation, see `render.denoising`. Raises RequestError, and CheckpointError for an
-        unusable control file.
+        it adds. A `sampler` that adds noise draws it from `seeds`, one per image. `hooks` wrap every evaluation, see
+        `render.denoising`. Raises RequestError, and CheckpointError for an unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
         timing = {"steps": steps, "shift": shift, "schedule": schedule}
-        for name, value in {**timing, **scales, **say, "variety": variety}.items():
+        drawn = {"sampler": sampler, "variety": variety}
+        for name, value in {**timing, **scales, **say, **drawn}.items():
             if value is not None:
                 Request.check_one(name, value)
-        if variety > 0 and len(seeds) != len(noise):
-            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", "variety"))
+        if (flow.SOLVERS[sampler].draws or variety > 0) and len(seeds) != len(noise):
+            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", *drawn))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
         if sigmas is None:
@@ -194,7 +196,7 @@ class ZImage(Captioner):
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
             guided = flow.Guidance(guidance, cfg_truncation, cfg_normalization)
-            sampling = denoising.Sampling("euler", guided, seeds, variety)
+            sampling = denoising.Sampling(sampler, guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, levels, sampling, steering, hooks
             )
@@ -299,12 +301,10 @@ class ZImage(Captioner):
         The template's parts stand in the request, so that the picture does not depend on its file.
         """
         request = job.request
-        prompt = request.prompts[index // request.images]
-        single = {"prompt": prompt, "seed": job.seeds[index], "images": 1, "template": None}
         looks = any(isinstance(r.picture, InputPicture) for r in request.reference or [])
         return {
             "version": __version__,
-            "request": {**request.to_mapping(), **single},
+            "request": {**request.to_mapping(), **request.single(index), "template": None},
             "template": request.template,
             "model": {"name": self.model.name, "fingerprint": job.model},
             "dtype": job.dtype,

@@ -111,10 +111,10 @@ def _singles(values: Values) -> Iterator[Values]:
         raise RequestError(text, fields=("batch_size",))
     if request.embeddings is None and not any(request.prompts):
         raise RequestError("a prompt is needed, or embeddings", fields=("prompt",))
-    seeds = [None] * request.count if request.seed is None else request.seeds
-    for k, seed in enumerate(seeds):
-        own = {"prompt": request.prompts[k // request.images], "seed": seed, "images": 1}
-        yield {name: value for name, value in {**values, **own}.items() if value is not None}
+    if request.variation is not None and request.seed is None and request.images > 1:
+        raise RequestError("variation: several images vary one seed; pass the seed", fields=("variation", "seed"))
+    for k in range(request.count):
+        yield {name: value for name, value in {**values, **request.single(k)}.items() if value is not None}
 
 
 def _given(id: Plain, index: int, count: int) -> str:

@@ -7,7 +7,7 @@ Lipman et al. 2022).
 from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
 from zimage.flow.noise import StepNoise, slerp, start_noise, stream
 from zimage.flow.schedules import SCHEDULES, exact, sigmas
-from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
+from zimage.flow.solvers import SOLVERS, Solver
 from zimage.flow.starts import (
     Start,
     first_step,
@@ -19,6 +19,7 @@ from zimage.flow.starts import (
     start,
     steps_between,
 )
+from zimage.flow.steps import Past, euler_step
 from zimage.flow.variety import varied, varied_steps
 
 __all__ = [

@@ -14,7 +14,7 @@ from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
 from zimage.settings.presets import BASE, TURBO, Values, preset_values
-from zimage.settings.sampling import split_sigmas
+from zimage.settings.sampling import split_sigmas, split_variation
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -43,6 +43,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         "guidance": guidance,
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
         "seed": either(request.seed, secrets.randbelow(2**32)),
+        "variation": _variation(request),
         "strength": _strength(request),
         "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
@@ -93,6 +94,14 @@ def _placed(request: Request, attachments: dict[str, Any], side: int) -> tuple[i
         width, height = either(request.width, side), either(request.height, side)
         return width, height, whole((width, height))
     return placed(dataclasses.replace(request, **attachments), side)
+
+
+def _variation(request: Request) -> str | None:
+    """With a seed of its own where that was left open."""
+    if request.variation is None:
+        return None
+    seed, weight = split_variation(request.variation)
+    return request.variation if seed >= 0 else f"{secrets.randbelow(2**32)}:{weight}"
 
 
 def _strength(request: Request) -> float | None:

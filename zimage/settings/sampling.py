@@ -9,7 +9,18 @@ from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
 from zimage.settings.presets import check_preset
 
-SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
+# The rows of `flow.SOLVERS`.
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "lcm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "res_multistep",
+    "er_sde",
+)
 # The rows of `flow.SCHEDULES`.
 SCHEDULES = ("simple", "normal", "beta", "karras", "exponential", "linear_quadratic", "kl_optimal")
 MAX_SEED = 2**63 - 1
@@ -35,7 +46,10 @@ class SamplingSettings(CaptionSettings):
         metavar="NAME",
     )
     sampler: str | None = setting(
-        None, "Solver of the denoising steps. Default: euler.", group="Sampling", choices=SAMPLERS
+        None,
+        "Solver of the denoising steps; heun evaluates the model twice in each but the last. Default: euler.",
+        group="Sampling",
+        choices=SAMPLERS,
     )
     seed: int | list[int] | None = setting(
         None,
@@ -51,6 +65,14 @@ class SamplingSettings(CaptionSettings):
         group="Sampling",
         minimum=0,
         maximum=10,
+    )
+    variation: str | None = setting(
+        None,
+        "Mix the noise of another seed into that of --seed, by a weight from 0 to 1; image k of a prompt keeps the "
+        "seed and uses SEED + k here. SEED -1 is random, and reported. Default: no other seed.",
+        group="Sampling",
+        metavar="SEED:WEIGHT",
+        longest=60,
     )
     guidance: float | None = setting(
         None,
@@ -104,9 +126,14 @@ class SamplingSettings(CaptionSettings):
         super().__post_init__()
         if self.preset is not None:
             check_preset(self.preset)
-        if self.sigmas is None:
-            return
-        steps = len(split_sigmas(self.sigmas)) - 1
+        if self.variation is not None:
+            split_variation(self.variation)
+        if self.sigmas is not None:
+            self._check_levels(self.sigmas)
+
+    def _check_levels(self, sigmas: str) -> None:
+        """What exact noise levels go together with."""
+        steps = len(split_sigmas(sigmas)) - 1
         if self.steps not in (None, steps):
             text = f"sigmas: these are {steps} steps, and steps is {self.steps}; pass only one of them"
             raise RequestError(text, fields=("sigmas", "steps"))
@@ -144,3 +171,16 @@ def _fp32(value: float) -> float:
 
 def _sigmas_fault(text: str) -> RequestError:
     return RequestError(text, fields=("sigmas",))
+
+
+def split_variation(text: str) -> tuple[int, float]:
+    """SEED:WEIGHT → both; −1 is a seed that is still open. Raises RequestError."""
+    seed, _, weight = text.partition(":")
+    try:
+        found = int(seed), float(weight)
+    except ValueError:
+        found = -2, 0.0
+    if not (-1 <= found[0] <= MAX_SEED and 0 <= found[1] <= 1):
+        told = f"should be SEED:WEIGHT, a whole number from -1 to {MAX_SEED} and one from 0 to 1, such as 7:0.2"
+        raise RequestError(f"variation {quoted(text)} {told}", fields=("variation",))
+    return found
