@@ -175,8 +175,8 @@ class ZImage(Captioner):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        drawn = {"sampler": sampler, "variety": variety}
         timing = {"steps": steps, "shift": shift, "schedule": schedule}
+        drawn = {"sampler": sampler, "variety": variety}
         for name, value in {**timing, **scales, **say, **drawn}.items():
             if value is not None:
                 Request.check_one(name, value)
