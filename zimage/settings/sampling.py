@@ -22,7 +22,16 @@ SAMPLERS = (
     "er_sde",
 )
 # The rows of `flow.SCHEDULES`.
-SCHEDULES = ("simple", "normal", "beta", "karras", "exponential", "linear_quadratic", "kl_optimal")
+SCHEDULES = (
+    "simple",
+    "normal",
+    "beta",
+    "beta_shifted",
+    "karras",
+    "exponential",
+    "linear_quadratic",
+    "kl_optimal",
+)
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 
@@ -84,8 +93,8 @@ class SamplingSettings(CaptionSettings):
     schedule: str | None = setting(
         None,
         "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
-        "(beta), closer towards the last (karras, exponential, kl_optimal), or nearly all near pure noise "
-        "(linear_quadratic). Default: simple.",
+        "(beta, as diffusers has it; beta_shifted, as ComfyUI and Forge have it), closer towards the last (karras, "
+        "exponential, kl_optimal), or nearly all near pure noise (linear_quadratic). Default: simple.",
         group="Sampling",
         choices=SCHEDULES,
     )
