@@ -107,8 +107,7 @@ def _singles(values: Values) -> Iterator[Values]:
         raise RequestError(text, fields=("batch_size",))
     if request.embeddings is None and not any(request.prompts):
         raise RequestError("a prompt is needed, or embeddings", fields=("prompt",))
-    seeds = [None] * request.count if request.seed is None else request.seeds
-    for k, seed in enumerate(seeds):
+    for k, seed in enumerate(request.chosen_seeds):
         own = {"prompt": request.prompts[k // request.images], "seed": seed, "images": 1}
         yield {name: value for name, value in {**values, **own}.items() if value is not None}
 

@@ -12,7 +12,7 @@ from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import read_origin, with_lora_names, with_loras
 from zimage.cli.patterns import FIELDS
 from zimage.cli.progress import Progress
-from zimage.cli.prompts import given_prompts
+from zimage.cli.prompts import given_prompts, named_prompts
 from zimage.cli.resume import open_state
 from zimage.cli.rewrite import check_rewriting
 from zimage.cli.settings import configured, resolve_options
@@ -27,6 +27,7 @@ from zimage.settings.serving import TOKEN
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
+@named_prompts
 @click.option("--each", is_flag=True, help="Make every argument a prompt of its own, even single words.")
 @click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line.")
 @click.option(
@@ -61,6 +62,7 @@ from zimage.settings.serving import TOKEN
 @interrupts.telling("the unfinished picture was not saved")
 def gen(
     prompt: tuple[str, ...],
+    named_prompts: tuple[str, ...],
     each: bool,
     prompt_file: Path | None,
     picture: Path | None,
@@ -80,7 +82,7 @@ def gen(
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
     if verbose:
         terminal.tell_more()
-    options["prompt"] = given_prompts(prompt, prompt_file, each)
+    options["prompt"] = given_prompts(prompt, prompt_file, each, named_prompts)
     if server is not None:
         remote.check_options(options, save_state, resume)
     keeping = open_state(save_state, resume, picture, given(options, Request))

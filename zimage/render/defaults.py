@@ -1,18 +1,19 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
 import dataclasses
-import secrets
 from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.registry import VAE
+from zimage.pictures.image import nearest_side
 from zimage.pictures.inpaint import Frame, whole
 from zimage.render import attached
 from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
-from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
+from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request, split_aspect
 from zimage.settings.fields import either
+from zimage.settings.sampling import drawn_seed
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -25,18 +26,19 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
     """
     guidance = either(request.guidance, 4.0 if is_base(model) else 0.0)
     attachments = attached.opened(request, model)
-    width, height, frame = _placed(request, attachments, usual_side(model))
+    width, height, frame = _placed(_sized(request, usual_side(model)), attachments, usual_side(model))
     values = {
         **parts._asdict(),
         **attachments,
         "width": width,
         "height": height,
+        "aspect": None,  # the sides say it
         "steps": either(request.steps, 30 if is_base(model) else 8),
         "sampler": either(request.sampler, "euler"),
         "guidance": guidance,
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
         "shift": find_shift(model, request.shift),
-        "seed": either(request.seed, secrets.randbelow(2**32)),
+        "seed": [*map(drawn_seed, seed)] if isinstance(seed := request.seed, list) else drawn_seed(seed),
         "strength": _strength(request),
         "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
@@ -63,6 +65,14 @@ def find_shift(model: ModelFiles, given: float | None) -> float:
 def usual_side(model: ModelFiles) -> int:
     """Width and height in pixels of a picture of no given size."""
     return min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
+
+
+def _sized(request: Request, side: int) -> Request:
+    """The request with the sides that its aspect stands for: those nearest to it with the area of a square."""
+    if request.aspect is None:
+        return request
+    root = split_aspect(request.aspect) ** 0.5
+    return dataclasses.replace(request, aspect=None, width=nearest_side(side * root), height=nearest_side(side / root))
 
 
 def _placed(request: Request, attachments: dict[str, Any], side: int) -> tuple[int, int, Frame]:

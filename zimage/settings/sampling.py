@@ -1,5 +1,6 @@
 """How a caption becomes latents: noise, schedule, solver and guidance, each parameter declared once."""
 
+import secrets
 from dataclasses import dataclass
 
 from zimage.settings.captions import CaptionSettings
@@ -7,6 +8,8 @@ from zimage.settings.fields import setting
 
 SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
 MAX_SEED = 2**63 - 1
+RANDOM_SEED = -1  # asks for one, as leaving the seed out does
+DRAWN_SEEDS = 2**32  # random ones are below this, so that people can write them down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,9 @@ class SamplingSettings(CaptionSettings):
     )
     seed: int | list[int] | None = setting(
         None,
-        "Seed of the noise; image k of a prompt uses seed + k. Default: random, and reported.",
+        f"Seed of the noise; image k of a prompt uses seed + k. Default, and {RANDOM_SEED}: random, and reported.",
         group="Sampling",
-        minimum=0,
+        minimum=RANDOM_SEED,
         maximum=MAX_SEED,
     )
     guidance: float | None = setting(
@@ -61,3 +64,13 @@ class SamplingSettings(CaptionSettings):
         minimum=1,
         maximum=1024,
     )
+
+
+def is_open(seed: int | None) -> bool:
+    """Whether a random seed is wanted."""
+    return seed is None or seed == RANDOM_SEED
+
+
+def drawn_seed(seed: int | None) -> int:
+    """The seed that was given, or a random one where it is open."""
+    return secrets.randbelow(DRAWN_SEEDS) if seed is None or is_open(seed) else seed
