@@ -16,7 +16,7 @@ from zimage.cli.prompts import given_prompts, named_prompts
 from zimage.cli.resume import open_state
 from zimage.cli.rewrite import check_rewriting
 from zimage.cli.settings import configured, resolve_options
-from zimage.cli.target import Target
+from zimage.cli.target import PIPED, Piped, Target
 from zimage.errors import RequestError, one_line
 from zimage.settings.declared import Request
 from zimage.settings.loading import LoadSettings
@@ -39,7 +39,7 @@ from zimage.settings.serving import TOKEN
 @click.option(
     "-o",
     "--output",
-    help=f"File to write (.png, .jpg, .webp), a folder, or a pattern with {FIELDS}. "
+    help=f"File to write (.png, .jpg, .webp, .avif), a folder, a pattern with {FIELDS}, or - for standard output. "
     "Default: named after prompt and seed, numbered rather than overwritten.",
 )
 @click.option(
@@ -96,7 +96,11 @@ def gen(
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
     output = keeping.output(output)
-    drawing = Drawing(resolved, request, rewriting, origin, Target(output, request.count), progress)
+    if output == PIPED:
+        target: Target = Piped(request.count, as_json, keeping.path is not None)
+    else:
+        target = Target(output, request.count)
+    drawing = Drawing(resolved, request, rewriting, origin, target, progress)
     joined = isinstance(options.get("prompt"), str) and len(prompt) > 1
     for note in filter(
         None, (_said_of_joined(request) if joined else "", origin.get("note"), keeping.note, resolved.note)
