@@ -153,6 +153,8 @@ class ZImage(Captioner):
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
+        variety: float = 0.0,
+        seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
@@ -169,9 +171,11 @@ class ZImage(Captioner):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **scales, **say}.items():
+        for name, value in {"steps": steps, "shift": shift, **scales, **say, "variety": variety}.items():
             if value is not None:
                 Request.check_one(name, value)
+        if variety > 0 and len(seeds) != len(noise):
+            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", "variety"))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
@@ -182,7 +186,8 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()))
+            guided = flow.Guidance(guidance, cfg_truncation, cfg_normalization)
+            sampling = denoising.Sampling("euler", guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )
