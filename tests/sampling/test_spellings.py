@@ -1,6 +1,7 @@
 """Flags under the names that people bring from other programs."""
 
 import json
+from pathlib import Path
 
 import click
 import pytest
@@ -9,6 +10,7 @@ from zimage.cli import cli, main
 from zimage.cli.spellings import RENAMED, SPELLINGS
 from zimage.settings.profiles import FIELDS
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("gen", "batch", "sweep", "info")
 VALUES = {  # of each setting one, as text, and what it becomes
     "steps": ("3", 3),
@@ -152,3 +154,24 @@ def test_prompts_may_be_an_option(tiny_folder, tmp_path, capsys):
     assert "pass prompts as arguments or with --file" in capsys.readouterr().err
     assert main(["sweep", "-p", "a", "-o", str(tmp_path / "s"), "--vary", "steps=1,2", "--dry-run"]) == 0
     assert capsys.readouterr().out.count(" a\n") == 2
+
+
+def test_the_page_of_commands_names_every_flag():
+    page = (ROOT / "zimage/cli/README.md").read_text(encoding="utf-8")
+    flags = [flag for names in RENAMED.values() for flag in names] + [flag for one in SPELLINGS for flag in one.flags]
+    assert [flag for flag in flags if f"`{flag}" not in page and "_" not in flag] == []
+
+
+@pytest.mark.parametrize("flag", ["--cfg-scale", "--cfg_scale"])
+def test_guidance_counted_from_one(flag, capsys):
+    for text, guidance in (("5", 4.0), ("1", 0.0), ("0", 0.0), ("1.5", 0.5)):
+        assert parsed("gen", flag, text) == {"guidance": guidance}
+    assert main(["gen", "a", flag, "5", "--guidance", "4"]) == 2
+    assert "cfg-scale: guidance is set too" in capsys.readouterr().err
+    for wrong, said in (
+        ("much", "should be a number"),
+        ("nan", "not a number"),
+        ("102", "guidance 101.0 is too large"),
+    ):
+        assert main(["gen", "a", flag, wrong]) == 2
+        assert said in capsys.readouterr().err

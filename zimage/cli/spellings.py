@@ -2,6 +2,7 @@
 
     --num-inference-steps 8     → --steps 8                       another name: the table RENAMED
     --size 832x1216             → --width 832 --height 1216       other terms: the table SPELLINGS
+    --cfg-scale 5               → --guidance 4
 
 Each comes with the settings that it stands for, to every command that has them. Names from elsewhere are not shown, and
 may be written with underscores.
@@ -88,6 +89,17 @@ def _sides(text: str) -> dict[str, Any]:
     return {"width": int(found[1]), "height": int(found[2])}
 
 
+def _guidance(text: str) -> dict[str, Plain]:
+    """Where 1 is off; less than that is off too, as in the programs that count so."""
+    try:
+        return {"guidance": max(float(text) - 1, 0.0)}
+    except ValueError:
+        raise RequestError(
+            f"cfg-scale {quoted(text)} should be a number, of which 1 is off", fields=("guidance",)
+        ) from None
+
+
 SPELLINGS = (
     Spelling(("--size",), ("width", "height"), _sides, "WIDTHxHEIGHT", "Width and height in pixels, in one word."),
+    Spelling(("--cfg-scale", "--cfg_scale"), ("guidance",), _guidance, "FLOAT"),
 )

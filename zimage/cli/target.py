@@ -107,7 +107,7 @@ class Piped(Target):
             fault = f"{STANDARD} gets the picture itself; name a file, or leave out --json"
         elif keeps_state:
             fault = "a state goes on with the pictures that are saved; name a file"
-        elif getattr(sys.stdout, "buffer", None) is None:
+        elif not terminal.takes_files():
             fault = f"{STANDARD} is closed, or takes text only; name a file"
         elif terminal.is_terminal(sys.stdout):
             fault = f"{STANDARD} is a terminal; redirect it (-o - > cat.png), or name a file"

@@ -58,6 +58,11 @@ def out_bytes(content: bytes) -> None:
         raise OutputError(f"standard output cannot be written: {error.strerror or error}") from error
 
 
+def takes_files() -> bool:
+    """Whether standard output is open, and takes bytes."""
+    return getattr(sys.stdout, "buffer", None) is not None
+
+
 def saved(text: str) -> None:
     """Names a file that is saved: that is done, also where its name cannot be written."""
     with warned():

@@ -126,7 +126,7 @@ def read_settings(path: Path) -> tuple[dict[str, Plain], str]:
 
 def _is_written(kind: str) -> bool:
     """Whether this Pillow writes a format: those before 11.3 do not know AVIF, and later ones may be built without."""
-    return kind != "AVIF" or ("avif" in features.modules and features.check("avif"))
+    return kind != "AVIF" or ("avif" in features.modules and bool(features.check("avif")))
 
 
 def _unwritten(kind: str) -> str:

@@ -67,7 +67,8 @@ class Request(SamplingSettings):
     )
     aspect: str | None = setting(
         None,
-        "Proportions of the picture, in place of width and height; its area is that of the checkpoint's usual square.",
+        "Proportions of the picture, such as 3:2, in place of width and height; its area is that of the checkpoint's "
+        "usual square.",
         group="Picture",
         metavar="WIDTH:HEIGHT",
         longest=40,
