@@ -5,13 +5,13 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import LONGEST_TEXT, TEXT_PARTS
 from zimage.settings.conditions import Control
 from zimage.settings.fields import Attachment, Conditions, setting
-from zimage.settings.sampling import MAX_SEED, SamplingSettings, is_open
+from zimage.settings.sampling import MAX_SEED, SamplingSettings, is_open, split_variation
 
 
 class Bounds(TypedDict):
@@ -268,7 +268,7 @@ class Request(SamplingSettings):
 
     @property
     def seeds(self) -> list[int]:
-        """One seed per image, prompt by prompt; needs a request with a seed."""
+        """One seed per image, prompt by prompt; needs a request with a seed. Variations of one seed all have that."""
         known = [seed for seed in self.chosen_seeds if seed is not None]
         if len(known) < self.count:
             raise RequestError("seed: it is still open; prepare the request first", fields=("seed",))
@@ -278,9 +278,21 @@ class Request(SamplingSettings):
     def chosen_seeds(self) -> list[int | None]:
         """One seed per image, prompt by prompt, None where a random one is wanted."""
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
+        later = 1 if self.variation is None else 0
         if len(seeds) != self.count:
-            return [_later(seed, k) for seed in seeds for k in range(self.images)]
+            return [_later(seed, k * later) for seed in seeds for k in range(self.images)]
         return [_later(seed, 0) for seed in seeds]
+
+    @property
+    def variations(self) -> list[tuple[int, float]]:
+        """The other seed of each image and its weight, prompt by prompt; of a request with a variation."""
+        seed, weight = split_variation(self.variation or "0:0")
+        return [((seed + k) % (MAX_SEED + 1), weight) for _ in self.prompts for k in range(self.images)]
+
+    def single(self, index: int) -> dict[str, Any]:
+        """What makes a request for one of the images of this one; without a seed where that is open."""
+        own = {"prompt": self.prompts[index // self.images], "seed": self.chosen_seeds[index], "images": 1}
+        return own if self.variation is None else {**own, "variation": "{}:{}".format(*self.variations[index])}
 
 
 def _later(seed: int | None, k: int) -> int | None:
