@@ -207,6 +207,7 @@ CASES = [
     Case("seed", 2),
     Case("guidance", 2.0),
     *[Case("sampler", name, beside={"steps": 3}) for name in SAMPLERS[1:]],
+    Case("variety", 1.0),
     Case("shift", 6.0, beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),

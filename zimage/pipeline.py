@@ -154,6 +154,7 @@ class ZImage(Captioner):
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
         sampler: str = "euler",
+        variety: float = 0.0,
         seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
     ) -> Tensor:
@@ -171,11 +172,12 @@ class ZImage(Captioner):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, "sampler": sampler, **scales, **say}.items():
+        drawn = {"sampler": sampler, "variety": variety}
+        for name, value in {"steps": steps, "shift": shift, **scales, **say, **drawn}.items():
             if value is not None:
                 Request.check_one(name, value)
-        if flow.SOLVERS[sampler].draws and len(seeds) != len(noise):
-            raise RequestError(f"{sampler} adds noise: pass a seed for each of {len(noise)} images", fields=("seeds",))
+        if (flow.SOLVERS[sampler].draws or variety > 0) and len(seeds) != len(noise):
+            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", *drawn))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
@@ -186,7 +188,8 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(sampler, denoising.Guidance(*scales.values()), seeds)
+            guided = flow.Guidance(guidance, cfg_truncation, cfg_normalization)
+            sampling = denoising.Sampling(sampler, guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )

@@ -4,8 +4,8 @@ A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε −
 Lipman et al. 2022).
 """
 
-from zimage.flow.guidance import guidance_at, guide
-from zimage.flow.noise import StepNoise, start_noise
+from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
+from zimage.flow.noise import StepNoise, slerp, start_noise, stream
 from zimage.flow.schedules import sigmas
 from zimage.flow.solvers import SOLVERS, Solver
 from zimage.flow.starts import (
@@ -20,9 +20,15 @@ from zimage.flow.starts import (
     steps_between,
 )
 from zimage.flow.steps import Past, euler_step
+from zimage.flow.variety import varied, varied_steps
 
 __all__ = [
+    "AVERAGE",
+    "METHODS",
+    "NEGATIVE",
+    "PROMPT",
     "SOLVERS",
+    "Guidance",
     "Past",
     "Solver",
     "Start",
@@ -36,8 +42,12 @@ __all__ = [
     "latent_mask",
     "noised",
     "sigmas",
+    "slerp",
     "soft_latent_mask",
     "start",
     "start_noise",
     "steps_between",
+    "stream",
+    "varied",
+    "varied_steps",
 ]

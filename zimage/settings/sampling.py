@@ -44,6 +44,14 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=MAX_SEED,
     )
+    variety: float = setting(
+        0.0,
+        "Let seeds differ more: noise on the caption in the first fifth of the steps; 0 is off, 1 is visible and "
+        "still obedient.",
+        group="Sampling",
+        minimum=0,
+        maximum=10,
+    )
     guidance: float | None = setting(
         None,
         "Classifier-free guidance; 0 is off. Default: 0 (Turbo) or 4 (Base).",
