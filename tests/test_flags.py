@@ -207,6 +207,7 @@ CASES = [
     Case("guidance", 2.0),
     Case("sampler", "heun", beside={"steps": 2}),
     Case("shift", 6.0, beside={"steps": 2}),
+    Case("nag", 4.0, beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),
     Case("batch_size", 2, differs("batches", [2, 1]), beside={"prompt": ["a", "b", "c"]}),

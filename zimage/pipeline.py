@@ -154,12 +154,14 @@ class ZImage(Captioner):
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
         hooks: Sequence[denoising.Hook] = (),
+        nag: float = 1.0,
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
-        `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
-        starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
-        (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
+        `negative` captions are used when guidance > 0 or nag > 1; by default that of the empty prompt. An
+        image-to-image run starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where
+        the `mask` (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on
+        (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
         it adds. `hooks` wrap every evaluation, see `render.denoising`. Raises RequestError, and CheckpointError for an
@@ -169,20 +171,23 @@ class ZImage(Captioner):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **scales, **say}.items():
+        for name, value in {"steps": steps, "shift": shift, "nag": nag, **scales, **say}.items():
             if value is not None:
                 Request.check_one(name, value)
-        if guidance > 0 and negative is None:
+        if (guidance > 0 or nag > 1) and negative is None:
             negative = self.encode([""]) * len(captions)
+        if negative is not None and len(negative) != len(captions):
+            raise RequestError(f"pass as many negative captions ({len(negative)}) as captions ({len(captions)})")
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
         start = flow.start(noise, sigmas, strength, clean, mask)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
-        work = Workload(width, height, max(map(len, captions)), len(noise))
+        away = max(map(len, negative)) if negative and nag > 1 else 0
+        work = Workload(width, height, max(map(len, captions)), len(noise), nag_tokens=away)
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()))
+            sampling = denoising.Sampling(guidance=denoising.Guidance(*scales.values()), nag=nag)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )

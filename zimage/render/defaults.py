@@ -34,7 +34,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         "steps": either(request.steps, 30 if is_base(model) else 8),
         "sampler": either(request.sampler, "euler"),
         "guidance": guidance,
-        "negative": request.negative if guidance == 0 else either(request.negative, ""),
+        "negative": either(request.negative, "") if guidance > 0 or request.nag > 1 else request.negative,
         "shift": find_shift(model, request.shift),
         "seed": either(request.seed, secrets.randbelow(2**32)),
         "strength": _strength(request),

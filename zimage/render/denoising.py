@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from zimage import flow
+from zimage.dit.context import Context
 from zimage.dit.control import Controlled
-from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.dit.model import Modulation, ZImageDiT
 from zimage.errors import RequestError
 from zimage.events import Event
 from zimage.loading.registry import DIT, VAE
@@ -80,18 +81,22 @@ class Guidance(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes."""
+    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
+
+    `nag` is the scale of normalised attention guidance (`dit.nag`), 1 where it is off.
+    """
 
     sampler: str = "euler"
     guidance: Guidance = Guidance()
     seeds: Sequence[int] = ()
+    nag: float = 1.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
         guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
-        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch])
+        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], request.nag)
 
 
 class Reached(NamedTuple):
@@ -130,14 +135,18 @@ class _Batch:
         device, size = self.components.device(DIT), self.start.noise.shape[-2:]
         with self.components.use(DIT) as dit, torch.no_grad():
 
-            def context(captions: Sequence[Tensor]) -> Context:
-                refined: Context = dit.context(dit.refine([caption.to(device) for caption in captions]), *size)
-                return refined
+            def refined(captions: Sequence[Tensor]) -> list[Tensor]:
+                tokens: list[Tensor] = dit.refine([caption.to(device) for caption in captions])
+                return tokens
 
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
-            self.positive = context(positive)
-            self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+            toward, away = refined(positive), refined(negative or ())
+            guided, nag = self.sampling.guidance.scale > 0, self.sampling.nag
+            self.positive: Context = (
+                dit.context_away(toward, away, nag, *size) if away and nag > 1 else dit.context(toward, *size)
+            )
+            self.negative: Context | None = dit.context(away, *size) if away and guided else None
 
     def begin(self, reached: Reached | None) -> Reached:
         """Where the first step begins."""
