@@ -2,14 +2,13 @@
 
 Each half divides its evaluation over its own ranks. Then every rank exchanges its velocity with the rank of the same
 place in the other half, and all compute the guided one from the same two, as one rank does. In a step without guidance
-both halves evaluate the prompts, and nothing is exchanged.
+both halves evaluate the prompts, and nothing is exchanged; so it is with a third branch, which has no second beside it.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from zimage import flow
 from zimage.errors import RequestError
 from zimage.parallel.ranks import Ranks
 from zimage.render.denoising import Evaluate, Evaluation
@@ -18,11 +17,11 @@ KIND = "guidance"  # of traffic
 
 
 class Halves(NamedTuple):
-    """All ranks, this one's half of them, over which the DiT is divided, and whether that has the negative prompts."""
+    """All ranks, this one's half of them, over which the DiT is divided, and whether that is the second one."""
 
     ranks: Ranks
     own: Ranks
-    negative: bool
+    second: bool
 
     @classmethod
     def of(cls, ranks: Ranks) -> "Halves":
@@ -32,15 +31,20 @@ class Halves(NamedTuple):
         return cls(ranks, own, bool(which))
 
     def hook(self, evaluate: Evaluate) -> Evaluate:
-        """The innermost hook of a run: what it is given evaluates one of both branches."""
+        """The innermost hook of a run: what it is given evaluates one branch."""
 
         def guided(e: Evaluation) -> Tensor:
-            if e.negative is None or e.scale <= 0:
+            branches = e.branches
+            if len(branches) < 2:
                 return evaluate(e)
-            own = evaluate(e._replace(positive=e.negative if self.negative else e.positive, negative=None))
-            other = self._swapped(own)
-            positive, negative = (other, own) if self.negative else (own, other)
-            return flow.guide(positive, negative, e.scale, e.normalization)
+            velocities = dict[str, Tensor]()
+            for pair in zip(branches[::2], branches[1::2], strict=False):
+                own, other = reversed(pair) if self.second else pair
+                velocities[own] = evaluate(e.alone(own))
+                velocities[other] = self._swapped(velocities[own])
+            for last in branches[len(velocities) :]:
+                velocities[last] = evaluate(e.alone(last))
+            return e.guided(velocities)
 
         return guided
 

@@ -32,7 +32,7 @@ from zimage.render.captioning import Conditions
 from zimage.render.components import Components
 from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
 from zimage.render.job import Job
-from zimage.render.state import RenderState
+from zimage.render.state import PAST, RenderState
 
 # ------------------------------------------------------------------ one evaluation
 
@@ -41,7 +41,10 @@ class Evaluation(NamedTuple):
     """What one velocity is computed from.
 
     `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; a solver may evaluate at the level after a step's
-    own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off.
+    own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off, and
+    `guidance` says what is made of it. `start` is where the run began, and says which cells go back to the picture.
+    `carried` is what evaluations keep for later ones, by name, tensors like the latents; it is the step's own, and goes
+    on with what this step reaches.
     """
 
     dit: ZImageDiT
@@ -52,8 +55,30 @@ class Evaluation(NamedTuple):
     positive: Context
     negative: Context | None
     scale: float
-    normalization: float
-    controls: Sequence[Controlled] = ()  # ControlNets that have a say in this step
+    guidance: flow.Guidance
+    controls: Sequence[Controlled]  # ControlNets that have a say in this step
+    start: flow.Start
+    carried: dict[str, Tensor]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What the model evaluates for it."""
+        if self.negative is None:
+            return (flow.PROMPT,)
+        first = self.start.step
+        return self.guidance.branches(self.scale, self.step - first, len(self.sigmas) - 1 - first)
+
+    def alone(self, branch: str) -> "Evaluation":
+        """One of its branches, without guidance."""
+        positive = self.negative if branch == flow.NEGATIVE and self.negative is not None else self.positive
+        return self._replace(positive=positive, negative=None, scale=0.0)
+
+    def guided(self, velocities: Mapping[str, Tensor]) -> Tensor:
+        """The velocity that those of its branches make; what the method remembers is carried."""
+        guided, average = self.guidance.combine(velocities, self.scale, self.carried.get(flow.AVERAGE))
+        if average is not None:
+            self.carried[flow.AVERAGE] = average
+        return guided
 
 
 Evaluate = Callable[[Evaluation], Tensor]  # → velocity (B, 16, h, w) fp32
@@ -61,42 +86,35 @@ Hook = Callable[[Evaluate], Evaluate]
 
 
 def guided_velocity(e: Evaluation) -> Tensor:
-    """The model's velocity, with classifier-free guidance where there is any."""
-    velocity = e.dit.velocity(e.latents, e.modulation, e.positive, e.controls)
-    if e.negative is None or e.scale <= 0:
-        return velocity
-    negative = e.dit.velocity(e.latents, e.modulation, e.negative, e.controls)
-    return flow.guide(velocity, negative, e.scale, e.normalization)
+    """The model's velocity, guided where there is any guidance."""
+    branches = e.branches
+    if branches == (flow.PROMPT,):
+        return e.dit.velocity(e.latents, e.modulation, e.positive, e.controls)
+    return e.guided({branch: guided_velocity(e.alone(branch)) for branch in branches})
 
 
 # ------------------------------------------------------------------ one batch
 
 
-class Guidance(NamedTuple):
-    """Classifier-free guidance over a run, as `flow.guidance_at` and `flow.guide` take it."""
-
-    scale: float = 0.0
-    truncation: float = 1.0
-    normalization: float = 0.0
-
-
 class Sampling(NamedTuple):
     """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
 
-    `nag` is the scale of normalised attention guidance (`dit.nag`), 1 where it is off.
+    `variety` is that of `flow.varied`, `nag` the scale of normalised attention guidance (`dit.nag`), 1 where it is off.
     """
 
     sampler: str = "euler"
-    guidance: Guidance = Guidance()
+    guidance: flow.Guidance = flow.Guidance()
     seeds: Sequence[int] = ()
+    variety: float = 0.0
     nag: float = 1.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
-        guidance = Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
-        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], request.nag)
+        guidance = flow.Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
+        variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
+        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], variety, request.nag)
 
 
 class Reached(NamedTuple):
@@ -105,9 +123,6 @@ class Reached(NamedTuple):
     step: int
     latents: Tensor
     carried: Mapping[str, Tensor]
-
-
-PAST = "past"  # what the solver wants to see again
 
 
 class _Batch:
@@ -141,12 +156,28 @@ class _Batch:
 
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
-            toward, away = refined(positive), refined(negative or ())
-            guided, nag = self.sampling.guidance.scale > 0, self.sampling.nag
-            self.positive: Context = (
-                dit.context_away(toward, away, nag, *size) if away and nag > 1 else dit.context(toward, *size)
+            away = refined(negative or ())
+            nag = self.sampling.nag if away else 1.0
+
+            def context(captions: Sequence[Tensor]) -> Context:
+                toward = refined(captions)
+                found: Context = dit.context_away(toward, away, nag, *size) if nag > 1 else dit.context(toward, *size)
+                return found
+
+            self.positive = context(positive)
+            self.varied = self._varied(positive, context)
+            self.negative: Context | None = (
+                dit.context(away, *size) if self.sampling.guidance.scale > 0 and away else None
             )
-            self.negative: Context | None = dit.context(away, *size) if away and guided else None
+
+    def _varied(self, captions: Sequence[Tensor], context: Callable[[Sequence[Tensor]], Context]) -> dict[int, Context]:
+        """What stands for the prompts' context in the first steps, where there is variety between seeds."""
+        sampling = self.sampling
+        if sampling.variety <= 0:
+            return {}
+        pairs = zip(captions, sampling.seeds, strict=True)
+        early = flow.varied_steps(self.start.step, len(self.sigmas) - 1)
+        return dict.fromkeys(early, context([flow.varied(one, seed, sampling.variety) for one, seed in pairs]))
 
     def begin(self, reached: Reached | None) -> Reached:
         """Where the first step begins."""
@@ -156,23 +187,26 @@ class _Batch:
 
     def step(self, reached: Reached) -> Reached:
         """From a noise level to the next."""
-        i, sigmas, past = reached.step, self.sigmas, _listed(reached.carried, reached.latents.device)
+        i, sigmas = reached.step, self.sigmas
+        past, kept = _divided(reached.carried, reached.latents.device)
         with self.components.use(DIT) as dit, torch.no_grad():
             latents, past = self.solver.step(
                 reached.latents,
                 i,
                 sigmas,
-                lambda x, level: self.evaluate(self._evaluation(dit, x, level)),
+                lambda x, level: self.evaluate(self._evaluation(dit, x, i, level, kept)),
                 lambda: self._noise_of(i),
                 past,
             )
             latents = self.start.kept(latents, i, sigmas[i + 1])
             if i in (self.start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
                 finite(latents, "the DiT", dit)
-        return Reached(i + 1, latents, {f"{PAST}.{k}": x for k, x in enumerate(past)})
+        return Reached(i + 1, latents, {**kept, **{f"{PAST}.{k}": x for k, x in enumerate(past)}})
 
-    def _evaluation(self, dit: ZImageDiT, latents: Tensor, level: int) -> Evaluation:
-        """What the model is asked at a noise level."""
+    def _evaluation(
+        self, dit: ZImageDiT, latents: Tensor, step: int, level: int, kept: dict[str, Tensor]
+    ) -> Evaluation:
+        """What the model is asked at a noise level, by a step; all of a step see the same captions."""
         guidance = self.sampling.guidance
         return Evaluation(
             dit,
@@ -180,11 +214,13 @@ class _Batch:
             level,
             self.sigmas,
             self.modulation.step(level),
-            self.positive,
+            self.varied.get(step, self.positive),
             self.negative,
-            flow.guidance_at(self.sigmas[level], guidance.scale, guidance.truncation),
-            guidance.normalization,
+            guidance.at(self.sigmas[level]),
+            guidance,
             self.beside.step(level),
+            self.start,
+            kept,
         )
 
     def _noise_of(self, step: int) -> Tensor:
@@ -192,10 +228,11 @@ class _Batch:
         return self.noise.at(step)
 
 
-def _listed(carried: Mapping[str, Tensor], device: torch.device) -> flow.Past:
-    """The solver's own of what is carried."""
+def _divided(carried: Mapping[str, Tensor], device: torch.device) -> tuple[flow.Past, dict[str, Tensor]]:
+    """Of what is carried, the solver's own, and what evaluations keep."""
+    kept = {name: x.to(device) for name, x in carried.items()}
     count = sum(name.startswith(f"{PAST}.") for name in carried)
-    return tuple(carried[f"{PAST}.{k}"].to(device) for k in range(count))
+    return tuple(kept.pop(f"{PAST}.{k}") for k in range(count)), kept
 
 
 def denoise_steps(
@@ -269,11 +306,20 @@ def _start(
 ) -> flow.Start:
     """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
     channels, (h, w) = components.config(DIT).in_channels, _latent_size(components, job)
-    noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
+    noise = torch.cat([_noise(job, i, channels, h, w) for i in batch])
     if clean is None:
         return flow.start(noise, sigmas)
     begin = torch.cat([clean[i] for i in batch]).cpu()
     return flow.start(noise, sigmas, job.request.strength or 1.0, begin, mask)
+
+
+def _noise(job: Job, index: int, *shape: int) -> Tensor:
+    """The start noise (1, 16, h, w) of an image, on its way to that of another seed where it is a variation."""
+    noise = flow.start_noise(job.seeds[index], *shape)
+    if job.request.variation is None:
+        return noise
+    seed, weight = job.request.variations[index]
+    return flow.slerp(noise, flow.start_noise(seed, *shape), weight)
 
 
 def _latent_mask(components: Components, job: Job) -> Tensor | None:
