@@ -41,7 +41,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         **_schedule(request, model, usual),
         "sampler": either(request.sampler, usual["sampler"]),
         "guidance": guidance,
-        "negative": request.negative if guidance == 0 else either(request.negative, ""),
+        "negative": either(request.negative, "") if guidance > 0 or request.nag > 1 else request.negative,
         "seed": either(request.seed, secrets.randbelow(2**32)),
         "variation": _variation(request),
         "strength": _strength(request),

@@ -81,6 +81,14 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=100,
     )
+    nag: float = setting(
+        1.0,
+        "Normalised attention guidance: how strongly --negative acts within each evaluation, also at guidance 0, for "
+        "less than a fifth of its time at 1024 × 1024; 1 is off, 2 to 6 are usual.",
+        group="Sampling",
+        minimum=1,
+        maximum=100,
+    )
     schedule: str | None = setting(
         None,
         "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
