@@ -42,7 +42,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         **_schedule(request, model, usual),
         "sampler": either(request.sampler, usual["sampler"]),
         "guidance": guidance,
-        "negative": request.negative if guidance == 0 else either(request.negative, ""),
+        "negative": either(request.negative, "") if guidance > 0 or request.nag > 1 else request.negative,
         "seed": [*map(drawn_seed, seed)] if isinstance(seed := request.seed, list) else drawn_seed(seed),
         "variation": _variation(request),
         "strength": _strength(request),

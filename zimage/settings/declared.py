@@ -48,7 +48,7 @@ class Request(SamplingSettings):
     prompt: str | list[str] = setting("", "What to draw.", group="Text", per_call=True, longest=LONGEST_TEXT)
     negative: str | None = setting(
         None,
-        "What to steer away from; needs --guidance above 0. Default: an empty prompt.",
+        "What to steer away from; needs --guidance above 0 or --nag above 1. Default: an empty prompt.",
         group="Text",
         longest=LONGEST_TEXT,
     )
@@ -192,9 +192,9 @@ class Request(SamplingSettings):
             raise RequestError(text, fields=("tile_overlap", "tile_size"))
         if not self.prompts:
             raise RequestError("prompt: the list is empty; pass at least one prompt", fields=("prompt",))
-        if self.negative is not None and self.guidance == 0:
-            text = "negative: it has no effect at guidance 0; pass a guidance above 0 or leave it out"
-            raise RequestError(text, fields=("negative", "guidance"))
+        if self.negative is not None and self.guidance == 0 and self.nag == 1:
+            text = "negative: it has no effect at guidance 0; pass a guidance above 0 or a nag above 1, or leave it out"
+            raise RequestError(text, fields=("negative", "guidance", "nag"))
         if isinstance(self.seed, list) and len(self.seed) not in (len(self.prompts), self.count):
             text = f"pass one seed, one per prompt ({len(self.prompts)}) or one per image ({self.count})"
             raise RequestError(f"seed: the list has {len(self.seed)}; {text}", fields=("seed", "prompt", "images"))

@@ -84,6 +84,14 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=100,
     )
+    nag: float = setting(
+        1.0,
+        "Normalised attention guidance: how strongly --negative acts within each evaluation, also at guidance 0, for "
+        "less than a fifth of its time at 1024 × 1024; 1 is off, 2 to 6 are usual.",
+        group="Sampling",
+        minimum=1,
+        maximum=100,
+    )
     schedule: str | None = setting(
         None,
         "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
@@ -127,13 +135,16 @@ class SamplingSettings(CaptionSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variation is not None:
-            split_variation(self.variation)
         if self.preset is not None:
             check_preset(self.preset)
-        if self.sigmas is None:
-            return
-        steps = len(split_sigmas(self.sigmas)) - 1
+        if self.variation is not None:
+            split_variation(self.variation)
+        if self.sigmas is not None:
+            self._check_levels(self.sigmas)
+
+    def _check_levels(self, sigmas: str) -> None:
+        """What exact noise levels go together with."""
+        steps = len(split_sigmas(sigmas)) - 1
         if self.steps not in (None, steps):
             text = f"sigmas: these are {steps} steps, and steps is {self.steps}; pass only one of them"
             raise RequestError(text, fields=("sigmas", "steps"))
@@ -150,19 +161,6 @@ def is_open(seed: int | None) -> bool:
 def drawn_seed(seed: int | None) -> int:
     """The seed that was given, or a random one where it is open."""
     return secrets.randbelow(DRAWN_SEEDS) if seed is None or is_open(seed) else seed
-
-
-def split_variation(text: str) -> tuple[int, float]:
-    """SEED:WEIGHT → both; −1 is a seed that is still open. Raises RequestError."""
-    seed, _, weight = text.partition(":")
-    try:
-        found = int(seed), float(weight)
-    except ValueError:
-        found = -2, 0.0
-    if not (-1 <= found[0] <= MAX_SEED and 0 <= found[1] <= 1):
-        told = f"should be SEED:WEIGHT, a whole number from -1 to {MAX_SEED} and one from 0 to 1, such as 7:0.2"
-        raise RequestError(f"variation {quoted(text)} {told}", fields=("variation",))
-    return found
 
 
 def split_sigmas(text: str) -> list[float]:
@@ -194,3 +192,16 @@ def _fp32(value: float) -> float:
 
 def _sigmas_fault(text: str) -> RequestError:
     return RequestError(text, fields=("sigmas",))
+
+
+def split_variation(text: str) -> tuple[int, float]:
+    """SEED:WEIGHT → both; −1 is a seed that is still open. Raises RequestError."""
+    seed, _, weight = text.partition(":")
+    try:
+        found = int(seed), float(weight)
+    except ValueError:
+        found = -2, 0.0
+    if not (-1 <= found[0] <= MAX_SEED and 0 <= found[1] <= 1):
+        told = f"should be SEED:WEIGHT, a whole number from -1 to {MAX_SEED} and one from 0 to 1, such as 7:0.2"
+        raise RequestError(f"variation {quoted(text)} {told}", fields=("variation",))
+    return found
