@@ -6,7 +6,7 @@ Lipman et al. 2022).
 
 from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
 from zimage.flow.noise import StepNoise, slerp, start_noise, stream
-from zimage.flow.schedules import sigmas
+from zimage.flow.schedules import SCHEDULES, exact, sigmas
 from zimage.flow.solvers import SOLVERS, Solver
 from zimage.flow.starts import (
     Start,
@@ -27,6 +27,7 @@ __all__ = [
     "METHODS",
     "NEGATIVE",
     "PROMPT",
+    "SCHEDULES",
     "SOLVERS",
     "Guidance",
     "Past",
@@ -34,6 +35,7 @@ __all__ = [
     "Start",
     "StepNoise",
     "euler_step",
+    "exact",
     "first_step",
     "first_steps",
     "guidance_at",

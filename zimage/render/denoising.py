@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from zimage import flow
+from zimage.dit.context import Context
 from zimage.dit.control import Controlled
-from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.dit.model import Modulation, ZImageDiT
 from zimage.errors import RequestError
 from zimage.events import Event
 from zimage.loading.registry import DIT, VAE
@@ -98,13 +99,14 @@ def guided_velocity(e: Evaluation) -> Tensor:
 class Sampling(NamedTuple):
     """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
 
-    `variety` is that of `flow.varied`.
+    `variety` is that of `flow.varied`, `nag` the scale of normalised attention guidance (`dit.nag`), 1 where it is off.
     """
 
     sampler: str = "euler"
     guidance: flow.Guidance = flow.Guidance()
     seeds: Sequence[int] = ()
     variety: float = 0.0
+    nag: float = 1.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
@@ -112,7 +114,7 @@ class Sampling(NamedTuple):
         request = job.request
         guidance = flow.Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
         variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
-        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], variety)
+        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], variety, request.nag)
 
 
 class Reached(NamedTuple):
@@ -148,15 +150,25 @@ class _Batch:
         device, size = self.components.device(DIT), self.start.noise.shape[-2:]
         with self.components.use(DIT) as dit, torch.no_grad():
 
-            def context(captions: Sequence[Tensor]) -> Context:
-                refined: Context = dit.context(dit.refine([caption.to(device) for caption in captions]), *size)
-                return refined
+            def refined(captions: Sequence[Tensor]) -> list[Tensor]:
+                tokens: list[Tensor] = dit.refine([caption.to(device) for caption in captions])
+                return tokens
 
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
+            away = refined(negative or ())
+            nag = self.sampling.nag if away else 1.0
+
+            def context(captions: Sequence[Tensor]) -> Context:
+                toward = refined(captions)
+                found: Context = dit.context_away(toward, away, nag, *size) if nag > 1 else dit.context(toward, *size)
+                return found
+
             self.positive = context(positive)
             self.varied = self._varied(positive, context)
-            self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+            self.negative: Context | None = (
+                dit.context(away, *size) if self.sampling.guidance.scale > 0 and away else None
+            )
 
     def _varied(self, captions: Sequence[Tensor], context: Callable[[Sequence[Tensor]], Context]) -> dict[int, Context]:
         """What stands for the prompts' context in the first steps, where there is variety between seeds."""
@@ -294,11 +306,20 @@ def _start(
 ) -> flow.Start:
     """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
     channels, (h, w) = components.config(DIT).in_channels, _latent_size(components, job)
-    noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
+    noise = torch.cat([_noise(job, i, channels, h, w) for i in batch])
     if clean is None:
         return flow.start(noise, sigmas)
     begin = torch.cat([clean[i] for i in batch]).cpu()
     return flow.start(noise, sigmas, job.request.strength or 1.0, begin, mask)
+
+
+def _noise(job: Job, index: int, *shape: int) -> Tensor:
+    """The start noise (1, 16, h, w) of an image, on its way to that of another seed where it is a variation."""
+    noise = flow.start_noise(job.seeds[index], *shape)
+    if job.request.variation is None:
+        return noise
+    seed, weight = job.request.variations[index]
+    return flow.slerp(noise, flow.start_noise(seed, *shape), weight)
 
 
 def _latent_mask(components: Components, job: Job) -> Tensor | None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from zimage import flow
 from zimage.errors import RequestError
 from zimage.loading.controls import ControlFiles, with_controls
@@ -29,6 +31,7 @@ from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_ref
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
+from zimage.settings.sampling import split_sigmas
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
@@ -64,10 +67,10 @@ class Job:
     """A request as it will run.
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
-    and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
+    and `negative_texts` the one that guidance or NAG steers away from, if there is any. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
-    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
-    to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
+    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
+    `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -195,13 +198,16 @@ def decide(
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
-    negatives = (plain.format(values["negative"]),) if values["guidance"] > 0 else ()
+    negatives = () if values["negative"] is None else (plain.format(values["negative"]),)
     ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
     texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
     found = references(values["reference"], request, model, vision)
     work = _workload(request, values, longest, loras, planner.sizes[DIT])
+    work = dataclasses.replace(
+        work, nag_tokens=max(map(lengths.__getitem__, negatives), default=0) if request.nag > 1 else 0
+    )
     work = with_references(work, request, found, [lengths[text] for text in prompts], texts.limit)
     plan = planner.plan(work, loaded)
     if must_fit:
@@ -209,9 +215,16 @@ def decide(
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     passes = _passes(complete, width, height, planner, loaded)
     _check_control(complete, len(passes), canvas.Rendered(complete, frame, width, height))
-    sigmas, seeds = tuple(flow.sigmas(values["steps"], values["shift"]).tolist()), tuple(complete.seeds)
+    sigmas, seeds = tuple(_levels(request, values).tolist()), tuple(complete.seeds)
     seen = glimpses(found)
     return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, seeds, loras, plan, **facts)
+
+
+def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:
+    """The noise levels (steps + 1,) of a request with these values filled in."""
+    if request.sigmas is not None:
+        return flow.exact(split_sigmas(request.sigmas))
+    return flow.sigmas(values["steps"], values["shift"], values["schedule"])
 
 
 def _workload(
