@@ -40,6 +40,7 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.vision import with_vision
 from zimage.pictures.image import InputPicture
 from zimage.render import denoising, stages
+from zimage.render.budget import evaluations, guidance_of
 from zimage.render.captioning import Conditions, encode
 from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
@@ -154,6 +155,7 @@ class ZImage(Captioner):
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
         hooks: Sequence[denoising.Hook] = (),
+        guidance_method: str = "cfg",
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
@@ -162,27 +164,36 @@ class ZImage(Captioner):
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
-        it adds. `hooks` wrap every evaluation, see `render.denoising`. Raises RequestError, and CheckpointError for an
+        it adds. `hooks` wrap every evaluation, see `render.denoising`. `guidance_method` is what `settings.guiding`
+        reads. Raises RequestError, and CheckpointError for an
         unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
-        scales = {"guidance": guidance, "cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **scales, **say}.items():
+        for name, value in {"steps": steps, "shift": shift, **say}.items():
             if value is not None:
                 Request.check_one(name, value)
+        guided = guidance_of(
+            Request(
+                guidance=guidance,
+                guidance_method=guidance_method,
+                cfg_truncation=cfg_truncation,
+                cfg_normalization=cfg_normalization,
+            )
+        )
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
         start = flow.start(noise, sigmas, strength, clean, mask)
+        evaluations("euler", guided, sigmas, [start.step], self.model.config(DIT).n_layers)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(guidance=flow.Guidance(guidance, cfg_truncation, cfg_normalization))
+            sampling = denoising.Sampling(guidance=guided)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )

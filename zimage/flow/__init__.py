@@ -4,7 +4,7 @@ A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε −
 Lipman et al. 2022).
 """
 
-from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
+from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, SKIPPED, Guidance, guidance_at, guide
 from zimage.flow.noise import StepNoise, start_noise
 from zimage.flow.schedules import sigmas
 from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
@@ -25,6 +25,7 @@ __all__ = [
     "METHODS",
     "NEGATIVE",
     "PROMPT",
+    "SKIPPED",
     "SOLVERS",
     "Guidance",
     "Past",

@@ -13,6 +13,7 @@ from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
+from zimage.settings.guiding import GuidanceMethod
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -34,6 +35,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         "steps": either(request.steps, 30 if is_base(model) else 8),
         "sampler": either(request.sampler, "euler"),
         "guidance": guidance,
+        "guidance_method": GuidanceMethod.parse(either(request.guidance_method, "cfg")).describe(),
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
         "shift": find_shift(model, request.shift),
         "seed": either(request.seed, secrets.randbelow(2**32)),

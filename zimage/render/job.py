@@ -6,7 +6,7 @@ LoRAs, and a queue may keep it as JSON.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +17,13 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
-from zimage.loading.registry import DIT
+from zimage.loading.registry import DIT, VAE
 from zimage.loading.sizes import ComponentSizes
 from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
 from zimage.pictures.inpaint import Frame
 from zimage.render import attached, canvas
+from zimage.render.budget import evaluations, guidance_of
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
@@ -32,7 +33,7 @@ from zimage.settings.plain import mistake
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "evaluations", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -44,6 +45,7 @@ JOB: dict[str, Hint] = {
     "passes": list[tuple[int, int, str]],
     "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
+    "evaluations": int,
     "seeds": list[int],
     "loras": list[LoraUse],
     "plan": PLAN,
@@ -67,7 +69,8 @@ class Job:
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
     is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
-    to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
+    to 0; `evaluations` how many of the DiT a picture takes, in all passes; `seeds` one per image; `model`, `dtype` and
+    `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -78,6 +81,7 @@ class Job:
     passes: tuple[Pass, ...]
     frame: Frame
     sigmas: tuple[float, ...]
+    evaluations: int
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
     plan: MemoryPlan
@@ -123,6 +127,7 @@ class Job:
             "passes": [list(one) for one in self.passes],
             "frame": list(self.frame),
             "sigmas": list(self.sigmas),
+            "evaluations": self.evaluations,
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
             "plan": self.plan.to_dict(),
@@ -149,6 +154,7 @@ class Job:
             tuple(Pass(*one) for one in plain["passes"]),
             Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
+            plain["evaluations"],
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
             MemoryPlan.from_dict(plain["plan"]),
@@ -208,10 +214,13 @@ def decide(
         planner.check(plan, loaded)
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     passes = _passes(complete, width, height, planner, loaded)
-    _check_control(complete, len(passes), canvas.Rendered(complete, frame, width, height))
-    sigmas, seeds = tuple(flow.sigmas(values["steps"], values["shift"]).tolist()), tuple(complete.seeds)
-    seen = glimpses(found)
-    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, seeds, loras, plan, **facts)
+    sigmas, seeds, seen = flow.sigmas(values["steps"], values["shift"]), tuple(complete.seeds), glimpses(found)
+    _check_control(complete)
+    begins = _beginnings(complete, len(sigmas) - 1, passes, frame, model)
+    _check_say(complete, len(sigmas) - 1, begins)
+    count = evaluations(values["sampler"], guidance_of(complete), sigmas, begins, model.config(DIT).n_layers)
+    levels = tuple(sigmas.tolist())
+    return Job(complete, prompts, negatives, ids, seen, passes, frame, levels, count, seeds, loras, plan, **facts)
 
 
 def _workload(
@@ -245,22 +254,34 @@ def starts_from_noise(request: Request) -> bool:
     return masked and reads and request.control_flow == "diffusers"
 
 
-def _check_control(request: Request, passes: int, rendered: canvas.Rendered) -> None:
-    """Raise RequestError where controls or the strength would have no say, or control pictures cannot be made."""
+def _check_control(request: Request) -> None:
+    """Raise RequestError where control pictures cannot be made, or the strength would have no say."""
     if request.control_preprocess:
         opencv()
     if starts_from_noise(request) and request.strength != 1:
         text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
         raise RequestError(text, fields=("strength", "control_flow"))
-    steps, start, end = request.steps or 1, request.control_start, request.control_end
+
+
+def _beginnings(request: Request, steps: int, passes: tuple[Pass, ...], frame: Frame, model: ModelFiles) -> list[int]:
+    """The step with which each pass begins."""
+    width, height, _ = passes[-1]
+    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
+    if request.image is not None and not starts_from_noise(request):
+        factor = model.skeleton(VAE).spatial_factor
+        first = canvas.Rendered(request, frame, width, height).first_step(
+            first, steps, height // factor, width // factor
+        )
+    return [0, first][-len(passes) :]
+
+
+def _check_say(request: Request, steps: int, begins: Sequence[int]) -> None:
+    """Raise RequestError where controls have a say in no step of any pass."""
+    start, end = request.control_start, request.control_end
     if not request.control or (start, end) == (0, 1):
         return
-    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
-    if canvas.pastes(request) and not starts_from_noise(request):
-        first = rendered.first_step(first, steps)
-    begins = [0, first][-passes:]
     if not any(flow.steps_between(begin, steps, start, end) for begin in begins):
-        n = steps - first
+        n = steps - begins[-1]
         text = (
             f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
         )

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from zimage.errors import RequestError
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
+from zimage.settings.guiding import FORM, GuidanceMethod
 
 SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
 MAX_SEED = 2**63 - 1
@@ -37,6 +39,15 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=100,
     )
+    guidance_method: str | None = setting(
+        None,
+        "How guidance is made: cfg, cfg_zero (the negative prompt aligned, zero_init_steps 1), apg (projected; eta 0, "
+        "threshold 15, momentum -0.5) or slg (cfg, and away from the prompt without layers 7+8+9; scale 2.8, start "
+        "0.01, stop 0.2). Default: cfg.",
+        group="Sampling",
+        metavar=FORM,
+        longest=200,
+    )
     shift: float | None = setting(
         None,
         "Shift of the noise schedule. Default: from the checkpoint's scheduler config.",
@@ -61,3 +72,11 @@ class SamplingSettings(CaptionSettings):
         minimum=1,
         maximum=1024,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_method is not None:
+            method = GuidanceMethod.parse(self.guidance_method)
+            if self.guidance == 0 and method.name != "cfg":
+                text = f"guidance_method: {method.name} has no effect at guidance 0; pass a guidance above 0"
+                raise RequestError(f"{text} or leave it out", fields=("guidance_method", "guidance"))
