@@ -209,6 +209,7 @@ CASES = [
     Case("guidance_method", "apg:threshold=1", beside=GUIDED | {"guidance_method": "apg"}),
     Case("guidance_method", "slg:layers=1,start=0,stop=1", beside=GUIDED),
     Case("sampler", "heun", beside={"steps": 2}),
+    Case("variety", 1.0),
     Case("shift", 6.0, beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),

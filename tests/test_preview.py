@@ -16,7 +16,7 @@ from zimage.errors import NonFiniteError, OutOfMemory
 from zimage.events import Event
 from zimage.pictures.image import from_pil, to_pil
 from zimage.render import preview as module
-from zimage.render.preview import Factors, Previews, clean, fit, least_squares, pairs, prefitted
+from zimage.render.preview import Factors, Previews, fit, least_squares, pairs, prefitted
 from zimage.vae import AutoencoderKL, AutoencoderKLWan
 
 CPU = torch.device("cpu")
@@ -144,12 +144,39 @@ def test_early_previews_show_the_picture_and_not_its_noise(demo, factors, made):
     assert max(early) < 30 < 60 < min(raw)
 
 
-def test_the_estimate_is_the_clean_latents():
-    """x at σ and x′ at σ′ of one picture and one noise, as `flow` mixes them."""
+def step_of(latents, velocity, sigma, start=None, number=1):
+    """The first of three steps, after an evaluation."""
+    event = Event("denoise", number, 3, latents=torch.full_like(latents, 7.0))
+    return module._Step(
+        event, module._Seen(latents, velocity, sigma, start or zimage.flow.Start(latents, 0, latents)), None
+    )
+
+
+def test_the_estimate_is_the_clean_latents(factors):
+    """x at σ and the velocity of one picture and one noise, as `flow` mixes them; at the end, what was reached."""
     picture, noise = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
-    before, after = (zimage.flow.noised(picture, noise, torch.tensor(sigma)).numpy() for sigma in (0.9, 0.6))
-    assert np.abs(clean(before, after, 0.9, 0.6) - picture.numpy()).max() < 1e-5
-    assert (clean(before, after, 0.9, 0.0) == after).all()
+    mixed, previews = zimage.flow.noised(picture, noise, torch.tensor(0.9)), Previews(factors, list.append)
+    assert np.abs(previews._clean(step_of(mixed, noise - picture, 0.9)) - picture.numpy()).max() < 1e-5
+    assert (previews._clean(step_of(mixed, noise - picture, 0.9, number=3)) == 7).all()
+
+
+def test_cells_show_the_picture_until_they_are_repainted(factors):
+    """Beside a mask by value, whose cells begin with different steps."""
+    zeros, previews = torch.zeros(1, 16, 1, 4), Previews(factors, list.append)
+    begins = torch.tensor([2.0, 3.0, 4.0, 5.0]).view(1, 1, 1, 4)  # of five steps, of which the last three run
+    start = zimage.flow.Start(zeros, 2, zeros, zeros + 3, begins)
+    shown = [previews._clean(step_of(zeros, zeros, 0.5, start, number))[0, 0, 0].tolist() for number in (1, 2)]
+    assert shown == [[0, 3, 3, 3], [0, 0, 3, 3]]
+
+
+@pytest.mark.parametrize("sampler", zimage.flow.SOLVERS)
+def test_previews_of_every_sampler_are_free_of_noise(demo, factors, sampler):
+    """Also of those that evaluate twice in a step, or add noise after it."""
+    images, shown = rendered(demo, factors, prompt=PROMPTS[0], seed=3, steps=6, sampler=sampler)
+    assert [preview.step for preview in shown] == [1, 2, 3, 4, 5, 6]
+    errors = [error(preview, images[0]) for preview in shown]
+    assert max(errors) < 30, "those of noise are above 60"
+    assert errors[-1] < 15
 
 
 def test_a_preview_has_twice_the_latents_size(factors):
@@ -159,7 +186,7 @@ def test_a_preview_has_twice_the_latents_size(factors):
 def test_drawing_takes_three_milliseconds_at_most(factors):
     """1024 × 1024 px, on one core; the least of many, since others may be at work on it."""
     latents = torch.randn(1, 16, 128, 128)
-    step = module._Step(Event("denoise", 1, 8), latents, 0.9 * latents, torch.tensor(0.9), torch.tensor(0.8), None)
+    step = step_of(latents, 0.9 * latents, 0.9)
     previews, seconds = Previews(factors, list.append, pause=0), []
     for _ in range(40):
         start = time.perf_counter()

@@ -154,6 +154,8 @@ class ZImage(Captioner):
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
+        variety: float = 0.0,
+        seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
         guidance_method: str = "cfg",
     ) -> Tensor:
@@ -165,23 +167,18 @@ class ZImage(Captioner):
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
         it adds. `hooks` wrap every evaluation, see `render.denoising`. `guidance_method` is what `settings.guiding`
-        reads. Raises RequestError, and CheckpointError for an
-        unusable control file.
+        reads. Raises RequestError, and CheckpointError for an unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **say}.items():
+        for name, value in {"steps": steps, "shift": shift, **say, "variety": variety}.items():
             if value is not None:
                 Request.check_one(name, value)
-        guided = guidance_of(
-            Request(
-                guidance=guidance,
-                guidance_method=guidance_method,
-                cfg_truncation=cfg_truncation,
-                cfg_normalization=cfg_normalization,
-            )
-        )
+        scales = Request(guidance=guidance, cfg_truncation=cfg_truncation, cfg_normalization=cfg_normalization)
+        guided = guidance_of(dataclasses.replace(scales, guidance_method=guidance_method))
+        if variety > 0 and len(seeds) != len(noise):
+            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", "variety"))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
         sigmas = flow.sigmas(steps, find_shift(self.model, shift))
@@ -193,7 +190,7 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(guidance=guided)
+            sampling = denoising.Sampling("euler", guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, sigmas, sampling, steering, hooks
             )

@@ -1,5 +1,7 @@
 """Previews on a pretended card: what a render itself has to do for them, and what their thread does."""
 
+import dataclasses
+
 import pytest
 import torch
 from pretended import needs_pretended, pretend
@@ -26,8 +28,11 @@ def test_a_render_launches_copies_and_waits_for_nothing_more(tiny_folder):
         assert beside.launches == alone.launches
         assert beside.copies == alone.copies
         assert beside.syncs == alone.syncs
-        with card.count() as count:
-            preview = previews._drawn(previews._next())
-        assert (preview.step, preview.width) == (3, 16)
-        assert not count.launches
-        assert [copy.bytes for copy in count.copies] == [16 * 8 * 8 * 4] * 2  # of one image, before and after
+        last = previews._next()
+        before = last._replace(event=dataclasses.replace(last.event, step=2))
+        for step, copies in ((last, 1), (before, 2)):  # the finished latents; what was evaluated, and its velocity
+            with card.count() as count:
+                preview = previews._drawn(step)
+            assert (preview.step, preview.width) == (step.event.step, 16)
+            assert not count.launches
+            assert [copy.bytes for copy in count.copies] == [16 * 8 * 8 * 4] * copies  # of one image

@@ -71,6 +71,7 @@ def requests(wide_folder, tmp_path) -> dict[str, dict]:
             **SIZE, "prompt": ["a cat", "a much longer prompt than that of a cat, with a dog, a horse and a house"],
             "images": 2, "batch_size": 3, "guidance": 3.0, "negative": "blurred", "cfg_truncation": 0.7,
         },
+        "captions that vary, in a batch": {**PLAIN, "prompt": ["a cat", "a dog"], "batch_size": 2, "variety": 1.0},
         "two passes": {**PLAIN, "hires": 1.5, "control": [(nets, picture(2))]},
         "a picture": {**PLAIN, "image": picture(1), "strength": 0.7},
         "a picture, in strips": {**PLAIN, "image": picture(1), "strength": 0.7, "tile_mode": "exact", "tile_size": 32},

@@ -5,7 +5,7 @@ Lipman et al. 2022).
 """
 
 from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, SKIPPED, Guidance, guidance_at, guide
-from zimage.flow.noise import StepNoise, start_noise
+from zimage.flow.noise import StepNoise, slerp, start_noise, stream
 from zimage.flow.schedules import sigmas
 from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
 from zimage.flow.starts import (
@@ -19,6 +19,7 @@ from zimage.flow.starts import (
     start,
     steps_between,
 )
+from zimage.flow.variety import varied, varied_steps
 
 __all__ = [
     "AVERAGE",
@@ -41,8 +42,12 @@ __all__ = [
     "latent_mask",
     "noised",
     "sigmas",
+    "slerp",
     "soft_latent_mask",
     "start",
     "start_noise",
     "steps_between",
+    "stream",
+    "varied",
+    "varied_steps",
 ]

@@ -3,16 +3,45 @@
 Bits depend neither on the device nor on what else is drawn in a batch.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers on the CPU for one purpose of an image, apart from those of its noise and of other purposes.
+
+    Their seed is 63 bits of SHA-256 of both, so that neighbouring seeds and purposes have nothing in common.
+    """
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def start_noise(seed: int, channels: int, h: int, w: int) -> Tensor:
     """(1, C, h, w) fp32 drawn on the CPU, so that a seed gives the same noise on every device and in every batch."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, h, w), generator=generator, dtype=torch.float32)
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """From a (weight 0) to b (weight 1) on the arc between them: (sin((1 − w)·θ)·a + sin(w·θ)·b) / sin θ, fp32.
+
+    θ is the angle between the whole tensors. A mean of two noises would be too weak; on the arc they keep their norm,
+    and so what comes out is as likely a noise as both (Shoemake 1985; White 2016, section 2). Where the angle is 0 or π
+    no arc is named, and a straight line is taken.
+    """
+    if weight in (0, 1):
+        return b if weight else a
+    x, y = a.double(), b.double()
+    cosine = float((x * y).sum() / (x.norm() * y.norm()))
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sin(angle) < 1e-6:
+        return ((1 - weight) * x + weight * y).to(a.dtype)
+    shares = (math.sin((1 - weight) * angle) / math.sin(angle), math.sin(weight * angle) / math.sin(angle))
+    return (shares[0] * x + shares[1] * y).to(a.dtype)
 
 
 class StepNoise:

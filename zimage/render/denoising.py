@@ -41,8 +41,9 @@ class Evaluation(NamedTuple):
 
     `latents` (B, 16, h, w) fp32 stand at noise level `sigmas[step]`; a solver may evaluate at the level after a step's
     own. `negative` is None in a run without guidance; `scale` is this level's guidance, 0 where it is off, and
-    `guidance` says what is made of it. `carried` is what evaluations keep for later ones, by name, tensors like the
-    latents; it is the step's own, and goes on with what this step reaches.
+    `guidance` says what is made of it. `start` is where the run began, and says which cells go back to the picture.
+    `carried` is what evaluations keep for later ones, by name, tensors like the latents; it is the step's own, and goes
+    on with what this step reaches.
     """
 
     dit: ZImageDiT
@@ -54,8 +55,8 @@ class Evaluation(NamedTuple):
     negative: Context | None
     scale: float
     guidance: flow.Guidance
-    first: int  # the step with which the run begins
     controls: Sequence[Controlled]  # ControlNets that have a say in this step
+    start: flow.Start
     carried: dict[str, Tensor]
     skipped: tuple[int, ...] = ()  # the DiT's layers that it goes without
 
@@ -64,7 +65,8 @@ class Evaluation(NamedTuple):
         """What the model evaluates for it."""
         if self.negative is None:
             return (flow.PROMPT,)
-        return self.guidance.branches(self.scale, self.step - self.first, len(self.sigmas) - 1 - self.first)
+        first = self.start.step
+        return self.guidance.branches(self.scale, self.step - first, len(self.sigmas) - 1 - first)
 
     def alone(self, branch: str) -> "Evaluation":
         """One of its branches, without guidance."""
@@ -98,17 +100,22 @@ def guided_velocity(e: Evaluation) -> Tensor:
 
 
 class Sampling(NamedTuple):
-    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes."""
+    """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
+
+    `variety` is that of `flow.varied`.
+    """
 
     sampler: str = "euler"
     guidance: flow.Guidance = flow.Guidance()
     seeds: Sequence[int] = ()
+    variety: float = 0.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
-        return cls(request.sampler or "euler", guidance_of(request), [job.seeds[i] for i in batch])
+        variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
+        return cls(request.sampler or "euler", guidance_of(request), [job.seeds[i] for i in batch], variety)
 
 
 class Reached(NamedTuple):
@@ -154,7 +161,17 @@ class _Batch:
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
             self.positive = context(positive)
+            self.varied = self._varied(positive, context)
             self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+
+    def _varied(self, captions: Sequence[Tensor], context: Callable[[Sequence[Tensor]], Context]) -> dict[int, Context]:
+        """What stands for the prompts' context in the first steps, where there is variety between seeds."""
+        sampling = self.sampling
+        if sampling.variety <= 0:
+            return {}
+        pairs = zip(captions, sampling.seeds, strict=True)
+        early = flow.varied_steps(self.start.step, len(self.sigmas) - 1)
+        return dict.fromkeys(early, context([flow.varied(one, seed, sampling.variety) for one, seed in pairs]))
 
     def begin(self, reached: Reached | None) -> Reached:
         """Where the first step begins."""
@@ -171,7 +188,7 @@ class _Batch:
                 reached.latents,
                 i,
                 sigmas,
-                lambda x, level: self.evaluate(self._evaluation(dit, x, level, kept)),
+                lambda x, level: self.evaluate(self._evaluation(dit, x, i, level, kept)),
                 lambda: self._noise_of(i),
                 past,
             )
@@ -180,8 +197,10 @@ class _Batch:
                 finite(latents, "the DiT", dit)
         return Reached(i + 1, latents, {**kept, **{f"{PAST}.{k}": x for k, x in enumerate(past)}})
 
-    def _evaluation(self, dit: ZImageDiT, latents: Tensor, level: int, kept: dict[str, Tensor]) -> Evaluation:
-        """What the model is asked at a noise level."""
+    def _evaluation(
+        self, dit: ZImageDiT, latents: Tensor, step: int, level: int, kept: dict[str, Tensor]
+    ) -> Evaluation:
+        """What the model is asked at a noise level, by a step; all of a step see the same captions."""
         guidance = self.sampling.guidance
         return Evaluation(
             dit,
@@ -189,12 +208,12 @@ class _Batch:
             level,
             self.sigmas,
             self.modulation.step(level),
-            self.positive,
+            self.varied.get(step, self.positive),
             self.negative,
             guidance.at(self.sigmas[level]),
             guidance,
-            self.start.step,
             self.beside.step(level),
+            self.start,
             kept,
         )
 

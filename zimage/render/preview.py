@@ -15,12 +15,9 @@ do. On eight renders of the demo the mean error to the decoded picture is 12.5 o
 (`pytest --full tests/test_preview.py`).
 
 **The clean picture.** At noise level σ the latents are x = (1 − σ)·x₀ + σ·ε, and their velocity is v = ε − x₀, so that
-x₀ = x − σ·v. A step goes from x at σ to x′ = x + (σ′ − σ)·v, hence v = (x′ − x) / (σ′ − σ) and, at its end,
-
-    x₀ = x′ − σ′·(x′ − x) / (σ′ − σ)
-
-which after the last step (σ′ = 0) is x′ itself. Where a mask keeps the picture that a render starts from, x and x′ are
-that picture with the same noise, and x₀ is the picture.
+x₀ = x − σ·v. That is what a preview shows, with x and v of the last evaluation in a step: whatever a sampler makes of v
+and whatever noise it adds, the model's own estimate is clean. Cells that a mask keeps so far show the picture that a
+render starts from. After the last step the latents are the picture.
 
 Shapes: B images, C latent channels, h × w latents; previews are 2h × 2w pixels.
 """
@@ -47,6 +44,7 @@ from torch.nn import functional as F
 from zimage import interrupts
 from zimage.errors import CheckpointError, NonFiniteError
 from zimage.events import Event
+from zimage.flow import Start
 from zimage.formats.atomic import beside
 from zimage.formats.json_text import read_json
 from zimage.loading.files import ModelFiles
@@ -206,14 +204,20 @@ class Preview:
     height: int
 
 
+class _Seen(NamedTuple):
+    """An evaluation of a render that began at `start`: x and v (1, C, h, w) of its first image, at noise level σ."""
+
+    latents: Tensor
+    velocity: Tensor
+    sigma: float
+    start: Start
+
+
 class _Step(NamedTuple):
-    """From latents (1, C, h, w) at noise level `sigma` to those at `sigma_next`; `ready`: a GPU's, when it is done."""
+    """A step that is done, as its event tells, and its last evaluation; `ready`: a GPU's, when all of it is there."""
 
     event: Event
-    before: Tensor
-    after: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
+    seen: _Seen
     ready: torch.cuda.Event | None
 
 
@@ -228,7 +232,7 @@ class Previews:
 
     def __init__(self, factors: Factors, show: Callable[[Preview], None], pause: float = PAUSE):
         self._factors, self._show, self._pause, self._due = factors, show, pause, 0.0
-        self._noted: Evaluation | None = None
+        self._seen: _Seen | None = None
         self._waiting: _Step | None = None
         self._over = False
         self._change = threading.Condition()
@@ -248,26 +252,26 @@ class Previews:
         self._thread.join()
 
     def hook(self, evaluate: Evaluate) -> Evaluate:
-        """Notes what a step begins with, for the event that follows it."""
+        """Notes what a step evaluates, for the event that follows it."""
 
-        def noted(evaluation: Evaluation) -> Tensor:
-            self._noted = evaluation
-            return evaluate(evaluation)
+        def noted(e: Evaluation) -> Tensor:
+            velocity = evaluate(e)
+            self._seen = _Seen(e.latents[:1], velocity[:1], float(e.sigmas[e.step]), e.start)
+            return velocity
 
         return noted
 
     def take(self, event: Event) -> None:
         """Have a step drawn, if this is the event of one."""
-        if event.stage != "denoise" or event.latents is None or self._noted is None:
+        if event.stage != "denoise" or event.latents is None or self._seen is None:
             return
-        begun, self._noted, now = self._noted, None, time.monotonic()
+        seen, self._seen, now = self._seen, None, time.monotonic()
         if event.step < event.total and now < self._due:
             return
         self._due = now + self._pause
         ready = _marked(event.latents.device)
-        levels = begun.sigmas[begun.step], begun.sigmas[begun.step + 1]
         with self._change:
-            self._waiting = _Step(event, begun.latents[:1], event.latents[:1], *levels, ready)
+            self._waiting = _Step(event, seen, ready)
             self._change.notify()
 
     # ------------------------------------------------------------------ in the thread
@@ -286,12 +290,23 @@ class Previews:
             return step
 
     def _drawn(self, step: _Step) -> Preview:
-        before, after = self._on_cpu(step.before, step.ready), self._on_cpu(step.after, step.ready)
-        picture = self._factors.draw(clean(before, after, float(step.sigma), float(step.sigma_next)))
+        picture = self._factors.draw(self._clean(step))
         stream = io.BytesIO()
         picture.save(stream, "JPEG", **JPEG)
         event = step.event
         return Preview(event.index, event.step, event.total, stream.getvalue(), *picture.size)
+
+    def _clean(self, step: _Step) -> NDArray[np.float32]:
+        """The latents to show after a step (1, C, h, w)."""
+        event, (latents, velocity, sigma, start), ready = step
+        assert event.latents is not None, "a step that is done has latents"
+        if event.step == event.total:
+            return self._on_cpu(event.latents[:1], ready)
+        estimate = self._on_cpu(latents, ready) - sigma * self._on_cpu(velocity, ready)
+        if start.clean is None or start.begins is None:
+            return estimate
+        begun = self._on_cpu(start.begins, ready) < start.step + event.step
+        return np.where(begun, estimate, self._on_cpu(start.clean[:1], ready))
 
     def _on_cpu(self, latents: Tensor, ready: torch.cuda.Event | None) -> NDArray[np.float32]:
         """A copy, on a stream of its own where there are streams: it neither waits for the next step nor stops it."""
@@ -310,10 +325,3 @@ def _marked(device: torch.device) -> torch.cuda.Event | None:
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(device))
     return ready
-
-
-def clean(
-    before: NDArray[np.float32], after: NDArray[np.float32], sigma: float, sigma_next: float
-) -> NDArray[np.float32]:
-    """The clean latents that a step from σ to σ′ heads for: x′ − σ′·(x′ − x) / (σ′ − σ)."""
-    return after - sigma_next / (sigma_next - sigma) * (after - before)

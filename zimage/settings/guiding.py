@@ -10,7 +10,6 @@ from zimage.errors import RequestError, quoted
 from zimage.settings.fields import nearest
 
 Value: TypeAlias = int | float | tuple[int, ...]
-FORM = "NAME[:KEY=VALUE,…]"
 FIELD = "guidance_method"
 
 

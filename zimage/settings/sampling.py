@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from zimage.errors import RequestError
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
-from zimage.settings.guiding import FORM, GuidanceMethod
+from zimage.settings.guiding import GuidanceMethod
 
 SAMPLERS = ("euler", "heun")  # the rows of `flow.SOLVERS`
 MAX_SEED = 2**63 - 1
@@ -32,6 +32,14 @@ class SamplingSettings(CaptionSettings):
         minimum=0,
         maximum=MAX_SEED,
     )
+    variety: float = setting(
+        0.0,
+        "Let seeds differ more: noise on the caption in the first fifth of the steps; 0 is off, 1 is visible and "
+        "still obedient.",
+        group="Sampling",
+        minimum=0,
+        maximum=10,
+    )
     guidance: float | None = setting(
         None,
         "Classifier-free guidance; 0 is off. Default: 0 (Turbo) or 4 (Base).",
@@ -41,11 +49,10 @@ class SamplingSettings(CaptionSettings):
     )
     guidance_method: str | None = setting(
         None,
-        "How guidance is made: cfg, cfg_zero (the negative prompt aligned, zero_init_steps 1), apg (projected; eta 0, "
-        "threshold 15, momentum -0.5) or slg (cfg, and away from the prompt without layers 7+8+9; scale 2.8, start "
-        "0.01, stop 0.2). Default: cfg.",
+        "How guidance is made, NAME or NAME:KEY=VALUE,…: cfg, cfg_zero (zero_init_steps=1), apg (eta=0, threshold=15, "
+        "momentum=-0.5) or slg (layers=7+8+9, scale=2.8, start=0.01, stop=0.2). Default: cfg.",
         group="Sampling",
-        metavar=FORM,
+        metavar="METHOD",
         longest=200,
     )
     shift: float | None = setting(

@@ -1,0 +1,33 @@
+"""Variety between seeds: captions that differ a little from seed to seed in the first steps of a run.
+
+    e′ = e + s·std(e)·m·u      m = 0 or 1, equally likely; u uniform from −1 to 1; s = S/3 for a variety of S
+
+A model that was distilled to few steps draws much the same picture from every noise. The first steps decide on the
+composition: there, each seed has a caption of its own, and the plain one brings the picture back to the prompt in all
+that follow. At S = 1 the noise is a seventh of the caption's deviation. Noise on captions against alike pictures: e.g.
+Sadat et al. 2023 (CADS), which fades it out instead.
+
+Shapes: L caption tokens, C caption width.
+"""
+
+import torch
+from torch import Tensor
+
+from zimage.flow.noise import stream
+from zimage.flow.starts import steps_between
+
+SHARE = 0.2  # of the steps that run
+SCALE = 1 / 3  # s at S = 1
+
+
+def varied(caption: Tensor, seed: int, variety: float) -> Tensor:
+    """A caption (L, C) as one seed sees it at first, on the CPU, in its own dtype. The bits depend on nothing else."""
+    own, draws = caption.cpu().float(), stream(seed, "variety")
+    chosen = torch.rand(own.shape, generator=draws) < 0.5
+    noise = 2 * torch.rand(own.shape, generator=draws) - 1
+    return (own + SCALE * variety * own.std(correction=0) * chosen * noise).to(caption.dtype)
+
+
+def varied_steps(first: int, steps: int) -> list[int]:
+    """The steps from number `first` on in which captions are varied: those wholly in the first fifth, at least one."""
+    return steps_between(first, steps, 0, SHARE) or [first]
