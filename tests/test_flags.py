@@ -24,7 +24,8 @@ from zimage.loading.files import ModelFiles, open_model
 from zimage.render import denoising
 from zimage.settings.captions import VISION_BLENDS
 from zimage.settings.loading import LoadSettings
-from zimage.settings.profiles import ALL_SETTINGS, FIELDS
+from zimage.settings.merging import ALL_SETTINGS, FIELDS
+from zimage.settings.sampling import SAMPLERS, SCHEDULES
 from zimage.text import Qwen3
 from zimage.text.embeddings import save_embeddings
 from zimage.vae import AutoencoderKL
@@ -208,9 +209,13 @@ CASES = [
     Case("guidance_method", "cfg_zero", beside=GUIDED),
     Case("guidance_method", "apg:threshold=1", beside=GUIDED | {"guidance_method": "apg"}),
     Case("guidance_method", "slg:layers=1,start=0,stop=1", beside=GUIDED),
-    Case("sampler", "heun", beside={"steps": 2}),
+    *[Case("sampler", name, beside={"steps": 3}) for name in SAMPLERS[1:]],
     Case("variety", 1.0),
+    Case("variation", "2:0.3"),
     Case("shift", 6.0, beside={"steps": 2}),
+    *[Case("schedule", name, beside={"steps": 3}) for name in SCHEDULES[2:]],
+    Case("preset", "turbo-4", beside={"steps": None}),
+    Case("sigmas", "1,0.9,0", beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),
     Case("cfg_normalization", 0.5, beside=GUIDED),
     Case("batch_size", 2, differs("batches", [2, 1]), beside={"prompt": ["a", "b", "c"]}),

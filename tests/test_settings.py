@@ -17,7 +17,8 @@ from zimage.errors import CheckpointError, RequestError
 from zimage.settings.declared import Request
 from zimage.settings.fields import fields, json_schema, parse_weights
 from zimage.settings.loading import LoadSettings
-from zimage.settings.profiles import EVERY_SETTINGS, SERVE
+from zimage.settings.merging import EVERY_SETTINGS
+from zimage.settings.profiles import SERVE
 from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.scale import BatchSettings, ParallelSettings
 from zimage.settings.serving import ServeSettings

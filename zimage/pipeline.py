@@ -147,6 +147,8 @@ class ZImage(Captioner):
         negative: Sequence[Tensor] | None = None,
         cfg_truncation: float = 1.0,
         cfg_normalization: float = 0.0,
+        schedule: str = "simple",
+        sigmas: Sequence[float] | None = None,
         clean: Tensor | None = None,
         strength: float = STRENGTH,
         mask: Tensor | None = None,
@@ -154,6 +156,7 @@ class ZImage(Captioner):
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_flow: Flow = "publisher",
+        sampler: str = "euler",
         variety: float = 0.0,
         seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
@@ -161,38 +164,45 @@ class ZImage(Captioner):
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
+        `sigmas` (steps + 1), falling from 1 or less to 0, stand in the place of `steps`, `shift` and `schedule`.
         `negative` captions are used when guidance > 0; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
-        it adds. `hooks` wrap every evaluation, see `render.denoising`. `guidance_method` is what `settings.guiding`
-        reads. Raises RequestError, and CheckpointError for an unusable control file.
+        it adds. A `sampler` that adds noise draws it from `seeds`, one per image. `hooks` wrap every evaluation, see
+        `render.denoising`. `guidance_method` is what `settings.guiding` reads. Raises RequestError, and CheckpointError
+        for an unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        for name, value in {"steps": steps, "shift": shift, **say, "variety": variety}.items():
+        drawn = {"sampler": sampler, "variety": variety}
+        timing = {"steps": steps, "shift": shift, "schedule": schedule}
+        for name, value in {**timing, **say, **drawn}.items():
             if value is not None:
                 Request.check_one(name, value)
         scales = Request(guidance=guidance, cfg_truncation=cfg_truncation, cfg_normalization=cfg_normalization)
         guided = guidance_of(dataclasses.replace(scales, guidance_method=guidance_method))
-        if variety > 0 and len(seeds) != len(noise):
-            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", "variety"))
+        if (flow.SOLVERS[sampler].draws or variety > 0) and len(seeds) != len(noise):
+            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", *drawn))
         if guidance > 0 and negative is None:
             negative = self.encode([""]) * len(captions)
-        sigmas = flow.sigmas(steps, find_shift(self.model, shift))
-        start = flow.start(noise, sigmas, strength, clean, mask)
-        evaluations("euler", guided, sigmas, [start.step], self.model.config(DIT).n_layers)
+        if sigmas is None:
+            levels = flow.sigmas(steps, find_shift(self.model, shift), schedule)
+        else:
+            levels = flow.exact(sigmas)
+        start = flow.start(noise, levels, strength, clean, mask)
+        evaluations(sampler, guided, levels, [start.step], self.model.config(DIT).n_layers)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
         work = Workload(width, height, max(map(len, captions)), len(noise))
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling("euler", guided, seeds, variety)
+            sampling = denoising.Sampling(sampler, guided, seeds, variety)
             *_, reached = denoising.denoise_steps(
-                components, captions, negative, start, sigmas, sampling, steering, hooks
+                components, captions, negative, start, levels, sampling, steering, hooks
             )
         return reached.latents
 
@@ -295,12 +305,10 @@ class ZImage(Captioner):
         The template's parts stand in the request, so that the picture does not depend on its file.
         """
         request = job.request
-        prompt = request.prompts[index // request.images]
-        single = {"prompt": prompt, "seed": job.seeds[index], "images": 1, "template": None}
         looks = any(isinstance(r.picture, InputPicture) for r in request.reference or [])
         return {
             "version": __version__,
-            "request": {**request.to_mapping(), **single},
+            "request": {**request.to_mapping(), **request.single(index), "template": None},
             "template": request.template,
             "model": {"name": self.model.name, "fingerprint": job.model},
             "dtype": job.dtype,

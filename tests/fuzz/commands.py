@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from zimage.cli import cli, main
-from zimage.settings.profiles import FIELDS
+from zimage.settings.merging import FIELDS
 
 Call = Callable[[], object]
 WORDS = ("", " ", "x", "-", "--", "{", "%s", "猫", "\x1b]0;x\x07", "a\nb", "\u202e", "\ud800", "\udcff", "x" * 2000)

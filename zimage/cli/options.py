@@ -9,8 +9,8 @@ import click
 
 from zimage.cli import terminal
 from zimage.settings.fields import Field, Plain, Settings, fields, list_fields
+from zimage.settings.merging import FIELDS
 from zimage.settings.paths import user_path
-from zimage.settings.profiles import FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., object])
 COMPONENTS = ("text_encoder", "dit", "vae")  # the registry's required ones, which cannot be imported quickly

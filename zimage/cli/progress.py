@@ -47,13 +47,13 @@ class Progress:
     def finished(self, saved: Record) -> None:
         if not self.names:
             return
-        r = saved["request"]
+        seed = _seed(saved["request"])
         if terminal.is_terminal(sys.stdout):
-            terminal.saved(f"{saved['path']}  (seed {r['seed']})")
+            terminal.saved(f"{saved['path']}  ({seed})")
             return
         terminal.saved(saved["path"])
         if not self.quiet:
-            terminal.note(f"seed {r['seed']}")
+            terminal.note(seed)
 
     def summary(self, count: int, seconds: float) -> None:
         self.note(f"{counted(count, 'image')} in {seconds:.1f} s")
@@ -66,6 +66,12 @@ def counted(count: int, what: str) -> str:
     """A number and its noun, in the plural where that is right."""
     plural = what.removesuffix("y") + "ies" if what.endswith("y") else what + "s"
     return f"{count} {what if count == 1 else plural}"
+
+
+def _seed(request: Record) -> str:
+    """What of an image's randomness makes it again."""
+    variation = request.get("variation")
+    return f"seed {request['seed']}" + (f", variation {variation}" if variation else "")
 
 
 def _bar(done: int, total: int, width: int = 24) -> str:

@@ -14,9 +14,15 @@ from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
 from zimage.settings.fields import either
 from zimage.settings.guiding import GuidanceMethod
+from zimage.settings.presets import BASE, TURBO, Values, preset_values
+from zimage.settings.sampling import split_sigmas, split_variation
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
+USUAL: dict[str, Values] = {
+    TURBO: {"sampler": "euler", "schedule": "simple", "steps": 8, "guidance": 0.0},
+    BASE: {"sampler": "euler", "schedule": "simple", "steps": 30, "guidance": 4.0},
+}
 
 
 def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[str, Any], Frame]:
@@ -24,7 +30,8 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
 
     Raises RequestError, CheckpointError.
     """
-    guidance = either(request.guidance, 4.0 if is_base(model) else 0.0)
+    usual = {**USUAL[kind_of(model)], **preset_values(request.preset, kind_of(model))}
+    guidance = either(request.guidance, usual["guidance"])
     attachments = attached.opened(request, model)
     width, height, frame = _placed(request, attachments, usual_side(model))
     values = {
@@ -32,18 +39,34 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         **attachments,
         "width": width,
         "height": height,
-        "steps": either(request.steps, 30 if is_base(model) else 8),
-        "sampler": either(request.sampler, "euler"),
+        **_schedule(request, model, usual),
+        "sampler": either(request.sampler, usual["sampler"]),
         "guidance": guidance,
         "guidance_method": GuidanceMethod.parse(either(request.guidance_method, "cfg")).describe(),
         "negative": request.negative if guidance == 0 else either(request.negative, ""),
-        "shift": find_shift(model, request.shift),
         "seed": either(request.seed, secrets.randbelow(2**32)),
+        "variation": _variation(request),
         "strength": _strength(request),
         "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
     return values, frame
+
+
+def _schedule(request: Request, model: ModelFiles, usual: Values) -> dict[str, Any]:
+    """What noise levels come from: those that are given, else steps, a schedule and a shift."""
+    if request.sigmas is not None:
+        return {"steps": len(split_sigmas(request.sigmas)) - 1, "schedule": None, "shift": None}
+    return {
+        "steps": either(request.steps, usual["steps"]),
+        "schedule": either(request.schedule, usual["schedule"]),
+        "shift": find_shift(model, either(request.shift, usual.get("shift"))),
+    }
+
+
+def kind_of(model: ModelFiles) -> str:
+    """TURBO or BASE."""
+    return BASE if is_base(model) else TURBO
 
 
 def is_base(model: ModelFiles) -> bool:
@@ -73,6 +96,14 @@ def _placed(request: Request, attachments: dict[str, Any], side: int) -> tuple[i
         width, height = either(request.width, side), either(request.height, side)
         return width, height, whole((width, height))
     return placed(dataclasses.replace(request, **attachments), side)
+
+
+def _variation(request: Request) -> str | None:
+    """With a seed of its own where that was left open."""
+    if request.variation is None:
+        return None
+    seed, weight = split_variation(request.variation)
+    return request.variation if seed >= 0 else f"{secrets.randbelow(2**32)}:{weight}"
 
 
 def _strength(request: Request) -> float | None:

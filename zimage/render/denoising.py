@@ -31,7 +31,7 @@ from zimage.render.captioning import Conditions
 from zimage.render.components import Components
 from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
 from zimage.render.job import Job
-from zimage.render.state import RenderState
+from zimage.render.state import PAST, RenderState
 
 # ------------------------------------------------------------------ one evaluation
 
@@ -124,9 +124,6 @@ class Reached(NamedTuple):
     step: int
     latents: Tensor
     carried: Mapping[str, Tensor]
-
-
-PAST = "past"  # what the solver wants to see again
 
 
 class _Batch:
@@ -301,11 +298,20 @@ def _start(
 ) -> flow.Start:
     """The noise (B, 16, h, w) of some images, each from its own seed, and what it is mixed with."""
     channels, (h, w) = components.config(DIT).in_channels, _latent_size(components, job)
-    noise = torch.cat([flow.start_noise(job.seeds[i], channels, h, w) for i in batch])
+    noise = torch.cat([_noise(job, i, channels, h, w) for i in batch])
     if clean is None:
         return flow.start(noise, sigmas)
     begin = torch.cat([clean[i] for i in batch]).cpu()
     return flow.start(noise, sigmas, job.request.strength or 1.0, begin, mask)
+
+
+def _noise(job: Job, index: int, *shape: int) -> Tensor:
+    """The start noise (1, 16, h, w) of an image, on its way to that of another seed where it is a variation."""
+    noise = flow.start_noise(job.seeds[index], *shape)
+    if job.request.variation is None:
+        return noise
+    seed, weight = job.request.variations[index]
+    return flow.slerp(noise, flow.start_noise(seed, *shape), weight)
 
 
 def _latent_size(components: Components, job: Job) -> tuple[int, int]:

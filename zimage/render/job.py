@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from zimage import flow
 from zimage.errors import RequestError
 from zimage.loading.controls import ControlFiles, with_controls
@@ -30,6 +32,7 @@ from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_ref
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
+from zimage.settings.sampling import split_sigmas
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
@@ -68,8 +71,8 @@ class Job:
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
-    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
-    to 0; `evaluations` how many of the DiT a picture takes, in all passes; `seeds` one per image; `model`, `dtype` and
+    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
+    `evaluations` how many of the DiT a picture takes, in all passes; `seeds` one per image; `model`, `dtype` and
     `precision` are those that it was prepared for.
     """
 
@@ -214,13 +217,20 @@ def decide(
         planner.check(plan, loaded)
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     passes = _passes(complete, width, height, planner, loaded)
-    sigmas, seeds, seen = flow.sigmas(values["steps"], values["shift"]), tuple(complete.seeds), glimpses(found)
+    sigmas, seeds, seen = _levels(request, values), tuple(complete.seeds), glimpses(found)
     _check_control(complete)
     begins = _beginnings(complete, len(sigmas) - 1, passes, frame, model)
     _check_say(complete, len(sigmas) - 1, begins)
     count = evaluations(values["sampler"], guidance_of(complete), sigmas, begins, model.config(DIT).n_layers)
     levels = tuple(sigmas.tolist())
     return Job(complete, prompts, negatives, ids, seen, passes, frame, levels, count, seeds, loras, plan, **facts)
+
+
+def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:
+    """The noise levels (steps + 1,) of a request with these values filled in."""
+    if request.sigmas is not None:
+        return flow.exact(split_sigmas(request.sigmas))
+    return flow.sigmas(values["steps"], values["shift"], values["schedule"])
 
 
 def _workload(

@@ -38,7 +38,8 @@ FORMAT = "zimage-render"
 VERSION = "3"
 MAX_BYTES = 16 << 30
 TENSORS = re.compile(r"(?:small|finished)\.(?:0|[1-9]\d{0,4})|latents|carried\.[a-z_]{1,20}(?:\.\d)?")
-CARRIED = "carried."
+CARRIED = "carried."  # before the names of what is carried, in a file
+PAST = "past"  # the name of what a solver wants to see again, and its number behind a dot
 
 
 @dataclass
@@ -223,6 +224,7 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
         or (remaining > 0 and len(state.finished) % job.request.batch_size > 0),
         f"{state.decoded} decoded images": state.decoded > (job.count if is_last and not remaining else 0),
         f"{state.step} steps of {steps}": (state.latents is None) != (state.step == 0) or state.step >= steps,
+        "what another sampler remembers": set(state.carried) - {flow.AVERAGE} != _remembered(job, state.step),
         "latents of another shape": any(x.shape != (1, *first) for x in state.small)
         or any(x.shape != (1, *now) for x in state.finished)
         or any(x.shape != (together, *now) for x in (*_present(state.latents), *state.carried.values())),
@@ -232,6 +234,12 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
         ),
     }
     return next((told for told, holds in faults.items() if holds), "")
+
+
+def _remembered(job: Job, steps: int) -> set[str]:
+    """The names of what a job's sampler wants to see again after so many steps of a batch."""
+    left = flow.SOLVERS[job.request.sampler or "euler"].leaves(steps)
+    return {f"{PAST}.{k}" for k in range(left)}
 
 
 def _present(latents: Tensor | None) -> tuple[Tensor, ...]:

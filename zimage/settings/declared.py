@@ -5,13 +5,13 @@ A field's type, default, bounds, group and help make the command-line flag, the 
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import LONGEST_TEXT, TEXT_PARTS
 from zimage.settings.conditions import Control
 from zimage.settings.fields import Attachment, Conditions, setting
-from zimage.settings.sampling import MAX_SEED, SamplingSettings
+from zimage.settings.sampling import MAX_SEED, SamplingSettings, split_variation
 
 
 class Bounds(TypedDict):
@@ -249,13 +249,26 @@ class Request(SamplingSettings):
 
     @property
     def seeds(self) -> list[int]:
-        """One seed per image, prompt by prompt; needs a request with a seed."""
+        """One seed per image, prompt by prompt; needs a request with a seed. Variations of one seed all have that."""
         if self.seed is None:
             raise RequestError("seed: it is still open; prepare the request first", fields=("seed",))
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
         if len(seeds) == self.count:
             return seeds
-        return [(seed + k) % (MAX_SEED + 1) for seed in seeds for k in range(self.images)]
+        step = 1 if self.variation is None else 0
+        return [(seed + k * step) % (MAX_SEED + 1) for seed in seeds for k in range(self.images)]
+
+    @property
+    def variations(self) -> list[tuple[int, float]]:
+        """The other seed of each image and its weight, prompt by prompt; of a request with a variation."""
+        seed, weight = split_variation(self.variation or "0:0")
+        return [((seed + k) % (MAX_SEED + 1), weight) for _ in self.prompts for k in range(self.images)]
+
+    def single(self, index: int) -> dict[str, Any]:
+        """What makes a request for one of the images of this one; without a seed where that is open."""
+        seed = None if self.seed is None else self.seeds[index]
+        own = {"prompt": self.prompts[index // self.images], "seed": seed, "images": 1}
+        return own if self.variation is None else {**own, "variation": "{}:{}".format(*self.variations[index])}
 
 
 def split_margins(text: str) -> tuple[int, int, int, int]:
