@@ -40,7 +40,7 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.vision import with_vision
 from zimage.pictures.image import InputPicture
 from zimage.render import denoising, stages
-from zimage.render.budget import evaluations, guidance_of
+from zimage.render.budget import check_guidance, guidance_of
 from zimage.render.captioning import Conditions, encode
 from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
@@ -193,7 +193,7 @@ class ZImage(Captioner):
         else:
             levels = flow.exact(sigmas)
         start = flow.start(noise, levels, strength, clean, mask)
-        evaluations(sampler, guided, levels, [start.step], self.model.config(DIT).n_layers)
+        check_guidance(guided, levels, [start.step], self.model.config(DIT).n_layers)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)

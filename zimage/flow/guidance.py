@@ -88,11 +88,11 @@ def apg(velocities: Velocities, scale: float, values: Values, average: Tensor | 
     u∥ is its part along pos. With eta 1, no threshold and no momentum it is classifier-free guidance. The paper takes
     clean estimates; here, as in diffusers, velocities.
     """
-    positive, momentum = velocities[PROMPT], values["momentum"]
+    positive = velocities[PROMPT]
     update = positive - velocities[NEGATIVE]
     if average is not None:
-        update = update + momentum * average
-    kept = update if momentum else None
+        update = update + values["momentum"] * average
+    kept = update if _by_momentum(values) else None
     if values["threshold"] > 0:
         update = update * (values["threshold"] / _norm(update)).clamp(max=1)
     return positive + scale * projected(update, positive, values["eta"]), kept
@@ -123,6 +123,14 @@ def _skipped_between(k: int, steps: int, values: Values) -> tuple[str, ...]:
     return (PROMPT, NEGATIVE, SKIPPED) if inside and values["scale"] > 0 else (PROMPT, NEGATIVE)
 
 
+def _never(values: Values) -> bool:
+    return False
+
+
+def _by_momentum(values: Values) -> bool:
+    return bool(values["momentum"])
+
+
 class Method(NamedTuple):
     """A row of the table: which branches level k of n evaluates, and how they combine.
 
@@ -133,13 +141,13 @@ class Method(NamedTuple):
 
     combine: Callable[[Velocities, float, Values, Tensor | None], Combined]
     branches: Callable[[int, int, Values], tuple[str, ...]] = _both
-    remembers: bool = False  # whether it wants to see again what it returned
+    remembers: Callable[[Values], bool] = _never  # whether it wants to see again what it returned
 
 
 METHODS: dict[str, Method] = {
     "cfg": Method(cfg),
     "cfg_zero": Method(cfg_zero, _none_at_first),
-    "apg": Method(apg, remembers=True),
+    "apg": Method(apg, remembers=_by_momentum),
     "slg": Method(slg, _skipped_between),
 }
 
@@ -165,6 +173,15 @@ class Guidance(NamedTuple):
         """The guided velocity of those of one branch or more, and what the method wants to see again."""
         guided, average = METHODS[self.method].combine(velocities, scale, self.values, average)
         return limited(guided, velocities[PROMPT], self.normalization), average
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether levels evaluate this or that, depending on their number."""
+        return METHODS[self.method].branches is not _both
+
+    def remembers(self, sigma: Tensor) -> bool:
+        """Whether something is carried from the evaluation at a noise level σ () on."""
+        return self.at(sigma) > 0 and METHODS[self.method].remembers(self.values)
 
     @property
     def layers(self) -> tuple[int, ...]:

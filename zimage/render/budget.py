@@ -21,22 +21,30 @@ def guidance_of(request: Request) -> flow.Guidance:
     return flow.Guidance(either(request.guidance, 0.0), request.cfg_truncation, request.cfg_normalization, *method)
 
 
-def branches(sampler: str, guidance: flow.Guidance, sigmas: Tensor, first: int) -> list[tuple[str, ...]]:
-    """What is evaluated at each level that a pass meets, which begins with step `first`."""
-    steps, levels = len(sigmas) - 1, flow.SOLVERS[sampler].levels
-    met = (level for i in range(first, steps) for level in levels(i, steps))
-    return [guidance.branches(guidance.at(sigmas[level]), level - first, steps - first) for level in met]
+def branches(guidance: flow.Guidance, sigmas: Tensor, first: int, level: int) -> tuple[str, ...]:
+    """What is evaluated at a noise level of a run that begins with step `first`."""
+    return guidance.branches(guidance.at(sigmas[level]), level - first, len(sigmas) - 1 - first)
 
 
-def evaluations(sampler: str, guidance: flow.Guidance, sigmas: Tensor, begins: Sequence[int], layers: int) -> int:
-    """The evaluations of all passes, which begin with these steps, of a DiT with so many layers.
+def evaluations(request: Request, sigmas: Tensor, begins: Sequence[int]) -> int:
+    """Those of all passes, which begin with these steps, of a request with nothing left open."""
+    guidance, steps = guidance_of(request), len(sigmas) - 1
+    levels = flow.SOLVERS[either(request.sampler, "euler")].levels
+    met = [(first, level) for first in begins for i in range(first, steps) for level in levels(i, steps)]
+    return sum(len(branches(guidance, sigmas, first, level)) for first, level in met)
 
-    Raises RequestError where a method's values leave it nothing to do, or skip layers that are not there.
+
+def check_guidance(guidance: flow.Guidance, sigmas: Tensor, begins: Sequence[int], layers: int) -> None:
+    """Raise RequestError where a method's values leave it nothing to do, or skip layers that the DiT does not have.
+
+    `layers` is how many it has.
     """
-    passes = [branches(sampler, guidance, sigmas, first) for first in begins]
-    if guidance.scale > 0 and (fault := _fault(guidance, passes, layers)):
+    if guidance.scale <= 0 or not guidance.is_partial:
+        return
+    steps = len(sigmas) - 1
+    passes = [[branches(guidance, sigmas, first, level) for level in range(first, steps)] for first in begins]
+    if fault := _fault(guidance, passes, layers):
         raise RequestError(f"guidance_method: {guidance.method} {fault}", fields=("guidance_method",))
-    return sum(len(level) for found in passes for level in found)
 
 
 def _fault(guidance: flow.Guidance, passes: list[list[tuple[str, ...]]], layers: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zimage import flow
@@ -25,7 +26,7 @@ from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
 from zimage.pictures.inpaint import Frame
 from zimage.render import attached, canvas
-from zimage.render.budget import evaluations, guidance_of
+from zimage.render.budget import check_guidance, evaluations, guidance_of
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
@@ -36,7 +37,7 @@ from zimage.settings.sampling import split_sigmas
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "evaluations", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "begins", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -48,7 +49,7 @@ JOB: dict[str, Hint] = {
     "passes": list[tuple[int, int, str]],
     "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
-    "evaluations": int,
+    "begins": list[int],
     "seeds": list[int],
     "loras": list[LoraUse],
     "plan": PLAN,
@@ -72,7 +73,7 @@ class Job:
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
     is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
-    `evaluations` how many of the DiT a picture takes, in all passes; `seeds` one per image; `model`, `dtype` and
+    `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype` and
     `precision` are those that it was prepared for.
     """
 
@@ -84,7 +85,7 @@ class Job:
     passes: tuple[Pass, ...]
     frame: Frame
     sigmas: tuple[float, ...]
-    evaluations: int
+    begins: tuple[int, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
     plan: MemoryPlan
@@ -102,6 +103,11 @@ class Job:
     def count(self) -> int:
         """Images in all."""
         return len(self.seeds)
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations of the DiT a picture takes, in all passes."""
+        return evaluations(self.request, torch.tensor(self.sigmas), self.begins)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -130,7 +136,7 @@ class Job:
             "passes": [list(one) for one in self.passes],
             "frame": list(self.frame),
             "sigmas": list(self.sigmas),
-            "evaluations": self.evaluations,
+            "begins": list(self.begins),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
             "plan": self.plan.to_dict(),
@@ -157,7 +163,7 @@ class Job:
             tuple(Pass(*one) for one in plain["passes"]),
             Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
-            plain["evaluations"],
+            tuple(plain["begins"]),
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
             MemoryPlan.from_dict(plain["plan"]),
@@ -180,7 +186,7 @@ def job_mistake(plain: Plain) -> str:
     if fault := attached.fault(plain["request"]):
         return fault
     missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
-    empty = [name for name in ("texts", "passes", "sigmas", "seeds") if not plain[name]]
+    empty = [name for name in ("texts", "passes", "sigmas", "begins", "seeds") if not plain[name]]
     return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
 
 
@@ -217,13 +223,13 @@ def decide(
         planner.check(plan, loaded)
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     passes = _passes(complete, width, height, planner, loaded)
-    sigmas, seeds, seen = _levels(request, values), tuple(complete.seeds), glimpses(found)
+    levels, seeds, seen = _levels(request, values), tuple(complete.seeds), glimpses(found)
     _check_control(complete)
-    begins = _beginnings(complete, len(sigmas) - 1, passes, frame, model)
-    _check_say(complete, len(sigmas) - 1, begins)
-    count = evaluations(values["sampler"], guidance_of(complete), sigmas, begins, model.config(DIT).n_layers)
-    levels = tuple(sigmas.tolist())
-    return Job(complete, prompts, negatives, ids, seen, passes, frame, levels, count, seeds, loras, plan, **facts)
+    begins = _beginnings(complete, len(levels) - 1, passes, frame, model)
+    _check_say(complete, len(levels) - 1, begins)
+    check_guidance(guidance_of(complete), levels, begins, model.config(DIT).n_layers)
+    sigmas = tuple(levels.tolist())
+    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, begins, seeds, loras, plan, **facts)
 
 
 def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:
@@ -273,7 +279,9 @@ def _check_control(request: Request) -> None:
         raise RequestError(text, fields=("strength", "control_flow"))
 
 
-def _beginnings(request: Request, steps: int, passes: tuple[Pass, ...], frame: Frame, model: ModelFiles) -> list[int]:
+def _beginnings(
+    request: Request, steps: int, passes: tuple[Pass, ...], frame: Frame, model: ModelFiles
+) -> tuple[int, ...]:
     """The step with which each pass begins."""
     width, height, _ = passes[-1]
     first = 0 if request.strength is None else flow.first_step(steps, request.strength)
@@ -282,7 +290,7 @@ def _beginnings(request: Request, steps: int, passes: tuple[Pass, ...], frame: F
         first = canvas.Rendered(request, frame, width, height).first_step(
             first, steps, height // factor, width // factor
         )
-    return [0, first][-len(passes) :]
+    return (0, first)[-len(passes) :]
 
 
 def _check_say(request: Request, steps: int, begins: Sequence[int]) -> None:
