@@ -15,6 +15,7 @@ from renders import WIDE
 from tiny import relative_error
 
 from zimage.errors import RequestError, ZImageError
+from zimage.settings.sampling import SAMPLERS
 
 LIMIT = 1e-5
 SIZE = {"width": 64, "height": 48, "steps": 3, "seed": 1}
@@ -103,6 +104,15 @@ def test_guidance_on_two_halves(pool, settings, size):
     same(found, alone(settings, given))
 
 
+@pytest.mark.parametrize("lead", [leading.led, leading.led_in_halves], ids=["together", "in halves"])
+def test_every_sampler(pool, settings, lead):
+    """Guided at first, two images in a batch; every rank draws the same noise."""
+    guided = {**PLAIN, "steps": 4, "guidance": 2.0, "cfg_truncation": 0.5, "images": 2, "batch_size": 2}
+    given = [{**guided, "sampler": name} for name in SAMPLERS]
+    found, *_ = pool.run(2, lead, settings, leading.draw, given)
+    same(found, alone(settings, given))
+
+
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     shapes = lora_files.linear_shapes(control_nets.dit(**WIDE))
@@ -140,8 +150,9 @@ def test_a_run_that_is_closed_leaves_the_ranks_ready(pool, settings):
     same(found, alone(settings, [request]))
 
 
-def test_a_run_goes_on_from_any_state_to_the_same_bits(pool, settings):
-    request = {**PLAIN, "images": 2, "hires": 1.5}
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "er_sde"])
+def test_a_run_goes_on_from_any_state_to_the_same_bits(pool, settings, sampler):
+    request = {**PLAIN, "images": 2, "hires": 1.5, "sampler": sampler}
     found, *_ = pool.run(2, leading.led, settings, leading.resume, request)
     whole, *_ = pool.run(2, leading.led, settings, leading.draw, [request])
     assert all(map(torch.equal, found[0].latents, whole[0].latents))
