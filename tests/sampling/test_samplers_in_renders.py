@@ -102,6 +102,17 @@ def test_denoise_with_tensors_is_the_render(pipe, sampler):
     assert torch.equal(found, ends(pipe, request))
 
 
+def test_noise_of_steps_continues_that_of_the_start(pipe):
+    """Also where a run begins later: one draw for each step that runs. With D = x, LCM shows it."""
+    clean, noise, stream = torch.randn(1, 16, 6, 4), flow.start_noise(7, 16, 6, 4), torch.Generator().manual_seed(7)
+    start, drawn = (torch.randn(1, 16, 6, 4, generator=stream) for _ in range(2))
+    still = {"sampler": "lcm", "seeds": [7], "hooks": [lambda _: lambda e: 0 * e.latents]}
+    end = pipe.denoise(pipe.encode(["a cat"]), noise, 4, 3.0, clean=clean, strength=0.5, **still)
+    sigmas = flow.sigmas(4, 3.0)
+    assert torch.equal(start, noise)
+    torch.testing.assert_close(end, flow.noised(flow.noised(clean, noise, sigmas[2]), drawn, sigmas[3]))
+
+
 @pytest.mark.parametrize("sampler", [name for name, solver in flow.SOLVERS.items() if solver.draws])
 @pytest.mark.parametrize("seeds", [(), (1,), (1, 2, 3)])
 def test_noise_needs_a_seed_for_each_image(pipe, sampler, seeds):
