@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from zimage import flow
+from zimage.dit.context import Context
 from zimage.dit.control import Controlled
-from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.dit.model import Modulation, ZImageDiT
 from zimage.events import Event
 from zimage.loading.registry import DIT, VAE
 from zimage.loading.weights import finite
@@ -101,20 +102,22 @@ def guided_velocity(e: Evaluation) -> Tensor:
 class Sampling(NamedTuple):
     """How a batch is drawn; `seeds` are those of its images, from which whatever is random after the start comes.
 
-    `variety` is that of `flow.varied`.
+    `variety` is that of `flow.varied`, `nag` the scale of normalised attention guidance (`dit.nag`), 1 where it is off.
     """
 
     sampler: str = "euler"
     guidance: flow.Guidance = flow.Guidance()
     seeds: Sequence[int] = ()
     variety: float = 0.0
+    nag: float = 1.0
 
     @classmethod
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
         variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
-        return cls(request.sampler or "euler", guidance_of(request), [job.seeds[i] for i in batch], variety)
+        seeds = [job.seeds[i] for i in batch]
+        return cls(request.sampler or "euler", guidance_of(request), seeds, variety, request.nag)
 
 
 class Reached(NamedTuple):
@@ -150,15 +153,25 @@ class _Batch:
         device, size = self.components.device(DIT), self.start.noise.shape[-2:]
         with self.components.use(DIT) as dit, torch.no_grad():
 
-            def context(captions: Sequence[Tensor]) -> Context:
-                refined: Context = dit.context(dit.refine([caption.to(device) for caption in captions]), *size)
-                return refined
+            def refined(captions: Sequence[Tensor]) -> list[Tensor]:
+                tokens: list[Tensor] = dit.refine([caption.to(device) for caption in captions])
+                return tokens
 
             self.modulation = dit.modulate(self.sigmas[:-1])
             self.beside = Beside(self.steering, self.components.residency, dit, self.sigmas[:-1])
+            away = refined(negative or ())
+            nag = self.sampling.nag if away else 1.0
+
+            def context(captions: Sequence[Tensor]) -> Context:
+                toward = refined(captions)
+                found: Context = dit.context_away(toward, away, nag, *size) if nag > 1 else dit.context(toward, *size)
+                return found
+
             self.positive = context(positive)
             self.varied = self._varied(positive, context)
-            self.negative = context(negative) if negative and self.sampling.guidance.scale > 0 else None
+            self.negative: Context | None = (
+                dit.context(away, *size) if self.sampling.guidance.scale > 0 and away else None
+            )
 
     def _varied(self, captions: Sequence[Tensor], context: Callable[[Sequence[Tensor]], Context]) -> dict[int, Context]:
         """What stands for the prompts' context in the first steps, where there is variety between seeds."""

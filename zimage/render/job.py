@@ -70,7 +70,7 @@ class Job:
     """A request as it will run.
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
-    and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
+    and `negative_texts` the one that guidance or NAG steers away from, if there is any. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
     is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
     `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype` and
@@ -210,13 +210,16 @@ def decide(
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
-    negatives = (plain.format(values["negative"]),) if values["guidance"] > 0 else ()
+    negatives = () if values["negative"] is None else (plain.format(values["negative"]),)
     ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
     texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
     found = references(values["reference"], request, model, vision)
     work = _workload(request, values, longest, loras, planner.sizes[DIT])
+    work = dataclasses.replace(
+        work, nag_tokens=max(map(lengths.__getitem__, negatives), default=0) if request.nag > 1 else 0
+    )
     work = with_references(work, request, found, [lengths[text] for text in prompts], texts.limit)
     plan = planner.plan(work, loaded)
     if must_fit:
