@@ -99,7 +99,9 @@ def test_every_kind_of_request(pool, settings, wide_folder, tmp_path):
 @pytest.mark.parametrize("size", [2, 4])
 def test_guidance_on_two_halves(pool, settings, size):
     """And without guidance, all ranks share each evaluation."""
-    given = [{**PLAIN, "guidance": 3.0, "steps": 4, "cfg_truncation": 0.7, "images": 2}, PLAIN]
+    guided = {**PLAIN, "guidance": 3.0, "steps": 4, "cfg_truncation": 0.7}
+    methods = ("apg:threshold=3", "slg:layers=1,start=0,stop=1")
+    given = [{**guided, "images": 2}, PLAIN, *({**guided, "guidance_method": method} for method in methods)]
     found, *_ = pool.run(size, leading.led_in_halves, settings, leading.draw, given)
     same(found, alone(settings, given))
 
