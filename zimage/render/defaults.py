@@ -13,6 +13,7 @@ from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request, split_aspect
 from zimage.settings.fields import either
+from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import BASE, TURBO, Values, preset_values
 from zimage.settings.sampling import drawn_seed, is_open, split_sigmas, split_variation
 
@@ -42,6 +43,7 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         **_schedule(request, model, usual),
         "sampler": either(request.sampler, usual["sampler"]),
         "guidance": guidance,
+        "guidance_method": GuidanceMethod.parse(either(request.guidance_method, "cfg")).describe(),
         "negative": either(request.negative, "") if guidance > 0 or request.nag > 1 else request.negative,
         "seed": [*map(drawn_seed, seed)] if isinstance(seed := request.seed, list) else drawn_seed(seed),
         "variation": _variation(request),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
+from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import check_preset
 
 # The rows of `flow.SOLVERS`.
@@ -91,6 +92,14 @@ class SamplingSettings(CaptionSettings):
         minimum=1,
         maximum=100,
     )
+    guidance_method: str | None = setting(
+        None,
+        "How guidance is made, NAME or NAME:KEY=VALUE,…: cfg, cfg_zero (zero_init_steps=1), apg (eta=0, threshold=15, "
+        "momentum=-0.5) or slg (layers=7+8+9, scale=2.8, start=0.01, stop=0.2). Default: cfg.",
+        group="Sampling",
+        metavar="METHOD",
+        longest=200,
+    )
     schedule: str | None = setting(
         None,
         "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
@@ -138,6 +147,7 @@ class SamplingSettings(CaptionSettings):
             check_preset(self.preset)
         if self.variation is not None:
             split_variation(self.variation)
+        self._check_guidance()
         if self.sigmas is not None:
             self._check_levels(self.sigmas)
 
@@ -150,6 +160,13 @@ class SamplingSettings(CaptionSettings):
         if others := [name for name in ("schedule", "shift") if getattr(self, name) is not None]:
             text = f"sigmas: they are the noise levels themselves; leave out {' and '.join(others)}, or the sigmas"
             raise RequestError(text, fields=("sigmas", *others))
+
+    def _check_guidance(self) -> None:
+        """Raise RequestError for a method that is not one, or that has nothing to guide."""
+        name = "cfg" if self.guidance_method is None else GuidanceMethod.parse(self.guidance_method).name
+        if self.guidance == 0 and name != "cfg":
+            text = f"guidance_method: {name} has no effect at guidance 0; pass a guidance above 0 or leave it out"
+            raise RequestError(text, fields=("guidance_method", "guidance"))
 
 
 def is_open(seed: int | None) -> bool:
