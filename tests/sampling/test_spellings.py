@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("gen", "batch", "sweep", "info")
 VALUES = {  # of each setting one, as text, and what it becomes
     "steps": ("3", 3),
+    "sampler": ("lcm", "lcm"),
+    "schedule": ("beta", "beta"),
     "guidance": ("2.5", 2.5),
     "negative": ("dogs", "dogs"),
     "images": ("2", 2),

@@ -21,6 +21,8 @@ from zimage.settings.fields import Plain
 # stable-diffusion.cpp's `-n` is the negative prompt; ours is the number of images.
 RENAMED: Mapping[str, tuple[str, ...]] = {
     "steps": ("--num-inference-steps",),
+    "sampler": ("--sampling-method", "--sampler-name"),
+    "schedule": ("--scheduler",),
     "guidance": ("--guidance-scale",),
     "negative": ("--negative-prompt",),
     "images": ("--num-images-per-prompt", "--num-images", "--batch-count", "--n-iter", "-b"),
