@@ -29,10 +29,11 @@ from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_ref
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
+from zimage.text.emphasis import Emphasis, Weighed
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "emphasis", "glimpses", "frame", "sigmas", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -40,6 +41,7 @@ JOB: dict[str, Hint] = {
     "texts": list[str],
     "negative_texts": list[str],
     "token_ids": dict[str, list[int]],
+    "emphasis": list[list[tuple[float, str, list[int]]]],
     "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
     "frame": tuple[int, int, int, int, int, int],
@@ -65,15 +67,18 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
-    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
-    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling from 1
-    to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
+    text once, also those that are read because of weights in a prompt; `emphasis` has these weights for each of
+    `texts`, then of `negative_texts`; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or
+    two with `hires`; `frame` is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the
+    noise levels, falling from 1 to 0; `seeds` one per image; `model`, `dtype` and `precision` are those that it was
+    prepared for.
     """
 
     request: Request
     texts: tuple[str, ...]
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
+    emphasis: tuple[tuple[Emphasis, ...], ...]
     glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
     frame: Frame
@@ -119,6 +124,7 @@ class Job:
             "texts": list(self.texts),
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
+            "emphasis": [[[m.weight, m.without, list(m.tokens)] for m in marks] for marks in self.emphasis],
             "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
             "frame": list(self.frame),
@@ -145,6 +151,7 @@ class Job:
             tuple(plain["texts"]),
             tuple(plain["negative_texts"]),
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
+            tuple(tuple(Emphasis(w, text, tuple(ids)) for w, text, ids in marks) for marks in plain["emphasis"]),
             tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
             Frame(*plain["frame"]),
@@ -170,7 +177,8 @@ def job_mistake(plain: Plain) -> str:
         return fault
     if fault := attached.fault(plain["request"]):
         return fault
-    missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
+    texts = [*plain["texts"], *plain["negative_texts"], *(text for marks in plain["emphasis"] for _, text, _ in marks)]
+    missing = [text for text in texts if text not in plain["token_ids"]]
     empty = [name for name in ("texts", "passes", "sigmas", "seeds") if not plain[name]]
     return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
 
@@ -192,11 +200,15 @@ def decide(
     """
     parts = texts.parts(request)
     values, frame = filled(request, model, parts)
-    prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
+    weighed = [Weighed(EMBEDDED)] if request.embeddings is not None else list(map(parts.weigh, request.prompts))
+    prompts = tuple(one.text for one in weighed)
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
-    plain = ChatParts(strip_quotes=request.strip_quotes)
-    negatives = (plain.format(values["negative"]),) if values["guidance"] > 0 else ()
-    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
+    plain = ChatParts(strip_quotes=request.strip_quotes, weights_in_prompt=request.weights_in_prompt)
+    weighed += [plain.weigh(values["negative"])] if values["guidance"] > 0 else []
+    negatives = tuple(one.text for one in weighed[len(prompts) :])
+    emphasis = tuple(map(texts.emphases, weighed))
+    every = (*prompts, *negatives, *(mark.without for marks in emphasis for mark in marks))
+    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys(every)}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
     texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
@@ -211,7 +223,7 @@ def decide(
     _check_control(complete, len(passes), canvas.Rendered(complete, frame, width, height))
     sigmas, seeds = tuple(flow.sigmas(values["steps"], values["shift"]).tolist()), tuple(complete.seeds)
     seen = glimpses(found)
-    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, seeds, loras, plan, **facts)
+    return Job(complete, prompts, negatives, ids, emphasis, seen, passes, frame, sigmas, seeds, loras, plan, **facts)
 
 
 def _workload(
