@@ -14,7 +14,7 @@ import torch
 
 import zimage
 from zimage.dit import ZImageDiT
-from zimage.settings.profiles import ALL_SETTINGS
+from zimage.settings.merging import ALL_SETTINGS
 from zimage.text import Qwen3, Qwen3VL
 from zimage.vae import AutoencoderKL
 

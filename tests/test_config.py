@@ -17,7 +17,8 @@ from zimage.errors import CheckpointError, ConfigFileError, RequestError
 from zimage.settings.declared import Request
 from zimage.settings.environment import REWRITER_KEY, from_environment, rewriter_key
 from zimage.settings.loading import LoadSettings
-from zimage.settings.profiles import EXAMPLE, FIELDS, Config, find_config, read_config, resolve, usual_places
+from zimage.settings.merging import FIELDS
+from zimage.settings.profiles import EXAMPLE, Config, find_config, read_config, resolve, usual_places
 from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 from zimage.settings.toml_file import TomlFile

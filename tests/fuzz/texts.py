@@ -10,7 +10,8 @@ import zimage
 from zimage.cli.target import Target
 from zimage.settings.captions import LONGEST_TEXT
 from zimage.settings.declared import Request
-from zimage.settings.profiles import EXAMPLE, FIELDS, read_config, resolve
+from zimage.settings.merging import FIELDS
+from zimage.settings.profiles import EXAMPLE, read_config, resolve
 from zimage.templates import FOLDER
 from zimage.text.templates import Templates, read_template
 

@@ -19,8 +19,8 @@ from zimage.errors import RequestError, quoted
 from zimage.settings.conditions import Condition, names_of
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, fields
+from zimage.settings.merging import NO_PRESETS, Presets, laid_over
 from zimage.settings.paths import slug, user_path
-from zimage.settings.profiles import laid_over
 
 LONGEST_ID = 200  # bytes, so that a name of a file has room for an ending
 DIGITS = 8  # of a hash in an id
@@ -44,8 +44,12 @@ class Row:
         return file_of(self.id)
 
 
-def rows_of(sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Path) -> list[Row]:
+def rows_of(
+    sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Path, presets: Presets = NO_PRESETS
+) -> list[Row]:
     """The rows that sources stand for. Their files are relative to `folder`, those of the defaults to the current one.
+
+    `presets` are those of a settings file.
 
     Raises RequestError, which names the place of the row at fault.
     """
@@ -55,7 +59,7 @@ def rows_of(sources: Iterable[Source], defaults: Mapping[str, Plain], folder: Pa
         with _placed(source.place):
             own = dict(source.values)
             given = own.pop(ID, None)
-            singles = list(_singles(laid_over(usual, _absolute(own, folder))))
+            singles = list(_singles(laid_over(usual, _absolute(own, folder), presets)))
             for k, single in enumerate(singles):
                 name = _derived(single, seen) if given is None else _given(given, k, len(singles))
                 key = name.casefold()  # some file systems do not tell cases apart
@@ -107,7 +111,7 @@ def _singles(values: Values) -> Iterator[Values]:
         raise RequestError(text, fields=("batch_size",))
     if request.embeddings is None and not any(request.prompts):
         raise RequestError("a prompt is needed, or embeddings", fields=("prompt",))
-    if request.variation is not None and request.seed is None and request.images > 1:
+    if request.variation is not None and request.images > 1 and None in request.chosen_seeds:
         raise RequestError("variation: several images vary one seed; pass the seed", fields=("variation", "seed"))
     for k in range(request.count):
         yield {name: value for name, value in {**values, **request.single(k)}.items() if value is not None}

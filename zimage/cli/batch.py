@@ -96,7 +96,7 @@ def _rows(jobs: Path | None, prompts: Path | None, vary: tuple[str, ...], resolv
     lists = dict(_lists(text) for text in vary)
     folder = Path(jobs.parent if jobs else ".")
     with resolved.naming_sources():
-        rows = rows_of(multiplied(_sources(jobs, prompts), lists), resolved.of(Request), folder)
+        rows = rows_of(multiplied(_sources(jobs, prompts), lists), resolved.of(Request), folder, resolved.presets)
     if not rows:
         raise RequestError(f"{jobs or prompts} holds no rows")
     return rows

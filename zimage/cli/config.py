@@ -12,7 +12,8 @@ from zimage.cli.options import Command, Group, GroupedCommand, options_of
 from zimage.cli.progress import counted
 from zimage.cli.settings import configured, resolve_options
 from zimage.errors import ConfigFileError
-from zimage.settings.profiles import EVERY_SETTINGS, EXAMPLE, FIELDS, Resolved, find_config, read_config, usual_places
+from zimage.settings.merging import EVERY_SETTINGS, FIELDS
+from zimage.settings.profiles import EXAMPLE, Resolved, find_config, read_config, usual_places
 
 CREATE_ONE = "create one with: zimage config example > zimage.toml"
 

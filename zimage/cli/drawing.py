@@ -27,8 +27,16 @@ def introduced(request: Record, place: str) -> str:
     r = request
     return (
         f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}, guidance {r['guidance']:g}, "
-        f"shift {r['shift']:g}, {place}"
+        f"{scheduled(r)}, {place}"
     )
+
+
+def scheduled(request: Record) -> str:
+    """Where its noise levels come from."""
+    if request["shift"] is None:
+        return "sigmas as given"
+    named = request.get("schedule", "simple")
+    return f"{'' if named == 'simple' else f'{named}, '}shift {request['shift']:g}"
 
 
 def rewriting_told(rewrite: Record, prompt: str) -> str:

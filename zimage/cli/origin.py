@@ -10,7 +10,8 @@ from zimage.errors import RequestError, one_line
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, fields
 from zimage.settings.loading import LoadSettings, split_lora
-from zimage.settings.profiles import PICTURE, Entry, Resolved
+from zimage.settings.merging import Entry
+from zimage.settings.profiles import PICTURE, Resolved
 from zimage.text.chat import PARTS
 
 Record: TypeAlias = dict[str, Plain]  # what a saved picture carries, or a render's state

@@ -44,14 +44,21 @@ JOB: dict[str, Hint] = {
     "id": str,
     "state": str,
     "position": int | None,
-    "request": {**SIZE, "steps": int, "guidance": float, "shift": float, "images": int, "prompt": str | list[str]},
+    "request": {
+        **SIZE,
+        "steps": int,
+        "guidance": float,
+        "shift": float | None,
+        "images": int,
+        "prompt": str | list[str],
+    },
     "seeds": list[int],
     "images": list[dict[str, Any]],
     "notes": list[str],
     "rewritten": list[dict[str, Any]],
 }
 RECORD: dict[str, Hint] = {
-    "request": {**SIZE, "prompt": str, "seed": int, "steps": int, "guidance": float, "shift": float},
+    "request": {**SIZE, "prompt": str, "seed": int, "steps": int, "guidance": float, "shift": float | None},
     "model": {"name": str, "fingerprint": str},
     "lora": list[dict[str, Any]],
     "version": str,

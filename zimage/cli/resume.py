@@ -21,9 +21,9 @@ from zimage.formats.lock import Lock
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Hint, Plain, as_plain
 from zimage.settings.loading import LoadSettings
+from zimage.settings.merging import FIELDS, OWNERS
 from zimage.settings.paths import user_path
 from zimage.settings.plain import mistake
-from zimage.settings.profiles import FIELDS, OWNERS
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage

@@ -57,7 +57,8 @@ def serve(reindex: bool, verbose: bool, quiet: bool, **options: object) -> None:
             terminal.out(f"{counted(app.reindex(serving), 'picture')} in the index")
         else:
             defaults = {**resolved.of(Request), **resolved.of(RewriteSettings)}
-            app.run(resolved.of(LoadSettings), defaults, serving, machines, lambda ready: _introduce(ready, quiet))
+            loading, presets = resolved.of(LoadSettings), resolved.presets
+            app.run(loading, defaults, serving, machines, presets, lambda ready: _introduce(ready, quiet))
 
 
 def _introduce(ready: "Ready", quiet: bool) -> None:

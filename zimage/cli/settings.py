@@ -13,7 +13,8 @@ from zimage.cli.trust import check_folder, check_server
 from zimage.settings.environment import CONFIG, PROFILE
 from zimage.settings.fields import Plain
 from zimage.settings.loading import LoadSettings
-from zimage.settings.profiles import EVERY_SETTINGS, Resolved, find_config, is_own_file, read_config, resolve
+from zimage.settings.merging import EVERY_SETTINGS
+from zimage.settings.profiles import Resolved, find_config, is_own_file, read_config, resolve
 
 if TYPE_CHECKING:
     from zimage.pipeline import ZImage

@@ -20,8 +20,9 @@ from zimage.settings.conditions import names_of
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, as_plain
 from zimage.settings.loading import LoadSettings, split_lora
+from zimage.settings.merging import FIELDS
 from zimage.settings.paths import user_path
-from zimage.settings.profiles import FIELDS, Resolved
+from zimage.settings.profiles import Resolved
 
 if TYPE_CHECKING:
     from zimage.text.templates import Templates

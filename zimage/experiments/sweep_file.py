@@ -25,8 +25,8 @@ from zimage.errors import ConfigFileError, RequestError
 from zimage.experiments.axes import OWNERS, Axis, axis, check_name, parse_seeds, zipped
 from zimage.settings.declared import MASK_ALPHA
 from zimage.settings.fields import Plain, nearest
+from zimage.settings.merging import FIELDS
 from zimage.settings.paths import user_path
-from zimage.settings.profiles import FIELDS
 from zimage.settings.scale import FIXED
 from zimage.settings.toml_file import TomlFile, read_text
 

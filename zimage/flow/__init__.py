@@ -4,10 +4,10 @@ A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε −
 Lipman et al. 2022).
 """
 
-from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
+from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, SKIPPED, Guidance, guidance_at, guide
 from zimage.flow.noise import StepNoise, slerp, start_noise, stream
-from zimage.flow.schedules import sigmas
-from zimage.flow.solvers import SOLVERS, Past, Solver, euler_step
+from zimage.flow.schedules import SCHEDULES, exact, sigmas
+from zimage.flow.solvers import SOLVERS, Solver
 from zimage.flow.starts import (
     Start,
     first_step,
@@ -19,6 +19,7 @@ from zimage.flow.starts import (
     start,
     steps_between,
 )
+from zimage.flow.steps import Past, euler_step
 from zimage.flow.variety import varied, varied_steps
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "METHODS",
     "NEGATIVE",
     "PROMPT",
+    "SCHEDULES",
+    "SKIPPED",
     "SOLVERS",
     "Guidance",
     "Past",
@@ -33,6 +36,7 @@ __all__ = [
     "Start",
     "StepNoise",
     "euler_step",
+    "exact",
     "first_step",
     "first_steps",
     "guidance_at",

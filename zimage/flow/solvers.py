@@ -1,52 +1,18 @@
-"""Solvers: one step of a run, from a noise level to the next, each a pure function with its equation and order.
-
-A run goes down the noise levels σ₀ > σ₁ > … > σ_N = 0. Step i takes x at σᵢ to x at σᵢ₊₁; the model gives the velocity
-v = dx/dσ, and with it the clean estimate D = x − σ·v.
-
-    step(x, i, sigmas, evaluate, noise, past) → x′, past′
-
-`evaluate(x, i)` is the model's velocity (B, C, h, w) of x at σᵢ; `noise()` is standard normal noise of this step, like
-x; `past` are tensors like x that the solver wants to see again in the next step: what it returned in the last one, and
-() in the first. Nothing else is remembered, so that a run may be left after any step and continued from there.
-
-Shapes: x (B, C, h, w) fp32; sigmas (N + 1,) fp32 on the CPU.
-"""
+"""The table of solvers: `SOLVERS[name]` is what takes a run from a noise level to the next."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
-
-Evaluate = Callable[[Tensor, int], Tensor]
-Past = tuple[Tensor, ...]
-Step = Callable[[Tensor, int, Tensor, Evaluate, Callable[[], Tensor], Past], tuple[Tensor, Past]]
-
-
-def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """x += (σ′ − σ)·v, in fp32."""
-    return latents + (sigma_next - sigma).to(latents.device) * velocity
-
-
-def euler(
-    x: Tensor, i: int, sigmas: Tensor, evaluate: Evaluate, noise: Callable[[], Tensor], past: Past
-) -> tuple[Tensor, Past]:
-    """x′ = x + (σ′ − σ)·v. Order 1."""
-    return euler_step(x, evaluate(x, i), sigmas[i], sigmas[i + 1]), ()
-
-
-def heun(
-    x: Tensor, i: int, sigmas: Tensor, evaluate: Evaluate, noise: Callable[[], Tensor], past: Past
-) -> tuple[Tensor, Past]:
-    """x′ = x + (σ′ − σ)·(v(x, σ) + v(x̃, σ′)) / 2 with Euler's x̃; at σ′ = 0 Euler's step itself. Order 2 (Heun 1900)."""
-    velocity = evaluate(x, i)
-    ahead = euler_step(x, velocity, sigmas[i], sigmas[i + 1])
-    if sigmas[i + 1] == 0:
-        return ahead, ()
-    return euler_step(x, (velocity + evaluate(ahead, i + 1)) / 2, sigmas[i], sigmas[i + 1]), ()
+from zimage.flow.multistep import dpmpp_2m, dpmpp_2m_sde, er_sde, res_multistep, unipc
+from zimage.flow.steps import Step, euler, euler_ancestral, heun, lcm
 
 
 def _once(i: int, steps: int) -> tuple[int, ...]:
     return (i,)
+
+
+def _twice(i: int, steps: int) -> tuple[int, ...]:
+    return (i, i + 1) if i + 1 < steps else (i,)
 
 
 class Solver(NamedTuple):
@@ -55,10 +21,21 @@ class Solver(NamedTuple):
     step: Step
     levels: Callable[[int, int], tuple[int, ...]] = _once
     draws: bool = False  # whether it adds noise
+    memory: int = 0  # the most tensors that it wants to see again
+
+    def leaves(self, steps: int) -> int:
+        """How many tensors the next step sees again after so many, unless these were all."""
+        return min(steps, self.memory)
 
 
-def _twice(i: int, steps: int) -> tuple[int, ...]:
-    return (i, i + 1) if i + 1 < steps else (i,)
-
-
-SOLVERS: dict[str, Solver] = {"euler": Solver(euler), "heun": Solver(heun, _twice)}
+SOLVERS: dict[str, Solver] = {
+    "euler": Solver(euler),
+    "euler_ancestral": Solver(euler_ancestral, draws=True),
+    "heun": Solver(heun, _twice),
+    "lcm": Solver(lcm, draws=True),
+    "dpmpp_2m": Solver(dpmpp_2m, memory=1),
+    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, draws=True, memory=1),
+    "unipc": Solver(unipc, memory=2),
+    "res_multistep": Solver(res_multistep, memory=1),
+    "er_sde": Solver(er_sde, draws=True, memory=2),
+}

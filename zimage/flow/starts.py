@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from zimage.errors import RequestError
 
+SHIFTED = 1e-5  # how far from 1 the first level of a schedule may be by the rounding of its shift
+
 
 def first_step(steps: int, strength: float) -> int:
     """The step at which a render that starts from a picture begins: int(N − min(N·s, N)), so that ⌈N·s⌉ steps run.
@@ -101,11 +103,14 @@ def start(
 ) -> Start:
     """Noise (B, C, h, w) alone, or mixed with clean latents at the noise level at which `strength` begins.
 
+    Where a run from noise alone begins below level 1, nothing is known of the picture, and its latents are σ₀·noise.
+
     With a mask, the first of its cells begins there, and the values are shares of the steps that remain. Steps before
     any cell is repainted are left out; the last one always runs.
     """
     if clean is None:
-        return Start(noise, 0, noise)
+        begun = noise if abs(sigmas[0] - 1) < SHIFTED else sigmas[0] * noise
+        return Start(begun, 0, noise)
     clean = clean.contiguous()  # like the noise: another order in memory may change the last bits of a decode
     steps = len(sigmas) - 1
     first, begins = first_step(steps, strength), None

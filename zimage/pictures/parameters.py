@@ -85,7 +85,8 @@ def _items(metadata: Mapping[str, Plain], loras: list[Plain]) -> dict[str, str]:
             items["Hires resize"] = f"{r['width']}x{r['height']}"
     if loras:
         items["Lora hashes"] = ", ".join(f"{_lora_name(lora)}: {lora['hash']}" for lora in loras)
-    return {**items, "Shift": _number_text(r["shift"]), "Version": f"zimage {metadata['version']}"}
+    shift = {} if r["shift"] is None else {"Shift": _number_text(r["shift"])}
+    return {**items, **shift, "Version": f"zimage {metadata['version']}"}
 
 
 def _number_text(number: float) -> str:

@@ -36,6 +36,7 @@ from zimage.serve.token import read_token
 from zimage.serve.unhandled import HANDLERS
 from zimage.settings.environment import data_folder
 from zimage.settings.fields import Plain
+from zimage.settings.merging import Presets
 from zimage.settings.paths import user_path
 from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
@@ -54,14 +55,16 @@ def run(
     defaults: Mapping[str, Plain],
     serving: ServeSettings,
     machines: BatchSettings,
+    presets: Presets,
     ready: Callable[[Ready], None],
 ) -> None:
     """Serve until the process is told to stop; `ready` is called once. Raises what keeps it from beginning.
 
-    `defaults` are what requests leave open, of pictures and of rewriting; `machines`: a cluster with further workers.
+    `defaults` are what requests leave open, of pictures and of rewriting; `machines`: a cluster with further workers;
+    `presets`: those of the settings file, which requests may name.
     """
     token = read_token(serving)
-    service = Service(Launch(loading, defaults, serving, folder_of(serving), machines))
+    service = Service(Launch(loading, defaults, serving, folder_of(serving), machines, presets))
     guard = Guard(serving, Door(token), observe=service.metrics.answered)
 
     def tell(url: str) -> None:

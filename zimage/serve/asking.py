@@ -96,9 +96,11 @@ def check_limits(values: Mapping[str, Plain], limits: ServeSettings) -> None:
         text = f"a picture of {' × '.join(str(side) for side in sides.values() if side)} px is too large"
         named = [name for name, side in sides.items() if side]
         raise RequestError(f"{' and '.join(named)}: {text}; the limit is {limits.max_pixels:,} pixels", fields=named)
-    if (values.get("steps") or 0) > limits.max_steps:
-        text = f"steps {values['steps']} is too large; this server takes at most {limits.max_steps}"
-        raise RequestError(text, fields=("steps",))
+    levels = values.get("sigmas")
+    steps = levels.count(",") if levels else values.get("steps") or 0
+    if steps > limits.max_steps:
+        told, name = ("sigmas: the number of steps,", "sigmas") if levels else ("steps", "steps")
+        raise RequestError(f"{told} {steps} is too large; this server takes at most {limits.max_steps}", fields=(name,))
     if (values.get(WRITTEN) or 0) > limits.max_prompt_tokens:
         text = f"{WRITTEN} {values[WRITTEN]} is too large; this server writes at most {limits.max_prompt_tokens}"
         raise RequestError(text, fields=(WRITTEN,))

@@ -3,7 +3,7 @@
 A declared field that is added appears in every body here, and so in OpenAPI, in the page's form and in the clients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from zimage.serve.about import About
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, MOST_LORAS, REQUEST, REWRITE, WRITTEN
@@ -12,6 +12,7 @@ from zimage.settings.captions import TextSettings
 from zimage.settings.conditions import MAX_CONTROL_SCALE, names_of
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request
 from zimage.settings.fields import Plain, Settings, json_schema
+from zimage.settings.presets import PRESETS as BY_NAME
 from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
@@ -52,13 +53,14 @@ def described(
     defaults: Mapping[str, Plain],
     loras: Sequence[str],
     controls: Sequence[str],
+    presets: Collection[str] = (),
 ) -> Schema:
     """What a page needs to ask for pictures: fields, defaults, limits, the model, the files that it may name.
 
-    `defaults` are the server's own, and come before the model's.
+    `defaults` are the server's own, and come before the model's; `presets` those of its settings file.
     """
     return {
-        "request": drawing_schema(settings, controls),
+        "request": _with_presets(drawing_schema(settings, controls), presets),
         "rewrite": rewriting_schema(settings),
         "lora": {"names": list(loras)},
         "control": {"names": list(controls)},
@@ -98,6 +100,13 @@ def drawing_schema(settings: ServeSettings, controls: Sequence[str] | None = Non
     fields["steps"] = {**fields["steps"], "maximum": min(fields["steps"]["maximum"], settings.max_steps)}
     fields["images"] = {**fields["images"], "maximum": min(fields["images"]["maximum"], settings.max_images)}
     return {**schema, "properties": fields}
+
+
+def _with_presets(schema: Schema, own: Collection[str]) -> Schema:
+    """The names that `preset` may have, where they are known."""
+    fields = schema["properties"]
+    preset = {**fields["preset"], "enum": [*BY_NAME, *own, None]}
+    return {**schema, "properties": {**fields, "preset": preset}}
 
 
 def rewriting_schema(settings: ServeSettings) -> Schema:

@@ -35,7 +35,7 @@ from zimage.serve.view import JobView, Progress
 from zimage.serve.workers import BUSY, READY, Worker
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain, nearest
-from zimage.settings.profiles import laid_over
+from zimage.settings.merging import Presets, laid_over
 from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.scale import BatchSettings
 from zimage.settings.serving import ServeSettings
@@ -53,7 +53,7 @@ UNUSED = 3600.0  # seconds that uploads are kept which no job needs, and caption
 class Launch:
     """What a server is started with: settings of loading, defaults of requests and of rewriting, its own.
 
-    `machines`: the cluster that it uses besides, and how many workers there.
+    `machines`: the cluster that it uses besides, and how many workers there; `presets`: those of its settings file.
     """
 
     loading: Mapping[str, Plain]
@@ -61,6 +61,7 @@ class Launch:
     serving: ServeSettings
     data: Path
     machines: BatchSettings = field(default_factory=BatchSettings)
+    presets: Presets = field(default_factory=dict)
 
 
 class Service:
@@ -260,7 +261,8 @@ class Service:
 
     async def _prepared(self, asked: Asked, key: str | None) -> JobRow:
         files = await attached(asked, self.uploads, self)
-        values = laid_over(self.launch.defaults, {**asked.values, **asked.rewrite, **files.values})
+        launch = self.launch
+        values = laid_over(launch.defaults, {**asked.values, **asked.rewrite, **files.values}, launch.presets)
         request = {name: value for name, value in values.items() if name in Request.names()}
         rewrite = {name: value for name, value in values.items() if name in RewriteSettings.names()}
         wanted = rewrite if rewrite.get("rewriter") else None

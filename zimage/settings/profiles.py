@@ -9,10 +9,14 @@
     [low_vram]                  # inherits from [default], or from [NAME] with inherit = "NAME", or not at all with ""
     memory = 8
 
+    [presets.quick]             # no profile: what `--preset quick` stands for, of the settings of sampling
+    steps = 4
+
 Sources by rank: options, the picture of --from, the environment, the profile, what it inherits, defaults. A picture
 brings its whole request. A setting that does not go together with one of a higher rank (a file's `hidden_layer` and
 `--layer-weights`), or that needs one which is absent (`strength` without an image), is left out, and a note says so.
-The settings' own checks find these settings: their errors carry the names.
+The settings' own checks find these settings: their errors carry the names. What a preset decides is left out, too,
+where it ranks below the preset.
 """
 
 import contextlib
@@ -25,10 +29,22 @@ from zimage.errors import ConfigFileError, RequestError, ZImageError, quoted
 from zimage.settings.declared import Request
 from zimage.settings.environment import CONFIG, PROFILE, config_folder, from_environment
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
-from zimage.settings.loading import LoadSettings
+from zimage.settings.merging import (
+    EVERY_SETTINGS,
+    FIELDS,
+    NO_PRESETS,
+    OWNERS,
+    PRESET,
+    Entries,
+    Entry,
+    LeftOut,
+    Presets,
+    error_of,
+    settle,
+    use_preset,
+)
 from zimage.settings.paths import user_path
-from zimage.settings.rewriting import RewriteSettings
-from zimage.settings.scale import BatchSettings, ParallelSettings
+from zimage.settings.presets import PRESETS
 from zimage.settings.serving import ServeSettings
 from zimage.settings.toml_file import TomlFile, read_text
 
@@ -37,37 +53,32 @@ FILE_NAME = "zimage.toml"
 PICTURE = "picture"
 MAX_INHERITED = 32  # profiles, one above the other
 SERVE = "serve"  # the table within a profile that holds the server's own settings
-ALL_SETTINGS: tuple[type[Settings], ...] = (Request, LoadSettings, RewriteSettings)  # of a render
-EVERY_SETTINGS: tuple[type[Settings], ...] = (*ALL_SETTINGS, ParallelSettings, BatchSettings, ServeSettings)
-OWNERS: dict[str, type[Settings]] = {name: settings for settings in EVERY_SETTINGS for name in settings.names()}
-FIELDS = {field.name: field for settings in EVERY_SETTINGS for field, _ in fields(settings)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A setting's value and its source, as people write it; sources of a higher rank come first.
-
-    It is the user's `own` unless a picture, a state or a file that merely lies in the current folder brought it.
-    """
-
-    value: Plain
-    source: str
-    rank: int = 0
-    own: bool = True
+OWN_PRESETS = "presets"  # the table that is no profile
+# What a preset of a settings file may set.
+OF_PRESETS = [
+    field.name
+    for field, _ in fields(Request)
+    if field.metadata["group"] == "Sampling" and field.name not in (PRESET, "seed", "variation", "batch_size")
+]
 
 
 @dataclass(frozen=True)
 class Resolved:
     """The settings of all sources, merged."""
 
-    entries: dict[str, Entry]
-    left_out: dict[str, tuple[Entry, str]]  # what does not go together with the rest, and why
+    entries: Entries
+    left_out: LeftOut
     config: "Config | None" = None
     profile: str | None = None
 
     def of(self, settings: type[Settings]) -> dict[str, Plain]:
         """The values of one settings dataclass that were set anywhere."""
         return {name: entry.value for name, entry in self.entries.items() if name in settings.names()}
+
+    @property
+    def presets(self) -> Presets:
+        """Those of the settings file."""
+        return self.config.presets if self.config else NO_PRESETS
 
     def source(self, name: str) -> str:
         return self.entries[name].source if name in self.entries else "default"
@@ -104,7 +115,8 @@ class Config:
     """A settings file in which every profile was checked; see `Entry` for `own`. Raises ConfigFileError."""
 
     def __init__(self, file: TomlFile, own: bool = True):
-        self.path, self._file, self._own, document = file.path, file, own, file.document
+        self.path, self._file, self._own, document = file.path, file, own, dict(file.document)
+        self.presets = self._presets(document.pop(OWN_PRESETS, {}))
         for name, table in document.items():
             if not isinstance(table, dict):
                 message = f"{name} is outside of any profile; put it under [default] or another [NAME]"
@@ -115,7 +127,29 @@ class Config:
         for name in self.profiles:
             self._check_together(name)
 
-    def layers(self, profile: str) -> list[dict[str, Entry]]:
+    def _presets(self, tables: Plain) -> Presets:
+        """The presets of the file, each checked as a whole."""
+        presets: dict[str, Entries] = {}
+        for name, table in tables.items() if isinstance(tables, dict) else [("", None)]:
+            if not isinstance(table, dict):
+                text = f"presets: {name or 'it'} should be a table, [presets.NAME], with settings of sampling"
+                raise self._file.fault(text, OWN_PRESETS, name)
+            if name in PRESETS:
+                text = f"presets: {name} is a preset of zimage's own; choose another name"
+                raise self._file.fault(text, OWN_PRESETS, name)
+            presets[name] = {key: self._of_preset(key, value, name) for key, value in table.items()}
+            if error := error_of(presets[name]):
+                key = next((key for key in error.fields if key in table), "")
+                raise self._file.fault(str(error), OWN_PRESETS, name, key, fields=error.fields)
+        return presets
+
+    def _of_preset(self, name: str, value: Plain, preset: str) -> Entry:
+        if name not in OF_PRESETS:
+            text = f"presets: {quoted(name)} is not a setting of sampling; {nearest(name, OF_PRESETS)}"
+            raise self._file.fault(text, OWN_PRESETS, preset, name, fields=(name,))
+        return self._entry(name, value, OWN_PRESETS, preset)
+
+    def layers(self, profile: str) -> list[Entries]:
         """The profile's settings and those it inherits, each profile's by themselves, the highest rank last."""
         return [self.profiles[name] for name in reversed(self._chains[profile])]
 
@@ -152,7 +186,7 @@ class Config:
             raise self._file.fault(f"inherit: there is no profile {quoted(named)}; {hint}", profile, "inherit")
         return named or None
 
-    def _entries(self, profile: str, table: Mapping[str, Plain]) -> dict[str, Entry]:
+    def _entries(self, profile: str, table: Mapping[str, Plain]) -> Entries:
         own = {name: value for name, value in table.items() if name not in ("inherit", SERVE)}
         entries = {name: self._entry(name, value, profile) for name, value in own.items()}
         serve = table.get(SERVE, {})
@@ -164,7 +198,8 @@ class Config:
     def _entry(self, name: str, value: Plain, *table: str) -> Entry:
         source = f"{self.path.name} [{'.'.join(table)}] line {self._file.line(*table, name)}"
         try:
-            return Entry(_from_file(name, value, self.path.parent, table[1:] == (SERVE,)), source, own=self._own)
+            of_server = table[0] != OWN_PRESETS and table[1:] == (SERVE,)
+            return Entry(_from_file(name, value, self.path.parent, of_server), source, own=self._own)
         except RequestError as error:
             raise self._file.fault(str(error), *table, name, fields=error.fields) from None
 
@@ -172,12 +207,14 @@ class Config:
         """A setting may need one of another source, but may not contradict one in the same file."""
         own, whole = self.profiles[profile], {}
         for name, entry in own.items():
-            error = _error_of({name: entry})
+            if name == PRESET and entry.value in self.presets:
+                continue
+            error = error_of({name: entry})
             if error is None:
                 whole[name] = entry
             elif error.fields == (name,):
                 raise self._file.fault(str(error), profile, *_table(name), name, fields=error.fields)
-        if error := _error_of(whole):
+        if error := error_of(whole):
             name = next((name for name in error.fields if name in own), "")
             raise self._file.fault(str(error), profile, name, fields=error.fields)
 
@@ -237,16 +274,9 @@ def resolve(
         layers.append({name: replace(entry, own=False) for name, entry in layer.items()})
     layers.append(_checked(given, _flag))
     entries = {n: replace(e, rank=rank) for rank, layer in enumerate(layers) for n, e in layer.items()}
-    left_out = _settle(entries, len(layers) - 1)
+    left_out = use_preset(entries, config.presets if config else NO_PRESETS)
+    left_out |= settle(entries, len(layers) - 1)
     return Resolved(entries, left_out, config, profile)
-
-
-def laid_over(defaults: Mapping[str, Plain], given: Mapping[str, Plain]) -> dict[str, Plain]:
-    """What is `given` over `defaults`, without those of these that do not go together with it. Raises RequestError."""
-    entries = {name: Entry(value, "default") for name, value in defaults.items()}
-    entries |= {name: Entry(value, "request", 1) for name, value in given.items() if value is not None}
-    _settle(entries, 1)
-    return {name: entry.value for name, entry in entries.items()}
 
 
 def choose_profile(config: Config | None, named: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
@@ -278,11 +308,11 @@ def _flag(name: str) -> str:
     return flag if flag.startswith("--") else "--" + name.replace("_", "-")
 
 
-def _checked(values: Mapping[str, Plain], source: Callable[[str], str]) -> dict[str, Entry]:
+def _checked(values: Mapping[str, Plain], source: Callable[[str], str]) -> Entries:
     return {name: Entry(_owner(name).check_one(name, value), source(name)) for name, value in values.items()}
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Entry]:
+def _from_environment(environ: Mapping[str, str]) -> Entries:
     values = {name: value for settings in EVERY_SETTINGS for name, value in from_environment(settings, environ).items()}
     return {name: Entry(value, FIELDS[name].metadata["env"]) for name, value in values.items()}
 
@@ -320,36 +350,3 @@ def _check_place(name: str, of_server: bool) -> None:
 
 def _path(name: str, text: str, folder: Path) -> str:
     return str(folder / user_path(text, name))
-
-
-# ---------------------------------------------------------------------- values together
-
-
-def _settle(entries: dict[str, Entry], top: int) -> dict[str, tuple[Entry, str]]:
-    """Take out what has a rank below `top` and does not go together with the rest. Raises what that does not solve."""
-    left_out: dict[str, tuple[Entry, str]] = {}
-    while error := _error_of(entries):
-        lower = sorted(
-            (n for n in error.fields if n in entries and entries[n].rank < top), key=lambda name: entries[name].rank
-        )
-        for names in [*([name] for name in lower), lower]:  # one of them, else all
-            rest = {name: entry for name, entry in entries.items() if name not in names}
-            left = _error_of(rest)
-            if left is None or left.fields != error.fields:
-                left_out |= {name: (entries.pop(name), str(error)) for name in names}
-                break
-        else:
-            raise error
-    return left_out
-
-
-def _error_of(entries: Mapping[str, Entry]) -> RequestError | None:
-    """What the settings' own checks say about values together."""
-    try:
-        for settings in EVERY_SETTINGS:
-            values = {name: entry.value for name, entry in entries.items() if OWNERS[name] is settings}
-            if values:
-                settings.from_mapping(values)
-    except RequestError as error:
-        return error
-    return None

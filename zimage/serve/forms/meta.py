@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
     async def schema() -> Response:
         """Everything that a request may set, with bounds and defaults, and what the model is."""
         launch, loras, controls = service.launch, list(await service.loras()), list(await service.controls())
-        return JSONResponse(described(service.about, launch.serving, launch.defaults, loras, controls))
+        return JSONResponse(described(service.about, launch.serving, launch.defaults, loras, controls, launch.presets))
 
     @router.get("/api/controls", responses=answers(content("Their names.", record("", controls=listed(TEXT)))))
     async def controls() -> Response:

@@ -22,8 +22,8 @@ from zimage.serve.service import Service
 from zimage.settings.captions import TextSettings
 from zimage.settings.declared import Request as Drawing
 from zimage.settings.fields import Plain, Settings
+from zimage.settings.merging import laid_over
 from zimage.settings.paths import user_path
-from zimage.settings.profiles import laid_over
 from zimage.settings.rewriting import DEFAULT_REWRITER, RewriteSettings
 from zimage.text.templates import REWRITER, Template, Templates, user_folder
 
