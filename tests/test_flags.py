@@ -180,6 +180,7 @@ CASES = [
     Case("force_think_block", True),
     Case("force_think_block", False, beside={"template": "thoughtful", "templates": "{files}/templates"}),
     Case("strip_quotes", True, beside={"prompt": 'say "hi"'}),
+    Case("weights_in_prompt", True, beside={"prompt": "a (cat:1.5)"}),
     Case("hidden_layer", -3),
     Case("layer_weights", {-2: 1.0, -3: 0.5}),
     *[Case("long_prompt", mode, beside=LONG) for mode in ("truncate", "interpolate", "pool", "attention_pool")],

@@ -73,6 +73,10 @@ def requests(wide_folder, tmp_path) -> dict[str, dict]:
             "images": 2, "batch_size": 3, "guidance": 3.0, "negative": "blurred", "cfg_truncation": 0.7,
         },
         "captions that vary, in a batch": {**PLAIN, "prompt": ["a cat", "a dog"], "batch_size": 2, "variety": 1.0},
+        "weights in prompts": {
+            **PLAIN, "prompt": ["a (cat:1.3)", "a cat"], "weights_in_prompt": True, "guidance": 2.0,
+            "negative": "(x:2) y",
+        },
         "variations": {**PLAIN, "images": 2, "batch_size": 2, "variation": "5:0.4"},
         "two passes": {**PLAIN, "hires": 1.5, "control": [(nets, picture(2))]},
         "a picture": {**PLAIN, "image": picture(1), "strength": 0.7},
