@@ -35,13 +35,10 @@ class Formula:
         """Of latents (C, h, w) and a caption (L, width): −model, (C, h, w)."""
         w, (_, rows, columns) = self.weights, latents.shape
         time = self._time(sigma)
-        text = self._padded(self._caption(caption), w["cap_pad_token"])
-        grid = [(len(text) + 1, y, x) for y in range(rows // 2) for x in range(columns // 2)]
+        text, text_turn, place = self._text(caption)
+        grid = [(place, y, x) for y in range(rows // 2) for x in range(columns // 2)]
         x = self._padded(_linear(w, "all_x_embedder.2-1", _patches(latents.double())), w["x_pad_token"])
-        text_turn = self._turn([(1 + i, 0, 0) for i in range(len(text))])
         turn = self._turn(grid + [(0, 0, 0)] * (len(x) - len(grid)))
-        for i in range(self.config["n_refiner_layers"]):
-            text = self._block(w, f"context_refiner.{i}", text, text_turn, None)
 
         streams = [_Stream(self, given) for given in controls]
         for stream in streams:
@@ -60,6 +57,14 @@ class Formula:
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale
         patches = _linear(w, "all_final_layer.2-1.linear", x)[: len(grid)]
         return -patches.view(rows // 2, columns // 2, 2, 2, -1).permute(4, 0, 2, 1, 3).reshape(latents.shape)
+
+    def _text(self, caption: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Refined tokens of a caption, their rotations, and the place of the image behind them."""
+        text = self._padded(self._caption(caption), self.weights["cap_pad_token"])
+        turn = self._turn([(1 + i, 0, 0) for i in range(len(text))])
+        for i in range(self.config["n_refiner_layers"]):
+            text = self._block(self.weights, f"context_refiner.{i}", text, turn, None)
+        return text, turn, len(text) + 1
 
     def _time(self, sigma: float) -> Tensor:
         angle = (1 - sigma) * self.config["t_scale"] * 10_000.0 ** (-torch.arange(128).double() / 128)

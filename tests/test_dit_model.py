@@ -83,8 +83,8 @@ def test_prepared_parts_give_the_whole(dit):
 
 def test_captions_of_one_padded_length_need_no_mask(dit):
     captions = inputs((33, 64))[2]
-    assert dit.context(dit.refine(captions), 4, 4).padding is None
-    assert dit.context(dit.refine(inputs((32, 33))[2]), 4, 4).padding is not None
+    assert dit.context(dit.refine(captions), 4, 4).seen is None
+    assert dit.context(dit.refine(inputs((32, 33))[2]), 4, 4).seen is not None
 
 
 @pytest.mark.parametrize("token", ["x_pad_token", "cap_pad_token"])

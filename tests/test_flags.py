@@ -206,10 +206,14 @@ CASES = [
     Case("steps", 2),
     Case("seed", 2),
     Case("guidance", 2.0),
+    Case("guidance_method", "cfg_zero", beside=GUIDED),
+    Case("guidance_method", "apg:threshold=1", beside=GUIDED | {"guidance_method": "apg"}),
+    Case("guidance_method", "slg:layers=1,start=0,stop=1", beside=GUIDED),
     *[Case("sampler", name, beside={"steps": 3}) for name in SAMPLERS[1:]],
     Case("variety", 1.0),
     Case("variation", "2:0.3"),
     Case("shift", 6.0, beside={"steps": 2}),
+    Case("nag", 4.0, beside={"steps": 2}),
     *[Case("schedule", name, beside={"steps": 3}) for name in SCHEDULES[2:]],
     Case("preset", "turbo-4", beside={"steps": None}),
     Case("sigmas", "1,0.9,0", beside={"steps": 2}),
@@ -219,6 +223,7 @@ CASES = [
     # picture
     Case("width", 32, differs("size", (32, 48))),
     Case("height", 32, differs("size", (64, 32))),
+    Case("aspect", "3:2", differs("size", (80, 48)), beside={"width": None, "height": None}),
     Case("image", "{files}/start.png", beside={"steps": 4}),
     Case("strength", 0.2, beside=STARTED),
     Case("strength", 0.2, beside={"hires": 2.0, "steps": 4}),
@@ -290,6 +295,8 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "size": "sampling/test_sizes.py::test_size_is_width_and_height",
+    "named_prompts": "sampling/test_spellings.py::test_prompts_may_be_an_option",
     "each": "test_from.py::test_words_without_quotes_are_one_prompt",
     "prompt_file": "test_cli.py::test_prompts_from_standard_input_and_files",
     "picture": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import zimage
 from zimage.dit import reach, replay
-from zimage.dit.model import Context, Modulation
+from zimage.dit.context import Context
+from zimage.dit.model import Modulation
 from zimage.dit.replay import forget_graphs, most_tokens, replay_velocity
 from zimage.loading import graphs as giving
 from zimage.nn import graphs
@@ -168,7 +169,7 @@ def test_a_velocity_reads_its_inputs_and_weights_alone():
 def test_a_graph_is_given_all_that_an_evaluation_reads():
     """A field that is added to these must be passed through `_tensors` and `_evaluated`, or belong to the key."""
     assert [field.name for field in fields(Modulation)] == ["noise_refiner", "layers", "final", "units"]
-    assert [field.name for field in fields(Context)] == ["tokens", "image_rotation", "rotation", "padding"]
+    assert [field.name for field in fields(Context)] == ["tokens", "image_rotation", "rotation", "seen"]
 
 
 # ------------------------------------------------------------------ writing

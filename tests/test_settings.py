@@ -185,7 +185,7 @@ def test_every_bound_is_held():
         (Request, {"force_think_block": False, "thinking_content": "a"}, ("thinking_content", "force_think_block")),
         (Request, {"tile_mode": "blend", "tile_size": 64}, ("tile_overlap", "tile_size")),
         (Request, {"prompt": []}, ("prompt",)),
-        (Request, {"negative": "dogs", "guidance": 0}, ("negative", "guidance")),
+        (Request, {"negative": "dogs", "guidance": 0}, ("negative", "guidance", "nag")),
         (Request, {"seed": [1, 2, 3]}, ("seed", "prompt", "images")),
         (Request, {"mask": "a.png"}, ("mask", "image")),
         (Request, {"strength": 0.5}, ("strength", "image", "hires")),

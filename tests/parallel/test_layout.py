@@ -26,16 +26,17 @@ def test_the_parts_of_all_ranks_make_up_the_whole(size):
 
 
 def test_a_rank_has_image_tokens_first_then_caption_tokens():
-    layout = Layout.of(2, image=32, caption=64, heads=30)
-    whole = torch.arange(96)[None]
-    assert layout.joint.part(whole, 1)[0].tolist() == [*range(16, 32), *range(64, 96)]
+    layout = Layout.of(2, image=32, captions=(64, 32), heads=30)
+    whole = torch.arange(128)[None]
+    assert layout.whole.part(whole, 1)[0].tolist() == [*range(16, 32), *range(64, 96), *range(112, 128)]
     assert layout.image.part(whole[:, :32], 1)[0].tolist() == [*range(16, 32)]
+    assert layout.joint[0].part(whole[:, :96], 1)[0].tolist() == [*range(16, 32), *range(64, 96)]
 
 
 def test_a_length_tells_the_sequence():
-    layout = Layout.of(3, image=64, caption=32, heads=30)
+    layout = Layout.of(3, image=64, captions=(32,), heads=30)
     assert layout.split(0, 22) is layout.image
-    assert layout.split(0, 22 + 11) is layout.joint
+    assert layout.split(0, 22 + 11) is layout.joint[0]
     with pytest.raises(ValueError, match=r"rank 2 has 21 or 31 tokens in attention, and not 22"):
         layout.split(2, 22)
 
@@ -45,8 +46,17 @@ def test_too_many_ranks():
         check_ranks(31, 30)
     assert caught.value.fields == ("gpus",)
     with pytest.raises(RequestError, match=r"a caption of 32 tokens .* 33 ranks; use at most 32"):
-        Layout.of(33, image=64, caption=32, heads=40)
-    Layout.of(30, image=32, caption=32, heads=30)
+        Layout.of(33, image=64, captions=(32,), heads=40)
+    Layout.of(30, image=32, captions=(32,), heads=30)
+
+
+@pytest.mark.parametrize("size", range(2, 31))
+def test_both_captions_of_an_evaluation_are_told_apart(size):
+    """On every rank, whatever their lengths: with NAG the image attends twice."""
+    for words, others in itertools.permutations(range(32, 161, 32), 2):
+        layout = Layout.of(size, image=64, captions=(words, others), heads=30)
+        for rank in range(size):
+            assert [layout.split(rank, split.lengths[rank]) for split in layout.joint] == list(layout.joint)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])

@@ -6,7 +6,7 @@ from zimage.render.captioning import Conditions
 
 
 def pack(conditions: Conditions) -> bytes:
-    """The caption (L, C) of a row's prompt, and of its negative prompt where there is guidance."""
+    """The caption (L, C) of a row's prompt, and of its negative prompt where there is guidance or NAG."""
     (prompt,), negative = conditions
     found = {"prompt": prompt} if negative is None else {"prompt": prompt, "negative": negative}
     return save({name: caption.detach().cpu().contiguous() for name, caption in found.items()})

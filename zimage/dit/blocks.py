@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zimage.dit.nag import Nag, Seen
 from zimage.dit.rope import Rotation
 from zimage.dit.units import PLAIN, Units
 from zimage.kernels.gated_residual import gated_residual
 from zimage.kernels.layer_norm import layer_norm_scale
 from zimage.kernels.qk_norm_rope import qk_norm_rope
 from zimage.kernels.swiglu_scaled import swiglu_scaled
-from zimage.nn.attention import Padding, attention
+from zimage.nn.attention import attention
 from zimage.nn.layers import BlockLinear, RMSNorm
 from zimage.nn.operand import Form, Input, common_form, gated_activation, operand, scaled_norm
 
@@ -49,12 +50,14 @@ class Attention(nn.Module):
         """How x is best passed."""
         return common_form(self.to_q, self.to_k, self.to_v)
 
-    def forward(self, x: Input, rotation: Rotation, padding: Padding | None, unit: float = 1.0) -> Tensor:
-        """Of the input x · unit, the output / unit."""
+    def forward(self, x: Input, rotation: Rotation, seen: Seen, unit: float = 1.0) -> Tensor:
+        """Of the input x · unit, the output / unit, and / `seen.unit` with guidance."""
         x, heads, eps = operand(x, self.form), (-1, self.head_dim), self.norm_q.eps / unit**2
         q, k, v = (project(x).unflatten(-1, heads) for project in (self.to_q, self.to_k, self.to_v))  # (B, L, H, D)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotation, eps)
-        return self.to_out[0](self.attend(q, k, v, padding).flatten(2))
+        if isinstance(seen, Nag):
+            return self.to_out[0](seen.attend(self.attend, q, k, v))
+        return self.to_out[0](self.attend(q, k, v, seen).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -104,18 +107,19 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation,
-        padding: Padding | None = None,
+        seen: Seen = None,
         modulation: BlockModulation | None = None,
         units: Units = PLAIN,
     ) -> Tensor:
         """x (B, L, dim), a stream in `units`, which the modulation is in as well."""
         if modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, padding))
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, seen))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x))[0])
         m = modulation
         normed = scaled_norm(self.attention_norm1, x, m.scale_msa, self.attention.form, units.stream)
-        attended = self.attention(normed, rotation, padding, units.input)
-        x = gated(self.attention_norm2, x, attended, m.gate_msa, units.input)
+        attended = self.attention(normed, rotation, seen, units.input)
+        unit = units.input * seen.unit if isinstance(seen, Nag) else units.input
+        x = gated(self.attention_norm2, x, attended, m.gate_msa, unit)
         normed = scaled_norm(self.ffn_norm1, x, m.scale_mlp, self.feed_forward.form, units.stream)
         changed, scale = self.feed_forward(normed, units)
         return gated(self.ffn_norm2, x, changed, m.gate_mlp, 1.0, scale)

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from zimage.dit.blocks import Block, BlockModulation, blocks_of, modulations
+from zimage.dit.nag import Seen
 from zimage.dit.patch import PATCH, embed_patches
 from zimage.dit.rope import Rotation
 from zimage.errors import ConfigError, RequestError
-from zimage.nn.attention import Padding
 from zimage.nn.config import (
     Between,
     Channels,
@@ -259,13 +259,13 @@ class ControlStream:
         """Whether its hints in the noise refiner go to a copy of the DiT's stream."""
         return self.control.flow == "diffusers" and bool(self.control.net.config.refiner_places)
 
-    def join(self, x: Tensor, caption: Tensor, rotation: Rotation, padding: Padding | None) -> None:
+    def join(self, x: Tensor, caption: Tensor, rotation: Rotation, seen: Seen) -> None:
         """Go on to the joint layers, where x (B, Np + Lp, dim) begins and `caption` (B, Lp, dim) is refined."""
         net, m = self.control.net, self.control.modulation
         while self._passed < len(self._blocks):
             self._pass()
         self._c = torch.cat((self._c, caption), dim=1)
-        self._begin(net.control_layers, m.layers, net.config.control_layers_places, x, rotation, padding)
+        self._begin(net.control_layers, m.layers, net.config.control_layers_places, x, rotation, seen)
 
     def advance(self, place: int) -> None:
         """Pass the block of this place, if there is one; called before the DiT's layer."""
@@ -286,16 +286,16 @@ class ControlStream:
         places: tuple[int, ...],
         x: Tensor,
         rotation: Rotation,
-        padding: Padding | None,
+        seen: Seen,
     ) -> None:
         self._blocks, self._modulation, self._places = blocks_of(blocks), modulation, places
-        self._rotation, self._padding, self._passed = rotation, padding, 0
+        self._rotation, self._seen, self._passed = rotation, seen, 0
         if isinstance(first := self._blocks[0], ControlBlock):
             self._c = first.before_proj(self._c) + x
 
     def _pass(self) -> None:
         block, m = self._blocks[self._passed], self._modulation[self._passed]
-        self._c = block(self._c, self._rotation, self._padding, m)
+        self._c = block(self._c, self._rotation, self._seen, m)
         self._passed += 1
 
 

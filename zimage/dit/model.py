@@ -13,7 +13,7 @@ Data flow of one denoising run:
 ControlNets run beside it: see `zimage.dit.control`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
@@ -24,9 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from zimage.dit import reach
 from zimage.dit.blocks import Block, BlockModulation, FinalLayer, TimeEmbedder, blocks_of, modulations
+from zimage.dit.context import Context, away_from, context_of, stacked
 from zimage.dit.control import Controlled, ControlStream, check_dtype
+from zimage.dit.nag import Seen
 from zimage.dit.patch import PATCH, SEQUENCE_MULTIPLE, embed_patches, padded_length, unpatchify
-from zimage.dit.rope import Rotation, caption_positions, image_positions, rotation
+from zimage.dit.rope import Rotation, caption_positions, rotation
 from zimage.dit.units import PLAIN, Units
 from zimage.errors import RequestError
 from zimage.nn.attention import Padding
@@ -108,16 +110,6 @@ class Modulation:
 
         refiner, layers = ([block.level(i) for block in part] for part in (self.noise_refiner, self.layers))
         return Modulation(refiner, layers, self.final[i : i + 1], self.units)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What stays the same over the steps of one batch: caption tokens, rotations, padding."""
-
-    tokens: Tensor  # (B, Lp, dim), refined captions
-    image_rotation: Rotation  # of Np tokens
-    rotation: Rotation  # of the joint sequence [image, caption], Np + Lp tokens
-    padding: Padding | None  # of the joint sequences; None when all captions have one padded length
 
 
 class CaptionStream(nn.Module):
@@ -240,7 +232,8 @@ class ZImageDiT(CaptionStream):
         x += (σ′ − σ) · velocity takes x from σ to σ′. The batch runs at once; unequal captions are padded and masked.
         """
         refined, lengths = self._refine_padded(captions)
-        context = self._context(refined, lengths, *latents.shape[-2:])
+        h, w = latents.shape[-2:]
+        context = context_of(refined, lengths, h, w, self._rotation)
         return self.velocity(latents, self.modulate(sigma), context)
 
     def modulate(self, sigma: Tensor) -> Modulation:
@@ -270,29 +263,28 @@ class ZImageDiT(CaptionStream):
 
     def context(self, refined: Sequence[Tensor], h: int, w: int) -> Context:
         """The step-invariant part for images of h × w latents with refined captions (Lp, dim) each."""
-        lengths = [len(tokens) for tokens in refined]
-        batch = torch.stack([F.pad(tokens, (0, 0, 0, max(lengths) - len(tokens))) for tokens in refined])
-        return self._context(batch, lengths, h, w)
+        return context_of(*stacked(refined), h, w, self._rotation)
 
-    def _context(self, tokens: Tensor, lengths: list[int], h: int, w: int) -> Context:
-        rows, columns = h // PATCH, w // PATCH
-        padded = padded_length(rows * columns)
-        image = torch.stack(
-            [image_positions(rows, columns, padded, n) for n in (lengths if len(set(lengths)) > 1 else lengths[:1])]
-        )  # (B or 1, Np, 3): a caption's length shifts only its own image
-        caption = caption_positions(max(lengths)).expand(len(image), -1, -1)
-        joint = self._rotation(torch.cat((image, caption), dim=1))
-        return Context(
-            tokens=tokens,
-            image_rotation=Rotation(*(part[:, :padded] for part in joint)),
-            rotation=joint,
-            padding=Padding.of([padded + length for length in lengths], tokens.device),
-        )
+    def context_away(
+        self, refined: Sequence[Tensor], negative: Sequence[Tensor], scale: float, h: int, w: int
+    ) -> Context:
+        """The same with normalised attention guidance (`dit.nag`) away from as many refined negative captions."""
+        tokens, lengths = stacked(refined)
+        context = context_of(tokens, lengths, h, w, self._rotation)
+        return away_from(negative, context, lengths, scale, self._rotation, self.in_half)
 
     def velocity(
-        self, latents: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled] = ()
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        context: Context,
+        controls: Sequence[Controlled] = (),
+        skipped: Collection[int] = (),
     ) -> Tensor:
-        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up."""
+        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up.
+
+        It goes without those of the `layers` that are `skipped`; hints that belong to their places stay.
+        """
         units = modulation.units
         image = units.enter(self.embed(latents))
         streams = self._streams(image, modulation, context, controls)
@@ -302,9 +294,10 @@ class ZImageDiT(CaptionStream):
             image = self._pass(place, block, image, context.image_rotation, None, m, units, hinting)
         x = torch.cat((image, units.enter(context.tokens)), dim=1)  # (B, Np + Lp, dim)
         for stream in hinting:
-            stream.join(x, context.tokens, context.rotation, context.padding)
+            stream.join(x, context.tokens, context.rotation, context.seen)
         for place, (block, m) in enumerate(zip(self.layers, modulation.layers, strict=True)):
-            x = self._pass(place, block, x, context.rotation, context.padding, m, units, streams)
+            layer = None if place in skipped else block
+            x = self._pass(place, layer, x, context.rotation, context.seen, m, units, streams)
         h, w = latents.shape[-2:]
         patches = self.project(x, modulation, (h // PATCH) * (w // PATCH))
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
@@ -333,24 +326,24 @@ class ZImageDiT(CaptionStream):
                 for place, (block, m) in enumerate(zip(self.noise_refiner, modulation.noise_refiner, strict=True)):
                     copy = self._pass(place, block, copy, context.image_rotation, None, m, modulation.units, [stream])
                 joint = torch.cat((copy, context.tokens), dim=1)
-                stream.join(joint, context.tokens, context.rotation, context.padding)
+                stream.join(joint, context.tokens, context.rotation, context.seen)
         return streams
 
     def _pass(
         self,
         place: int,
-        block: nn.Module,
+        block: nn.Module | None,
         x: Tensor,
         turn: Rotation,
-        padding: Padding | None,
+        seen: Seen,
         modulation: BlockModulation,
         units: Units,
         streams: Sequence[ControlStream],
     ) -> Tensor:
-        """x (B, L, dim) after the block of this place, with the hints that belong to it."""
+        """x (B, L, dim) after the block of this place, if it is run, with the hints that belong to it."""
         for stream in streams:
             stream.advance(place)
-        x = self._run(block, x, turn, padding, modulation, units)
+        x = x if block is None else self._run(block, x, turn, seen, modulation, units)
         for stream in streams:
             x = stream.add_hint(place, x)
         return x

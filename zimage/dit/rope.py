@@ -17,10 +17,10 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def caption_positions(padded_length: int) -> Tensor:
-    """(Lp, 3): caption token i at (1 + i, 0, 0); the learned pads continue the count."""
+def caption_positions(padded_length: int, shift: int = 0) -> Tensor:
+    """(Lp, 3): caption token i at (1 + i + shift, 0, 0); the learned pads continue the count."""
     positions = torch.zeros(padded_length, 3, dtype=torch.int64)
-    positions[:, 0] = torch.arange(1, padded_length + 1)
+    positions[:, 0] = torch.arange(1, padded_length + 1) + shift
     return positions
 
 

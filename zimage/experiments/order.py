@@ -14,7 +14,7 @@ from zimage.experiments.cells import Cell
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import Plain
 
-# What a caption is made from, the negative prompt's among them, which only guidance asks for.
+# What a caption is made from, the negative prompt's among them, which only guidance and NAG ask for.
 OF_CAPTIONS = ("prompt", "embeddings", "negative", *CaptionSettings.names())
 
 
@@ -43,7 +43,12 @@ def ordered(cells: Iterable[Cell]) -> list[Loaded]:
 
 def by_caption(cells: Iterable[Cell]) -> list[list[Cell]]:
     """Groups of cells that share all captions."""
-    return grouped(cells, lambda cell: [*map(cell.request.get, OF_CAPTIONS), bool(cell.request.get("guidance"))])
+    return grouped(cells, lambda cell: [*map(cell.request.get, OF_CAPTIONS), _steers(cell)])
+
+
+def _steers(cell: Cell) -> bool:
+    """Whether it has a use for a negative caption."""
+    return bool(cell.request.get("guidance")) or cell.request.get("nag", 1.0) > 1
 
 
 def grouped(cells: Iterable[Cell], key: Callable[[Cell], Plain]) -> list[list[Cell]]:

@@ -15,8 +15,9 @@ class Workload:
     tokens, of the text encoder's cache when it writes; 0 when it only encodes. `loras` are the bytes of LoRAs where
     they are computed beside their layers, `controls` those of the weights of ControlNets, and `control_streams` is how
     many run beside the DiT. `vision_patches` are those of the largest reference picture, and `vision_tokens` the tokens
-    of the longest text that is read with such pictures; 0 without any. `ranks` share the work on each image: the
-    memory is that of one of them, which holds all weights.
+    of the longest text that is read with such pictures; 0 without any. `nag_tokens` are those of the negative text in
+    the DiT's sequence; 0 without NAG. `ranks` share the work on each image: the memory is that of one of them, which
+    holds all weights.
     """
 
     width: int
@@ -31,6 +32,7 @@ class Workload:
     control_streams: int = 0
     vision_patches: int = 0
     vision_tokens: int = 0
+    nag_tokens: int = 0
     ranks: int = 1
 
     @property

@@ -96,7 +96,8 @@ def control_bytes(
 
 def _dit_tokens(work: Workload) -> int:
     """Tokens of images and captions in one evaluation, as many as one of the ranks has."""
-    tokens = work.batch * (work.pixels // SIZE_MULTIPLE**2 + padded_length(work.tokens))
+    captions = padded_length(work.tokens) + padded_length(work.nag_tokens)
+    tokens = work.batch * (work.pixels // SIZE_MULTIPLE**2 + captions)
     return -(-tokens // work.ranks)
 
 

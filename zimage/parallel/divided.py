@@ -12,7 +12,7 @@ context refiner is not divided: it runs once per prompt, on a sequence that is s
 by `strips.py`; what it computes without strips, every rank does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zimage.dit.context import Context
 from zimage.dit.control import Controlled
-from zimage.dit.model import Context, Modulation, ZImageDiT
+from zimage.dit.model import Modulation, ZImageDiT
+from zimage.dit.nag import Nag
 from zimage.dit.rope import Rotation
 from zimage.loading.registry import DIT, VAE
 from zimage.parallel.attributes import Change, exchanged
@@ -52,22 +54,35 @@ def divided_velocity(
     modulation: Modulation,
     context: Context,
     controls: Sequence[Controlled] = (),
+    skipped: Collection[int] = (),
 ) -> Tensor:
     """`ZImageDiT.velocity`, for inference; never from CUDA graphs, which could not wait for other ranks."""
     image = context.image_rotation.cos.shape[1]
-    layout = Layout.of(ranks.size, image, context.tokens.shape[1], dit.config.n_heads)
+    layout = Layout.of(ranks.size, image, caption_lengths(context), dit.config.n_heads)
     own = [c._replace(tokens=layout.image.part(c.tokens, ranks.rank)) for c in controls]
     with exchanged(_changes(ranks, layout, dit, [control.net for control in controls])):
-        return type(dit).velocity(dit, latents, modulation, own_context(context, layout, ranks.rank), own)
+        return type(dit).velocity(dit, latents, modulation, own_context(context, layout, ranks.rank), own, skipped)
+
+
+def caption_lengths(context: Context) -> list[int]:
+    """Padded tokens of the caption and, with NAG, of the negative one."""
+    seen, tokens = context.seen, context.tokens.shape[1]
+    return [seen.caption, tokens - seen.caption] if isinstance(seen, Nag) else [tokens]
 
 
 def own_context(context: Context, layout: Layout, rank: int) -> Context:
-    """What a rank needs of a context. The padding stays that of whole sequences, which its attention sees."""
+    """What a rank needs of a context. Paddings stay those of whole sequences, which its attention sees.
+
+    Its attention gives it back its own tokens with all heads, so that NAG's norms are whole there.
+    """
+    seen = context.seen
+    if isinstance(seen, Nag):
+        seen = seen._replace(image=layout.image.lengths[rank], caption=layout.captions.segments[0][rank])
     return Context(
-        tokens=layout.caption.part(context.tokens, rank),
+        tokens=layout.captions.part(context.tokens, rank),
         image_rotation=Rotation(*(layout.image.part(turn, rank) for turn in context.image_rotation)),
-        rotation=Rotation(*(layout.joint.part(turn, rank) for turn in context.rotation)),
-        padding=context.padding,
+        rotation=Rotation(*(layout.whole.part(turn, rank) for turn in context.rotation)),
+        seen=seen,
     )
 
 

@@ -62,30 +62,42 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How an evaluation is divided: the image tokens that the noise refiner sees, the joint sequence, and the heads."""
+    """How an evaluation is divided: the image tokens that the noise refiner sees, the captions, and the heads.
+
+    There is one caption, or with NAG the negative one behind it, and a joint sequence [image, caption] for each.
+    """
 
     image: Split
-    caption: Split
-    joint: Split
+    captions: Split
+    joint: tuple[Split, ...]
     heads: tuple[int, ...]
 
     @classmethod
-    def of(cls, size: int, image: int, caption: int, heads: int) -> "Layout":
+    def of(cls, size: int, image: int, captions: Sequence[int], heads: int) -> "Layout":
         """For `size` ranks and so many padded tokens; raises RequestError where a rank would be left with nothing."""
         check_ranks(size, heads)
-        for what, tokens in (("an image", image), ("a caption", caption)):
+        for what, tokens in (("an image", image), *(("a caption", caption) for caption in captions)):
             if tokens < size:
                 text = f"{what} of {tokens} tokens cannot be divided over {size} ranks; use at most {tokens}"
                 raise RequestError(text, fields=("gpus",))
-        picture, words = shares(image, size), shares(caption, size)
-        return cls(Split((picture,)), Split((words,)), Split((picture, words)), shares(heads, size))
+        picture, words = shares(image, size), [shares(caption, size) for caption in captions]
+        joint = tuple(Split((picture, run)) for run in words)
+        return cls(Split((picture,)), Split(tuple(words)), joint, shares(heads, size))
+
+    @property
+    def whole(self) -> Split:
+        """The sequence that the layers see: [image, captions]."""
+        return Split((*self.image.segments, *self.captions.segments))
 
     def split(self, rank: int, length: int) -> Split:
-        """Which of both sequences it is of which a rank has so many tokens; raises ValueError for any other length."""
-        for split in (self.image, self.joint):
+        """Which sequence in attention has so many tokens of a rank; raises ValueError for any other length.
+
+        A rank has more of a longer one: padded lengths differ by 32 at least, and there are no more ranks than heads.
+        """
+        for split in (self.image, *self.joint):
             if split.lengths[rank] == length:
                 return split
-        lengths = " or ".join(str(split.lengths[rank]) for split in (self.image, self.joint))
+        lengths = " or ".join(str(split.lengths[rank]) for split in (self.image, *self.joint))
         raise ValueError(f"rank {rank} has {lengths} tokens in attention, and not {length}")
 
 

@@ -19,7 +19,7 @@ from zimage.render.seeing import Reading, Stages, Vision, look, mixed, read, ref
 
 
 class Conditions(NamedTuple):
-    """The captions (L, C) of the prompts, and of the negative prompt where there is guidance."""
+    """The captions (L, C) of the prompts, and of the negative prompt where there is guidance or NAG."""
 
     prompts: list[Tensor]
     negative: Tensor | None

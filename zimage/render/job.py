@@ -6,10 +6,11 @@ LoRAs, and a queue may keep it as JSON.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zimage import flow
@@ -19,12 +20,13 @@ from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapters, LoraUse, bytes_beside
 from zimage.loading.plan import PLAN, MemoryPlan, Workload
 from zimage.loading.planner import Planner
-from zimage.loading.registry import DIT
+from zimage.loading.registry import DIT, VAE
 from zimage.loading.sizes import ComponentSizes
 from zimage.pictures.canny import opencv
 from zimage.pictures.image import first_pass_size
 from zimage.pictures.inpaint import Frame
 from zimage.render import attached, canvas
+from zimage.render.budget import check_guidance, evaluations, guidance_of
 from zimage.render.conditioning import ChatParts, Text, Texts
 from zimage.render.defaults import filled
 from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
@@ -35,7 +37,7 @@ from zimage.settings.sampling import split_sigmas
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "begins", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -47,6 +49,7 @@ JOB: dict[str, Hint] = {
     "passes": list[tuple[int, int, str]],
     "frame": tuple[int, int, int, int, int, int],
     "sigmas": list[float],
+    "begins": list[int],
     "seeds": list[int],
     "loras": list[LoraUse],
     "plan": PLAN,
@@ -67,10 +70,11 @@ class Job:
     """A request as it will run.
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
-    and `negative_texts` the one that guidance steers away from, if there is guidance. `token_ids` has every distinct
+    and `negative_texts` the one that guidance or NAG steers away from, if there is any. `token_ids` has every distinct
     text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
     is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
-    `seeds` one per image; `model`, `dtype` and `precision` are those that it was prepared for.
+    `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype` and
+    `precision` are those that it was prepared for.
     """
 
     request: Request
@@ -81,6 +85,7 @@ class Job:
     passes: tuple[Pass, ...]
     frame: Frame
     sigmas: tuple[float, ...]
+    begins: tuple[int, ...]
     seeds: tuple[int, ...]
     loras: tuple[LoraUse, ...]
     plan: MemoryPlan
@@ -98,6 +103,11 @@ class Job:
     def count(self) -> int:
         """Images in all."""
         return len(self.seeds)
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations of the DiT a picture takes, in all passes."""
+        return evaluations(self.request, torch.tensor(self.sigmas), self.begins)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -126,6 +136,7 @@ class Job:
             "passes": [list(one) for one in self.passes],
             "frame": list(self.frame),
             "sigmas": list(self.sigmas),
+            "begins": list(self.begins),
             "seeds": list(self.seeds),
             "loras": [{**use.describe(), "path": use.path} for use in self.loras],
             "plan": self.plan.to_dict(),
@@ -152,6 +163,7 @@ class Job:
             tuple(Pass(*one) for one in plain["passes"]),
             Frame(*plain["frame"]),
             tuple(map(float, plain["sigmas"])),
+            tuple(plain["begins"]),
             tuple(plain["seeds"]),
             tuple(LoraUse(use["name"], use["scale"], use["hash"], use["path"]) for use in plain["loras"]),
             MemoryPlan.from_dict(plain["plan"]),
@@ -174,7 +186,7 @@ def job_mistake(plain: Plain) -> str:
     if fault := attached.fault(plain["request"]):
         return fault
     missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
-    empty = [name for name in ("texts", "passes", "sigmas", "seeds") if not plain[name]]
+    empty = [name for name in ("texts", "passes", "sigmas", "begins", "seeds") if not plain[name]]
     return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
 
 
@@ -198,23 +210,29 @@ def decide(
     prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
     plain = ChatParts(strip_quotes=request.strip_quotes)
-    negatives = (plain.format(values["negative"]),) if values["guidance"] > 0 else ()
+    negatives = () if values["negative"] is None else (plain.format(values["negative"]),)
     ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
     texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
     found = references(values["reference"], request, model, vision)
     work = _workload(request, values, longest, loras, planner.sizes[DIT])
+    work = dataclasses.replace(
+        work, nag_tokens=max(map(lengths.__getitem__, negatives), default=0) if request.nag > 1 else 0
+    )
     work = with_references(work, request, found, [lengths[text] for text in prompts], texts.limit)
     plan = planner.plan(work, loaded)
     if must_fit:
         planner.check(plan, loaded)
     complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
     passes = _passes(complete, width, height, planner, loaded)
-    _check_control(complete, len(passes), canvas.Rendered(complete, frame, width, height))
-    sigmas, seeds = tuple(_levels(request, values).tolist()), tuple(complete.seeds)
-    seen = glimpses(found)
-    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, seeds, loras, plan, **facts)
+    levels, seeds, seen = _levels(request, values), tuple(complete.seeds), glimpses(found)
+    _check_control(complete)
+    begins = _beginnings(complete, len(levels) - 1, passes, frame, model)
+    _check_say(complete, len(levels) - 1, begins)
+    check_guidance(guidance_of(complete), levels, begins, model.config(DIT).n_layers)
+    sigmas = tuple(levels.tolist())
+    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, begins, seeds, loras, plan, **facts)
 
 
 def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:
@@ -255,22 +273,36 @@ def starts_from_noise(request: Request) -> bool:
     return masked and reads and request.control_flow == "diffusers"
 
 
-def _check_control(request: Request, passes: int, rendered: canvas.Rendered) -> None:
-    """Raise RequestError where controls or the strength would have no say, or control pictures cannot be made."""
+def _check_control(request: Request) -> None:
+    """Raise RequestError where control pictures cannot be made, or the strength would have no say."""
     if request.control_preprocess:
         opencv()
     if starts_from_noise(request) and request.strength != 1:
         text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
         raise RequestError(text, fields=("strength", "control_flow"))
-    steps, start, end = request.steps or 1, request.control_start, request.control_end
+
+
+def _beginnings(
+    request: Request, steps: int, passes: tuple[Pass, ...], frame: Frame, model: ModelFiles
+) -> tuple[int, ...]:
+    """The step with which each pass begins."""
+    width, height, _ = passes[-1]
+    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
+    if request.image is not None and not starts_from_noise(request):
+        factor = model.skeleton(VAE).spatial_factor
+        first = canvas.Rendered(request, frame, width, height).first_step(
+            first, steps, height // factor, width // factor
+        )
+    return (0, first)[-len(passes) :]
+
+
+def _check_say(request: Request, steps: int, begins: Sequence[int]) -> None:
+    """Raise RequestError where controls have a say in no step of any pass."""
+    start, end = request.control_start, request.control_end
     if not request.control or (start, end) == (0, 1):
         return
-    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
-    if canvas.pastes(request) and not starts_from_noise(request):
-        first = rendered.first_step(first, steps)
-    begins = [0, first][-passes:]
     if not any(flow.steps_between(begin, steps, start, end) for begin in begins):
-        n = steps - first
+        n = steps - begins[-1]
         text = (
             f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
         )
