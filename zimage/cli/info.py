@@ -54,7 +54,7 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -
     _print(facts)
     if with_plan:
         job = _job(pipe, size)
-        terminal.out("\n".join(plan_lines(job.plan, pipe.refusal(job))))
+        terminal.out("\n".join(plan_lines(job, pipe.refusal(job))))
 
 
 def _loose_file(load: dict[str, Plain]) -> dict[str, Any] | None:
@@ -147,7 +147,7 @@ def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "plan": plan_facts(_job(pipe, size).plan),
+        "plan": plan_facts(_job(pipe, size)),
     }
 
 

@@ -83,7 +83,7 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     if pipe.is_demo and (r.system_prompt or r.thinking_content or r.assistant_content):
         yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
     yield from adapters_told(job.loras, pipe.model)
-    yield introduced(vars(r), f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}")
+    yield introduced(vars(r), f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}", job.evaluations)
     if job.size != job.passes[-1][:2]:
         yield f"rendered at that size and pasted back: the picture comes out in {job.size[0]}×{job.size[1]}"
     if r.guidance == 1 and not is_base(pipe.model):

@@ -1,7 +1,6 @@
 """How a caption becomes latents: noise, schedule, solver and guidance, each parameter declared once."""
 
 import itertools
-import secrets
 import struct
 from dataclasses import dataclass
 
@@ -186,6 +185,8 @@ def is_open(seed: int | None) -> bool:
 
 def drawn_seed(seed: int | None) -> int:
     """The seed that was given, or a random one where it is open."""
+    import secrets  # with all that it imports, which no help needs
+
     return secrets.randbelow(DRAWN_SEEDS) if seed is None or is_open(seed) else seed
 
 
