@@ -173,7 +173,7 @@ def test_what_is_not_said_is_the_same_as_in_the_library(run, tmp_path, pipe):
         (["gen", "a", "--width", "1000"], 2, "nearest 992 or 1008"),
         (["gen", "a", "--height", "99999"], 2, "the maximum is 16384"),
         (["gen", "a", "--steps", "many"], 2, "not a valid int"),
-        (["gen", "a", "--seed", "-1"], 2, "seed -1 is too small"),
+        (["gen", "a", "--seed", "-2"], 2, "seed -2 is too small"),
         (["gen", "a", "--device", "tpu"], 2, "device 'tpu' is not known"),
         (["gen", "a", "--device", "cuda:9"], 2, "is not on this machine"),
         (["gen", "a", "--dtype", "fp8"], 2, "--dtype"),

@@ -180,6 +180,7 @@ CASES = [
     Case("force_think_block", True),
     Case("force_think_block", False, beside={"template": "thoughtful", "templates": "{files}/templates"}),
     Case("strip_quotes", True, beside={"prompt": 'say "hi"'}),
+    Case("weights_in_prompt", True, beside={"prompt": "a (cat:1.5)"}),
     Case("hidden_layer", -3),
     Case("layer_weights", {-2: 1.0, -3: 0.5}),
     *[Case("long_prompt", mode, beside=LONG) for mode in ("truncate", "interpolate", "pool", "attention_pool")],
@@ -206,6 +207,9 @@ CASES = [
     Case("steps", 2),
     Case("seed", 2),
     Case("guidance", 2.0),
+    Case("guidance_method", "cfg_zero", beside=GUIDED),
+    Case("guidance_method", "apg:threshold=1", beside=GUIDED | {"guidance_method": "apg"}),
+    Case("guidance_method", "slg:layers=1,start=0,stop=1", beside=GUIDED),
     *[Case("sampler", name, beside={"steps": 3}) for name in SAMPLERS[1:]],
     Case("variety", 1.0),
     Case("variation", "2:0.3"),
@@ -220,6 +224,7 @@ CASES = [
     # picture
     Case("width", 32, differs("size", (32, 48))),
     Case("height", 32, differs("size", (64, 32))),
+    Case("aspect", "3:2", differs("size", (80, 48)), beside={"width": None, "height": None}),
     Case("image", "{files}/start.png", beside={"steps": 4}),
     Case("strength", 0.2, beside=STARTED),
     Case("strength", 0.2, beside={"hires": 2.0, "steps": 4}),
@@ -291,6 +296,10 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "cfg": "sampling/test_spellings.py::test_guidance_counted_from_one",
+    "cfg_scale": "sampling/test_spellings.py::test_guidance_counted_from_one",
+    "size": "sampling/test_sizes.py::test_size_is_width_and_height",
+    "named_prompts": "sampling/test_spellings.py::test_prompts_may_be_an_option",
     "each": "test_from.py::test_words_without_quotes_are_one_prompt",
     "prompt_file": "test_cli.py::test_prompts_from_standard_input_and_files",
     "picture": "test_cli.py::test_png_carries_settings_and_from_gives_the_same_pixels",

@@ -40,6 +40,7 @@ from zimage.loading.registry import DIT, REQUIRED, ROWS, TEXT_ENCODER, VAE
 from zimage.loading.vision import with_vision
 from zimage.pictures.image import InputPicture
 from zimage.render import denoising, stages
+from zimage.render.budget import check_guidance, guidance_of
 from zimage.render.captioning import Conditions, encode
 from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
@@ -160,6 +161,7 @@ class ZImage(Captioner):
         seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
         nag: float = 1.0,
+        guidance_method: str = "cfg",
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
@@ -171,18 +173,19 @@ class ZImage(Captioner):
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
         it adds. A `sampler` that adds noise draws it from `seeds`, one per image. `hooks` wrap every evaluation, see
-        `render.denoising`. Raises RequestError, and CheckpointError for an unusable control file.
+        `render.denoising`. `guidance_method` is what `settings.guiding` reads. Raises RequestError, and CheckpointError
+        for an unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
-        limits = {"cfg_truncation": cfg_truncation, "cfg_normalization": cfg_normalization}
-        scales = {"guidance": guidance, "nag": nag, **limits}
         say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        drawn = {"sampler": sampler, "variety": variety}
         timing = {"steps": steps, "shift": shift, "schedule": schedule}
-        for name, value in {**timing, **scales, **say, **drawn}.items():
+        drawn = {"sampler": sampler, "variety": variety}
+        for name, value in {**timing, **say, **drawn, "nag": nag}.items():
             if value is not None:
                 Request.check_one(name, value)
+        scales = Request(guidance=guidance, cfg_truncation=cfg_truncation, cfg_normalization=cfg_normalization)
+        guided = guidance_of(dataclasses.replace(scales, guidance_method=guidance_method))
         if (flow.SOLVERS[sampler].draws or variety > 0) and len(seeds) != len(noise):
             raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", *drawn))
         if (guidance > 0 or nag > 1) and negative is None:
@@ -194,6 +197,7 @@ class ZImage(Captioner):
         else:
             levels = flow.exact(sigmas)
         start = flow.start(noise, levels, strength, clean, mask)
+        check_guidance(guided, levels, [start.step], self.model.config(DIT).n_layers)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
         steering = Steering(inputs, control_start, control_end, control_flow, start.step)
@@ -201,7 +205,6 @@ class ZImage(Captioner):
         work = Workload(width, height, max(map(len, captions)), len(noise), nag_tokens=away)
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            guided = flow.Guidance(guidance, cfg_truncation, cfg_normalization)
             sampling = denoising.Sampling(sampler, guided, seeds, variety, nag)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, levels, sampling, steering, hooks

@@ -68,7 +68,7 @@ def test_what_is_no_axis_is_refused_before_anything_is_drawn(text, says):
 
 def test_seeds_are_numbers_and_ranges():
     assert parse_seeds("0-3, 7") == [0, 1, 2, 3, 7]
-    for text in ("", "a", "3-1", "-1", "1-", "0-9999999", "1,1", str(2**63)):
+    for text in ("", "a", "3-1", "-2", "1-", "0-9999999", "1,1", str(2**63)):
         with pytest.raises(RequestError, match="seeds"):
             parse_seeds(text)
 
@@ -192,7 +192,7 @@ def test_what_is_costly_changes_least_often():
     groups = ordered(found)
     assert [group.load.get("precision") for group in groups] == [None, "int8"]
     assert [[Path(lora).name for part in group.parts for lora in part.loras] for group in groups] == [
-        ["a.st:1.0", "b.st:1.0"]
+        ["a.st", "b.st"]
     ] * 2
     assert sorted(cell.id for group in groups for cell in group.cells) == sorted(cell.id for cell in found)
     for part in (part for group in groups for part in group.parts):
@@ -252,7 +252,7 @@ def test_a_file_holds_a_whole_sweep(tmp_path):
         ("zip = [1]", "line 1: zip should be tables"),
         ("vary = 1", r"line 1: vary should be a table, \[vary\]"),
         ("prompts = 'a'", "line 1: prompts should be a list of texts"),
-        ("seeds = [-1]", "line 1: seeds '-1' should be numbers"),
+        ("seeds = [-2]", "line 1: seeds '-2' should be numbers"),
         ("seed = 1", "line 1: there is no table 'seed'; did you mean 'seeds'"),
     ],
 )

@@ -16,6 +16,21 @@ WORDS = ("", " ", "x", "-", "--", "{", "%s", "猫", "\x1b]0;x\x07", "a\nb", "\u2
 NUMBERS = ("-1", "0", "1e3", "0x10", "½", "nan", "inf", "-inf", "1e400", "1_0", "٣", str(2**31), str(2**63), "9" * 5000)
 PATHS = ("fifo", "fifo.png", "fifo.safetensors", "folder", "folder.png", "empty", "empty.png", "empty.safetensors")
 PATHS += ("null.png", "loop", "/dev/zero", "/dev/full", "~nosuch/x", "../../x", "x\0y", "y" * 300, "y" * 5000, ".", "/")
+SIZES = (
+    "832x1216",
+    "0x0",
+    "16x16384",
+    "1e3x16",
+    "16x",
+    "x",
+    "3:2",
+    "1:0",
+    "0:0",
+    "nan:1",
+    "-1:-1",
+    "1e308:1e-308",
+    "16:1:1",
+)
 FIFOS = ("fifo", "fifo.png", "fifo.safetensors")
 # What waits for a pipe that somebody else writes to, as it should: the shell makes such pipes of <(…).
 READS_PIPES = ("prompt_file", "config", "named", "toml")
@@ -88,7 +103,7 @@ def _values(parameter: click.Parameter) -> tuple[str, ...]:
     ):
         paths = [path for path in PATHS if name not in OUT or not path.startswith("/dev")]
         return (*WORDS, *(path for path in paths if name not in READS_PIPES or path not in FIFOS))
-    return (*WORDS, *NUMBERS)
+    return (*WORDS, *SIZES) if name in ("size", "aspect") else (*WORDS, *NUMBERS)
 
 
 def _with(parameter: click.Parameter, value: str, rest: list[str]) -> list[str]:

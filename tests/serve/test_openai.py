@@ -158,7 +158,7 @@ def test_fields_that_change_nothing_here_are_accepted(client, service):
     assert service.asked[0].values == {"prompt": "a cat"}
 
 
-@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+@pytest.mark.parametrize("kind", ["webp", "jpeg", "avif"])
 def test_other_formats_keep_the_settings(client, tmp_path, kind):
     drawn = client.images.generate(prompt="a cat", output_format=kind, output_compression=80, extra_body={"seed": 9})
     file = tmp_path / f"drawn.{kind}"

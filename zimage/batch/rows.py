@@ -111,7 +111,7 @@ def _singles(values: Values) -> Iterator[Values]:
         raise RequestError(text, fields=("batch_size",))
     if request.embeddings is None and not any(request.prompts):
         raise RequestError("a prompt is needed, or embeddings", fields=("prompt",))
-    if request.variation is not None and request.seed is None and request.images > 1:
+    if request.variation is not None and request.images > 1 and None in request.chosen_seeds:
         raise RequestError("variation: several images vary one seed; pass the seed", fields=("variation", "seed"))
     for k in range(request.count):
         yield {name: value for name, value in {**values, **request.single(k)}.items() if value is not None}

@@ -14,7 +14,7 @@ DIFFERENCES = ("absolute", "highlight", "heatmap")
 GAINED = ("absolute", "heatmap")  # of them, those that a gain makes stronger
 OF_PICTURES = ("flip", "seconds", "cell", "theme", "font")
 SHEET = "sheet.png"
-HTML, ENDINGS = ".html", "File: .png, .jpg, .webp or .html; with --flip .webp, .gif or .png."
+HTML, ENDINGS = ".html", "File: .png, .jpg, .webp, .avif or .html; with --flip .webp, .gif or .png."
 
 
 @click.command(cls=PlainCommand)

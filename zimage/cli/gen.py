@@ -12,11 +12,11 @@ from zimage.cli.options import PATH, GroupedCommand, given, options_of
 from zimage.cli.origin import read_origin, with_lora_names, with_loras
 from zimage.cli.patterns import FIELDS
 from zimage.cli.progress import Progress
-from zimage.cli.prompts import given_prompts
+from zimage.cli.prompts import given_prompts, named_prompts
 from zimage.cli.resume import open_state
 from zimage.cli.rewrite import check_rewriting
 from zimage.cli.settings import configured, resolve_options
-from zimage.cli.target import Target
+from zimage.cli.target import PIPED, Piped, Target
 from zimage.errors import RequestError, one_line
 from zimage.settings.declared import Request
 from zimage.settings.loading import LoadSettings
@@ -27,6 +27,7 @@ from zimage.settings.serving import TOKEN
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
+@named_prompts
 @click.option("--each", is_flag=True, help="Make every argument a prompt of its own, even single words.")
 @click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line.")
 @click.option(
@@ -38,7 +39,7 @@ from zimage.settings.serving import TOKEN
 @click.option(
     "-o",
     "--output",
-    help=f"File to write (.png, .jpg, .webp), a folder, or a pattern with {FIELDS}. "
+    help=f"File to write (.png, .jpg, .webp, .avif), a folder, a pattern with {FIELDS}, or - for standard output. "
     "Default: named after prompt and seed, numbered rather than overwritten.",
 )
 @click.option(
@@ -61,6 +62,7 @@ from zimage.settings.serving import TOKEN
 @interrupts.telling("the unfinished picture was not saved")
 def gen(
     prompt: tuple[str, ...],
+    named_prompts: tuple[str, ...],
     each: bool,
     prompt_file: Path | None,
     picture: Path | None,
@@ -80,7 +82,7 @@ def gen(
     started, progress = time.perf_counter(), Progress(quiet or as_json, names=not as_json)
     if verbose:
         terminal.tell_more()
-    options["prompt"] = given_prompts(prompt, prompt_file, each)
+    options["prompt"] = given_prompts(prompt, prompt_file, each, named_prompts)
     if server is not None:
         remote.check_options(options, save_state, resume)
     keeping = open_state(save_state, resume, picture, given(options, Request))
@@ -94,7 +96,11 @@ def gen(
     rewriting = check_rewriting(resolved, again=bool(origin) or keeping.begun)
     request = Request.from_mapping(wanted)
     output = keeping.output(output)
-    drawing = Drawing(resolved, request, rewriting, origin, Target(output, request.count), progress)
+    if output == PIPED:
+        target: Target = Piped(request.count, as_json, keeping.path is not None)
+    else:
+        target = Target(output, request.count)
+    drawing = Drawing(resolved, request, rewriting, origin, target, progress)
     joined = isinstance(options.get("prompt"), str) and len(prompt) > 1
     for note in filter(
         None, (_said_of_joined(request) if joined else "", origin.get("note"), keeping.note, resolved.note)

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from zimage.cli import terminal
+from zimage.cli.spellings import SPELLINGS, Spelled, names_elsewhere, spell
 from zimage.settings.fields import Field, Plain, Settings, fields, list_fields
 from zimage.settings.merging import FIELDS
 from zimage.settings.paths import user_path
@@ -50,12 +51,18 @@ class Group(_Helped, click.Group):
 class GroupedCommand(_Helped):
     """A command whose help shows its settings section by section, after its own options."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        spell(ctx)
+        return rest
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None and isinstance(param, click.Option):
-                field = FIELDS.get(param.name or "")
+                name = param.spelling.sets[0] if isinstance(param, Spelled) else param.name
+                field = FIELDS.get(name or "")
                 sections.setdefault(field.metadata["group"] if field else "Options", []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
@@ -68,10 +75,14 @@ def options_of(
     """A decorator that adds one option per field of a settings dataclass; options that are not passed stay None."""
 
     def decorate(command: Command) -> Command:
-        repeatable = list_fields(settings)
-        for field, kinds in reversed(fields(settings)):
-            if field.name not in skip and (only is None or field.name in only):
-                command = _option(field, kinds, field.name in repeatable)(command)
+        named = [name for name in only or settings.names() if name not in skip]
+        wanted = [one for one in fields(settings) if one[0].name in named]
+        names, repeatable = {field.name for field, _ in wanted}, list_fields(settings)
+        for field, kinds in reversed(wanted):
+            for spelling in SPELLINGS:
+                if spelling.sets[-1] == field.name and names.issuperset(spelling.sets):
+                    command = click.option(*spelling.flags, cls=Spelled, spelling=spelling)(command)
+            command = _option(field, kinds, field.name in repeatable)(command)
         return command
 
     return decorate
@@ -98,14 +109,13 @@ def _option(field: Field, kinds: tuple[type, ...], repeatable: bool) -> Callable
         return click.option(f"--{flag}/--no-{flag}", field.name, default=None, help=m["help"] + default)
     kind = str if m["attachment"] or m["condition"] else kinds[-1]
     metavar = None if m["choices"] else "PATH" if m["path"] else METAVARS[kind]
-    return click.option(
-        *[name for name in (m["flag"], f"--{flag}") if name],
-        field.name,
-        type=click.Choice(m["choices"]) if m["choices"] else kind,
-        multiple=repeatable,
-        metavar=m["metavar"] or metavar,
-        help=m["help"] + default,
-    )
+    held: dict[str, Any] = {"type": click.Choice(m["choices"]) if m["choices"] else kind, "multiple": repeatable}
+    own = [name for name in (m["flag"], f"--{flag}") if name]
+    shown = click.option(*own, field.name, metavar=m["metavar"] or metavar, help=m["help"] + default, **held)
+    if not (others := names_elsewhere(field.name)):
+        return shown
+    hidden = click.option(*others, field.name, hidden=True, **held)  # of both the value that comes last counts
+    return lambda command: shown(hidden(command))
 
 
 def _single(value: Plain, takes_one: bool) -> Plain:

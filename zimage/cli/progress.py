@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from zimage import interrupts
 from zimage.cli import terminal
 from zimage.cli.origin import Record
+from zimage.cli.target import PIPED
 
 if TYPE_CHECKING:
     from zimage.events import Event
@@ -48,6 +49,9 @@ class Progress:
         if not self.names:
             return
         seed = _seed(saved["request"])
+        if saved["path"] == PIPED:
+            self.note(seed)
+            return
         if terminal.is_terminal(sys.stdout):
             terminal.saved(f"{saved['path']}  ({seed})")
             return

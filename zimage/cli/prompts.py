@@ -21,15 +21,19 @@ def one_prompt(arguments: tuple[str, ...]) -> str:
     return " ".join(arguments)
 
 
-def given_prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> str | list[str] | None:
+def given_prompts(
+    arguments: tuple[str, ...], file: Path | None, each: bool, named: tuple[str, ...] = ()
+) -> str | list[str] | None:
     """The prompts of a command that takes several: those of a file, one per argument, or words that make one.
 
-    None where there are none. Raises RequestError.
+    `named` are those of --prompt. None where there are none. Raises RequestError.
     """
-    if arguments and file:
-        raise RequestError("pass prompts as arguments or with --file, not both")
+    if bool(arguments) + bool(file) + bool(named) > 1:
+        raise RequestError("pass prompts as arguments or with --file, not both" + (", nor --prompt" if named else ""))
     if file:
         return file_prompts(file)
+    if named:
+        return list(named) if len(named) > 1 else one_prompt(named)
     if not arguments:
         return None
     apart = each or all(len(argument.split()) > 1 for argument in arguments)
@@ -37,6 +41,8 @@ def given_prompts(arguments: tuple[str, ...], file: Path | None, each: bool) -> 
     return list(arguments) if several else one_prompt(arguments)
 
 
+# The prompts of programs in which they are an option, beside the argument of ours.
+named_prompts = click.option("-p", "--prompt", "named_prompts", multiple=True, hidden=True)
 # The argument of commands that take one prompt.
 prompt_argument = click.argument("prompt", nargs=-1, required=True, callback=lambda _, __, words: one_prompt(words))
 

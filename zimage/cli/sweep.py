@@ -11,7 +11,7 @@ from zimage import interrupts
 from zimage.cli import terminal
 from zimage.cli.options import PATH, GroupedCommand, options_of
 from zimage.cli.progress import Progress, counted
-from zimage.cli.prompts import given_prompts
+from zimage.cli.prompts import given_prompts, named_prompts
 from zimage.cli.settings import configured, resolver
 from zimage.cli.trust import check_address, check_folder, check_server
 from zimage.errors import RequestError, ZImageError, one_line
@@ -19,6 +19,7 @@ from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
 from zimage.settings.loading import LoadSettings
 from zimage.settings.profiles import Resolved
+from zimage.settings.sampling import drawn_seed
 from zimage.settings.scale import FIXED, BatchSettings
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompt", nargs=-1)
+@named_prompts
 @click.option("--each", is_flag=True, help="Make every argument a prompt of its own, even single words.")
 @click.option("--file", "prompt_file", type=PATH, help="Read prompts from a file, one per line.")
 @click.option(
@@ -49,7 +51,11 @@ if TYPE_CHECKING:
     'a comma stands in "double quotes".',
 )
 @click.option("--zip", "together", is_flag=True, help="Change all settings of --vary together, not as a grid.")
-@click.option("--seeds", metavar="FIRST-LAST,…", help="Seeds of each cell. Default: that of the settings file, else 0.")
+@click.option(
+    "--seeds",
+    metavar="FIRST-LAST,…",
+    help="Seeds of each cell; -1 draws one for all. Default: that of the settings file, else 0.",
+)
 @click.option("--toml", type=PATH, help="Read prompts, seeds, settings and axes from a file; options override them.")
 @click.option("--dry-run", is_flag=True, help="Draw nothing; list all cells in their order.")
 @configured
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
 @interrupts.telling("what is drawn is kept; the same command goes on from there")
 def sweep(
     prompt: tuple[str, ...],
+    named_prompts: tuple[str, ...],
     each: bool,
     prompt_file: Path | None,
     output: Path,
@@ -87,8 +94,9 @@ def sweep(
     check_folder(base, "cache_folder")
     axes = _axes(vary, together, file)
     _check_effect(axes, {**options, **left})
-    prompts = _prompts(given_prompts(prompt, prompt_file, each), file, base, axes)
-    cells = cells_of(axes, prompts, parse_seeds(seeds) if seeds else file.seeds or _seeds(base), resolve)
+    prompts = _prompts(given_prompts(prompt, prompt_file, each, named_prompts), file, base, axes)
+    wanted = parse_seeds(seeds) if seeds else file.seeds or _seeds(base)
+    cells = cells_of(axes, prompts, _drawn(wanted, progress), resolve)
     if base.note:
         progress.note(base.note)
     if dry_run:
@@ -129,6 +137,14 @@ def _seeds(base: Resolved) -> list[int]:
     """Those of the settings file: a number or a list."""
     seed = base.of(Request).get("seed", 0)
     return seed if isinstance(seed, list) else [seed]
+
+
+def _drawn(seeds: list[int], progress: Progress) -> list[int]:
+    """The seeds with a random one for each that is open. It is told, since a sweep goes on with the same seeds only."""
+    found = [drawn_seed(seed) for seed in seeds]
+    if found != seeds:
+        progress.note(f"seeds: --seeds {','.join(map(str, found))} goes on with this sweep")
+    return found
 
 
 def _list(cells: "Sequence[Cell]") -> None:

@@ -4,9 +4,12 @@ A picture that is rendered is saved: where its own place fails meanwhile, in the
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from zimage.cli import terminal
 from zimage.cli.origin import Record
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST = 255  # bytes of a name in the file systems in use
+PIPED, STANDARD = "-", "standard output"  # as a name, and in words
 NUMBER = 6  # bytes of them for the number that a taken name gets
 
 
@@ -90,6 +94,45 @@ class Target:
         if "/" in name or "\0" in name:
             raise invalid(self.pattern)
         return name
+
+
+class Piped(Target):
+    """Standard output, for one picture and nothing else. Raises RequestError where that is not what is asked for."""
+
+    def __init__(self, count: int, as_json: bool, keeps_state: bool):
+        self.pattern, self.folder, self.replaces = "{prompt}-{seed}.png", Path(), False  # where it cannot be written
+        if count > 1:
+            fault = f"{STANDARD} takes one picture, and {count} are asked for; name a folder or a pattern"
+        elif as_json:
+            fault = f"{STANDARD} gets the picture itself; name a file, or leave out --json"
+        elif keeps_state:
+            fault = "a state goes on with the pictures that are saved; name a file"
+        elif not terminal.takes_files():
+            fault = f"{STANDARD} is closed, or takes text only; name a file"
+        elif terminal.is_terminal(sys.stdout):
+            fault = f"{STANDARD} is a terminal; redirect it (-o - > cat.png), or name a file"
+        else:
+            return
+        raise RequestError(f"output: {fault}")
+
+    def check(self, records: Sequence[Record]) -> None:
+        """A PNG holds every picture."""
+
+    def save(self, image: "Image | bytes", metadata: Record, index: int) -> Path:
+        """Write a PNG. Ends the command quietly where its reader has gone; raises OutputError where it cannot."""
+        from zimage.pictures.files import encoded
+
+        try:
+            terminal.out_bytes(image if isinstance(image, bytes) else encoded(image, "PNG", metadata))
+        except BrokenPipeError:
+            raise click.exceptions.Exit(1) from None
+        except OutputError as error:
+            saved = super().save(image, metadata, index)
+            raise OutputError(f"{error}; the picture is in {saved}") from error
+        return Path(PIPED)
+
+    def find(self, metadata: Record, index: int) -> None:
+        """What was written cannot be read again."""
 
 
 def check_output(path: Path, setting: str, replaces: bool = True) -> None:

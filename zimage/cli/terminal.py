@@ -42,6 +42,27 @@ def out_json(value: Plain) -> None:
     out(_json(value))
 
 
+def out_bytes(content: bytes) -> None:
+    """A file on standard output, and nothing else.
+
+    Raises BrokenPipeError where its reader has gone, and OutputError where it cannot be written.
+    """
+    clear()
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        _drop(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OutputError(f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def takes_files() -> bool:
+    """Whether standard output is open, and takes bytes."""
+    return getattr(sys.stdout, "buffer", None) is not None
+
+
 def saved(text: str) -> None:
     """Names a file that is saved: that is done, also where its name cannot be written."""
     with warned():

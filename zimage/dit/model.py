@@ -13,7 +13,7 @@ Data flow of one denoising run:
 ControlNets run beside it: see `zimage.dit.control`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
@@ -274,9 +274,17 @@ class ZImageDiT(CaptionStream):
         return away_from(negative, context, lengths, scale, self._rotation, self.in_half)
 
     def velocity(
-        self, latents: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled] = ()
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        context: Context,
+        controls: Sequence[Controlled] = (),
+        skipped: Collection[int] = (),
     ) -> Tensor:
-        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up."""
+        """One evaluation: velocity (B, C, h, w) fp32 of latents (B, C, h, w). What `controls` add adds up.
+
+        It goes without those of the `layers` that are `skipped`; hints that belong to their places stay.
+        """
         units = modulation.units
         image = units.enter(self.embed(latents))
         streams = self._streams(image, modulation, context, controls)
@@ -288,7 +296,8 @@ class ZImageDiT(CaptionStream):
         for stream in hinting:
             stream.join(x, context.tokens, context.rotation, context.seen)
         for place, (block, m) in enumerate(zip(self.layers, modulation.layers, strict=True)):
-            x = self._pass(place, block, x, context.rotation, context.seen, m, units, streams)
+            layer = None if place in skipped else block
+            x = self._pass(place, layer, x, context.rotation, context.seen, m, units, streams)
         h, w = latents.shape[-2:]
         patches = self.project(x, modulation, (h // PATCH) * (w // PATCH))
         return -unpatchify(patches, h, w, PATCH).float()  # the model predicts the opposite direction
@@ -323,7 +332,7 @@ class ZImageDiT(CaptionStream):
     def _pass(
         self,
         place: int,
-        block: nn.Module,
+        block: nn.Module | None,
         x: Tensor,
         turn: Rotation,
         seen: Seen,
@@ -331,10 +340,10 @@ class ZImageDiT(CaptionStream):
         units: Units,
         streams: Sequence[ControlStream],
     ) -> Tensor:
-        """x (B, L, dim) after the block of this place, with the hints that belong to it."""
+        """x (B, L, dim) after the block of this place, if it is run, with the hints that belong to it."""
         for stream in streams:
             stream.advance(place)
-        x = self._run(block, x, turn, seen, modulation, units)
+        x = x if block is None else self._run(block, x, turn, seen, modulation, units)
         for stream in streams:
             x = stream.add_hint(place, x)
         return x

@@ -1,14 +1,14 @@
 """The DiT's velocity, replayed from CUDA graphs where launching it takes longer than computing it.
 
-A graph is captured for each shape of latents and captions, each scale of NAG, and each choice of units in fp16. The
-latents, the modulation and the context are its inputs, so one graph serves all steps, prompts and guidance; the weights
-are not, so `forget` must be called when they move. An evaluation with ControlNets is never captured: each of their
-blocks is work of its own, a graph would be captured for every choice of files and scales, and it would hold their
-weights.
+A graph is captured for each shape of latents and captions, each scale of NAG, each choice of units in fp16, and of
+layers that are skipped. The latents, the modulation and the context are its inputs, so one graph serves all steps,
+prompts and guidance; the weights are not, so `forget` must be called when they move. An evaluation with ControlNets is
+never captured: each of their blocks is work of its own, a graph would be captured for every choice of files and scales,
+and it would hold their weights.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -60,20 +60,26 @@ class ReplayedVelocity:
         self.captured: dict[tuple, Callable[..., Tensor]] = {}
 
     def __call__(
-        self, latents: Tensor, modulation: Modulation, context: Context, controls: Sequence[Controlled] = ()
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        context: Context,
+        controls: Sequence[Controlled] = (),
+        skipped: Collection[int] = (),
     ) -> Tensor:
         dit = self._dit()
         assert dit is not None  # its caller holds it
         tokens = len(latents) * context.rotation.cos.shape[1]
         if controls or is_ragged(context.seen) or torch.is_grad_enabled() or not pays(dit.config, tokens):
-            return type(dit).velocity(dit, latents, modulation, context, controls)
-        inputs = list(_tensors(latents, modulation, context))
+            return type(dit).velocity(dit, latents, modulation, context, controls, skipped)
+        inputs, left_out = list(_tensors(latents, modulation, context)), tuple(skipped)
         varying = latents, modulation.final, context.tokens, context.rotation.cos
-        key = (modulation.units, context.seen, *((x.shape, x.dtype, x.device) for x in varying))
+        key = (modulation.units, context.seen, left_out, *((x.shape, x.dtype, x.device) for x in varying))
         if key not in self.captured:
             while len(self.captured) >= KEPT:
                 del self.captured[next(iter(self.captured))]
-            run = partial(_evaluated, self._dit, context.image_rotation.cos.shape[1], context.seen, modulation.units)
+            image_tokens = context.image_rotation.cos.shape[1]
+            run = partial(_evaluated, self._dit, image_tokens, context.seen, modulation.units, left_out)
             self.captured[key] = captured(run, inputs, self._graphs)
         return self.captured[key](*inputs)
 
@@ -86,7 +92,12 @@ def _tensors(latents: Tensor, modulation: Modulation, context: Context) -> Itera
 
 
 def _evaluated(
-    reference: "weakref.ref[ZImageDiT]", image_tokens: int, seen: Seen, units: Units, *tensors: Tensor
+    reference: "weakref.ref[ZImageDiT]",
+    image_tokens: int,
+    seen: Seen,
+    units: Units,
+    skipped: Collection[int],
+    *tensors: Tensor,
 ) -> Tensor:
     """The velocity from the tensors in the order of `_tensors`; numbers stay those of the capture."""
     dit = reference()
@@ -96,4 +107,4 @@ def _evaluated(
     refiners = len(dit.noise_refiner)
     joint, image = Rotation(cos, sin), Rotation(cos[:, :image_tokens], sin[:, :image_tokens])
     modulation = Modulation(blocks[:refiners], blocks[refiners:], final, units)
-    return type(dit).velocity(dit, latents, modulation, Context(captions, image, joint, seen))
+    return type(dit).velocity(dit, latents, modulation, Context(captions, image, joint, seen), (), skipped)

@@ -16,7 +16,7 @@ from zimage.settings.declared import Request
 from zimage.settings.environment import from_text
 from zimage.settings.fields import Plain, Settings, fields, list_fields, nearest
 from zimage.settings.loading import LoadSettings
-from zimage.settings.sampling import MAX_SEED
+from zimage.settings.sampling import MAX_SEED, RANDOM_SEED
 from zimage.settings.scale import FIXED
 from zimage.settings.varied import varied
 
@@ -116,9 +116,12 @@ def shown(value: Plain) -> str:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """0-3,7 → 0, 1, 2, 3, 7. Raises RequestError."""
+    """0-3,7 → 0, 1, 2, 3, 7; −1 stays what it is, and may stand more than once. Raises RequestError."""
     seeds: list[int] = []
     for part in text.split(","):
+        if part.strip() == str(RANDOM_SEED):
+            seeds.append(RANDOM_SEED)
+            continue
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
             raise RequestError(f"seeds {quoted(text)} should be numbers and ranges, such as 0-3,7", fields=("seed",))
@@ -127,6 +130,7 @@ def parse_seeds(text: str) -> list[int]:
             told = f"a range rises, up to {MAX_SEED}, and has at most {MOST_SEEDS:,} seeds"
             raise RequestError(f"seeds {quoted(part)}: {told}", fields=("seed",))
         seeds += range(low, high + 1)
-    if len(set(seeds)) < len(seeds):
+    chosen = [seed for seed in seeds if seed != RANDOM_SEED]
+    if len(set(chosen)) < len(chosen):
         raise RequestError(f"seeds {quoted(text)}: a seed stands twice", fields=("seed",))
     return seeds

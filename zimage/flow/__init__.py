@@ -4,7 +4,7 @@ A sample at σ is x_σ = (1 − σ)·x₀ + σ·ε, its velocity dx/dσ = ε −
 Lipman et al. 2022).
 """
 
-from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, Guidance, guidance_at, guide
+from zimage.flow.guidance import AVERAGE, METHODS, NEGATIVE, PROMPT, SKIPPED, Guidance, guidance_at, guide
 from zimage.flow.noise import StepNoise, slerp, start_noise, stream
 from zimage.flow.schedules import SCHEDULES, exact, sigmas
 from zimage.flow.solvers import SOLVERS, Solver
@@ -28,6 +28,7 @@ __all__ = [
     "NEGATIVE",
     "PROMPT",
     "SCHEDULES",
+    "SKIPPED",
     "SOLVERS",
     "Guidance",
     "Past",

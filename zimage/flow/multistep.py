@@ -147,7 +147,7 @@ def er_sde(
     if after == 0:
         return clean, ()
     ratio, below = _ratio(sigma), _ratio(after)
-    q = (growth(torch.tensor(below).double()) / growth(torch.tensor(ratio).double())).item()
+    q = (growth(torch.tensor(below, dtype=torch.float64)) / growth(torch.tensor(ratio, dtype=torch.float64))).item()
     slopes = _slopes(clean, past, [_ratio(level) for level in sigmas[: i + 1].tolist()])
     stepped = (q * after / sigma) * x + (1 - after - q * after / ratio) * clean
     for weight, slope in zip(_weights(ratio, below, growth), slopes, strict=False):
@@ -179,7 +179,7 @@ def _weights(ratio: float, below: float, growth: Growth) -> tuple[float, float]:
     parts = torch.full_like(u, 2.0)
     parts[1::2], parts[0], parts[-1] = 4.0, 1.0, 1.0
     parts = parts * (math.log(ratio / below) / INTERVALS / 3) / growth(u.exp())
-    scale = below * growth(torch.tensor(below).double())
+    scale = below * growth(torch.tensor(below, dtype=torch.float64))
     first = below - ratio + scale * parts.sum()
     second = (below - ratio) ** 2 / 2 + scale * ((u.exp() - ratio) * parts).sum()
     return first.item(), second.item()

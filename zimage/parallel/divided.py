@@ -12,7 +12,7 @@ context refiner is not divided: it runs once per prompt, on a sequence that is s
 by `strips.py`; what it computes without strips, every rank does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -54,13 +54,14 @@ def divided_velocity(
     modulation: Modulation,
     context: Context,
     controls: Sequence[Controlled] = (),
+    skipped: Collection[int] = (),
 ) -> Tensor:
     """`ZImageDiT.velocity`, for inference; never from CUDA graphs, which could not wait for other ranks."""
     image = context.image_rotation.cos.shape[1]
     layout = Layout.of(ranks.size, image, caption_lengths(context), dit.config.n_heads)
     own = [c._replace(tokens=layout.image.part(c.tokens, ranks.rank)) for c in controls]
     with exchanged(_changes(ranks, layout, dit, [control.net for control in controls])):
-        return type(dit).velocity(dit, latents, modulation, own_context(context, layout, ranks.rank), own)
+        return type(dit).velocity(dit, latents, modulation, own_context(context, layout, ranks.rank), own, skipped)
 
 
 def caption_lengths(context: Context) -> list[int]:

@@ -56,10 +56,17 @@ class Rendered:
         part = inpaint.cut(_mask_in(self._request, self._frame), self._frame)
         return mask_values(inpaint.levels(_resized(part, self._size, Image.Resampling.BILINEAR)))
 
-    def first_step(self, first: int, steps: int) -> int:
-        """The step with which a run begins that would begin with step `first`, were its mask white somewhere."""
-        assert self.mask is not None
-        later = int(flow.first_steps(self.mask.max(), steps - first))
+    def latent_mask(self, h: int, w: int) -> Tensor | None:
+        """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back."""
+        if self.mask is None:
+            return None
+        reduced = flow.soft_latent_mask if pastes(self._request) else flow.latent_mask
+        return reduced(self.mask, h, w)
+
+    def first_step(self, first: int, steps: int, h: int, w: int) -> int:
+        """The step with which a run of h × w latents begins that would begin with step `first`, were there no mask."""
+        mask = self.latent_mask(h, w)
+        later = 0 if mask is None else int(flow.first_steps(mask.max(), steps - first))
         return min(first + later, steps - 1)
 
     @property

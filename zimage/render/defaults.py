@@ -1,20 +1,23 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
 import dataclasses
-import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
+from zimage.loading.loras import Adapter, Adapters, LoraUse
 from zimage.loading.registry import VAE
+from zimage.pictures.image import nearest_side
 from zimage.pictures.inpaint import Frame, whole
 from zimage.render import attached
 from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
-from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request
+from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request, split_aspect
 from zimage.settings.fields import either
+from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import BASE, TURBO, Values, preset_values
-from zimage.settings.sampling import split_sigmas, split_variation
+from zimage.settings.sampling import drawn_seed, is_open, split_sigmas, split_variation
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -24,31 +27,46 @@ USUAL: dict[str, Values] = {
 }
 
 
-def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[str, Any], Frame]:
+def filled(request: Request, model: ModelFiles, parts: ChatParts, loras: Adapters = ()) -> tuple[dict[str, Any], Frame]:
     """Everything that a request leaves open but `tile_mode`, its files opened; and the frame of what it renders.
 
     Raises RequestError, CheckpointError.
     """
-    usual = {**USUAL[kind_of(model)], **preset_values(request.preset, kind_of(model))}
+    usual = _usual(request, kind_of(model), loras)
     guidance = either(request.guidance, usual["guidance"])
     attachments = attached.opened(request, model)
-    width, height, frame = _placed(request, attachments, usual_side(model))
+    width, height, frame = _placed(_sized(request, usual_side(model)), attachments, usual_side(model))
     values = {
         **parts._asdict(),
         **attachments,
         "width": width,
         "height": height,
+        "aspect": None,  # the sides say it
         **_schedule(request, model, usual),
         "sampler": either(request.sampler, usual["sampler"]),
         "guidance": guidance,
+        "guidance_method": GuidanceMethod.parse(either(request.guidance_method, "cfg")).describe(),
         "negative": either(request.negative, "") if guidance > 0 or request.nag > 1 else request.negative,
-        "seed": either(request.seed, secrets.randbelow(2**32)),
+        "seed": [*map(drawn_seed, seed)] if isinstance(seed := request.seed, list) else drawn_seed(seed),
         "variation": _variation(request),
         "strength": _strength(request),
         "control_flow": either(request.control_flow, CONTROL_FLOWS[0]) if request.control else None,
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
     return values, frame
+
+
+def _usual(request: Request, kind: str, loras: Adapters) -> Values:
+    """What is taken where a request leaves it open: what its preset says, else its adapters, else its checkpoint."""
+    known = [a.file.known for a in loras if a.scale and a.file.known and a.file.known.kind == kind]
+    asked = {name: value for one in known for name, value in one.asks.items()}
+    return {**USUAL[kind], **asked, **preset_values(request.preset, kind)}
+
+
+def adapters_told(loras: Sequence[LoraUse], model: ModelFiles) -> list[str]:
+    """A line on each of a prepared job's adapters that asks for other defaults."""
+    adapters = (lora for lora in loras if isinstance(lora, Adapter))
+    return [a.file.known.told(a.name, kind_of(model)) for a in adapters if a.file.known]
 
 
 def _schedule(request: Request, model: ModelFiles, usual: Values) -> dict[str, Any]:
@@ -88,6 +106,14 @@ def usual_side(model: ModelFiles) -> int:
     return min(getattr(model.config(VAE), "sample_size", USUAL_SIDE), USUAL_SIDE)
 
 
+def _sized(request: Request, side: int) -> Request:
+    """The request with the sides that its aspect stands for: those nearest to it with the area of a square."""
+    if request.aspect is None:
+        return request
+    root = split_aspect(request.aspect) ** 0.5
+    return dataclasses.replace(request, aspect=None, width=nearest_side(side * root), height=nearest_side(side / root))
+
+
 def _placed(request: Request, attachments: dict[str, Any], side: int) -> tuple[int, int, Frame]:
     """The size of the render and its frame. Without a picture: what was given, else the checkpoint's."""
     if request.image is None:
@@ -101,7 +127,7 @@ def _variation(request: Request) -> str | None:
     if request.variation is None:
         return None
     seed, weight = split_variation(request.variation)
-    return request.variation if seed >= 0 else f"{secrets.randbelow(2**32)}:{weight}"
+    return f"{drawn_seed(seed)}:{weight}" if is_open(seed) else request.variation
 
 
 def _strength(request: Request) -> float | None:

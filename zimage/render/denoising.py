@@ -23,11 +23,10 @@ from zimage import flow
 from zimage.dit.context import Context
 from zimage.dit.control import Controlled
 from zimage.dit.model import Modulation, ZImageDiT
-from zimage.errors import RequestError
 from zimage.events import Event
 from zimage.loading.registry import DIT, VAE
 from zimage.loading.weights import finite
-from zimage.render.canvas import pastes
+from zimage.render.budget import guidance_of
 from zimage.render.captioning import Conditions
 from zimage.render.components import Components
 from zimage.render.controlling import NOTHING, Beside, ControlInput, Steering
@@ -59,6 +58,7 @@ class Evaluation(NamedTuple):
     controls: Sequence[Controlled]  # ControlNets that have a say in this step
     start: flow.Start
     carried: dict[str, Tensor]
+    skipped: tuple[int, ...] = ()  # the DiT's layers that it goes without
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -71,10 +71,13 @@ class Evaluation(NamedTuple):
     def alone(self, branch: str) -> "Evaluation":
         """One of its branches, without guidance."""
         positive = self.negative if branch == flow.NEGATIVE and self.negative is not None else self.positive
-        return self._replace(positive=positive, negative=None, scale=0.0)
+        skipped = self.guidance.layers if branch == flow.SKIPPED else self.skipped
+        return self._replace(positive=positive, negative=None, scale=0.0, skipped=skipped)
 
     def guided(self, velocities: Mapping[str, Tensor]) -> Tensor:
-        """The velocity that those of its branches make; what the method remembers is carried."""
+        """The velocity that those of its branches make, zero without any; what the method remembers is carried."""
+        if not velocities:
+            return torch.zeros_like(self.latents)
         guided, average = self.guidance.combine(velocities, self.scale, self.carried.get(flow.AVERAGE))
         if average is not None:
             self.carried[flow.AVERAGE] = average
@@ -89,7 +92,7 @@ def guided_velocity(e: Evaluation) -> Tensor:
     """The model's velocity, guided where there is any guidance."""
     branches = e.branches
     if branches == (flow.PROMPT,):
-        return e.dit.velocity(e.latents, e.modulation, e.positive, e.controls)
+        return e.dit.velocity(e.latents, e.modulation, e.positive, e.controls, e.skipped)
     return e.guided({branch: guided_velocity(e.alone(branch)) for branch in branches})
 
 
@@ -112,9 +115,9 @@ class Sampling(NamedTuple):
     def of(cls, job: Job, batch: Sequence[int]) -> "Sampling":
         """That of some of a job's images."""
         request = job.request
-        guidance = flow.Guidance(request.guidance or 0.0, request.cfg_truncation, request.cfg_normalization)
         variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
-        return cls(request.sampler or "euler", guidance, [job.seeds[i] for i in batch], variety, request.nag)
+        seeds = [job.seeds[i] for i in batch]
+        return cls(request.sampler or "euler", guidance_of(request), seeds, variety, request.nag)
 
 
 class Reached(NamedTuple):
@@ -194,7 +197,7 @@ class _Batch:
                 reached.latents,
                 i,
                 sigmas,
-                lambda x, level: self.evaluate(self._evaluation(dit, x, i, level, kept)),
+                lambda x, level: self.evaluate(self._evaluation(dit, self._shown(x, i, level), i, level, kept)),
                 lambda: self._noise_of(i),
                 past,
             )
@@ -202,6 +205,10 @@ class _Batch:
             if i in (self.start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
                 finite(latents, "the DiT", dit)
         return Reached(i + 1, latents, {**kept, **{f"{PAST}.{k}": x for k, x in enumerate(past)}})
+
+    def _shown(self, latents: Tensor, step: int, level: int) -> Tensor:
+        """What the model sees where a step evaluates it: ahead of its own level, too, it sees what a mask keeps."""
+        return latents if level == step else self.start.kept(latents, step, self.sigmas[level])
 
     def _evaluation(
         self, dit: ZImageDiT, latents: Tensor, step: int, level: int, kept: dict[str, Tensor]
@@ -279,15 +286,14 @@ def denoise(
 ) -> Generator[Event, None, list[Tensor]]:
     """Returns the finished latents (1, 16, h, w) of every image of a pass; goes on from its state."""
     request, finished = job.request, list(state.finished)
-    sigmas, mask = torch.tensor(job.sigmas), _latent_mask(components, job)
+    sigmas = torch.tensor(job.sigmas)
+    mask = None if request.image is None else job.rendered().latent_mask(*_latent_size(components, job))
     for first in range(len(finished), job.count, request.batch_size):
         batch = range(first, min(first + request.batch_size, job.count))
         start, done, begun = _start(components, job, batch, sources.clean, mask, sigmas), 0, None
         total = len(sigmas) - 1 - start.step
         if first == len(state.finished) and state.latents is not None:
             done = state.step
-            if done >= total:  # how many there are, a mask by value decides
-                raise RequestError(f"the state is that of another render ({done} steps of {total}); start anew")
             begun = Reached(start.step + done, state.latents, state.carried)
         positive = [conditions.prompts[i // request.images] for i in batch]
         negative = None if conditions.negative is None else [conditions.negative] * len(batch)
@@ -320,15 +326,6 @@ def _noise(job: Job, index: int, *shape: int) -> Tensor:
         return noise
     seed, weight = job.request.variations[index]
     return flow.slerp(noise, flow.start_noise(seed, *shape), weight)
-
-
-def _latent_mask(components: Components, job: Job) -> Tensor | None:
-    """(1, 1, h, w): the mask at the latents' size; by value where the picture is pasted back."""
-    mask = None if job.request.image is None else job.rendered().mask
-    if mask is None:
-        return None
-    reduced = flow.soft_latent_mask if pastes(job.request) else flow.latent_mask
-    return reduced(mask, *_latent_size(components, job))
 
 
 def _latent_size(components: Components, job: Job) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 prompt ─ rewriter's template, chat format ─→ text ─ write ─→ thoughts and answer ─ split ─→ prompt
 """
 
-import secrets
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from zimage.render.remote_encoder import RemoteEncoder
 from zimage.settings.declared import Request
 from zimage.settings.environment import rewriter_key
 from zimage.settings.rewriting import DEFAULT_REWRITER, RewriteSettings
+from zimage.settings.sampling import drawn_seed
 from zimage.text.chat import format_chat
 from zimage.text.templates import REWRITER, Template
 from zimage.text.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class Rewriter:
         """
         Request.check_one("prompt", prompt)
         template = self.template(settings)
-        seed = secrets.randbelow(2**32) if settings.rewrite_seed is None else settings.rewrite_seed
+        seed = drawn_seed(settings.rewrite_seed)
         if self._remote is not None and not settings.rewriter_url:
             answer, thinking = self._remote.rewrite(prompt, settings, seed, template.name)
             yield answer

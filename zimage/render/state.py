@@ -29,6 +29,7 @@ from zimage.formats.atomic import beside, destination
 from zimage.formats.json_text import json_object
 from zimage.formats.lock import Lock
 from zimage.formats.stored import TensorFile
+from zimage.render.budget import guidance_of
 from zimage.render.job import Job
 from zimage.settings.plain import mistake
 
@@ -214,9 +215,8 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
     is_last = job.request.hires is None or bool(state.small)
     remaining = job.count - len(state.finished)
     together = min(job.request.batch_size, remaining)
-    starts = job.request.image is not None or (is_last and job.request.hires is not None)
-    steps = len(job.sigmas) - 1
-    steps -= flow.first_step(steps, job.request.strength or 1.0) if starts else 0
+    begin = job.begins[-1 if is_last else 0]
+    steps = len(job.sigmas) - 1 - begin
     now = last if is_last else first
     faults = {
         "latents of a first pass": bool(state.small) and (job.request.hires is None or len(state.small) != job.count),
@@ -224,7 +224,7 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
         or (remaining > 0 and len(state.finished) % job.request.batch_size > 0),
         f"{state.decoded} decoded images": state.decoded > (job.count if is_last and not remaining else 0),
         f"{state.step} steps of {steps}": (state.latents is None) != (state.step == 0) or state.step >= steps,
-        "what another sampler remembers": set(state.carried) - {flow.AVERAGE} != _remembered(job, state.step),
+        "what another sampler remembers": set(state.carried) != _remembered(job, begin, state.step),
         "latents of another shape": any(x.shape != (1, *first) for x in state.small)
         or any(x.shape != (1, *now) for x in state.finished)
         or any(x.shape != (together, *now) for x in (*_present(state.latents), *state.carried.values())),
@@ -236,10 +236,11 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
     return next((told for told, holds in faults.items() if holds), "")
 
 
-def _remembered(job: Job, steps: int) -> set[str]:
-    """The names of what a job's sampler wants to see again after so many steps of a batch."""
+def _remembered(job: Job, begin: int, steps: int) -> set[str]:
+    """The names of what a job's sampler and guidance want to see again after so many steps from step `begin` on."""
     left = flow.SOLVERS[job.request.sampler or "euler"].leaves(steps)
-    return {f"{PAST}.{k}" for k in range(left)}
+    averaged = steps > 0 and guidance_of(job.request).remembers(torch.tensor(job.sigmas[begin]))
+    return {f"{PAST}.{k}" for k in range(left)} | ({flow.AVERAGE} if averaged else set())
 
 
 def _present(latents: Tensor | None) -> tuple[Tensor, ...]:

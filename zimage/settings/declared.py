@@ -11,7 +11,7 @@ from zimage.errors import RequestError, quoted
 from zimage.settings.captions import LONGEST_TEXT, TEXT_PARTS
 from zimage.settings.conditions import Control
 from zimage.settings.fields import Attachment, Conditions, setting
-from zimage.settings.sampling import MAX_SEED, SamplingSettings, split_variation
+from zimage.settings.sampling import MAX_SEED, SamplingSettings, is_open, split_variation
 
 
 class Bounds(TypedDict):
@@ -24,6 +24,7 @@ class Bounds(TypedDict):
 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 16_384
+MAX_ASPECT = 16  # times that one side may be as long as the other, where only proportions are asked for
 SIDE: Bounds = {"minimum": SIZE_MULTIPLE, "maximum": MAX_SIDE, "multiple": SIZE_MULTIPLE}
 TILE_MODES = ("exact", "blend", "off")
 BLEND_TILE = 512  # px of a blended tile's side, unless another is named
@@ -63,6 +64,14 @@ class Request(SamplingSettings):
     )
     height: int | None = setting(
         None, "Height in pixels. Default: the image's, else the checkpoint's.", group="Picture", **SIDE
+    )
+    aspect: str | None = setting(
+        None,
+        "Proportions of the picture, such as 3:2, in place of width and height; its area is that of the checkpoint's "
+        "usual square.",
+        group="Picture",
+        metavar="WIDTH:HEIGHT",
+        longest=40,
     )
     image: Attachment = setting(
         None, "Picture to start from, instead of pure noise.", group="Picture", metavar="FILE", attachment=True
@@ -176,6 +185,7 @@ class Request(SamplingSettings):
     def __post_init__(self):
         super().__post_init__()
         self._check_sources()
+        self._check_aspect()
         tile = self.tile_size or BLEND_TILE
         if self.tile_mode == "blend" and self.tile_overlap >= tile:
             text = f"tile_overlap {self.tile_overlap} must be below the tile_size {tile}"
@@ -188,6 +198,15 @@ class Request(SamplingSettings):
         if isinstance(self.seed, list) and len(self.seed) not in (len(self.prompts), self.count):
             text = f"pass one seed, one per prompt ({len(self.prompts)}) or one per image ({self.count})"
             raise RequestError(f"seed: the list has {len(self.seed)}; {text}", fields=("seed", "prompt", "images"))
+
+    def _check_aspect(self) -> None:
+        if self.aspect is None:
+            return
+        split_aspect(self.aspect)
+        if sides := [name for name in ("width", "height") if getattr(self, name) is not None]:
+            told = f"{' and '.join(sides)} {'are' if len(sides) > 1 else 'is'} set too"
+            text = f"aspect: {told}; pass either the proportions or the sides"
+            raise RequestError(text, fields=("aspect", *sides))
 
     def _check_sources(self) -> None:
         """What a picture may be made of, and what goes with what."""
@@ -205,7 +224,7 @@ class Request(SamplingSettings):
         if self.embeddings is not None and self.prompt:
             text = "embeddings: they replace the prompt; pass only one of them"
             raise RequestError(text, fields=("embeddings", "prompt"))
-        parts = [name for name in TEXT_PARTS if getattr(self, name)]
+        parts = [name for name in (*TEXT_PARTS, "weights_in_prompt") if getattr(self, name)]
         if self.embeddings is not None and parts:
             text = f"embeddings: they contain the whole text; leave out {', '.join(parts)}"
             raise RequestError(text, fields=("embeddings", *parts))
@@ -250,13 +269,19 @@ class Request(SamplingSettings):
     @property
     def seeds(self) -> list[int]:
         """One seed per image, prompt by prompt; needs a request with a seed. Variations of one seed all have that."""
-        if self.seed is None:
+        known = [seed for seed in self.chosen_seeds if seed is not None]
+        if len(known) < self.count:
             raise RequestError("seed: it is still open; prepare the request first", fields=("seed",))
+        return known
+
+    @property
+    def chosen_seeds(self) -> list[int | None]:
+        """One seed per image, prompt by prompt, None where a random one is wanted."""
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(self.prompts)
-        if len(seeds) == self.count:
-            return seeds
-        step = 1 if self.variation is None else 0
-        return [(seed + k * step) % (MAX_SEED + 1) for seed in seeds for k in range(self.images)]
+        later = 1 if self.variation is None else 0
+        if len(seeds) != self.count:
+            return [_later(seed, k * later) for seed in seeds for k in range(self.images)]
+        return [_later(seed, 0) for seed in seeds]
 
     @property
     def variations(self) -> list[tuple[int, float]]:
@@ -266,9 +291,26 @@ class Request(SamplingSettings):
 
     def single(self, index: int) -> dict[str, Any]:
         """What makes a request for one of the images of this one; without a seed where that is open."""
-        seed = None if self.seed is None else self.seeds[index]
-        own = {"prompt": self.prompts[index // self.images], "seed": seed, "images": 1}
+        own = {"prompt": self.prompts[index // self.images], "seed": self.chosen_seeds[index], "images": 1}
         return own if self.variation is None else {**own, "variation": "{}:{}".format(*self.variations[index])}
+
+
+def _later(seed: int | None, k: int) -> int | None:
+    """The seed of image k of a prompt, where its first is chosen."""
+    return None if seed is None or is_open(seed) else (seed + k) % (MAX_SEED + 1)
+
+
+def split_aspect(text: str) -> float:
+    """WIDTH:HEIGHT → width over height. Raises RequestError unless both are numbers above 0, of like size."""
+    try:
+        width, height = map(float, text.split(":"))
+        ratio = width / height if min(width, height) > 0 else 0.0
+    except ValueError:
+        ratio = 0.0
+    if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+        told = f"should be WIDTH:HEIGHT, such as 3:2, up to {MAX_ASPECT}:1 and 1:{MAX_ASPECT}"
+        raise RequestError(f"aspect {quoted(text)} {told}", fields=("aspect",))
+    return ratio
 
 
 def split_margins(text: str) -> tuple[int, int, int, int]:

@@ -58,7 +58,7 @@ OWN_PRESETS = "presets"  # the table that is no profile
 OF_PRESETS = [
     field.name
     for field, _ in fields(Request)
-    if field.metadata["group"] == "Sampling" and field.name not in (PRESET, "seed", "batch_size")
+    if field.metadata["group"] == "Sampling" and field.name not in (PRESET, "seed", "variation", "batch_size")
 ]
 
 

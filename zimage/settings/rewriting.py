@@ -6,7 +6,7 @@ from zimage.errors import RequestError
 from zimage.settings.declared import MAX_TIMEOUT
 from zimage.settings.environment import REWRITER_KEY
 from zimage.settings.fields import Settings, check_fields, setting
-from zimage.settings.sampling import MAX_SEED
+from zimage.settings.sampling import MAX_SEED, RANDOM_SEED
 
 DEFAULT_REWRITER = "rewrite-expand"
 MAX_TOKENS = 512
@@ -77,7 +77,11 @@ class RewriteSettings(Sampling):
         MAX_TOKENS, "Maximum number of tokens, thoughts included.", group="Rewriting", minimum=1, maximum=32_768
     )
     rewrite_seed: int | None = setting(
-        None, "Seed of the rewriting. Default: random, and reported.", group="Rewriting", minimum=0, maximum=MAX_SEED
+        None,
+        f"Seed of the rewriting. Default, and {RANDOM_SEED}: random, and reported.",
+        group="Rewriting",
+        minimum=RANDOM_SEED,
+        maximum=MAX_SEED,
     )
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import CaptionSettings
 from zimage.settings.fields import setting
+from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import check_preset
 
 # The rows of `flow.SOLVERS`.
@@ -22,8 +23,19 @@ SAMPLERS = (
     "er_sde",
 )
 # The rows of `flow.SCHEDULES`.
-SCHEDULES = ("simple", "normal", "beta", "karras", "exponential", "linear_quadratic", "kl_optimal")
+SCHEDULES = (
+    "simple",
+    "normal",
+    "beta",
+    "beta_shifted",
+    "karras",
+    "exponential",
+    "linear_quadratic",
+    "kl_optimal",
+)
 MAX_SEED = 2**63 - 1
+RANDOM_SEED = -1  # asks for one, as leaving the seed out does
+DRAWN_SEEDS = 2**32  # random ones are below this, so that people can write them down
 MAX_STEPS = 1000
 
 
@@ -53,9 +65,9 @@ class SamplingSettings(CaptionSettings):
     )
     seed: int | list[int] | None = setting(
         None,
-        "Seed of the noise; image k of a prompt uses seed + k. Default: random, and reported.",
+        f"Seed of the noise; image k of a prompt uses seed + k. Default, and {RANDOM_SEED}: random, and reported.",
         group="Sampling",
-        minimum=0,
+        minimum=RANDOM_SEED,
         maximum=MAX_SEED,
     )
     variety: float = setting(
@@ -89,11 +101,19 @@ class SamplingSettings(CaptionSettings):
         minimum=1,
         maximum=100,
     )
+    guidance_method: str | None = setting(
+        None,
+        "How guidance is made, NAME or NAME:KEY=VALUE,…: cfg, cfg_zero (zero_init_steps=1), apg (eta=0, threshold=15, "
+        "momentum=-0.5) or slg (layers=7+8+9, scale=2.8, start=0.01, stop=0.2). Default: cfg.",
+        group="Sampling",
+        metavar="METHOD",
+        longest=200,
+    )
     schedule: str | None = setting(
         None,
         "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
-        "(beta), closer towards the last (karras, exponential, kl_optimal), or nearly all near pure noise "
-        "(linear_quadratic). Default: simple.",
+        "(beta, as diffusers has it; beta_shifted, as ComfyUI and Forge have it), closer towards the last (karras, "
+        "exponential, kl_optimal), or nearly all near pure noise (linear_quadratic). Default: simple.",
         group="Sampling",
         choices=SCHEDULES,
     )
@@ -132,13 +152,17 @@ class SamplingSettings(CaptionSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variation is not None:
-            split_variation(self.variation)
         if self.preset is not None:
             check_preset(self.preset)
-        if self.sigmas is None:
-            return
-        steps = len(split_sigmas(self.sigmas)) - 1
+        if self.variation is not None:
+            split_variation(self.variation)
+        self._check_guidance()
+        if self.sigmas is not None:
+            self._check_levels(self.sigmas)
+
+    def _check_levels(self, sigmas: str) -> None:
+        """What exact noise levels go together with."""
+        steps = len(split_sigmas(sigmas)) - 1
         if self.steps not in (None, steps):
             text = f"sigmas: these are {steps} steps, and steps is {self.steps}; pass only one of them"
             raise RequestError(text, fields=("sigmas", "steps"))
@@ -146,18 +170,24 @@ class SamplingSettings(CaptionSettings):
             text = f"sigmas: they are the noise levels themselves; leave out {' and '.join(others)}, or the sigmas"
             raise RequestError(text, fields=("sigmas", *others))
 
+    def _check_guidance(self) -> None:
+        """Raise RequestError for a method that is not one, or that has nothing to guide."""
+        name = "cfg" if self.guidance_method is None else GuidanceMethod.parse(self.guidance_method).name
+        if self.guidance == 0 and name != "cfg":
+            text = f"guidance_method: {name} has no effect at guidance 0; pass a guidance above 0 or leave it out"
+            raise RequestError(text, fields=("guidance_method", "guidance"))
 
-def split_variation(text: str) -> tuple[int, float]:
-    """SEED:WEIGHT → both; −1 is a seed that is still open. Raises RequestError."""
-    seed, _, weight = text.partition(":")
-    try:
-        found = int(seed), float(weight)
-    except ValueError:
-        found = -2, 0.0
-    if not (-1 <= found[0] <= MAX_SEED and 0 <= found[1] <= 1):
-        told = f"should be SEED:WEIGHT, a whole number from -1 to {MAX_SEED} and one from 0 to 1, such as 7:0.2"
-        raise RequestError(f"variation {quoted(text)} {told}", fields=("variation",))
-    return found
+
+def is_open(seed: int | None) -> bool:
+    """Whether a random seed is wanted."""
+    return seed is None or seed == RANDOM_SEED
+
+
+def drawn_seed(seed: int | None) -> int:
+    """The seed that was given, or a random one where it is open."""
+    import secrets  # with all that it imports, which no help needs
+
+    return secrets.randbelow(DRAWN_SEEDS) if seed is None or is_open(seed) else seed
 
 
 def split_sigmas(text: str) -> list[float]:
@@ -189,3 +219,16 @@ def _fp32(value: float) -> float:
 
 def _sigmas_fault(text: str) -> RequestError:
     return RequestError(text, fields=("sigmas",))
+
+
+def split_variation(text: str) -> tuple[int, float]:
+    """SEED:WEIGHT → both; −1 is a seed that is still open. Raises RequestError."""
+    seed, _, weight = text.partition(":")
+    try:
+        found = int(seed), float(weight)
+    except ValueError:
+        found = -2, 0.0
+    if not (-1 <= found[0] <= MAX_SEED and 0 <= found[1] <= 1):
+        told = f"should be SEED:WEIGHT, a whole number from -1 to {MAX_SEED} and one from 0 to 1, such as 7:0.2"
+        raise RequestError(f"variation {quoted(text)} {told}", fields=("variation",))
+    return found

@@ -24,7 +24,7 @@ from zimage.settings.serving import ServeSettings
 
 GENERATION, EDIT = "image_generation", "image_edit"  # what a stream's events begin with
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
-FORMATS = ("png", "webp", "jpeg")
+FORMATS = ("png", "webp", "jpeg", "avif")
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 OWN_NAME = "zimage"
 # Clients that cannot be told another model send one of these by themselves; nobody takes us for them.
@@ -52,7 +52,7 @@ class Standard(Settings):
     )
     output_format: str = setting("png", "Format of the pictures.", choices=FORMATS)
     output_compression: int = setting(
-        95, "Quality of webp and jpeg: 100 is the best and largest.", minimum=0, maximum=100
+        95, "Quality of webp, jpeg and avif: 100 is the best and largest.", minimum=0, maximum=100
     )
     background: str = setting("auto", "Pictures are opaque.", choices=("auto", "opaque"))
     stream: bool = setting(False, "Answer with server-sent events.")

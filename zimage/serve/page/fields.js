@@ -21,7 +21,7 @@ const LABELS = {
 const PLACEHOLDERS = { prompt: "Describe the picture", negative: "What to steer away from" };
 const LONG_TEXT = 1000; // characters; a text that may be longer gets an area of its own
 // Where a slider ends: the declared bounds are what can be computed, these are what people use.
-const USUAL = { steps: [1, 50, 1], guidance: [0, 10, 0.1], shift: [0.5, 10, 0.1], strength: [0.05, 1, 0.05], hires: [1.1, 4, 0.1] };
+const USUAL = { steps: [1, 50, 1], guidance: [0, 10, 0.1], shift: [0.5, 10, 0.1], strength: [0.05, 1, 0.05], variety: [0, 2, 0.05], hires: [1.1, 4, 0.1] };
 
 export const labelOf = (name) => LABELS[name] ?? name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
 
@@ -183,8 +183,9 @@ class Choice extends Field {
   static kind = "select";
   build() {
     const words = this.form.enum.filter((word) => word !== null);
-    const open = el("option", { value: "" }, this.fallback ? `Default: ${worded(this.fallback)}` : "Default");
-    return el("select", this.described, open, ...words.map((word) => el("option", { value: word }, worded(word))));
+    const shown = (word) => this.property["x-labels"]?.[word] ?? worded(word);
+    const open = el("option", { value: "" }, this.fallback ? `Default: ${shown(this.fallback)}` : "Default");
+    return el("select", this.described, open, ...words.map((word) => el("option", { value: word }, shown(word))));
   }
 }
 
