@@ -48,7 +48,9 @@ def variety(values: str, prompts: int, seeds: int, scored: int, steps: int) -> N
     click.echo(json.dumps({**told, "machine": describe_machine()}))
 
 
-def drawn(pipe: zimage.ZImage, trials: Sequence[Trial], noises: Sequence[int], value: float, steps: int) -> list[Tensor]:
+def drawn(
+    pipe: zimage.ZImage, trials: Sequence[Trial], noises: Sequence[int], value: float, steps: int
+) -> list[Tensor]:
     """Latents (16, 16, 16) of each trial, from the start noise of these seeds and with captions varied by its own."""
     found = list[Tensor]()
     for first in range(0, len(trials), TOGETHER):

@@ -296,6 +296,8 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "cfg": "sampling/test_spellings.py::test_guidance_counted_from_one",
+    "cfg_scale": "sampling/test_spellings.py::test_guidance_counted_from_one",
     "size": "sampling/test_sizes.py::test_size_is_width_and_height",
     "named_prompts": "sampling/test_spellings.py::test_prompts_may_be_an_option",
     "each": "test_from.py::test_words_without_quotes_are_one_prompt",
