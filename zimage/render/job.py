@@ -214,15 +214,7 @@ def decide(
     """
     parts = texts.parts(request)
     values, frame = filled(request, model, parts, loras)
-    weighed = [Weighed(EMBEDDED)] if request.embeddings is not None else list(map(parts.weigh, request.prompts))
-    prompts = tuple(one.text for one in weighed)
-    # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
-    plain = ChatParts(strip_quotes=request.strip_quotes, weights_in_prompt=request.weights_in_prompt)
-    weighed += [] if values["negative"] is None else [plain.weigh(values["negative"])]
-    negatives = tuple(one.text for one in weighed[len(prompts) :])
-    emphasis = tuple(map(texts.emphases, weighed))
-    every = (*prompts, *negatives, *(mark.without for marks in emphasis for mark in marks))
-    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys(every)}
+    prompts, negatives, ids, emphasis = _written(request, values["negative"], parts, texts)
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
     texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
@@ -243,22 +235,29 @@ def decide(
     _check_say(complete, len(levels) - 1, begins)
     check_guidance(guidance_of(complete), levels, begins, model.config(DIT).n_layers)
     sigmas = tuple(levels.tolist())
-    return Job(
-        complete,
-        prompts,
-        negatives,
-        ids,
-        emphasis,
-        seen,
-        passes,
-        frame,
-        sigmas,
-        begins,
-        seeds,
-        loras,
-        plan,
-        **facts,
-    )
+    drawn = (passes, frame, sigmas, begins, seeds, loras, plan)
+    return Job(complete, prompts, negatives, ids, emphasis, seen, *drawn, **facts)
+
+
+class _Written(NamedTuple):
+    """What is read of a request, as its job has it."""
+
+    texts: tuple[str, ...]
+    negative_texts: tuple[str, ...]
+    token_ids: dict[str, tuple[int, ...]]
+    emphasis: tuple[tuple[Emphasis, ...], ...]
+
+
+def _written(request: Request, negative: str | None, parts: ChatParts, texts: Texts) -> _Written:
+    """The texts of the prompts and of the negative one, if there is any, with the weights that stand in them."""
+    prompts = [Weighed(EMBEDDED)] if request.embeddings is not None else list(map(parts.weigh, request.prompts))
+    # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
+    plain = ChatParts(strip_quotes=request.strip_quotes, weights_in_prompt=request.weights_in_prompt)
+    negatives = [] if negative is None else [plain.weigh(negative)]
+    emphasis = tuple(map(texts.emphases, (*prompts, *negatives)))
+    own, away = (tuple(one.text for one in several) for several in (prompts, negatives))
+    every = (*own, *away, *(mark.without for marks in emphasis for mark in marks))
+    return _Written(own, away, {t: texts.tokenize(t) if t else () for t in dict.fromkeys(every)}, emphasis)
 
 
 def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:
