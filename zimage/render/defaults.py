@@ -1,7 +1,7 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zimage.errors import RequestError, quoted
