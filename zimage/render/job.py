@@ -6,38 +6,29 @@ LoRAs, and a queue may keep it as JSON.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from zimage import flow
 from zimage.errors import RequestError
-from zimage.loading.controls import ControlFiles, with_controls
-from zimage.loading.files import ModelFiles
-from zimage.loading.loras import Adapters, LoraUse, bytes_beside
-from zimage.loading.plan import PLAN, MemoryPlan, Workload
-from zimage.loading.planner import Planner
-from zimage.loading.registry import DIT, VAE
-from zimage.loading.sizes import ComponentSizes
-from zimage.pictures.canny import opencv
-from zimage.pictures.image import first_pass_size
+from zimage.loading.controls import ControlFiles
+from zimage.loading.loras import LoraUse
+from zimage.loading.plan import PLAN, MemoryPlan
 from zimage.pictures.inpaint import Frame
 from zimage.render import attached, canvas
-from zimage.render.budget import check_guidance, evaluations, guidance_of
-from zimage.render.conditioning import ChatParts, Text, Texts
-from zimage.render.defaults import filled
-from zimage.render.seeing import Glimpse, Vision, glimpses, references, with_references
+from zimage.render.budget import evaluations
+from zimage.render.conditioning import Text
+from zimage.render.seeing import Glimpse
 from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
-from zimage.settings.sampling import split_sigmas
+from zimage.text.emphasis import Emphasis
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "begins", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "emphasis", "glimpses", "frame", "sigmas", "begins", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -45,6 +36,7 @@ JOB: dict[str, Hint] = {
     "texts": list[str],
     "negative_texts": list[str],
     "token_ids": dict[str, list[int]],
+    "emphasis": list[list[tuple[float, str, list[int]]]],
     "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
     "frame": tuple[int, int, int, int, int, int],
@@ -71,16 +63,18 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance or NAG steers away from, if there is any. `token_ids` has every distinct
-    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
-    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
-    `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype` and
-    `precision` are those that it was prepared for.
+    text once, also those that are read because of weights in a prompt; `emphasis` has these weights for each of
+    `texts`, then of `negative_texts`; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or
+    two with `hires`; `frame` is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the
+    noise levels, falling to 0; `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype`
+    and `precision` are those that it was prepared for.
     """
 
     request: Request
     texts: tuple[str, ...]
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
+    emphasis: tuple[tuple[Emphasis, ...], ...]
     glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
     frame: Frame
@@ -132,6 +126,7 @@ class Job:
             "texts": list(self.texts),
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
+            "emphasis": [[[m.weight, m.without, list(m.tokens)] for m in marks] for marks in self.emphasis],
             "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
             "frame": list(self.frame),
@@ -159,6 +154,7 @@ class Job:
             tuple(plain["texts"]),
             tuple(plain["negative_texts"]),
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
+            tuple(tuple(Emphasis(w, text, tuple(ids)) for w, text, ids in marks) for marks in plain["emphasis"]),
             tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
             Frame(*plain["frame"]),
@@ -185,80 +181,10 @@ def job_mistake(plain: Plain) -> str:
         return fault
     if fault := attached.fault(plain["request"]):
         return fault
-    missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
+    texts = [*plain["texts"], *plain["negative_texts"], *(text for marks in plain["emphasis"] for _, text, _ in marks)]
+    missing = [text for text in texts if text not in plain["token_ids"]]
     empty = [name for name in ("texts", "passes", "sigmas", "begins", "seeds") if not plain[name]]
     return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
-
-
-def decide(
-    request: Request,
-    model: ModelFiles,
-    texts: Texts,
-    planner: Planner,
-    loras: Adapters,
-    loaded: Mapping[str, int],
-    facts: Mapping[str, str],
-    must_fit: bool,
-    vision: Vision | None = None,
-) -> Job:
-    """The job that a request makes, on what is free when the `loaded` components are let go and return these bytes.
-
-    Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
-    """
-    parts = texts.parts(request)
-    values, frame = filled(request, model, parts)
-    prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
-    # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
-    plain = ChatParts(strip_quotes=request.strip_quotes)
-    negatives = () if values["negative"] is None else (plain.format(values["negative"]),)
-    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
-    embeddings, width, height = values["embeddings"], values["width"], values["height"]
-    lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
-    texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
-    found = references(values["reference"], request, model, vision)
-    work = _workload(request, values, longest, loras, planner.sizes[DIT])
-    work = dataclasses.replace(
-        work, nag_tokens=max(map(lengths.__getitem__, negatives), default=0) if request.nag > 1 else 0
-    )
-    work = with_references(work, request, found, [lengths[text] for text in prompts], texts.limit)
-    plan = planner.plan(work, loaded)
-    if must_fit:
-        planner.check(plan, loaded)
-    complete = dataclasses.replace(request, **values, tile_mode=plan.tile_mode)
-    passes = _passes(complete, width, height, planner, loaded)
-    levels, seeds, seen = _levels(request, values), tuple(complete.seeds), glimpses(found)
-    _check_control(complete)
-    begins = _beginnings(complete, len(levels) - 1, passes, frame, model)
-    _check_say(complete, len(levels) - 1, begins)
-    check_guidance(guidance_of(complete), levels, begins, model.config(DIT).n_layers)
-    sigmas = tuple(levels.tolist())
-    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, begins, seeds, loras, plan, **facts)
-
-
-def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:
-    """The noise levels (steps + 1,) of a request with these values filled in."""
-    if request.sigmas is not None:
-        return flow.exact(split_sigmas(request.sigmas))
-    return flow.sigmas(values["steps"], values["shift"], values["schedule"])
-
-
-def _workload(
-    request: Request, values: Mapping[str, Any], tokens: int, loras: Adapters, dit: ComponentSizes
-) -> Workload:
-    """That of a request with these values filled in, but for its references."""
-    width, height, together = values["width"], values["height"], min(request.batch_size, request.count)
-    mode, size = request.tile_mode or "", request.tile_size or 0
-    work = Workload(width, height, tokens, together, mode, size, loras=bytes_beside(loras, dit.dtype))
-    return with_controls(work, tuple(control.model for control in values["control"] or ()), dit)
-
-
-def _passes(request: Request, width: int, height: int, planner: Planner, loaded: Mapping[str, int]) -> tuple[Pass, ...]:
-    """One, or with `hires` two, each with its way of decoding."""
-    last = Pass(width, height, request.tile_mode or "off")
-    if request.hires is None:
-        return (last,)
-    small = first_pass_size(width, height, request.hires)
-    return Pass(*small, planner.tile_mode(*small, loaded)), last
 
 
 def control_files(request: Request) -> ControlFiles:
@@ -271,42 +197,6 @@ def starts_from_noise(request: Request) -> bool:
     masked = request.mask is not None or request.extend is not None
     reads = any(file.reads_mask for file in control_files(request))
     return masked and reads and request.control_flow == "diffusers"
-
-
-def _check_control(request: Request) -> None:
-    """Raise RequestError where control pictures cannot be made, or the strength would have no say."""
-    if request.control_preprocess:
-        opencv()
-    if starts_from_noise(request) and request.strength != 1:
-        text = f"strength {request.strength}: diffusers' flow inpaints from noise alone; leave it out, or control_flow"
-        raise RequestError(text, fields=("strength", "control_flow"))
-
-
-def _beginnings(
-    request: Request, steps: int, passes: tuple[Pass, ...], frame: Frame, model: ModelFiles
-) -> tuple[int, ...]:
-    """The step with which each pass begins."""
-    width, height, _ = passes[-1]
-    first = 0 if request.strength is None else flow.first_step(steps, request.strength)
-    if request.image is not None and not starts_from_noise(request):
-        factor = model.skeleton(VAE).spatial_factor
-        first = canvas.Rendered(request, frame, width, height).first_step(
-            first, steps, height // factor, width // factor
-        )
-    return (0, first)[-len(passes) :]
-
-
-def _check_say(request: Request, steps: int, begins: Sequence[int]) -> None:
-    """Raise RequestError where controls have a say in no step of any pass."""
-    start, end = request.control_start, request.control_end
-    if not request.control or (start, end) == (0, 1):
-        return
-    if not any(flow.steps_between(begin, steps, start, end) for begin in begins):
-        n = steps - begins[-1]
-        text = (
-            f"control_start {start:g} and control_end {end:g} hold none of the {n} steps whole; each is 1/{n} of them"
-        )
-        raise RequestError(text, fields=("control_start", "control_end"))
 
 
 def first_pass(job: Job) -> Job:
