@@ -646,7 +646,7 @@ def test_a_render_is_resumed_with_its_control_file(command, files):
     assert status == 0
     assert f"control       2.1 at 0.75 ({ControlFile.of(files['2.1']).hash}): reads 33 channels" in said
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zimage.render.denoising.finite", failing_after(3))
+        patch.setattr("zimage.render.denoising.finite", failing_after(1))
         assert command(*given, "--save-state", "state", "-o", "half.png")[0] != 0
     status, said = command("--resume", "state", "-o", "half.png")
     assert status == 0, said

@@ -180,6 +180,7 @@ CASES = [
     Case("force_think_block", True),
     Case("force_think_block", False, beside={"template": "thoughtful", "templates": "{files}/templates"}),
     Case("strip_quotes", True, beside={"prompt": 'say "hi"'}),
+    Case("weights_in_prompt", True, beside={"prompt": "a (cat:1.5)"}),
     Case("hidden_layer", -3),
     Case("layer_weights", {-2: 1.0, -3: 0.5}),
     *[Case("long_prompt", mode, beside=LONG) for mode in ("truncate", "interpolate", "pool", "attention_pool")],
@@ -295,6 +296,8 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "cfg": "sampling/test_spellings.py::test_guidance_counted_from_one",
+    "cfg_scale": "sampling/test_spellings.py::test_guidance_counted_from_one",
     "size": "sampling/test_sizes.py::test_size_is_width_and_height",
     "named_prompts": "sampling/test_spellings.py::test_prompts_may_be_an_option",
     "each": "test_from.py::test_words_without_quotes_are_one_prompt",

@@ -54,6 +54,7 @@ def replays(made: list[Tapes]) -> list[int]:
     [
         ({}, [3]),
         ({"guidance": 2.0, "negative": "a dog"}, [6]),
+        ({"guidance": 2.0, "guidance_method": "slg:layers=1,start=0,stop=1"}, [6, 2]),
         ({"prompt": ["a cat", "a dog"], "batch_size": 1}, [6]),
         ({"prompt": ["a cat", "a dog"], "batch_size": 2}, [3]),
         ({"prompt": ["a cat", "a cat " * 40], "batch_size": 1}, [3, 3]),

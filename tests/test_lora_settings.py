@@ -29,17 +29,17 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("text", "path", "scale"),
     [
-        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors", "a.safetensors", None),
         ("a.safetensors:0.8", "a.safetensors", 0.8),
         ("a.safetensors:-1", "a.safetensors", -1.0),
         ("a.safetensors:1e-1", "a.safetensors", 0.1),
-        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", 1.0),
+        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", None),
         (r"C:\loras\a.safetensors:0.5", r"C:\loras\a.safetensors", 0.5),
-        ("od:d/na:me.safetensors", "od:d/na:me.safetensors", 1.0),
+        ("od:d/na:me.safetensors", "od:d/na:me.safetensors", None),
         ("od:d/1:2.safetensors:3", "od:d/1:2.safetensors", 3.0),
-        ("a:", "a:", 1.0),
-        (":0.5", ":0.5", 1.0),
-        ("", "", 1.0),
+        ("a:", "a:", None),
+        (":0.5", ":0.5", None),
+        ("", "", None),
     ],
 )
 def test_a_scale_is_what_follows_the_last_colon_if_it_is_a_number(text, path, scale):
@@ -197,10 +197,10 @@ def test_the_name_of_an_existing_file_has_no_scale(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_lora("style:2") == ("style", 2.0)
     (tmp_path / "style:2").write_bytes(b"")
-    assert split_lora("style:2") == ("style:2", 1.0)
+    assert split_lora("style:2") == ("style:2", None)
     assert split_lora("style:2:0.5") == ("style:2", 0.5)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert split_lora("~/style:2") == ("~/style:2", 1.0)
+    assert split_lora("~/style:2") == ("~/style:2", None)
     assert split_lora("a\0:2") == ("a\0", 2.0)
 
 

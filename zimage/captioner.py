@@ -118,11 +118,17 @@ class Captioner:
         given = CaptionSettings.from_mapping(settings)
         parts = self.texts.parts(given)
         found = references(opened_references(given.reference), given, self.model, self.vision)
-        formatted = [parts.format(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        texts = [Text(one, self.texts.tokenize(one), given.layers) for one in formatted]
-        self.texts.warn_of_length(max((len(text.ids) for text in texts), default=0), given.long_prompt)
+        weighed = [parts.weigh(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        marks = [self.texts.emphases(one) for one in weighed]
+        every = [*(one.text for one in weighed), *(mark.without for several in marks for mark in several)]
+        ids = {text: self.texts.tokenize(text) for text in every}
+        self.texts.warn_of_length(max(map(len, ids.values()), default=0), given.long_prompt)
         seen = {view.key: self._seen(view) for view in views_of(found)}
-        captions = [self.texts.shorten(self.caption(one), given.long_prompt) for one in texts]
+        whole = {text: self.caption(Text(text, tokens, given.layers)) for text, tokens in ids.items()}
+        captions = [
+            self.texts.finished(one.text, several, whole, ids, given.long_prompt)
+            for one, several in zip(weighed, marks, strict=True)
+        ]
         if not found:
             return captions
         return [self._here(mixed(caption, given, found, seen, self.texts.limit)) for caption in captions]

@@ -153,6 +153,15 @@ def whole_run(wide_folder) -> dict:
 GUIDED = {
     "one": {"lengths": (9,), "negative": 40, "guidance": 3.5},
     "two, normalised": {"lengths": (9, 40), "negative": 70, "guidance": 3.5, "cfg_normalization": 0.5},
+    "projected": {
+        **{"lengths": (9, 40), "negative": 12, "guidance": 3.5, "steps": 4, "cfg_truncation": 0.6},
+        "guidance_method": "apg:threshold=3,momentum=0.5",
+    },
+    "from zero": {"lengths": (9,), "negative": 40, "guidance": 3.5, "steps": 3, "guidance_method": "cfg_zero"},
+    "with layers skipped": {
+        **{"lengths": (9, 40), "negative": 12, "guidance": 3.5, "steps": 4, "cfg_truncation": 0.6},
+        "guidance_method": "slg:layers=1,start=0,stop=1",
+    },
     "off": {"lengths": (9, 40)},
 }
 

@@ -15,6 +15,7 @@ from renders import WIDE
 from tiny import relative_error
 
 from zimage.errors import RequestError, ZImageError
+from zimage.settings.sampling import SAMPLERS
 
 LIMIT = 1e-5
 SIZE = {"width": 64, "height": 48, "steps": 3, "seed": 1}
@@ -72,6 +73,10 @@ def requests(wide_folder, tmp_path) -> dict[str, dict]:
             "images": 2, "batch_size": 3, "guidance": 3.0, "negative": "blurred", "cfg_truncation": 0.7,
         },
         "captions that vary, in a batch": {**PLAIN, "prompt": ["a cat", "a dog"], "batch_size": 2, "variety": 1.0},
+        "weights in prompts": {
+            **PLAIN, "prompt": ["a (cat:1.3)", "a cat"], "weights_in_prompt": True, "guidance": 2.0,
+            "negative": "(x:2) y",
+        },
         "variations": {**PLAIN, "images": 2, "batch_size": 2, "variation": "5:0.4"},
         "two passes": {**PLAIN, "hires": 1.5, "control": [(nets, picture(2))]},
         "a picture": {**PLAIN, "image": picture(1), "strength": 0.7},
@@ -98,8 +103,19 @@ def test_every_kind_of_request(pool, settings, wide_folder, tmp_path):
 @pytest.mark.parametrize("size", [2, 4])
 def test_guidance_on_two_halves(pool, settings, size):
     """And without guidance, all ranks share each evaluation."""
-    given = [{**PLAIN, "guidance": 3.0, "steps": 4, "cfg_truncation": 0.7, "images": 2}, PLAIN]
+    guided = {**PLAIN, "guidance": 3.0, "steps": 4, "cfg_truncation": 0.7}
+    methods = ("apg:threshold=3", "slg:layers=1,start=0,stop=1")
+    given = [{**guided, "images": 2}, PLAIN, *({**guided, "guidance_method": method} for method in methods)]
     found, *_ = pool.run(size, leading.led_in_halves, settings, leading.draw, given)
+    same(found, alone(settings, given))
+
+
+@pytest.mark.parametrize("lead", [leading.led, leading.led_in_halves], ids=["together", "in halves"])
+def test_every_sampler(pool, settings, lead):
+    """Guided at first, two images in a batch; every rank draws the same noise."""
+    guided = {**PLAIN, "steps": 4, "guidance": 2.0, "cfg_truncation": 0.5, "images": 2, "batch_size": 2}
+    given = [{**guided, "sampler": name} for name in SAMPLERS]
+    found, *_ = pool.run(2, lead, settings, leading.draw, given)
     same(found, alone(settings, given))
 
 
@@ -140,8 +156,9 @@ def test_a_run_that_is_closed_leaves_the_ranks_ready(pool, settings):
     same(found, alone(settings, [request]))
 
 
-def test_a_run_goes_on_from_any_state_to_the_same_bits(pool, settings):
-    request = {**PLAIN, "images": 2, "hires": 1.5}
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "er_sde"])
+def test_a_run_goes_on_from_any_state_to_the_same_bits(pool, settings, sampler):
+    request = {**PLAIN, "images": 2, "hires": 1.5, "sampler": sampler}
     found, *_ = pool.run(2, leading.led, settings, leading.resume, request)
     whole, *_ = pool.run(2, leading.led, settings, leading.draw, [request])
     assert all(map(torch.equal, found[0].latents, whole[0].latents))

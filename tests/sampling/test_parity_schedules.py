@@ -36,6 +36,20 @@ def test_levels_that_fall_linearly_and_then_quadratically(shift):
         assert torch.equal(flow.sigmas(steps, shift, "linear_quadratic"), expected), steps
 
 
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_beta_quantiles_as_times(shift):
+    """ComfyUI's and Forge's formula, whose times are thousandths: ours are within half of one."""
+    from scipy.stats import beta
+
+    for steps in (1, 2, 8, 9, 30):
+        times = torch.tensor(beta.ppf(1 - torch.arange(steps, dtype=torch.float64) / steps, 0.6, 0.6))
+        expected = shift * times / (1 + (shift - 1) * times)
+        ours = flow.sigmas(steps, shift, "beta_shifted")[:-1].double()
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+        back = ours / (shift + (1 - shift) * ours)
+        assert (back - (times * 1000).round() / 1000).abs().max() <= 0.5001e-3
+
+
 @pytest.mark.parametrize("steps", [1, 8, 30])
 def test_exact_levels(steps):
     given = flow.sigmas(steps, 6.0, "karras").tolist()

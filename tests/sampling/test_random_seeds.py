@@ -1,6 +1,7 @@
 """The seed −1: a random one, wherever a seed is taken."""
 
 import json
+import secrets
 
 import pytest
 
@@ -10,14 +11,13 @@ from zimage.batch.sources import Source
 from zimage.cli import main
 from zimage.errors import RequestError
 from zimage.experiments.axes import parse_seeds
-from zimage.settings import sampling
 
 
 @pytest.fixture
 def thrown(monkeypatch):
     """Seeds are drawn from 1000 on."""
     numbers = iter(range(1000, 2000))
-    monkeypatch.setattr(sampling.secrets, "randbelow", lambda most: next(numbers))
+    monkeypatch.setattr(secrets, "randbelow", lambda most: next(numbers))
 
 
 def seeds(pipe, **settings):

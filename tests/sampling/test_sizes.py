@@ -9,6 +9,7 @@ import zimage
 from zimage.cli import main
 from zimage.errors import RequestError
 from zimage.render.defaults import _sized, usual_side
+from zimage.serve.asking import named_as
 from zimage.settings.declared import MAX_ASPECT, SIZE_MULTIPLE, split_aspect
 from zimage.settings.profiles import read_config, resolve
 
@@ -146,3 +147,11 @@ def test_a_filled_request_stays_as_it_is(pipe):
     again = pipe.prepare(job.request)
     assert (again.request.width, again.request.height, again.request.aspect) == (80, 48, None)
     assert not job.differs(again)
+
+
+def test_a_server_s_client_is_told_once():
+    """Its own name for the sides stands among the fields; the sentence has one beginning."""
+    with pytest.raises(RequestError) as caught, named_as({"width": "size", "height": "size"}, {"size"}):
+        zimage.Request(prompt="x", aspect="3:2", width=64, height=64)
+    assert caught.value.fields == ("aspect", "size")
+    assert str(caught.value).startswith("aspect: width and height are set too")

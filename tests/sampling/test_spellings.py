@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("gen", "batch", "sweep", "info")
 VALUES = {  # of each setting one, as text, and what it becomes
     "steps": ("3", 3),
+    "sampler": ("lcm", "lcm"),
+    "schedule": ("beta", "beta"),
     "guidance": ("2.5", 2.5),
     "negative": ("dogs", "dogs"),
     "images": ("2", 2),
@@ -162,12 +164,12 @@ def test_the_page_of_commands_names_every_flag():
     assert [flag for flag in flags if f"`{flag}" not in page and "_" not in flag] == []
 
 
-@pytest.mark.parametrize("flag", ["--cfg-scale", "--cfg_scale"])
+@pytest.mark.parametrize("flag", ["--cfg", "--cfg-scale", "--cfg_scale"])
 def test_guidance_counted_from_one(flag, capsys):
-    for text, guidance in (("5", 4.0), ("1", 0.0), ("0", 0.0), ("1.5", 0.5)):
+    for text, guidance in (("5", 4.0), ("1", 0.0), ("0", 0.0), ("1.1", 0.1)):
         assert parsed("gen", flag, text) == {"guidance": guidance}
     assert main(["gen", "a", flag, "5", "--guidance", "4"]) == 2
-    assert "cfg-scale: guidance is set too" in capsys.readouterr().err
+    assert "guidance is set too; pass only one of them" in capsys.readouterr().err
     for wrong, said in (
         ("much", "should be a number"),
         ("nan", "not a number"),

@@ -49,9 +49,12 @@ def test_a_caption_keeps_its_dtype_and_its_length():
     assert flow.varied(plain, 1, 1.0).shape == plain.shape
 
 
-def test_early_steps_are_a_fifth_of_those_that_run_and_at_least_one():
-    assert [flow.varied_steps(0, steps) for steps in (1, 4, 8, 10, 30)] == [[0], [0], [0], [0, 1], [*range(6)]]
-    assert [flow.varied_steps(first, 30) for first in (12, 29)] == [[12, 13, 14], [29]]
+def test_early_steps_are_those_that_begin_in_the_first_fifth_of_those_that_run():
+    counts = [(0, 1), (0, 5), (0, 6), (0, 8), (0, 10), (0, 30), (12, 30), (29, 30)]
+    expected = [[0], [0], [0, 1], [0, 1], [0, 1], [*range(6)], [12, 13, 14, 15], [29]]
+    assert [[*flow.varied_steps(*count)] for count in counts] == expected
+    for steps in range(1, 300):
+        assert [*flow.varied_steps(0, steps)] == [k for k in range(steps) if 5 * k < steps]
 
 
 # ------------------------------------------------------------------ runs

@@ -22,11 +22,15 @@ class Drawing:
     progress: Progress
 
 
-def introduced(request: Record, place: str) -> str:
-    """The line on what is drawn: a request with nothing left open, and what draws it."""
+def introduced(request: Record, place: str, evaluations: int | None = None) -> str:
+    """The line on what is drawn: a request with nothing left open, what draws it, and how often the DiT is evaluated.
+
+    A step that takes one evaluation says nothing of it.
+    """
     r = request
+    told = "" if evaluations in (None, r["steps"]) else f" ({counted(evaluations, 'evaluation')})"
     return (
-        f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}, guidance {r['guidance']:g}, "
+        f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}{told}, guidance {r['guidance']:g}, "
         f"{scheduled(r)}, {place}"
     )
 

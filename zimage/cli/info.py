@@ -54,7 +54,7 @@ def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -
     _print(facts)
     if with_plan:
         job = _job(pipe, size)
-        terminal.out("\n".join(plan_lines(job.plan, pipe.refusal(job))))
+        terminal.out("\n".join(plan_lines(job, pipe.refusal(job))))
 
 
 def _loose_file(load: dict[str, Plain]) -> dict[str, Any] | None:
@@ -108,6 +108,8 @@ def _print(facts: dict[str, Plain]) -> None:
     terminal.out(f"vocabulary    {facts['vocabulary']:,} tokens; captions up to {facts['caption_tokens']:,} tokens")
     for line in facts["assumptions"]:
         terminal.out(f"assumed       {line}")
+    for line in facts["adapters"]:
+        terminal.out(f"recognised    {line}")
     d = facts["defaults"]
     terminal.out(
         f"defaults      {d['width']}×{d['height']}, {d['steps']} steps, guidance {d['guidance']:g}, shift {d['shift']}"
@@ -121,6 +123,8 @@ def _print(facts: dict[str, Plain]) -> None:
 
 def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
     """All that `info` prints, as plain values; the plan for a picture of `size`, where one is given."""
+    from zimage.render.defaults import adapters_told
+
     here = [component for name, component in pipe.model.components.items() if name in pipe.places]
     components = [_describe_component(component, pipe) for component in here]
     known_shift = pipe.model.shift is not None
@@ -131,6 +135,7 @@ def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
         "components": components,
         "encoder_url": pipe.settings.encoder_url,
         "assumptions": pipe.model.assumptions,
+        "adapters": adapters_told(pipe.lora.list(), pipe.model),
         "vocabulary": pipe.model.tokenizer.vocab_size,
         "caption_tokens": pipe.texts.limit,
         "defaults": {
@@ -142,7 +147,7 @@ def describe(pipe: "ZImage", size: dict[str, Plain]) -> dict[str, Plain]:
         },
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "plan": plan_facts(_job(pipe, size).plan),
+        "plan": plan_facts(_job(pipe, size)),
     }
 
 

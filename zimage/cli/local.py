@@ -73,7 +73,7 @@ def _render(
 def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
     """What the user did not choose and should know."""
     from zimage.cli.hints import unknown_words
-    from zimage.render.defaults import is_base
+    from zimage.render.defaults import adapters_told, is_base
     from zimage.text.compress import describe
 
     r = job.request
@@ -82,7 +82,8 @@ def _introduction(pipe: "ZImage", job: "Job") -> Iterator[str]:
         yield "model: the bundled demo, which draws simple scenes; for Z-Image itself pass --model PATH/Z-Image-Turbo"
     if pipe.is_demo and (r.system_prompt or r.thinking_content or r.assistant_content):
         yield "the demo was trained on bare prompts: templates and other chat parts mislead it"
-    yield introduced(vars(r), f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}")
+    yield from adapters_told(job.loras, pipe.model)
+    yield introduced(vars(r), f"{str(pipe.dtype).removeprefix('torch.')} on {pipe.device}", job.evaluations)
     if job.size != job.passes[-1][:2]:
         yield f"rendered at that size and pasted back: the picture comes out in {job.size[0]}×{job.size[1]}"
     if r.guidance == 1 and not is_base(pipe.model):

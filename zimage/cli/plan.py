@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zimage.cli import terminal
+from zimage.cli.progress import counted
 from zimage.errors import RequestError
 from zimage.loading.plan import MemoryPlan, StagePlan
 
@@ -14,21 +15,27 @@ if TYPE_CHECKING:
 DECODING = {"off": "decoded whole", "exact": "decoded in strips", "blend": "decoded in blended tiles"}
 
 
-def plan_lines(plan: MemoryPlan, refusal: RequestError | None = None) -> list[str]:
-    """What each stage holds, what comes and goes, and the peak to expect; and why it was refused, if it was."""
+def plan_lines(job: "Job", refusal: RequestError | None = None) -> list[str]:
+    """What each stage holds, what comes and goes, and the peak to expect; and why it was refused, if it was.
+
+    And how many evaluations of the DiT a picture takes, on which most of its time goes.
+    """
+    plan = job.plan
     lines = [f"plan          {plan.work.width}×{plan.work.height}; {_limits(plan)}; {_strategy(plan)}"]
     lines.append(f"{'':14}{'device':8}{'weights':>10}{'activations':>13}{'other':>10}{'peak':>10}  streamed")
     for stage in plan.stages.values():
         figures = (stage.weights + stage.window, stage.activations, stage.base, stage.peak)
         weights, work, base, peak = (f"{size / 1e9:.2f} GB" for size in figures)
         lines.append(f"{stage.title:14}{stage.device:8}{weights:>10}{work:>13}{base:>10}{peak:>10}  {_streamed(stage)}")
+    steps = sum(len(job.sigmas) - 1 - begin for begin in job.begins)
+    lines.append(f"evaluations   {job.evaluations} of the DiT for each picture, in {counted(steps, 'step')}")
     return [*lines, f"refused       {refusal}"] if refusal else lines
 
 
 def show_plan(pipe: "ZImage", job: "Job") -> None:
     """Print a job's plan to standard error. Raises RequestError after it where the job does not fit."""
     refusal = pipe.refusal(job)
-    terminal.note("\n".join([*plan_lines(job.plan, refusal), *_control_lines(job)]))
+    terminal.note("\n".join([*plan_lines(job, refusal), *_control_lines(job)]))
     if refusal:
         raise refusal
 
@@ -39,8 +46,9 @@ def _control_lines(job: "Job") -> Iterator[str]:
         yield f"{'control':14}{file.name} at {control.scale:g} ({file.hash}): {file.config.told}"
 
 
-def plan_facts(plan: MemoryPlan) -> dict[str, object]:
+def plan_facts(job: "Job") -> dict[str, object]:
     """The same as plain values, in bytes."""
+    plan = job.plan
     return {
         "width": plan.work.width,
         "height": plan.work.height,
@@ -49,6 +57,7 @@ def plan_facts(plan: MemoryPlan) -> dict[str, object]:
         "kept": sorted(plan.kept),
         "keeps_all": plan.keeps_all,
         "limits": dict(plan.limits),
+        "evaluations": job.evaluations,
         "stages": {
             name: {
                 "device": stage.device,

@@ -2,7 +2,7 @@
 
     --num-inference-steps 8     → --steps 8                       another name: the table RENAMED
     --size 832x1216             → --width 832 --height 1216       other terms: the table SPELLINGS
-    --cfg-scale 5               → --guidance 4
+    --cfg 5                     → --guidance 4
 
 Each comes with the settings that it stands for, to every command that has them. Names from elsewhere are not shown, and
 may be written with underscores.
@@ -21,6 +21,8 @@ from zimage.settings.fields import Plain
 # stable-diffusion.cpp's `-n` is the negative prompt; ours is the number of images.
 RENAMED: Mapping[str, tuple[str, ...]] = {
     "steps": ("--num-inference-steps",),
+    "sampler": ("--sampling-method", "--sampler-name"),
+    "schedule": ("--scheduler",),
     "guidance": ("--guidance-scale",),
     "negative": ("--negative-prompt",),
     "images": ("--num-images-per-prompt", "--num-images", "--batch-count", "--n-iter", "-b"),
@@ -90,16 +92,17 @@ def _sides(text: str) -> dict[str, Any]:
 
 
 def _guidance(text: str) -> dict[str, Plain]:
-    """Where 1 is off; less than that is off too, as in the programs that count so."""
+    """Counted from 1, which is off."""
+    from zimage.pictures.foreign import guidance_of
+
     try:
-        return {"guidance": max(float(text) - 1, 0.0)}
+        return {"guidance": guidance_of(float(text))}
     except ValueError:
-        raise RequestError(
-            f"cfg-scale {quoted(text)} should be a number, of which 1 is off", fields=("guidance",)
-        ) from None
+        raise RequestError(f"cfg {quoted(text)} should be a number, of which 1 is off", fields=("guidance",)) from None
 
 
 SPELLINGS = (
     Spelling(("--size",), ("width", "height"), _sides, "WIDTHxHEIGHT", "Width and height in pixels, in one word."),
+    Spelling(("--cfg",), ("guidance",), _guidance, "FLOAT", "Guidance + 1, as other programs count: 1 is off."),
     Spelling(("--cfg-scale", "--cfg_scale"), ("guidance",), _guidance, "FLOAT"),
 )

@@ -154,7 +154,8 @@ def absolute(name: str, value: Plain) -> Plain:
         return value
     if isinstance(value, list):
         pairs = [split_lora(text) for text in value]
-        return [f"{os.path.abspath(user_path(path, name))}:{scale}" for path, scale in pairs]
+        paths = [os.path.abspath(user_path(path, name)) for path, _ in pairs]
+        return [path if scale is None else f"{path}:{scale}" for path, (_, scale) in zip(paths, pairs, strict=True)]
     return os.path.abspath(user_path(value, name))
 
 

@@ -5,9 +5,10 @@ levels lie between its first and its last above 0, with r = 0 … 1 over the N s
 
     simple, normal    σ = shift·s / (1 + (shift − 1)·s), s = 1 … 1/N        Esser et al. 2024, eq. 23
     beta              σ_N + Q(1 − r)·(σ₁ − σ_N), Q quantiles of Beta(.6, .6)  Lee et al. 2024
+    beta_shifted      the simple σ of s = Q(1 − k/N), k = 0 … N − 1          ComfyUI and Forge call it beta
     karras            (σ₁^⅐ + r·(σ_N^⅐ − σ₁^⅐))⁷                            Karras et al. 2022, eq. 5
     exponential       σ₁^(1 − r) · σ_N^r
-    kl_optimal        tan((1 − r)·atan σ₁ + r·atan σ_N)                     Sabour et al. 2024, theorem 3.1
+    kl_optimal        tan((1 − r)·atan σ₁ + r·atan σ_N)                     Sabour et al. 2024, section 3
     linear_quadratic  slow and linear, then quadratic in time; shifted      Polyak et al. 2024
 
 Each step is one model evaluation of a first-order solver. A larger shift spends more of them near pure noise. What is
@@ -61,6 +62,11 @@ def linear_quadratic(steps: int, shift: float) -> Tensor:
     a, b = left / (m * rest**2), THRESHOLD / m - 2 * left / rest**2
     gone = [i * THRESHOLD / m if i < m else a * i**2 + b * i + a * m**2 for i in range(steps)]
     return shifted(torch.tensor([1 - g for g in gone]), shift)
+
+
+def beta_shifted(steps: int, shift: float) -> Tensor:
+    """Quantiles of a beta distribution as times, then shifted."""
+    return shifted(torch.tensor([beta_quantile(1 - k / steps) for k in range(steps)]), shift)
 
 
 def between(curve: Curve) -> Levels:
@@ -133,6 +139,7 @@ SCHEDULES: dict[str, Levels] = {
     "simple": simple,
     "normal": simple,
     "beta": between(_beta),
+    "beta_shifted": beta_shifted,
     "karras": between(_karras),
     "exponential": between(_exponential),
     "linear_quadratic": linear_quadratic,

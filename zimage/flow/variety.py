@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from zimage.flow.noise import stream
-from zimage.flow.starts import steps_between
 
-SHARE = 0.2  # of the steps that run
+PART = 5  # of so many of the steps that run, the first: a step counts that begins in it, as with other programs
 SCALE = 1 / 3  # s at S = 1
 
 
@@ -28,6 +27,6 @@ def varied(caption: Tensor, seed: int, variety: float) -> Tensor:
     return (own + SCALE * variety * own.std(correction=0) * chosen * noise).to(caption.dtype)
 
 
-def varied_steps(first: int, steps: int) -> list[int]:
-    """The steps from number `first` on in which captions are varied: those wholly in the first fifth, at least one."""
-    return steps_between(first, steps, 0, SHARE) or [first]
+def varied_steps(first: int, steps: int) -> range:
+    """The steps from number `first` on in which captions are varied: those that begin in the first fifth."""
+    return range(first, first + -(-(steps - first) // PART))

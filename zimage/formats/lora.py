@@ -15,6 +15,7 @@ from zimage.formats.checkpoint import listing
 from zimage.formats.files import require_file
 from zimage.formats.lora_forms import delta_of
 from zimage.formats.lora_keys import Group, grouped, layer_names
+from zimage.formats.lora_known import Known, known_adapter
 from zimage.formats.peft import PeftConfig
 from zimage.formats.stored import TensorFile
 from zimage.nn.deltas import Delta
@@ -28,13 +29,14 @@ LEAFS = {"diff": "weight", "diff_b": "bias"}
 class LoraFile:
     """`deltas`: path of a linear layer → its ΔW at strength 1; `vectors`: name of a norm's weight or a bias → its own.
 
-    `fingerprint`: twelve hex digits of the file's hash.
+    `fingerprint`: twelve hex digits of the file's hash; `known`: what it asks for, if it is a published one that does.
     """
 
     name: str
     fingerprint: str
     deltas: dict[str, Delta]
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    known: Known | None = None
 
 
 def lora_file(path: Path) -> Path:
@@ -81,10 +83,11 @@ def read_lora(
         with TensorFile(file) as stored:
             groups = grouped(list(stored.slots), layer_names(paths), skip)
             deltas, found = _deltas(stored, groups, shapes, vectors, PeftConfig.find(file, stored.metadata))
+            known = known_adapter(file, stored.metadata)
     except CheckpointError as error:
         told = str(error)
         raise CheckpointError(f"LoRA {told if told.startswith(str(file)) else f'{file}: {told}'}") from error
-    return LoraFile(file.name, content_hash(file), deltas, found)
+    return LoraFile(file.name, content_hash(file), deltas, found, known)
 
 
 def _deltas(

@@ -82,6 +82,7 @@ REPEATING = ".lora.down.weight"  # trainers that write this repeat layers under 
 
 # What a key has that belongs to a kind of adapter which is not implemented.
 OTHER_KINDS = {
+    "t_embedder_2": "TwinFlow, which has a second time embedder (t_embedder_2)",
     "boft_R": "BOFT",
     "boft_s": "BOFT",
     "ia3_l": "IA3",

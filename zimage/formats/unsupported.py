@@ -10,6 +10,7 @@ from pathlib import Path
 from zimage.errors import CheckpointError
 from zimage.formats.stored import FLOATS, Stored
 
+TWINFLOW = "t_embedder_2"  # in keys of the DiT
 INSTEAD = "use a file of the same model in bf16, fp8, int8, nvfp4 or GGUF"
 
 
@@ -64,8 +65,11 @@ def foreign_tool(tensors: Mapping[str, Stored]) -> tuple[str, str] | None:
 
 
 def check_tensors(origin: Path, tensors: Mapping[str, Stored]) -> None:
-    """Raise CheckpointError, which names the tool, where tensors are codes of one that is not implemented."""
+    """Raise CheckpointError, by its name, for codes of a tool or a kind of model that is not implemented."""
     found = foreign_tool(tensors)
+    if second := next((key for key in tensors if TWINFLOW in key), None):
+        text = f"it is TwinFlow's, which has a second time embedder ({second}) and is drawn in another way"
+        raise CheckpointError(f"{origin}: {text}; that is not implemented; use Z-Image or Z-Image-Turbo")
     if found:
         raise CheckpointError(f"{origin} is quantised by {found[0]} ({found[1]}), which is not implemented; {INSTEAD}")
 

@@ -78,9 +78,10 @@ class Loras:
         self._lock = threading.Lock()
         self._adapters: dict[Handle, Adapter] = {}
 
-    def add(self, path: str | os.PathLike, scale: float = 1.0) -> Handle:
+    def add(self, path: str | os.PathLike, scale: float | None = None) -> Handle:
         """Add the adapter of a safetensors file, or of a folder with one; returns its handle for `set` and `remove`.
 
+        Without a scale it is 1, or what a published adapter asks for (`formats.lora_known`).
         Raises RequestError for an unusable scale and CheckpointError for an unusable file.
         """
         adapter = self.adapter(path, scale)
@@ -88,16 +89,19 @@ class Loras:
             self._become({**self._adapters, adapter.handle: adapter})
         return adapter.handle
 
-    def adapter(self, path: str | os.PathLike, scale: float = 1.0, expected: str = "") -> Adapter:
+    def adapter(self, path: str | os.PathLike, scale: float | None = None, expected: str = "") -> Adapter:
         """The adapter of a file, checked but not added; `expected` is the hash that its content must have."""
         if not isinstance(path, str | os.PathLike):
             text = f"lora {path!r} is a {type(path).__name__}; it should be the path of a file"
             raise RequestError(text, fields=("lora",))
-        check_lora_scale(scale)
+        if scale is not None:
+            check_lora_scale(scale)
         named, skeleton = lora_file(user_path(path, "lora")), self._dit.skeleton
         file = read_lora(named, linear_shapes(skeleton), vector_sizes(skeleton), self._skip)
         if expected and file.fingerprint != expected:
             raise RequestError(f"lora {named} is not the expected file: its content has changed", fields=("lora",))
+        if scale is None:
+            scale = file.known.scale if file.known else 1.0
         return Adapter(file.name, float(scale), file.fingerprint, os.path.abspath(named), file)
 
     def set(self, handle: Handle, scale: float) -> None:

@@ -36,29 +36,32 @@ def encode(
     readings = (yield from look(components, vision, views_of(found))) if vision else []
     known = {text: encoder.known(job.text(text)) for text in job.token_ids}
     missing = any(caption is None for caption in known.values())
-    events = _captions(components, job, encoder, texts, known, vision, readings)
+    events = _captions(components, job, encoder, known, vision, readings)
     name = encoder.component if missing else TEXT_ENCODER if unread(readings) else ""
     captions, seen = yield from components.stage(name, events)
-    prompts = {t: mixed(captions[t], job.request, found, seen, texts.limit) for t in dict.fromkeys(job.texts)}
-    return Conditions([prompts[t] for t in job.texts], captions[job.negative_texts[0]] if job.negative_texts else None)
+    weighed = list(zip((*job.texts, *job.negative_texts), job.emphasis, strict=True))
+    long = job.request.long_prompt
+    finished = {one: texts.finished(*one, captions, job.token_ids, long) for one in dict.fromkeys(weighed)}
+    prompts, negative = weighed[: len(job.texts)], weighed[len(job.texts) :]
+    whole = {one: mixed(finished[one], job.request, found, seen, texts.limit) for one in dict.fromkeys(prompts)}
+    return Conditions([whole[one] for one in prompts], finished[negative[0]] if negative else None)
 
 
 def _captions(
     components: Stages,
     job: Job,
     encoder: Encoder,
-    texts: Texts,
     known: dict[str, Tensor | None],
     vision: Vision | None,
     readings: Sequence[Reading],
 ) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """The captions of texts, and those of the pictures that are seen."""
     seen = (yield from read(components, vision, readings)) if vision else {}
-    return (yield from _encode_texts(components, job, encoder, texts, known)), seen
+    return (yield from _encode_texts(components, job, encoder, known)), seen
 
 
 def _encode_texts(
-    components: Stages, job: Job, encoder: Encoder, texts: Texts, known: dict[str, Tensor | None]
+    components: Stages, job: Job, encoder: Encoder, known: dict[str, Tensor | None]
 ) -> Generator[Event, None, dict[str, Tensor]]:
     found, shown = {}, [text for text in known if text != EMBEDDED]
     for text, caption in known.items():
@@ -66,7 +69,7 @@ def _encode_texts(
             yield Event("encode", 0, 1, shown.index(text), len(shown))
         if caption is None:
             caption = encoder.encode(job.text(text), components.plan)
-        found[text] = texts.shorten(caption, job.request.long_prompt)
+        found[text] = caption
         if text in shown:
             yield Event("encode", 1, 1, shown.index(text), len(shown))
     return found

@@ -1,6 +1,6 @@
 """From a prompt to its caption.
 
-    prompt ─ template, chat parts ─→ text ─ tokenizer ─→ ids ─ encoder ─→ layers, blended ─ shortened ─→ caption
+    prompt ─ template, chat parts ─→ text ─ tokenizer ─→ ids ─ encoder ─→ layers, blended ─ weights, length ─→ caption
 
 `Texts` does what needs no weights, once, when a request is prepared. What turns a text into its caption is an
 `Encoder`: the model's own, saved embeddings, or one of these behind a cache; a server or a model that sees pictures
@@ -11,7 +11,7 @@ Shapes: L tokens, C caption width.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -29,8 +29,9 @@ from zimage.settings.captions import MAX_TEXT_TOKENS, TEXT_PARTS, TextSettings
 from zimage.settings.declared import Request
 from zimage.settings.fields import Weights, either
 from zimage.text.cache import EmbeddingCache, cache_key
-from zimage.text.chat import format_chat
+from zimage.text.chat import before_prompt, format_chat
 from zimage.text.compress import compress, describe
+from zimage.text.emphasis import Emphasis, Weighed, Without, emphases, emphasised, weighed
 from zimage.text.templates import Template, Templates
 
 log = logging.getLogger("zimage")
@@ -53,15 +54,26 @@ class ChatParts(NamedTuple):
     assistant_content: str | None = None
     force_think_block: bool = False
     strip_quotes: bool = False
+    weights_in_prompt: bool = False
 
     def format(self, prompt: str) -> str:
         """What the text encoder reads. Raises RequestError for a prompt that is not text, or endless."""
+        return self.weigh(prompt).text
+
+    def weigh(self, prompt: str) -> Weighed:
+        """The same with the weights that stand in the prompt. Raises RequestError, also for those."""
         Request.check_one("prompt", prompt)
         parts = [self.system_prompt, self.thinking_content, self.assistant_content]
         if self.strip_quotes:
             prompt, parts = prompt.replace('"', ""), [part and part.replace('"', "") for part in parts]
+        own = weighed(prompt) if self.weights_in_prompt else Weighed(prompt)
         system, thinking, answer = parts
-        return format_chat(prompt, system, thinking, answer, self.force_think_block)
+        whole = format_chat(own.text, system, thinking, answer, self.force_think_block)
+        if not own.weights:
+            return Weighed(whole)
+        before = len(before_prompt(system))
+        after = len(whole) - before - len(own.text)
+        return Weighed(whole, (*[1.0] * before, *own.weights, *[1.0] * after))
 
 
 class Texts:
@@ -88,6 +100,7 @@ class Texts:
             either(text.assistant_content, template.assistant_content),
             block,
             text.strip_quotes,
+            text.weights_in_prompt,
         )
 
     def filled(self, text: T) -> T:
@@ -102,6 +115,10 @@ class Texts:
             raise RequestError(f"the text {text}", fields=("prompt", *TEXT_PARTS))
         return ids
 
+    def emphases(self, text: Weighed) -> tuple[Emphasis, ...]:
+        """The weights in a formatted prompt; none where all are 1."""
+        return emphases(text, self._model.tokenizer.spans(text.text)) if text.weights else ()
+
     def warn_of_length(self, tokens: int, long_prompt: str) -> None:
         """Say that a text is longer than the model was trained for, where it stays so."""
         if tokens > self.limit and long_prompt == "none":
@@ -112,9 +129,17 @@ class Texts:
         tokens = len(self.tokenize(self.parts(text).format(prompt)))
         return TokenCount(tokens, self.limit, describe(tokens, self.limit, text.long_prompt))
 
-    def shorten(self, caption: Tensor, long_prompt: str) -> Tensor:
-        """The caption as `long_prompt` wants it."""
-        return compress(caption, self.limit, long_prompt)
+    def finished(
+        self,
+        text: str,
+        marks: Sequence[Emphasis],
+        captions: Mapping[str, Tensor],
+        ids: Mapping[str, Sequence[int]],
+        long_prompt: str,
+    ) -> Tensor:
+        """The caption of a text with its weights, and then as `long_prompt` wants it; from those that were encoded."""
+        withouts = [Without(mark, captions[mark.without], ids[mark.without]) for mark in marks]
+        return compress(emphasised(captions[text], ids[text], withouts), self.limit, long_prompt)
 
     def check_layers(self, layers: Weights) -> None:
         """Raise RequestError for layers that the text encoder does not have."""

@@ -1,10 +1,12 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
+from zimage.loading.loras import Adapter, Adapters, LoraUse
 from zimage.loading.registry import VAE
 from zimage.pictures.image import nearest_side
 from zimage.pictures.inpaint import Frame, whole
@@ -25,12 +27,12 @@ USUAL: dict[str, Values] = {
 }
 
 
-def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[str, Any], Frame]:
+def filled(request: Request, model: ModelFiles, parts: ChatParts, loras: Adapters = ()) -> tuple[dict[str, Any], Frame]:
     """Everything that a request leaves open but `tile_mode`, its files opened; and the frame of what it renders.
 
     Raises RequestError, CheckpointError.
     """
-    usual = {**USUAL[kind_of(model)], **preset_values(request.preset, kind_of(model))}
+    usual = _usual(request, kind_of(model), loras)
     guidance = either(request.guidance, usual["guidance"])
     attachments = attached.opened(request, model)
     width, height, frame = _placed(_sized(request, usual_side(model)), attachments, usual_side(model))
@@ -52,6 +54,19 @@ def filled(request: Request, model: ModelFiles, parts: ChatParts) -> tuple[dict[
         "hidden_layer": None if request.layer_weights else next(iter(request.layers)),
     }
     return values, frame
+
+
+def _usual(request: Request, kind: str, loras: Adapters) -> Values:
+    """What is taken where a request leaves it open: what its preset says, else its adapters, else its checkpoint."""
+    known = [a.file.known for a in loras if a.scale and a.file.known and a.file.known.kind == kind]
+    asked = {name: value for one in known for name, value in one.asks.items()}
+    return {**USUAL[kind], **asked, **preset_values(request.preset, kind)}
+
+
+def adapters_told(loras: Sequence[LoraUse], model: ModelFiles) -> list[str]:
+    """A line on each of a prepared job's adapters that asks for other defaults."""
+    adapters = (lora for lora in loras if isinstance(lora, Adapter))
+    return [a.file.known.told(a.name, kind_of(model)) for a in adapters if a.file.known]
 
 
 def _schedule(request: Request, model: ModelFiles, usual: Values) -> dict[str, Any]:

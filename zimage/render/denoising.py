@@ -197,7 +197,7 @@ class _Batch:
                 reached.latents,
                 i,
                 sigmas,
-                lambda x, level: self.evaluate(self._evaluation(dit, x, i, level, kept)),
+                lambda x, level: self.evaluate(self._evaluation(dit, self._shown(x, i, level), i, level, kept)),
                 lambda: self._noise_of(i),
                 past,
             )
@@ -205,6 +205,10 @@ class _Batch:
             if i in (self.start.step, len(sigmas) - 2):  # each look is a device sync; a bad weight shows at once
                 finite(latents, "the DiT", dit)
         return Reached(i + 1, latents, {**kept, **{f"{PAST}.{k}": x for k, x in enumerate(past)}})
+
+    def _shown(self, latents: Tensor, step: int, level: int) -> Tensor:
+        """What the model sees where a step evaluates it: ahead of its own level, too, it sees what a mask keeps."""
+        return latents if level == step else self.start.kept(latents, step, self.sigmas[level])
 
     def _evaluation(
         self, dit: ZImageDiT, latents: Tensor, step: int, level: int, kept: dict[str, Tensor]

@@ -34,10 +34,11 @@ from zimage.settings.declared import Request
 from zimage.settings.fields import Hint, Plain
 from zimage.settings.plain import mistake
 from zimage.settings.sampling import split_sigmas
+from zimage.text.emphasis import Emphasis, Weighed
 
 FACTS = ("model", "dtype", "precision")  # of the pipeline: with others the bits would be others
 # What a render's bits come from; LoRAs and sizes are compared by themselves, plan and strips may follow the memory.
-DECIDED = ("texts", "negative_texts", "token_ids", "glimpses", "frame", "sigmas", "begins", "seeds")
+DECIDED = ("texts", "negative_texts", "token_ids", "emphasis", "glimpses", "frame", "sigmas", "begins", "seeds")
 EMBEDDED = ""  # the text of embeddings: no formatted prompt is empty
 # What a job is as plain values, for `mistake`; the fields of its request check themselves.
 JOB: dict[str, Hint] = {
@@ -45,6 +46,7 @@ JOB: dict[str, Hint] = {
     "texts": list[str],
     "negative_texts": list[str],
     "token_ids": dict[str, list[int]],
+    "emphasis": list[list[tuple[float, str, list[int]]]],
     "glimpses": list[tuple[str, int, float]],
     "passes": list[tuple[int, int, str]],
     "frame": tuple[int, int, int, int, int, int],
@@ -71,16 +73,18 @@ class Job:
 
     `texts` are what the text encoder reads for the prompts, one each (EMBEDDED where embeddings stand in their place),
     and `negative_texts` the one that guidance or NAG steers away from, if there is any. `token_ids` has every distinct
-    text once; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or two with `hires`; `frame`
-    is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the noise levels, falling to 0;
-    `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype` and
-    `precision` are those that it was prepared for.
+    text once, also those that are read because of weights in a prompt; `emphasis` has these weights for each of
+    `texts`, then of `negative_texts`; `glimpses` are the captions of pictures that are mixed in; `passes` are one, or
+    two with `hires`; `frame` is the part of a picture that is rendered: all of it, but for inpainting; `sigmas` the
+    noise levels, falling to 0; `begins` the step with which each pass begins; `seeds` one per image; `model`, `dtype`
+    and `precision` are those that it was prepared for.
     """
 
     request: Request
     texts: tuple[str, ...]
     negative_texts: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
+    emphasis: tuple[tuple[Emphasis, ...], ...]
     glimpses: tuple[Glimpse, ...]
     passes: tuple[Pass, ...]
     frame: Frame
@@ -132,6 +136,7 @@ class Job:
             "texts": list(self.texts),
             "negative_texts": list(self.negative_texts),
             "token_ids": {text: list(ids) for text, ids in self.token_ids.items()},
+            "emphasis": [[[m.weight, m.without, list(m.tokens)] for m in marks] for marks in self.emphasis],
             "glimpses": [list(one) for one in self.glimpses],
             "passes": [list(one) for one in self.passes],
             "frame": list(self.frame),
@@ -159,6 +164,7 @@ class Job:
             tuple(plain["texts"]),
             tuple(plain["negative_texts"]),
             {text: tuple(ids) for text, ids in plain["token_ids"].items()},
+            tuple(tuple(Emphasis(w, text, tuple(ids)) for w, text, ids in marks) for marks in plain["emphasis"]),
             tuple(Glimpse(*one) for one in plain["glimpses"]),
             tuple(Pass(*one) for one in plain["passes"]),
             Frame(*plain["frame"]),
@@ -185,7 +191,8 @@ def job_mistake(plain: Plain) -> str:
         return fault
     if fault := attached.fault(plain["request"]):
         return fault
-    missing = [text for text in (*plain["texts"], *plain["negative_texts"]) if text not in plain["token_ids"]]
+    texts = [*plain["texts"], *plain["negative_texts"], *(text for marks in plain["emphasis"] for _, text, _ in marks)]
+    missing = [text for text in texts if text not in plain["token_ids"]]
     empty = [name for name in ("texts", "passes", "sigmas", "begins", "seeds") if not plain[name]]
     return f"job.{empty[0]} is empty" if empty else "job.token_ids lacks a text" if missing else ""
 
@@ -206,12 +213,16 @@ def decide(
     Raises RequestError or CheckpointError; for one that does not fit in memory only where it `must_fit`.
     """
     parts = texts.parts(request)
-    values, frame = filled(request, model, parts)
-    prompts = (EMBEDDED,) if request.embeddings is not None else tuple(map(parts.format, request.prompts))
+    values, frame = filled(request, model, parts, loras)
+    weighed = [Weighed(EMBEDDED)] if request.embeddings is not None else list(map(parts.weigh, request.prompts))
+    prompts = tuple(one.text for one in weighed)
     # A negative prompt takes no chat parts: what it has in common with the prompt, guidance would cancel.
-    plain = ChatParts(strip_quotes=request.strip_quotes)
-    negatives = () if values["negative"] is None else (plain.format(values["negative"]),)
-    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys((*prompts, *negatives))}
+    plain = ChatParts(strip_quotes=request.strip_quotes, weights_in_prompt=request.weights_in_prompt)
+    weighed += [] if values["negative"] is None else [plain.weigh(values["negative"])]
+    negatives = tuple(one.text for one in weighed[len(prompts) :])
+    emphasis = tuple(map(texts.emphases, weighed))
+    every = (*prompts, *negatives, *(mark.without for marks in emphasis for mark in marks))
+    ids = {text: texts.tokenize(text) if text else () for text in dict.fromkeys(every)}
     embeddings, width, height = values["embeddings"], values["width"], values["height"]
     lengths = {text: len(tokens) if text else len(embeddings.caption) for text, tokens in ids.items()}
     texts.warn_of_length(longest := max(lengths.values()), request.long_prompt)
@@ -232,7 +243,22 @@ def decide(
     _check_say(complete, len(levels) - 1, begins)
     check_guidance(guidance_of(complete), levels, begins, model.config(DIT).n_layers)
     sigmas = tuple(levels.tolist())
-    return Job(complete, prompts, negatives, ids, seen, passes, frame, sigmas, begins, seeds, loras, plan, **facts)
+    return Job(
+        complete,
+        prompts,
+        negatives,
+        ids,
+        emphasis,
+        seen,
+        passes,
+        frame,
+        sigmas,
+        begins,
+        seeds,
+        loras,
+        plan,
+        **facts,
+    )
 
 
 def _levels(request: Request, values: Mapping[str, Any]) -> Tensor:

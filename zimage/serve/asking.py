@@ -84,7 +84,8 @@ def named_as(instead: Mapping[str, str], given: Collection[str]) -> Iterator[Non
         yield
     except RequestError as error:
         named = [instead[name] if instead.get(name) in given else name for name in error.fields]
-        text = str(error) if named == list(error.fields) else f"{named[0]}: {error}"
+        is_said = named == list(error.fields) or str(error).startswith(f"{named[0]}:")
+        text = str(error) if is_said else f"{named[0]}: {error}"
         raise RequestError(text, fields=dict.fromkeys(named)) from error
 
 

@@ -19,11 +19,11 @@ from zimage.captioner import Captioner
 from zimage.errors import OutputError, RequestError, ZImageError
 from zimage.events import Event, timed
 from zimage.formats.lock import Lock
-from zimage.formats.lora import content_hash
-from zimage.loading.loras import LoraUse
+from zimage.loading.loras import Adapters
 from zimage.loading.registry import DIT, TEXT_ENCODER
 from zimage.pictures.files import save
 from zimage.pipeline import ZImage
+from zimage.render.defaults import adapters_told
 from zimage.render.job import Job
 from zimage.render.preview import Factors, Preview, Previews, prefitted
 from zimage.render.rewriting import Rewrite
@@ -119,14 +119,21 @@ class Studio:
                 text = "rewriter: embeddings hold no prompt to rewrite; leave out one of them"
                 raise RequestError(text, fields=("rewriter", "embeddings"))
             self.pipe.rewriter.template(RewriteSettings.from_mapping(question["rewrite"]))
-        job = self.pipe.prepare(request, _uses(question["lora"]), must_fit=idle)
+        job = self.pipe.prepare(request, self._adapters(question["lora"]), must_fit=idle)
         if idle:
             with self._lock:
                 self._prepared[question["id"]] = job
                 while len(self._prepared) > KEPT:
                     self._prepared.popitem(last=False)
         tokens = max(*job.token_counts, *map(len, job.token_ids.values()), 0)
-        return {"job": job.to_dict(), "request": _shown(job), "seeds": list(job.seeds), "tokens": tokens}
+        said = adapters_told(job.loras, self.pipe.model)
+        return {"job": job.to_dict(), "request": _shown(job), "seeds": list(job.seeds), "tokens": tokens, "said": said}
+
+    def _adapters(self, loras: Sequence[Mapping[str, Plain]] | None) -> Adapters | None:
+        """LoRAs by their paths, which the server has found by their names; None: those that the pipeline has."""
+        if loras is None:
+            return None
+        return tuple(self.pipe.lora.adapter(use["path"], use["scale"]) for use in loras)
 
     def _job(self, task: Message) -> Job:
         with self._lock:
@@ -296,13 +303,6 @@ def _released(path: Path) -> Lock:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-
-
-def _uses(loras: Sequence[Mapping[str, Plain]] | None) -> list[LoraUse] | None:
-    """LoRAs by their paths, which the server has found by their names; None: those that the pipeline has."""
-    if loras is None:
-        return None
-    return [LoraUse(use["name"], use["scale"], content_hash(Path(use["path"])), use["path"]) for use in loras]
 
 
 def _places(job: Message) -> dict[str, str]:

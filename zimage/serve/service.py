@@ -273,7 +273,7 @@ class Service:
         check_canvas(told["job"]["frame"][:2], self.settings)
         check_tokens(told["tokens"], "embeddings" if "embeddings" in files.values else "prompt", self.settings)
         row = JobRow(id, asked.form, _digest(asked), told["request"], told["seeds"], told["job"], wanted, key)
-        row.uploads, row.notes = files.hashes, told["notes"]
+        row.uploads, row.notes = files.hashes, [*told["said"], *told["notes"]]
         return row
 
     # ------------------------------------------------------------------ the rest

@@ -37,6 +37,12 @@ class TextSettings(Settings):
         None, "Always or never write a think block. Default: only if it has content.", group="Text"
     )
     strip_quotes: bool = setting(False, 'Remove " from all chat parts: the model paints quoted text.', group="Text")
+    weights_in_prompt: bool = setting(
+        False,
+        r"Read (words:1.2) as words that weigh 1.2, (words) as 1.1 and [words] as 1/1.1; \( is a bracket. "
+        "Default: brackets are text.",
+        group="Text",
+    )
     hidden_layer: int | None = setting(
         None,
         "Layer of the text encoder to use, counted from the end; the first is the token embeddings. "

@@ -224,7 +224,7 @@ class Request(SamplingSettings):
         if self.embeddings is not None and self.prompt:
             text = "embeddings: they replace the prompt; pass only one of them"
             raise RequestError(text, fields=("embeddings", "prompt"))
-        parts = [name for name in TEXT_PARTS if getattr(self, name)]
+        parts = [name for name in (*TEXT_PARTS, "weights_in_prompt") if getattr(self, name)]
         if self.embeddings is not None and parts:
             text = f"embeddings: they contain the whole text; leave out {', '.join(parts)}"
             raise RequestError(text, fields=("embeddings", *parts))

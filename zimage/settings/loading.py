@@ -137,8 +137,8 @@ class LoadSettings(Settings):
     )
     lora: list[str] | None = setting(
         None,
-        "LoRA file (.safetensors), or a folder with one, and its scale, else 1; repeat it to add several. "
-        "Default: none.",
+        "LoRA file (.safetensors), or a folder with one, and its scale, else 1 or what a distilled adapter that is "
+        "recognised asks for, with its steps and guidance; repeat it to add several. Default: none.",
         metavar="PATH[:SCALE]",
         group="Model",
         path=True,
@@ -198,20 +198,19 @@ class LoadSettings(Settings):
             split_lora(text)
 
 
-def split_lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE → (path, scale): the last colon counts if a number follows. Raises RequestError.
+def split_lora(text: str) -> tuple[str, float | None]:
+    """PATH or PATH:SCALE → (path, scale if there is one): the last colon counts if a number follows.
 
-    What is the name of an existing file or folder as a whole has no scale.
+    What is the name of an existing file or folder as a whole has no scale. Raises RequestError.
     """
-    return (text, 1.0) if os.path.exists(os.path.expanduser(text)) else split_scale(text)
+    return (text, None) if os.path.exists(os.path.expanduser(text)) else split_scale(text)
 
 
-def split_scale(text: str) -> tuple[str, float]:
+def split_scale(text: str) -> tuple[str, float | None]:
     """The same, whatever files there are."""
     name, scale = split_number(text)
-    if scale is None:
-        return text, 1.0
-    check_lora_scale(scale)
+    if scale is not None:
+        check_lora_scale(scale)
     return name, scale
 
 

@@ -26,8 +26,8 @@ PRESETS: Mapping[str, Mapping[str, Values]] = {
         BASE: {"sampler": "res_multistep", "schedule": "simple", "steps": 30, "shift": 3.0, "guidance": 3.0},
     },
     "forge": {
-        TURBO: {"sampler": "euler", "schedule": "beta", "steps": 9, "shift": 9.0, "guidance": 0.0},
-        BASE: {"sampler": "euler", "schedule": "beta", "shift": 9.0},
+        TURBO: {"sampler": "euler", "schedule": "beta_shifted", "steps": 9, "shift": 9.0, "guidance": 0.0},
+        BASE: {"sampler": "euler", "schedule": "beta_shifted", "shift": 9.0},
     },
     "diffusers": {
         TURBO: {"sampler": "euler", "schedule": "simple", "steps": 8, "shift": 3.0, "guidance": 0.0},

@@ -1,7 +1,6 @@
 """How a caption becomes latents: noise, schedule, solver and guidance, each parameter declared once."""
 
 import itertools
-import secrets
 import struct
 from dataclasses import dataclass
 
@@ -24,7 +23,16 @@ SAMPLERS = (
     "er_sde",
 )
 # The rows of `flow.SCHEDULES`.
-SCHEDULES = ("simple", "normal", "beta", "karras", "exponential", "linear_quadratic", "kl_optimal")
+SCHEDULES = (
+    "simple",
+    "normal",
+    "beta",
+    "beta_shifted",
+    "karras",
+    "exponential",
+    "linear_quadratic",
+    "kl_optimal",
+)
 MAX_SEED = 2**63 - 1
 RANDOM_SEED = -1  # asks for one, as leaving the seed out does
 DRAWN_SEEDS = 2**32  # random ones are below this, so that people can write them down
@@ -104,8 +112,8 @@ class SamplingSettings(CaptionSettings):
     schedule: str | None = setting(
         None,
         "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
-        "(beta), closer towards the last (karras, exponential, kl_optimal), or nearly all near pure noise "
-        "(linear_quadratic). Default: simple.",
+        "(beta, as diffusers has it; beta_shifted, as ComfyUI and Forge have it), closer towards the last (karras, "
+        "exponential, kl_optimal), or nearly all near pure noise (linear_quadratic). Default: simple.",
         group="Sampling",
         choices=SCHEDULES,
     )
@@ -177,6 +185,8 @@ def is_open(seed: int | None) -> bool:
 
 def drawn_seed(seed: int | None) -> int:
     """The seed that was given, or a random one where it is open."""
+    import secrets  # with all that it imports, which no help needs
+
     return secrets.randbelow(DRAWN_SEEDS) if seed is None or is_open(seed) else seed
 
 

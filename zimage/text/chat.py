@@ -34,13 +34,17 @@ def format_chat(
     think_block: bool = False,
 ) -> str:
     """One conversation; for a prompt alone, exactly the text of the published pipeline. Empty parts count as absent."""
-    system = f"{IM_START}system\n{system_prompt}{IM_END}\n" if system_prompt else ""
-    user = f"{IM_START}user\n{prompt}{IM_END}\n"
     if thinking_content and not think_block:
         raise ValueError("thinking_content needs a think block")
     think = f"{THINK}\n{thinking_content or ''}\n{END_THINK}\n\n" if think_block else ""
     answer = f"{assistant_content}{IM_END}" if assistant_content else ""
-    return f"{system}{user}{IM_START}assistant\n{think}{answer}"
+    return f"{before_prompt(system_prompt)}{prompt}{IM_END}\n{IM_START}assistant\n{think}{answer}"
+
+
+def before_prompt(system_prompt: str | None = None) -> str:
+    """What such a conversation begins with, up to the prompt."""
+    system = f"{IM_START}system\n{system_prompt}{IM_END}\n" if system_prompt else ""
+    return f"{system}{IM_START}user\n"
 
 
 def seen_text(text: str, counts: Sequence[int], system_prompt: str | None = None) -> str:

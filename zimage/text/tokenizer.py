@@ -59,6 +59,12 @@ class Tokenizer:
             raise CheckpointError(f"the tokenizer gives id {max(ids)}; the text encoder has only {self._end}")
         return ids
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The characters (first, end) of `text` that each of its tokens stands for; raises as `encode` does."""
+        self.encode(text)
+        with naming_faults("the tokenizer failed"):
+            return list(self._fast.encode(text, add_special_tokens=False).offsets)
+
     def decode(self, ids: list[int]) -> str:
         with naming_faults("the tokenizer failed"):
             return self._fast.decode(ids, skip_special_tokens=False)
