@@ -45,8 +45,9 @@ from zimage.render.captioning import Conditions, encode
 from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
+from zimage.render.deciding import decide
 from zimage.render.defaults import find_shift, usual_side
-from zimage.render.job import Job, control_files, decide
+from zimage.render.job import Job, control_files
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.state import RenderState
 from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, TILE_OVERLAP, Request

@@ -78,6 +78,7 @@ def requests(wide_folder, tmp_path) -> dict[str, dict]:
             "negative": "(x:2) y",
         },
         "variations": {**PLAIN, "images": 2, "batch_size": 2, "variation": "5:0.4"},
+        "NAG away from a longer caption": {**PLAIN, "nag": 4.0, "negative": "a dog " * 20},
         "two passes": {**PLAIN, "hires": 1.5, "control": [(nets, picture(2))]},
         "a picture": {**PLAIN, "image": picture(1), "strength": 0.7},
         "a picture, in strips": {**PLAIN, "image": picture(1), "strength": 0.7, "tile_mode": "exact", "tile_size": 32},
