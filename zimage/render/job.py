@@ -235,8 +235,9 @@ def decide(
     _check_say(complete, len(levels) - 1, begins)
     check_guidance(guidance_of(complete), levels, begins, model.config(DIT).n_layers)
     sigmas = tuple(levels.tolist())
-    drawn = (passes, frame, sigmas, begins, seeds, loras, plan)
-    return Job(complete, prompts, negatives, ids, emphasis, seen, *drawn, **facts)
+    return Job(
+        complete, prompts, negatives, ids, emphasis, seen, passes, frame, sigmas, begins, seeds, loras, plan, **facts
+    )
 
 
 class _Written(NamedTuple):
