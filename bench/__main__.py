@@ -17,12 +17,28 @@ from bench.roofline import roofline
 from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
+from bench.variety import variety
 from zimage.__main__ import main as zimage
 from zimage.cli.compare import compare
 from zimage.cli.metrics import metrics
 from zimage.cli.sweep import sweep
 
-SCENARIOS = (render, memory, step, decode, rewrite, formats, fewer, kernels, card, roofline, profile, serve, tables)
+SCENARIOS = (
+    render,
+    memory,
+    step,
+    decode,
+    rewrite,
+    formats,
+    fewer,
+    kernels,
+    card,
+    roofline,
+    profile,
+    serve,
+    tables,
+    variety,
+)
 EXPERIMENTS = (sweep, metrics, compare)  # commands of `zimage`, which people look for here too
 
 

@@ -14,6 +14,8 @@ const LABELS = {
   model: "File",
   extend: "Extend by",
   paste: "Paste back",
+  nag: "Attention guidance (NAG)",
+  sigmas: "Noise levels",
   cfg_truncation: "Guidance truncation",
   cfg_normalization: "Guidance normalisation",
   template: "Template",
@@ -99,7 +101,13 @@ export class Field {
 class Text extends Field {
   static kind = "text";
   build() {
-    return el("input", { type: "text", spellcheck: "false", ...this.described, placeholder: shown(this.fallback) });
+    const list = this.form.examples && `examples-${this.name}`;
+    return el("input", { type: "text", spellcheck: "false", list, ...this.described, placeholder: shown(this.fallback) });
+  }
+
+  body() {
+    const words = this.form.examples?.map((word) => el("option", { value: word }));
+    return words ? el("div", {}, this.input, el("datalist", { id: `examples-${this.name}` }, ...words)) : this.input;
   }
 }
 
@@ -184,7 +192,8 @@ class Choice extends Field {
   build() {
     const words = this.form.enum.filter((word) => word !== null);
     const shown = (word) => this.property["x-labels"]?.[word] ?? worded(word);
-    const open = el("option", { value: "" }, this.fallback ? `Default: ${shown(this.fallback)}` : "Default");
+    const text = this.name === "preset" ? "None" : "Default";
+    const open = el("option", { value: "" }, this.fallback ? `${text}: ${shown(this.fallback)}` : text);
     return el("select", this.described, open, ...words.map((word) => el("option", { value: word }, shown(word))));
   }
 }
