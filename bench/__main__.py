@@ -6,6 +6,7 @@ import click
 
 from bench.card import card
 from bench.decode import decode
+from bench.fewer import fewer
 from bench.formats import formats
 from bench.kernels import kernels
 from bench.memory import memory
@@ -22,7 +23,22 @@ from zimage.cli.compare import compare
 from zimage.cli.metrics import metrics
 from zimage.cli.sweep import sweep
 
-SCENARIOS = (render, memory, step, decode, rewrite, formats, kernels, card, roofline, profile, serve, tables, variety)
+SCENARIOS = (
+    render,
+    memory,
+    step,
+    decode,
+    rewrite,
+    formats,
+    fewer,
+    kernels,
+    card,
+    roofline,
+    profile,
+    serve,
+    tables,
+    variety,
+)
 EXPERIMENTS = (sweep, metrics, compare)  # commands of `zimage`, which people look for here too
 
 

@@ -15,6 +15,7 @@ from zimage.errors import RequestError, ZImageError
 from zimage.pictures.comfyui import parse_graph
 from zimage.pictures.files import read_metadata, read_settings
 from zimage.pictures.foreign import CFG
+from zimage.settings.names import named
 
 QUICK = ["--steps", "1", "--width", "64", "--height", "48", "--dtype", "fp32", "--device", "cpu"]
 
@@ -119,6 +120,21 @@ def test_other_samplers_text_nodes_and_wrappings():
     several = changed(PLAIN, "28", lora_1={"on": True, "lora": "a.safetensors", "strength": 1.0}, lora_2={"on": False})
     del several["28"]["inputs"]["lora_name"]
     assert parse_graph(json.dumps(several)).loras == ("a.safetensors:1.0",)
+
+
+@pytest.mark.parametrize(
+    ("node_of", "found"),
+    [
+        (node("KSamplerSelect", sampler_name="res_multistep"), "res_multistep"),
+        (node("SamplerER_SDE", max_stage=3), "ER_SDE"),
+        (node("SamplerEulerAncestral", eta=1.0), "EulerAncestral"),
+    ],
+)
+def test_samplers_that_are_nodes(node_of, found):
+    graph = {**ADVANCED, "4": node_of, "5": node("KarrasScheduler", steps=20, rho=7.0)}
+    read = parse_graph(json.dumps(graph))
+    assert (read.sampler, read.schedule, read.values["steps"]) == (found, "Karras", 20)
+    assert named(read.sampler, read.schedule).unknown == {}
 
 
 def test_of_two_passes_the_first_is_taken():
@@ -270,7 +286,7 @@ def test_another_programs_picture_is_rendered(run, tmp_path):
         write(tmp_path / name, **chunks)
         status, _, err = run("--from", name, "-o", f"out-{name}", quick=QUICK[6:])
         assert status == 0, err
-        assert err.startswith(f"{name} was saved by another program: prompt, steps, seed, CFG, size taken from "), err
+        assert err.startswith(f"{name} was saved by another program: prompt, steps, seed, CFG, size, sampler"), err
         assert "its LoRAs are not loaded: ink" in err
     run(
         "a cat",
@@ -317,7 +333,7 @@ def test_a_picture_without_settings_says_whose_are_read(run, tmp_path):
         ("seed", [1]),
         ("seed", 1.5),
         ("seed", True),
-        ("seed", -1),
+        ("seed", -2),
         ("images", 10_000),
         ("steps", "8"),
         ("steps", 10**9),

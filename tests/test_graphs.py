@@ -54,6 +54,9 @@ def replays(made: list[Tapes]) -> list[int]:
     [
         ({}, [3]),
         ({"guidance": 2.0, "negative": "a dog"}, [6]),
+        ({"nag": 4.0, "negative": "a dog"}, [3]),
+        ({"nag": 4.0, "negative": "a dog", "guidance": 2.0}, [3, 3]),
+        ({"nag": 4.0, "prompt": ["a cat", "a cat " * 40], "batch_size": 2}, []),
         ({"guidance": 2.0, "guidance_method": "slg:layers=1,start=0,stop=1"}, [6, 2]),
         ({"prompt": ["a cat", "a dog"], "batch_size": 1}, [6]),
         ({"prompt": ["a cat", "a dog"], "batch_size": 2}, [3]),

@@ -189,6 +189,7 @@ def loud_folder(tiny_folder, tmp_path_factory):
 REQUESTS = {
     "plain": {},
     "guidance": {"guidance": 3.0, "negative": "a dog"},
+    "NAG": {"nag": 12.0, "negative": "a dog"},
     "unequal captions": {"prompt": ["a cat", "a dog and a bird and many, many other animals " * 3], "batch_size": 2},
     "img2img": {"image": Image.new("RGB", (64, 48), "teal"), "strength": 0.7},
 }

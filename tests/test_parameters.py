@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import sd_parsers
@@ -11,6 +12,7 @@ from zimage.pictures.files import read_metadata, read_settings, save
 from zimage.pictures.foreign import CFG
 from zimage.pictures.parameters import parameters_text, parse_parameters
 from zimage.pictures.texts import UNICODE, comment_bytes, read_texts
+from zimage.settings.sampling import SAMPLERS, SCHEDULES
 
 EXIF, COMMENT = 0x8769, 0x9286
 LORA = {"name": "style.safetensors", "scale": 0.8, "hash": "0123456789abcdef"}
@@ -64,7 +66,7 @@ def picture() -> Image.Image:
 def test_the_text_of_a_plain_picture():
     assert parameters_text(RECORD).split("\n") == [
         "a cat",
-        "Steps: 8, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 1024x768, Model: Z-Image-Turbo, "
+        "Steps: 8, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Seed: 7, Size: 1024x768, Model: Z-Image-Turbo, "
         "Model hash: abcdef0123456789, Shift: 3, Version: zimage 0.1.0",
     ]
 
@@ -122,7 +124,7 @@ def test_another_program_reads_it_in_every_format(tmp_path, suffix, prompt, nega
     read = sd_parsers.ParserManager().parse(path)
     (sampler,) = read.samplers
     assert (sampler.name, sampler.model.name, sampler.model.hash) == ("Euler", "Z-Image-Turbo", "abcdef0123456789")
-    assert sampler.parameters == {"steps": "8", "cfg_scale": "2.5", "seed": "7"}
+    assert sampler.parameters == {"steps": "8", "cfg_scale": "2.5", "seed": "7", "scheduler": "Simple"}
     assert (read.metadata["Size"], read.metadata["Denoising strength"]) == ("1024x768", "0.5")
     assert [_visible(p.value) for p in sampler.prompts] == [f"{prompt} <lora:style:0.8>"]
     assert [_visible(p.value) for p in sampler.negative_prompts] == ([negative] if negative else [])
@@ -251,21 +253,47 @@ def test_what_is_taken_and_what_is_not_is_one_line(tmp_path):
         "hires": 1.5,
         "width": 768,
         "height": 768,
+        "sampler": "dpmpp_2m",
+        "schedule": "beta_shifted",
     }
     assert note.endswith(
-        "a.png was saved by another program: prompt, steps, seed, CFG, size taken from `parameters`; "
-        "it was made with DPM++ 2M Beta, here Euler is used; "
+        "a.png was saved by another program: "
+        "prompt, steps, seed, CFG, size, sampler, schedule taken from `parameters`; "
         "its LoRAs are not loaded: Ink_v2:0.65, plain:1; pass them with --lora"
     )
     request, note = _of_png(tmp_path, CIVITAI)
     assert (request["guidance"], "negative" in request) == (0.0, False)
     assert "at CFG 1 the negative prompt has no effect" in note
     request, note = _of_png(tmp_path, "a cat\nSteps: 4, Sampler: Euler, Model: x")
-    assert request == {"prompt": "a cat", "steps": 4}
+    assert request == {"prompt": "a cat", "steps": 4, "sampler": "euler"}
     assert "not found: seed, CFG, size" in note
     request, note = _of_png(tmp_path, "a\nSteps: 4000, Sampler: Euler, Seed: 99999999999999999999, Size: 1000x1350")
-    assert request == {"prompt": "a", "width": 992, "height": 1344}
+    assert request == {"prompt": "a", "width": 992, "height": 1344, "sampler": "euler"}
     assert "steps 4000 is too large; the maximum is 1000; seed 99999999999999999999 is too large" in note
+
+
+def test_what_is_not_known_here_is_named(tmp_path):
+    text = FORGE.replace("DPM++ 2M,", "DPM++ SDE,").replace("type: Beta", "type: Align Your Steps")
+    request, note = _of_png(tmp_path, text)
+    assert not {"sampler", "schedule"} & request.keys()
+    assert "its sampler DPM++ SDE is not known here, pass --sampler; " in note
+    assert "its schedule Align Your Steps is not known here, pass --schedule; " in note
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_samplers_and_schedules_are_written_and_read_again(tmp_path, sampler, schedule):
+    text = parameters_text(record(sampler=sampler, schedule=schedule))
+    assert re.search(r"Sampler: [\w +]+, Schedule type: [A-Z][\w ]+, CFG scale: ", text), "as the web UI has them"
+    request, note = _of_png(tmp_path, text)
+    assert (request["sampler"], request["schedule"]) == (sampler, schedule)
+    assert "not known" not in note
+
+
+def test_exact_noise_levels_have_no_schedule_by_name():
+    text = parameters_text(record(sampler="heun", steps=2, schedule=None, shift=None, sigmas="1,0.5,0"))
+    assert "Schedule type" not in text
+    assert 'Sigmas: "1,0.5,0", Version' in text
 
 
 def test_a_negative_prompt_is_kept_where_it_acts(tmp_path):

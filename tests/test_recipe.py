@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage.weights.recipe import captions, choices, muon, objects, scenes
+from zimage.weights.recipe import captions, choices, muon, objects, prompts, scenes
 
 
 def test_vocabulary_reaches_the_target_and_keeps_the_trials():
@@ -25,6 +25,13 @@ def test_held_out_combinations_are_spread_and_never_drawn_for_training():
     assert not any(scenes.is_held_out(scene) for scene in scenes.single_scenes())
     rng = random.Random(0)
     assert not any(scenes.is_held_out(scenes.random_pair(rng)) for _ in range(500))
+
+
+def test_trials_do_not_depend_on_the_order_of_a_set(monkeypatch):
+    held, trials = sorted(scenes.held_out()), prompts.scored_trials()
+    for order in (held, held[::-1]):
+        monkeypatch.setattr(prompts, "held_out", lambda order=order: order)
+        assert prompts.scored_trials() == trials
 
 
 def test_pairs_stand_in_their_halves_with_a_gap():

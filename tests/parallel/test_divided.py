@@ -61,6 +61,8 @@ CASES = {
     "two captions of unequal lengths": {"lengths": (9, 40)},
     "guidance": {"lengths": (9,), "negative": 40, "guidance": 3.5},
     "guidance of two": {"lengths": (9, 40), "negative": 70, "guidance": 3.5},
+    "NAG": {"lengths": (9,), "negative": 40, "nag": 4.0},
+    "NAG and guidance of two": {"lengths": (9, 40), "negative": 70, "nag": 4.0, "guidance": 3.5},
     "the least of tokens": {"lengths": (1,), "size": (2, 2)},
 }
 

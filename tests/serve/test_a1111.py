@@ -127,7 +127,14 @@ def test_progress_and_interrupt_of_a_render(server):
 def test_what_pages_send_is_drawn(client, service):
     answer = client.post("txt2img", json=ALL_FIELDS)
     assert answer.status_code == 200
-    assert values(service) == {"prompt": "a cat", "steps": 6, "guidance": 0.0, "width": 128, "height": 64}
+    assert values(service) == {
+        "prompt": "a cat",
+        "steps": 6,
+        "guidance": 0.0,
+        "width": 128,
+        "height": 64,
+        "sampler": "euler",
+    }
     warned = answer.headers["X-Warning"]
     assert "negative_prompt" in warned
     assert "clip_skip" in warned
@@ -206,12 +213,50 @@ def test_whole_numbers_may_come_as_floats(client, service):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("sampler_name", "DPM++ 2M Karras"), ("sampler_index", "DDIM"), ("scheduler", "Karras")]
+    ("sent", "wanted"),
+    [
+        ({"sampler_name": "Euler a"}, {"sampler": "euler_ancestral"}),
+        ({"sampler_index": "k_heun"}, {"sampler": "heun"}),
+        ({"sampler_name": "DPM++ 2M Karras"}, {"sampler": "dpmpp_2m", "schedule": "karras"}),
+        (
+            {"sampler_name": "DPM++ 2M SDE", "scheduler": "Automatic"},
+            {"sampler": "dpmpp_2m_sde", "schedule": "exponential"},
+        ),
+        (
+            {"sampler_name": "res_multistep", "scheduler": "KL Optimal"},
+            {"sampler": "res_multistep", "schedule": "kl_optimal"},
+        ),
+        ({"scheduler": "Automatic"}, {}),
+        ({"sampler": "lcm"}, {"sampler": "lcm"}),
+    ],
 )
-def test_another_sampler_is_named_in_a_warning(client, field, value):
+def test_samplers_by_the_names_of_that_program(client, service, sent, wanted):
+    answer = client.post("txt2img", json={"prompt": "a", **sent})
+    assert values(service) == {"prompt": "a", **wanted}
+    assert "X-Warning" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("sampler_name", "DPM++ SDE"), ("sampler_index", "PLMS"), ("scheduler", "Align Your Steps")]
+)
+def test_another_sampler_is_named_in_a_warning(client, service, field, value):
     answer = client.post("txt2img", json={"prompt": "a", field: value})
     assert answer.status_code == 200
     assert value in answer.headers["X-Warning"]
+    assert values(service) == {"prompt": "a"}
+
+
+def test_two_names_for_the_sampler_are_refused(client):
+    answer = client.post("txt2img", json={"prompt": "a", "sampler": "lcm", "sampler_name": "Euler"})
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "sampler_name: sampler is set too; pass only one of them"
+
+
+def test_the_answer_names_the_sampler_as_that_program_does(client):
+    sent = {"prompt": "a", "sampler_name": "dpmpp_2m", "scheduler": "beta"}  # which is shifted there
+    info = json.loads(client.post("txt2img", json=sent).json()["info"])
+    assert (info["sampler_name"], info["extra_generation_params"]) == ("DPM++ 2M", {"Schedule type": "Beta"})
+    assert "Sampler: DPM++ 2M, Schedule type: Beta, " in info["infotexts"][0]
 
 
 def test_our_own_fields_stand_beside(client, service):
@@ -419,8 +464,12 @@ def test_a_failed_job_is_an_error(client, service):
 
 
 def test_lists_have_what_clients_read(client):
-    assert [entry["name"] for entry in client.get("samplers").json()] == ["Euler"]
-    assert [entry["name"] for entry in client.get("schedulers").json()] == ["simple"]
+    samplers, schedules = client.get("samplers").json(), client.get("schedulers").json()
+    assert [entry["name"] for entry in samplers][:3] == ["Euler", "Euler a", "Heun"]
+    assert [entry["name"] for entry in schedules][:3] == ["automatic", "simple", "normal"]
+    for kind, entries in {"sampler_name": samplers, "scheduler": schedules[1:]}.items():
+        for name in (name for entry in entries for name in (entry["name"], *entry["aliases"])):
+            assert "X-Warning" not in client.post("txt2img", json={"prompt": "a", kind: name}).headers
     assert [entry["name"] for entry in client.get("loras").json()] == ["style"]
     (model,) = client.get("sd-models").json()
     assert model["model_name"] == "fake"

@@ -25,8 +25,13 @@ VALUES = {
     "seed": ("7, 8", [7, 8]),
     "tile_size": ("512", 512),
     "extend": ("8", "8,0,0,0"),
+    "sigmas": ("1,0.5,0", "1,0.5,0"),
 }
-NEEDED = {"negative": {"guidance": "3"}, "strength": {"hires": "2"}}  # without which a control has no effect
+GUIDED = {"guidance": "3"}
+NEEDED = {  # without which a control has no effect
+    "strength": {"hires": "2"},
+    **dict.fromkeys(("negative", "guidance_method", "cfg_truncation", "cfg_normalization"), GUIDED),
+}
 IMAGE, MASK = ("image",), ("image", "mask")
 FILES = {  # the same: files, or pictures of a list
     **dict.fromkeys(("mask", "extend"), IMAGE),
@@ -210,19 +215,19 @@ def test_what_is_left_open_is_not_sent(page):
 def test_a_field_that_is_declared_tomorrow_has_a_control(browser, url):
     def more(route):
         schema = route.fetch().json()
-        new = {"enum": ["euler", "heun"], "type": "string", "default": "euler", "x-group": "Sampling"}
-        schema["request"]["properties"]["sampler"] = {**new, "description": "How --steps are taken."}
+        new = {"enum": ["fine", "coarse"], "type": "string", "default": "fine", "x-group": "Sampling"}
+        schema["request"]["properties"]["brush"] = {**new, "description": "How --steps are taken."}
         schema["request"]["properties"]["sharpness"] = {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5}
         route.fulfill(json=schema)
 
     with window(browser, url, allowed=("422",), routes={"**/api/schema": more}) as page:
-        refuse(page, "sampler")
+        refuse(page, "brush")
         page.click("[data-group=Sampling] summary")
-        assert "“Steps”" in page.locator("#help-sampler").inner_text()
-        page.select_option("#field-sampler", "heun")
+        assert "“Steps”" in page.locator("#help-brush").inner_text()
+        page.select_option("#field-brush", "coarse")
         page.click("[data-group=More] summary")
         page.fill("#field-sharpness", "0.25")
-        assert submitted(page) == {"sampler": "heun", "sharpness": 0.25}
+        assert submitted(page) == {"brush": "coarse", "sharpness": 0.25}
         assert page.locator("[data-group=Sampling] .count").inner_text() == "1 set"
 
 
@@ -249,6 +254,28 @@ def test_sliders_presets_swap_dice_and_lock(page):
     page.click("[aria-label='Leave steps open']")
     page.select_option("#preset", "")
     assert submitted(page) == {}
+
+
+def test_samplers_and_schedules_have_the_names_that_people_know(page):
+    refuse(page)
+    for name, first in (("sampler", "Euler"), ("schedule", "Simple")):
+        texts = page.locator(f"#field-{name} option").all_inner_texts()
+        assert texts[:2] == [f"Default: {first}", first]
+    page.select_option("#field-sampler", label="DPM++ 2M")
+    page.select_option("#field-schedule", label="KL Optimal")
+    assert submitted(page) == {"sampler": "dpmpp_2m", "schedule": "kl_optimal"}
+
+
+def test_exact_noise_levels_leave_no_steps_and_no_schedule(page):
+    refuse(page)
+    page.fill("#field-steps", "12")
+    page.select_option("#field-schedule", "beta")
+    page.click("[data-group=Sampling] summary")
+    page.fill("#field-sigmas", "1,0.6,0")
+    assert not any(page.locator(f"#field-{name}").is_visible() for name in ("steps", "schedule", "shift"))
+    assert submitted(page) == {"sigmas": "1,0.6,0"}
+    page.fill("#field-sigmas", "")
+    assert submitted(page) == {"steps": 12, "schedule": "beta"}
 
 
 def test_seeds_of_63_bits_are_sent_to_the_last_digit(page):

@@ -41,7 +41,7 @@ def both(left: str, right: str) -> str:
 def scored_trials() -> list[Trial]:
     """Singles on seen and held-out colours, single objects of a named size, pairs seen and held out."""
     rng = random.Random(SEED)
-    held = dict(held_out())
+    held = dict(sorted(held_out()))  # a set's own order is another in every process
     seen = {name: rng.choice([c for c in PALETTE if c != held[name]]) for name in OBJECTS}
     trials = [Trial("single, seen", on(article(n), c), (n,), c) for n, c in seen.items()]
     trials += [Trial("single, held out", on(article(n), c), (n,), c) for n, c in held.items()]

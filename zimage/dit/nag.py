@@ -62,9 +62,15 @@ def guided(positive: Tensor, negative: Tensor, scale: float, tau: float = TAU, a
     """z⁺ and z⁻ (…, features) → α·z′ + (1 − α)·z⁺, in fp32 or wider; at scale 1 it is z⁺ to the bit."""
     wide = torch.promote_types(positive.dtype, torch.float32)
     positive, negative = positive.to(wide), negative.to(wide)
-    z = negative.lerp(positive, scale)
-    limit, length = (tau * positive.abs().sum(-1, keepdim=True), z.abs().sum(-1, keepdim=True))
-    return (z * torch.where(length > limit, limit / length, 1.0)).lerp(positive, 1 - alpha)
+    limit, length = tau * _norm(positive), _norm(negative.lerp(positive, scale))
+    share = alpha * torch.where(length > limit, limit / length, 1.0)  # of z in the output, row by row
+    image = positive * (1 - alpha + scale * share)
+    return image.addcmul_(negative, (1 - scale) * share)  # in place: the plan counts on three maps in fp32 here
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The L1 norm of each row (…, 1)."""
+    return torch.linalg.vector_norm(x, ord=1, dim=-1, keepdim=True)
 
 
 def unit_of(scale: float) -> float:

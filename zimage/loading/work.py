@@ -78,9 +78,11 @@ def _stored_bytes(config: Qwen3Config, dtype: torch.dtype) -> int:
 def dit_bytes(config: ZImageDiTConfig, work: Workload, dtype: torch.dtype, device: torch.device = CPU) -> int:
     """About the peak of one evaluation: the feed-forward's hidden maps and a few of width dim, for every token.
 
-    Of each ControlNet beside it, as `control_bytes` says.
+    With NAG one map more, where both attentions are in fp32 together. Of each ControlNet beside it, as `control_bytes`
+    says.
     """
-    own = _dit_tokens(work) * (2 * _hidden(config) + 8 * config.dim) * dtype.itemsize
+    maps = 8 + bool(work.nag_tokens)
+    own = _dit_tokens(work) * (2 * _hidden(config) + maps * config.dim) * dtype.itemsize
     return own + work.control_streams * control_bytes(config, work, dtype)
 
 

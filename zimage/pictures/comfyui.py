@@ -130,10 +130,16 @@ def _found(graph: Graph, sampler: Node, around: list[Node]) -> Found:
     }
     if values[CFG] is None and "conditioning" in {name for node in around for name in node.inputs}:
         values[CFG] = 1  # a guider with one conditioning has nothing to steer away from
-    name, schedule = (first(key, kinds=(str,)) or "" for key in ("sampler_name", "scheduler"))
+    name = first("sampler_name", kinds=(str,)) or _named_by_class(graph.linked(sampler.inputs.get("sampler")))
+    schedule = first("scheduler", kinds=(str,)) or _named_by_class(graph.linked(sampler.inputs.get("sigmas")))
     kept = {name: value for name, value in values.items() if value is not None}
     loras = tuple(line for node in models for line in _loras(node.inputs))
     return Found("ComfyUI's graph", kept, name, schedule, loras, graph.starts_from_picture(sampler))
+
+
+def _named_by_class(node: Node | None) -> str:
+    """The sampler or schedule of a node that is for this one alone: SamplerER_SDE, KarrasScheduler."""
+    return node.kind.removeprefix("Sampler").removesuffix("Scheduler") if node else ""
 
 
 def _loras(inputs: Inputs) -> Iterator[str]:

@@ -6,19 +6,19 @@ from zimage.errors import RequestError, one_line
 from zimage.pictures.image import nearest_side
 from zimage.settings.declared import Request
 from zimage.settings.fields import Plain
+from zimage.settings.names import named
 
 CFG = "cfg"  # other programs' guidance, which counts from 1
 MOST_HIRES = 8  # as the field says
-OURS = {"euler"}  # samplers, as other programs call them
-USUAL = {"", "automatic", "simple", "normal"}  # schedules that need no word
 NAMES = {"prompt": "prompt", "steps": "steps", "seed": "seed", "guidance": "CFG", "width": "size"}  # what one expects
+MORE = {"negative": "negative prompt", "sampler": "sampler", "schedule": "schedule"}
 
 
 @dataclass(frozen=True)
 class Found:
     """What was found, unchecked: `values` by our settings' names (but for CFG), each of the type that it is said to be.
 
-    `by_picture`: it was rendered from another picture.
+    `sampler` and `schedule` are that program's words. `by_picture`: it was rendered from another picture.
     """
 
     form: str
@@ -31,14 +31,16 @@ class Found:
 
 def taken(name: str, found: Found) -> tuple[dict[str, Plain], str]:
     """The settings that can be taken, and a line on them and on what is missing. Raises RequestError."""
-    request, remarks = _checked(name, found.values)
+    how = named(found.sampler, found.schedule)
+    request, remarks = _checked(name, {**found.values, **how.values})
     if request.get("guidance") == 0 and request.pop("negative", ""):
         remarks.append("at CFG 1 the negative prompt has no effect")
     if "hires" not in request:
         request.pop("strength", None)
     request = {key: value for key, value in request.items() if value != ""}
-    here = [title for key, title in {**NAMES, "negative": "negative prompt"}.items() if key in request]
+    here = [title for key, title in {**NAMES, **MORE}.items() if key in request]
     missing = [title for key, title in NAMES.items() if key not in request]
+    remarks += [f"its {kind} {word} is not known here, pass --{kind}" for kind, word in how.unknown.items()]
     parts = [f"{', '.join(here) or 'nothing'} taken from {found.form}", *remarks, *_left(found)]
     if missing:
         parts.insert(1, f"not found: {', '.join(missing)}")
@@ -77,8 +79,6 @@ def guidance_of(cfg: float) -> float:
 def _left(found: Found) -> list[str]:
     """What was used there and is not set here."""
     said = []
-    if found.sampler.lower() not in OURS | {""} or found.schedule.lower() not in USUAL:
-        said.append(f"it was made with {' '.join(filter(None, [found.sampler, found.schedule]))}, here Euler is used")
     if found.loras:
         said.append(f"its LoRAs are not loaded: {', '.join(found.loras[:8])}; pass them with --lora")
     if found.by_picture:

@@ -2,7 +2,7 @@
 
     a cat <lora:style:0.8>
     Negative prompt: dogs
-    Steps: 8, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 1024x1024, Model: name, Version: …
+    Steps: 8, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Seed: 7, Size: 1024x1024, Model: name, Version: …
 
 Prompts take as many lines as they have; the last line holds names and values, and a value with a comma, colon or line
 break stands in quotes, as JSON writes them. CFG counts from 1, and with two passes `Size` is the first one's.
@@ -21,6 +21,7 @@ from zimage.formats.json_text import json_value
 from zimage.pictures.foreign import CFG, MOST_HIRES, Found
 from zimage.pictures.image import first_pass_size
 from zimage.settings.fields import Plain
+from zimage.settings.names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 NEGATIVE = "Negative prompt:"
 INVISIBLE = "\u200b"  # zero width space
@@ -70,7 +71,7 @@ def _items(metadata: Mapping[str, Plain], loras: list[Plain]) -> dict[str, str]:
     first = first_pass_size(r["width"], r["height"], hires) if hires else (r["width"], r["height"])
     items = {
         "Steps": str(r["steps"]),
-        "Sampler": "Euler",
+        **sampling_items(r),
         "CFG scale": _number_text(r["guidance"] + 1),
         "Seed": str(r["seed"]),
         "Size": f"{first[0]}x{first[1]}",
@@ -85,8 +86,15 @@ def _items(metadata: Mapping[str, Plain], loras: list[Plain]) -> dict[str, str]:
             items["Hires resize"] = f"{r['width']}x{r['height']}"
     if loras:
         items["Lora hashes"] = ", ".join(f"{_lora_name(lora)}: {lora['hash']}" for lora in loras)
-    shift = {} if r["shift"] is None else {"Shift": _number_text(r["shift"])}
-    return {**items, **shift, "Version": f"zimage {metadata['version']}"}
+    levels = {"Sigmas": r["sigmas"]} if r.get("sigmas") else {"Shift": _number_text(r["shift"])}
+    return {**items, **levels, "Version": f"zimage {metadata['version']}"}
+
+
+def sampling_items(request: Mapping[str, Plain]) -> dict[str, str]:
+    """The sampler and the schedule as the web UI calls them; older records have neither, exact levels no schedule."""
+    schedule = "" if request.get("sigmas") else SCHEDULE_NAMES[request.get("schedule") or "simple"].label
+    sampler = SAMPLER_NAMES[request.get("sampler") or "euler"].label
+    return {"Sampler": sampler, **({"Schedule type": schedule} if schedule else {})}
 
 
 def _number_text(number: float) -> str:

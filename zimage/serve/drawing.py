@@ -42,6 +42,7 @@ Send = Callable[[Message], None]
 
 KEPT = 4  # jobs that are prepared and not run yet: their opened pictures may be large
 DYING = 10.0  # seconds that a killed process may take to end
+USUAL = ("width", "height", "steps", "sampler", "schedule", "guidance", "shift")  # what a model's kind decides
 STATE_AFTER = 1.0  # seconds after which a job's state is kept: what takes less is sooner drawn anew
 
 
@@ -63,7 +64,7 @@ class Studio:
         pipe, defaults = self.captioner, {}
         if isinstance(pipe, ZImage):
             usual = pipe.prepare(Request(prompt=""), must_fit=False).request
-            defaults = {name: getattr(usual, name) for name in ("width", "height", "steps", "guidance", "shift")}
+            defaults = {name: getattr(usual, name) for name in USUAL}
         device, dtype = pipe.places.get(DIT) or pipe.places[TEXT_ENCODER]
         return {
             "model": {"name": pipe.model.name, "fingerprint": pipe.model.fingerprint, "is_demo": pipe.is_demo},

@@ -12,6 +12,8 @@ from zimage.settings.captions import TextSettings
 from zimage.settings.conditions import MAX_CONTROL_SCALE, names_of
 from zimage.settings.declared import MAX_SIDE, SIZE_MULTIPLE, Request
 from zimage.settings.fields import Plain, Settings, json_schema
+from zimage.settings.guiding import METHODS
+from zimage.settings.names import SAMPLER_NAMES, SCHEDULE_NAMES
 from zimage.settings.presets import PRESETS as BY_NAME
 from zimage.settings.rewriting import RewriteSettings
 from zimage.settings.serving import ServeSettings
@@ -99,6 +101,9 @@ def drawing_schema(settings: ServeSettings, controls: Sequence[str] | None = Non
     fields |= {name: conditions_schema(name, settings.max_conditions, controls) for name in CONDITIONS}
     fields["steps"] = {**fields["steps"], "maximum": min(fields["steps"]["maximum"], settings.max_steps)}
     fields["images"] = {**fields["images"], "maximum": min(fields["images"]["maximum"], settings.max_images)}
+    for name, table in {"sampler": SAMPLER_NAMES, "schedule": SCHEDULE_NAMES}.items():
+        fields[name] = {**fields[name], "x-labels": {ours: names.label for ours, names in table.items()}}
+    fields["guidance_method"] = {**fields["guidance_method"], "examples": list(METHODS)}
     return {**schema, "properties": fields}
 
 

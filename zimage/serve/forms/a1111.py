@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 
 from zimage.errors import RequestError, one_line
 from zimage.pictures.opening import opened_bytes
-from zimage.pictures.parameters import parameters_text
+from zimage.pictures.parameters import parameters_text, sampling_items
 from zimage.pictures.texts import GRAPH_KEY, METADATA_KEY, picture_texts
 from zimage.serve.answers import A1111
 from zimage.serve.asking import LORA, asked, from_base64, named_as
@@ -26,8 +26,6 @@ from zimage.serve.forms.a1111_request import (
     CHECKPOINT,
     HEAVY,
     INSTEAD,
-    SAMPLER,
-    SCHEDULE,
     bodies,
     check_overrides,
     translated,
@@ -40,14 +38,30 @@ from zimage.serve.service import Service
 from zimage.serve.uploads import check_pixels
 from zimage.serve.view import DRAWING, JobView
 from zimage.settings.fields import Plain
+from zimage.settings.names import AUTOMATIC, SAMPLER_NAMES, SCHEDULE_NAMES
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
 
 FORM = "a1111"
 LONGEST_WARNING = 2000  # characters of a header
+SAMPLERS: list[Plain] = [
+    {
+        "name": names.label,
+        "aliases": [ours, *names.others],
+        "options": {"scheduler": names.automatic} if names.automatic else {},
+    }
+    for ours, names in SAMPLER_NAMES.items()
+]
+SCHEDULES: list[Plain] = [
+    {"name": AUTOMATIC, "label": "Automatic", "aliases": []},
+    *(
+        {"name": names.label.lower().replace(" ", "_"), "label": names.label, "aliases": list(names.others)}
+        for names in SCHEDULE_NAMES.values()
+    ),
+]
 LISTS: dict[str, tuple[str, list[Plain]]] = {  # what clients ask for before they draw, and what is the same everywhere
-    "samplers": ("The sampler.", [{"name": SAMPLER, "aliases": ["euler", "k_euler"], "options": {}}]),
-    "schedulers": ("The schedule.", [{"name": SCHEDULE, "label": "Simple", "aliases": ["automatic", "normal"]}]),
+    "samplers": ("The samplers.", SAMPLERS),
+    "schedulers": ("The schedules.", SCHEDULES),
     "upscalers": ("How the first of two passes is enlarged.", [{"name": "Lanczos", "model_name": None, "scale": 4}]),
     "latent-upscale-modes": ("There are none.", []),
     "sd-vae": ("The model has its own.", []),
@@ -212,6 +226,7 @@ async def _base64(service: Service, image: dict[str, Plain]) -> str:
 def info(service: Service, view: JobView) -> dict[str, Plain]:
     """What the web UI tells of its pictures."""
     request, model = view.request, model_entry(service)
+    how = sampling_items(request)
     texts = [parameters_text(image["settings"]) for image in view.images]
     negative = request.get("negative") or ""
     return {
@@ -226,7 +241,8 @@ def info(service: Service, view: JobView) -> dict[str, Plain]:
         "steps": request["steps"],
         "cfg_scale": request["guidance"] + 1,
         "denoising_strength": request.get("strength"),
-        "sampler_name": SAMPLER,
+        "sampler_name": how["Sampler"],
+        "extra_generation_params": {"Schedule type": how.get("Schedule type")},
         "batch_size": len(view.images),
         "sd_model_name": model["model_name"],
         "sd_model_hash": model["hash"],

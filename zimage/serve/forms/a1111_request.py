@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from zimage.errors import SHOWN, RequestError, one_line, quoted
-from zimage.pictures.foreign import OURS, USUAL, guidance_of
+from zimage.pictures.foreign import guidance_of
 from zimage.pictures.image import nearest_side
 from zimage.pictures.parameters import LORA as TAG
 from zimage.serve.asking import ATTACHMENTS, CONDITIONS, LORA, NAMES, lora_names
@@ -20,9 +20,9 @@ from zimage.serve.schema import PROMPT, SMALL_PNG, Schema, own_fields, whole
 from zimage.settings.captions import LONGEST_TEXT
 from zimage.settings.declared import MAX_SIDE
 from zimage.settings.fields import Plain, Settings, check_fields, json_schema, setting
+from zimage.settings.names import named
 from zimage.settings.serving import ServeSettings
 
-SAMPLER, SCHEDULE = "Euler", "simple"
 ORIGINAL = 1  # of `inpainting_fill`: what is behind the mask is begun with
 CHECKPOINT = "sd_model_checkpoint"
 INSTEAD = {  # how clients call what we call otherwise
@@ -30,6 +30,8 @@ INSTEAD = {  # how clients call what we call otherwise
     "negative": "negative_prompt",
     "hires": "hr_scale",
     "strength": "denoising_strength",
+    "sampler": "sampler_name",
+    "schedule": "scheduler",
     "image": "init_images",
     "mask_invert": "inpainting_mask_invert",
     "mask_crop": "inpaint_full_res_padding",
@@ -61,9 +63,11 @@ class Fields(Settings):
     cfg_scale: float | None = setting(None, "Guidance + 1; 1 is off.", minimum=0, maximum=101)
     batch_size: int = setting(1, "Pictures: batch_size × n_iter.", minimum=1, maximum=10_000)
     n_iter: int = setting(1, "Pictures: batch_size × n_iter.", minimum=1, maximum=10_000)
-    sampler_name: str | None = setting(None, "Euler; others are ignored.", longest=255)
+    sampler_name: str | None = setting(
+        None, "The sampler, by the name in /sdapi/v1/samplers or an alias; others are ignored.", longest=255
+    )
     sampler_index: str | None = setting(None, "The same by its older name.", longest=255)
-    scheduler: str | None = setting(None, "Simple; others are ignored.", longest=255)
+    scheduler: str | None = setting(None, "The schedule, likewise.", longest=255)
     enable_hr: bool = setting(False, "Draw at this size first, then enlarge and refine.")
     hr_scale: float = setting(2.0, "How much larger.", above=0, maximum=8)
     hr_resize_x: int = setting(0, "The width to reach, in place of hr_scale.", minimum=0, maximum=1 << 20)
@@ -153,7 +157,8 @@ def bodies(settings: ServeSettings) -> dict[str, Schema]:
 def _in_our_terms(
     fields: Fields, given: Mapping[str, Plain], own: Mapping[str, Plain], usual: Mapping[str, Plain]
 ) -> tuple[dict[str, Plain], list[str]]:
-    values, ignored = _prompts(fields, own), _samplers(fields)
+    sampling, ignored = _sampling(fields)
+    values = {**_prompts(fields, own), **sampling}
     if fields.cfg_scale is not None:
         values["guidance"] = guidance_of(fields.cfg_scale)
     if values.get("negative") and values.get("guidance", own.get("guidance", usual["guidance"])) == 0:
@@ -210,15 +215,11 @@ def _lora(name: str, weight: str) -> str:
     return f"{name}:{weight or 1}"
 
 
-def _samplers(fields: Fields) -> list[str]:
-    """What is asked for and not used. The web UI itself takes its first sampler for names that it does not know."""
-    sampler = fields.sampler_name or fields.sampler_index or SAMPLER
-    scheduler = fields.scheduler or SCHEDULE
-    unused = {
-        f"sampler_name {one_line(sampler, 40)} ({SAMPLER} is used)": sampler.lower() not in OURS | {"k_euler"},
-        f"scheduler {one_line(scheduler, 40)} ({SCHEDULE} is used)": scheduler.lower() not in USUAL,
-    }
-    return [text for text, is_unused in unused.items() if is_unused]
+def _sampling(fields: Fields) -> tuple[dict[str, Plain], list[str]]:
+    """The sampler and the schedule, and what is not known: the web UI draws with its own first sampler then."""
+    how = named(fields.sampler_name or fields.sampler_index or "", fields.scheduler or "")
+    ignored = [f"{INSTEAD[kind]} {one_line(word, 40)} (not known here)" for kind, word in how.unknown.items()]
+    return dict(how.values), ignored
 
 
 def _enlarged(fields: Fields, width: Plain, height: Plain) -> dict[str, Plain]:

@@ -14,6 +14,8 @@ const LABELS = {
   model: "File",
   extend: "Extend by",
   paste: "Paste back",
+  nag: "Attention guidance (NAG)",
+  sigmas: "Noise levels",
   cfg_truncation: "Guidance truncation",
   cfg_normalization: "Guidance normalisation",
   template: "Template",
@@ -21,7 +23,7 @@ const LABELS = {
 const PLACEHOLDERS = { prompt: "Describe the picture", negative: "What to steer away from" };
 const LONG_TEXT = 1000; // characters; a text that may be longer gets an area of its own
 // Where a slider ends: the declared bounds are what can be computed, these are what people use.
-const USUAL = { steps: [1, 50, 1], guidance: [0, 10, 0.1], shift: [0.5, 10, 0.1], strength: [0.05, 1, 0.05], hires: [1.1, 4, 0.1] };
+const USUAL = { steps: [1, 50, 1], guidance: [0, 10, 0.1], shift: [0.5, 10, 0.1], strength: [0.05, 1, 0.05], variety: [0, 2, 0.05], hires: [1.1, 4, 0.1] };
 
 export const labelOf = (name) => LABELS[name] ?? name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
 
@@ -99,7 +101,13 @@ export class Field {
 class Text extends Field {
   static kind = "text";
   build() {
-    return el("input", { type: "text", spellcheck: "false", ...this.described, placeholder: shown(this.fallback) });
+    const list = this.form.examples && `examples-${this.name}`;
+    return el("input", { type: "text", spellcheck: "false", list, ...this.described, placeholder: shown(this.fallback) });
+  }
+
+  body() {
+    const words = this.form.examples?.map((word) => el("option", { value: word }));
+    return words ? el("div", {}, this.input, el("datalist", { id: `examples-${this.name}` }, ...words)) : this.input;
   }
 }
 
@@ -183,8 +191,10 @@ class Choice extends Field {
   static kind = "select";
   build() {
     const words = this.form.enum.filter((word) => word !== null);
-    const open = el("option", { value: "" }, this.fallback ? `Default: ${worded(this.fallback)}` : "Default");
-    return el("select", this.described, open, ...words.map((word) => el("option", { value: word }, worded(word))));
+    const shown = (word) => this.property["x-labels"]?.[word] ?? worded(word);
+    const text = this.name === "preset" ? "None" : "Default";
+    const open = el("option", { value: "" }, this.fallback ? `${text}: ${shown(this.fallback)}` : text);
+    return el("select", this.described, open, ...words.map((word) => el("option", { value: word }, shown(word))));
   }
 }
 

@@ -4,10 +4,14 @@ import { $, el } from "./dom.js";
 import { labelOf, makeField } from "./fields.js";
 import { makeSpecial } from "./special.js";
 
+const guided = (form) => form.effective("guidance") > 0;
+const unlessExact = (form) => form.effective("sigmas") === undefined; // exact noise levels leave nothing to choose
 const beside = (...names) => (form) => names.some((name) => form.effective(name) !== undefined);
 // What has an effect only beside something else. Without it the control is hidden and sends nothing.
 const NEEDS = {
-  negative: (form) => form.effective("guidance") > 0,
+  negative: (form) => guided(form) || form.effective("nag") > 1,
+  ...Object.fromEntries(["guidance_method", "cfg_truncation", "cfg_normalization"].map((name) => [name, guided])),
+  ...Object.fromEntries(["steps", "schedule", "shift"].map((name) => [name, unlessExact])),
   mask: beside("image"),
   extend: beside("image"),
   strength: beside("image", "hires"),
