@@ -14,8 +14,6 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("gen", "batch", "sweep", "info")
 VALUES = {  # of each setting one, as text, and what it becomes
     "steps": ("3", 3),
-    "sampler": ("lcm", "lcm"),
-    "schedule": ("beta", "beta"),
     "guidance": ("2.5", 2.5),
     "negative": ("dogs", "dogs"),
     "images": ("2", 2),
@@ -162,6 +160,23 @@ def test_the_page_of_commands_names_every_flag():
     page = (ROOT / "zimage/cli/README.md").read_text(encoding="utf-8")
     flags = [flag for names in RENAMED.values() for flag in names] + [flag for one in SPELLINGS for flag in one.flags]
     assert [flag for flag in flags if f"`{flag}" not in page and "_" not in flag] == []
+
+
+@pytest.mark.parametrize("flag", ["--sampler-name", "--sampler_name", "--sampling-method"])
+def test_samplers_by_the_names_of_other_programs(flag, capsys):
+    assert parsed("gen", flag, "lcm") == {"sampler": "lcm"}
+    assert parsed("batch", flag, "DPM++ 2M Karras") == {"sampler": "dpmpp_2m", "schedule": "karras"}
+    both = parsed("gen", flag, "Euler a", "--scheduler", "KL Optimal")
+    assert both == {"sampler": "euler_ancestral", "schedule": "kl_optimal"}
+    assert parsed("gen", "--scheduler", "beta") == {"schedule": "beta_shifted"}, "theirs is"
+    for given, said in (
+        ([flag, "DPM++ SDE"], "sampler 'DPM++ SDE' is not known here by any name"),
+        (["--scheduler", "Align Your Steps"], "schedule 'Align Your Steps' is not known here by any name"),
+        ([flag, "heun", "--sampler", "lcm"], "sampler is set too; pass only one of them"),
+        ([flag, "Heun Karras", "--scheduler", "simple"], "schedule is set too; pass only one of them"),
+    ):
+        assert main(["gen", "a", *given]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--cfg", "--cfg-scale", "--cfg_scale"])

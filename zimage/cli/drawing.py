@@ -29,9 +29,10 @@ def introduced(request: Record, place: str, evaluations: int | None = None) -> s
     """
     r = request
     told = "" if evaluations in (None, r["steps"]) else f" ({counted(evaluations, 'evaluation')})"
+    sampler = "" if r.get("sampler", "euler") == "euler" else f"{r['sampler']}, "
     return (
         f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}{told}, guidance {r['guidance']:g}, "
-        f"{scheduled(r)}, {place}"
+        f"{sampler}{scheduled(r)}, {place}"
     )
 
 

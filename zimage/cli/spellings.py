@@ -3,6 +3,7 @@
     --num-inference-steps 8     → --steps 8                       another name: the table RENAMED
     --size 832x1216             → --width 832 --height 1216       other terms: the table SPELLINGS
     --cfg 5                     → --guidance 4
+    --sampler-name "Euler a"    → --sampler euler_ancestral
 
 Each comes with the settings that it stands for, to every command that has them. Names from elsewhere are not shown, and
 may be written with underscores.
@@ -16,13 +17,12 @@ import click
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.fields import Plain
+from zimage.settings.names import Named, named
 
 # A setting, and its flags in diffusers and its scripts, AUTOMATIC1111's web UI, stable-diffusion.cpp and mflux.
 # stable-diffusion.cpp's `-n` is the negative prompt; ours is the number of images.
 RENAMED: Mapping[str, tuple[str, ...]] = {
     "steps": ("--num-inference-steps",),
-    "sampler": ("--sampling-method", "--sampler-name"),
-    "schedule": ("--scheduler",),
     "guidance": ("--guidance-scale",),
     "negative": ("--negative-prompt",),
     "images": ("--num-images-per-prompt", "--num-images", "--batch-count", "--n-iter", "-b"),
@@ -101,8 +101,27 @@ def _guidance(text: str) -> dict[str, Plain]:
         raise RequestError(f"cfg {quoted(text)} should be a number, of which 1 is off", fields=("guidance",)) from None
 
 
+def _sampler(text: str) -> dict[str, Plain]:
+    """By any program's name, which may end with a schedule's."""
+    return _known(named(text), "sampler", text)
+
+
+def _schedule(text: str) -> dict[str, Plain]:
+    return _known(named("", text), "schedule", text)
+
+
+def _known(found: Named, setting: str, text: str) -> dict[str, Plain]:
+    if found.unknown:
+        told = f"{setting} {quoted(text)} is not known here by any name; `--help` lists those that --{setting} takes"
+        raise RequestError(told, fields=(setting,))
+    return dict(found.values)
+
+
 SPELLINGS = (
     Spelling(("--size",), ("width", "height"), _sides, "WIDTHxHEIGHT", "Width and height in pixels, in one word."),
     Spelling(("--cfg",), ("guidance",), _guidance, "FLOAT", "Guidance + 1, as other programs count: 1 is off."),
     Spelling(("--cfg-scale", "--cfg_scale"), ("guidance",), _guidance, "FLOAT"),
+    Spelling(("--sampler-name", "--sampler_name"), ("sampler", "schedule"), _sampler, "NAME"),
+    Spelling(("--sampling-method", "--sampling_method"), ("sampler", "schedule"), _sampler, "NAME"),
+    Spelling(("--scheduler",), ("schedule",), _schedule, "NAME"),
 )
