@@ -105,7 +105,7 @@ def test_every_kind_of_request(pool, settings, wide_folder, tmp_path):
 def test_guidance_on_two_halves(pool, settings, size):
     """And without guidance, all ranks share each evaluation."""
     guided = {**PLAIN, "guidance": 3.0, "steps": 4, "cfg_truncation": 0.7}
-    methods = ("apg:threshold=3", "slg:layers=1,start=0,stop=1")
+    methods = ("apg:threshold=3,momentum=0.5", "slg:layers=1,start=0,stop=1")
     given = [{**guided, "images": 2}, PLAIN, *({**guided, "guidance_method": method} for method in methods)]
     found, *_ = pool.run(size, leading.led_in_halves, settings, leading.draw, given)
     same(found, alone(settings, given))

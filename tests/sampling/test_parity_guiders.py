@@ -51,12 +51,12 @@ GUIDERS = {  # ours → theirs
     "cfg_zero": lambda: guiders.ClassifierFreeZeroStarGuidance(**ORIGINAL),
     "cfg_zero:zero_init_steps=0": lambda: guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=0, **FROM_ONE),
     "cfg_zero:zero_init_steps=3": lambda: guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=3, **ORIGINAL),
-    "apg": lambda: apg(0.0, 15.0, -0.5),
+    "apg": lambda: apg(0.0, 15.0, None),
     "apg:eta=1,threshold=0,momentum=0": lambda: guiders.AdaptiveProjectedGuidance(
         adaptive_projected_guidance_rescale=0.0, **FROM_ONE
     ),
     "apg:eta=0.3,threshold=4,momentum=0.75": lambda: apg(0.3, 4.0, 0.75),
-    "apg:eta=0.5,threshold=2.5,momentum=0": lambda: apg(0.5, 2.5, None),
+    "apg:eta=0.5,threshold=2.5,momentum=-0.5": lambda: apg(0.5, 2.5, -0.5),
     "slg:layers=1+2,start=0,stop=0.5": lambda: guiders.SkipLayerGuidance(
         skip_layer_config=skipping(1, 2), skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.5, **ORIGINAL
     ),

@@ -162,23 +162,6 @@ def test_the_page_of_commands_names_every_flag():
     assert [flag for flag in flags if f"`{flag}" not in page and "_" not in flag] == []
 
 
-@pytest.mark.parametrize("flag", ["--sampler-name", "--sampler_name", "--sampling-method"])
-def test_samplers_by_the_names_of_other_programs(flag, capsys):
-    assert parsed("gen", flag, "lcm") == {"sampler": "lcm"}
-    assert parsed("batch", flag, "DPM++ 2M Karras") == {"sampler": "dpmpp_2m", "schedule": "karras"}
-    both = parsed("gen", flag, "Euler a", "--scheduler", "KL Optimal")
-    assert both == {"sampler": "euler_ancestral", "schedule": "kl_optimal"}
-    assert parsed("gen", "--scheduler", "beta") == {"schedule": "beta_shifted"}, "theirs is"
-    for given, said in (
-        ([flag, "DPM++ SDE"], "sampler 'DPM++ SDE' is not known here by any name"),
-        (["--scheduler", "Align Your Steps"], "schedule 'Align Your Steps' is not known here by any name"),
-        ([flag, "heun", "--sampler", "lcm"], "sampler is set too; pass only one of them"),
-        ([flag, "Heun Karras", "--scheduler", "simple"], "schedule is set too; pass only one of them"),
-    ):
-        assert main(["gen", "a", *given]) == 2
-        assert said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("flag", ["--cfg", "--cfg-scale", "--cfg_scale"])
 def test_guidance_counted_from_one(flag, capsys):
     for text, guidance in (("5", 4.0), ("1", 0.0), ("0", 0.0), ("1.1", 0.1)):
@@ -192,3 +175,28 @@ def test_guidance_counted_from_one(flag, capsys):
     ):
         assert main(["gen", "a", flag, wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--sampler-name", "--sampling-method", "--sampling_method"])
+def test_samplers_as_others_write_them(flag, capsys):
+    written = {"Euler a": "euler_ancestral", "euler_a": "euler_ancestral", "dpm++2m": "dpmpp_2m", "er_sde": "er_sde"}
+    for text, ours in written.items():
+        assert parsed("gen", flag, text) == {"sampler": ours}
+    both = {"sampler": "dpmpp_2m", "schedule": "karras"}
+    assert parsed("gen", flag, "DPM++ 2M Karras") == parsed("gen", flag, "DPM++ 2M", "--scheduler", "Karras") == both
+    for given, said in (
+        ([flag, "PLMS"], "sampler 'PLMS' is not known here; use euler, "),
+        ([flag, ""], "sampler '' is not known here"),
+        (["--scheduler", "align_your_steps"], "schedule 'align_your_steps' is not known here; use simple, "),
+        ([flag, "Euler", "--sampler", "heun"], "sampler is set too"),
+        ([flag, "DPM++ 2M Karras", "--schedule", "beta"], "schedule is set too"),
+    ):
+        assert main(["gen", "a", *given]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_schedules_as_others_write_them():
+    written = {"Simple": "simple", "KL Optimal": "kl_optimal", "linear-quadratic": "linear_quadratic"}
+    for text, ours in written.items():
+        assert parsed("gen", "--scheduler", text) == {"schedule": ours}
+    assert parsed("gen", "--scheduler", "Automatic") == {}  # which is left open here, too

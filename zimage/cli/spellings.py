@@ -3,7 +3,7 @@
     --num-inference-steps 8     → --steps 8                       another name: the table RENAMED
     --size 832x1216             → --width 832 --height 1216       other terms: the table SPELLINGS
     --cfg 5                     → --guidance 4
-    --sampler-name "Euler a"    → --sampler euler_ancestral
+    --sampler-name "DPM++ 2M Karras"  → --sampler dpmpp_2m --schedule karras
 
 Each comes with the settings that it stands for, to every command that has them. Names from elsewhere are not shown, and
 may be written with underscores.
@@ -18,6 +18,7 @@ import click
 from zimage.errors import RequestError, quoted
 from zimage.settings.fields import Plain
 from zimage.settings.names import Named, named
+from zimage.settings.profiles import FIELDS
 
 # A setting, and its flags in diffusers and its scripts, AUTOMATIC1111's web UI, stable-diffusion.cpp and mflux.
 # stable-diffusion.cpp's `-n` is the negative prompt; ours is the number of images.
@@ -38,6 +39,7 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     "dit": ("--diffusion-model",),
     "text_encoder": ("--llm",),
 }
+SAMPLER = ("--sampler-name", "--sampler_name", "--sampling-method", "--sampling_method")
 SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
 
 
@@ -102,26 +104,25 @@ def _guidance(text: str) -> dict[str, Plain]:
 
 
 def _sampler(text: str) -> dict[str, Plain]:
-    """By any program's name, which may end with a schedule's."""
-    return _known(named(text), "sampler", text)
+    """As other programs write samplers, some with a schedule behind."""
+    return _known("sampler", text, named(text))
 
 
 def _schedule(text: str) -> dict[str, Plain]:
-    return _known(named("", text), "schedule", text)
+    return _known("schedule", text, named("", text))
 
 
-def _known(found: Named, setting: str, text: str) -> dict[str, Plain]:
-    if found.unknown:
-        told = f"{setting} {quoted(text)} is not known here by any name; `--help` lists those that --{setting} takes"
-        raise RequestError(told, fields=(setting,))
-    return dict(found.values)
+def _known(setting: str, text: str, found: Named) -> dict[str, Plain]:
+    if found.unknown or not text.strip():
+        known = ", ".join(FIELDS[setting].metadata["choices"])
+        raise RequestError(f"{setting} {quoted(text)} is not known here; use {known}", fields=(setting,))
+    return found.values
 
 
 SPELLINGS = (
     Spelling(("--size",), ("width", "height"), _sides, "WIDTHxHEIGHT", "Width and height in pixels, in one word."),
     Spelling(("--cfg",), ("guidance",), _guidance, "FLOAT", "Guidance + 1, as other programs count: 1 is off."),
     Spelling(("--cfg-scale", "--cfg_scale"), ("guidance",), _guidance, "FLOAT"),
-    Spelling(("--sampler-name", "--sampler_name"), ("sampler", "schedule"), _sampler, "NAME"),
-    Spelling(("--sampling-method", "--sampling_method"), ("sampler", "schedule"), _sampler, "NAME"),
+    Spelling(SAMPLER, ("sampler", "schedule"), _sampler, "NAME"),
     Spelling(("--scheduler",), ("schedule",), _schedule, "NAME"),
 )

@@ -27,7 +27,7 @@ METHODS: Mapping[str, Mapping[str, Parameter]] = {
     "apg": {
         "eta": Parameter(0.0, 0, 1),
         "threshold": Parameter(15.0, 0, 100_000),
-        "momentum": Parameter(-0.5, -0.99, 0.99),
+        "momentum": Parameter(0.0, -0.99, 0.99),
     },
     "slg": {
         "layers": Parameter((7, 8, 9), 0, 999),

@@ -104,7 +104,7 @@ class SamplingSettings(CaptionSettings):
     guidance_method: str | None = setting(
         None,
         "How guidance is made, NAME or NAME:KEY=VALUE,…: cfg, cfg_zero (zero_init_steps=1), apg (eta=0, threshold=15, "
-        "momentum=-0.5) or slg (layers=7+8+9, scale=2.8, start=0.01, stop=0.2). Default: cfg.",
+        "momentum=0) or slg (layers=7+8+9, scale=2.8, start=0.01, stop=0.2). Default: cfg.",
         group="Sampling",
         metavar="METHOD",
         longest=200,
