@@ -4,8 +4,9 @@
 
 A model that was distilled to few steps draws much the same picture from every noise. The first steps decide on the
 composition: there, each seed has a caption of its own, and the plain one brings the picture back to the prompt in all
-that follow. At S = 1 the noise is a seventh of the caption's deviation. Noise on captions against alike pictures: e.g.
-Sadat et al. 2023 (CADS), which fades it out instead.
+that follow. S = 1 is what the remedies in use for Z-Image Turbo add (SeedVarianceEnhancer: ±15 to ±30 on half of the
+entries). The idea is older: Sadat et al. 2023 (CADS), who fade the noise out instead. What it does to the demo, whose
+seeds differ anyway: bench/README.md.
 
 Shapes: L caption tokens, C caption width.
 """
@@ -24,7 +25,8 @@ def varied(caption: Tensor, seed: int, variety: float) -> Tensor:
     own, draws = caption.cpu().float(), stream(seed, "variety")
     chosen = torch.rand(own.shape, generator=draws) < 0.5
     noise = 2 * torch.rand(own.shape, generator=draws) - 1
-    return (own + SCALE * variety * own.std(correction=0) * chosen * noise).to(caption.dtype)
+    deviation = float(own.double().std(correction=0))  # so that its fp32 does not depend on the order of the sum
+    return (own + SCALE * variety * deviation * chosen * noise).to(caption.dtype)
 
 
 def varied_steps(first: int, steps: int) -> range:
