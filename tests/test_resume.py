@@ -137,12 +137,14 @@ def test_every_setting_comes_from_the_state(run, monkeypatch, tmp_path):
     Image.new("L", (64, 48), "white").save("mask.png")
     settings = ["--steps", "4", "--image", "start.png", "--mask", "mask.png", "--strength", "0.7", "--guidance", "2"]
     settings += ["--negative", "dogs", "--template", "photo-overcast", "--layer-weights", "-2:1,-3:1", "--seed", "5"]
+    settings += ["--guidance-method", "apg:momentum=-0.5", "--preset", "comfyui", "--variation", "7:0.3"]
     assert run("a cat", *run.model, *settings, "-o", "whole.png")[0] == 0
     stopped(monkeypatch, run, *settings, "--checkpoint", "state", "-o", "one.png")
     Path("one.png").unlink()
     (tmp_path / "zimage.toml").write_text("[default]\nsteps = 9\ndtype = 'bf16'\n")
     monkeypatch.setenv("ZIMAGE_CONFIG", "zimage.toml")
     again = ["--steps", "4", "--strength", "0.7", "--image", "start.png", "--layer-weights", "-2:1,-3:1"]
+    again += ["--guidance-method", "apg:momentum=-0.5", "--preset", "comfyui", "--cfg", "3", "--variation", "7:0.3"]
     status, said = run("--resume", "state", *again)
     assert (status, said.out) == (0, "one.png\n"), said.err
     assert Image.open("one.png").tobytes() == Image.open("whole.png").tobytes()

@@ -112,10 +112,27 @@ def test_metadata_hold_all_values_and_give_the_picture_again(tmp_path, monkeypat
 def test_the_plan_of_info_counts_with_it(tiny_folder, capsys):
     command = ["info", str(tiny_folder), "--plan", "--json", "--device", "cpu", "--width", "64", "--height", "48"]
     counts = []
-    for more in ([], ["--preset", "turbo-4"], ["--preset", "forge", "--sampler", "heun"]):
+    guided = ["--cfg", "2", "--guidance-method"]
+    for more in (
+        [],
+        ["--preset", "turbo-4"],
+        ["--preset", "forge", "--sampler-name", "Heun"],
+        ["--sigmas", "1,0.5,0"],
+        [*guided, "cfg_zero"],
+        [*guided, "slg:layers=0,stop=0.5"],
+    ):
         assert main([*command, *more]) == 0
         counts.append(json.loads(capsys.readouterr().out)["plan"]["evaluations"])
-    assert counts == [8, 4, 17]
+    assert counts == [8, 4, 17, 2, 14, 19]
+
+
+def test_the_plan_of_info_holds_nags_tokens(tiny_folder, capsys):
+    command = ["info", str(tiny_folder), "--plan", "--json", "--device", "cpu", "--width", "64", "--height", "48"]
+    peaks = []
+    for more in ([], ["--nag", "3"]):
+        assert main([*command, *more]) == 0
+        peaks.append(json.loads(capsys.readouterr().out)["plan"]["stages"]["dit"]["activations"])
+    assert peaks[1] > peaks[0]
 
 
 # ------------------------------------------------------------------ where they rank

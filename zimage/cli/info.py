@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 LISTED = 5  # tensors of a loose file
 REFERENCE = (1024, 1024)  # of a picture in the plan; larger ones are seen at about this size
-ASKED = ("width", "height", "aspect", "steps", "preset", "sampler", "guidance", "batch_size")  # by options
+SIZES = ("width", "height", "aspect", "batch_size")
+LEVELS = ("steps", "preset", "sampler", "schedule", "shift", "sigmas")
+GUIDED = ("guidance", "guidance_method", "nag", "cfg_truncation")
+ASKED = (*SIZES, *LEVELS, *GUIDED)  # by options
 PLANNED = (*ASKED, "tile_mode", "tile_size", "tile_overlap")
 
 
@@ -156,9 +159,9 @@ def _job(pipe: "ZImage", size: dict[str, Plain]) -> "Job":
     """A job for nothing but its plan: as many images as are denoised together, a reference if they can be seen."""
     from PIL import Image
 
-    shift, images = 3.0 if pipe.model.shift is None else None, size.get("batch_size", 1)
+    shift = {} if pipe.model.shift is not None or "sigmas" in size else {"shift": 3.0}
     seen = [Image.new("RGB", REFERENCE)] if pipe.vision else None
-    request = Request(prompt="", images=images, shift=shift, seed=0, reference=seen, **size)
+    request = Request(prompt="", images=size.get("batch_size", 1), seed=0, reference=seen, **{**shift, **size})
     return pipe.prepare(request, must_fit=False)
 
 

@@ -20,6 +20,8 @@ from zimage.formats.atomic import destination
 from zimage.formats.lock import Lock
 from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Hint, Plain, as_plain
+from zimage.settings.guiding import FIELD as METHOD
+from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.loading import LoadSettings
 from zimage.settings.merging import FIELDS, OWNERS
 from zimage.settings.paths import user_path
@@ -150,6 +152,8 @@ def _opened(path: Path, given: Record) -> Keeping:
             now, then = _named(name, value), _named(name, then)
         if name == "template":
             then = record["template"]
+        if name == METHOD:
+            now = GuidanceMethod.parse(str(value)).describe()
         if now != then and as_plain(OWNERS[name].check_one(name, now)) != then:
             raise RequestError(
                 f"resume: the render in {path} has {name} {then!r:.80}, not {value!r:.80}; leave it out or start anew",
