@@ -236,6 +236,30 @@ def test_lists_that_do_not_belong_together_are_a_fault_of_the_server(gen, wrong)
     assert "the server's answer cannot be used" in err
 
 
+@pytest.mark.parametrize("wrong", [{"nag": "x"}, {"nag": None}, {"sampler": 3}, {"schedule": []}])
+def test_a_jobs_sampling_that_is_none_is_a_fault_of_the_server(gen, wrong):
+    def strange(server):
+        server.job["request"] |= wrong
+        return [("job", dict(server.job)), server.end()]
+
+    with serving(strange) as server:
+        status, out, err = gen(server, "a cat")
+    assert (status, out) == (1, "")
+    assert f"the server's answer cannot be used: the job's request.{next(iter(wrong))} should be" in err
+
+
+def test_a_picture_of_no_noise_levels_is_a_fault_of_the_server(gen):
+    def strange(server):
+        event = ("image", server.draw(0))
+        event[1]["image"]["settings"]["request"]["shift"] = None
+        return [event, CUT]
+
+    with serving(strange) as server:
+        status, out, err = gen(server, "a cat", "-o", "cat.webp", "-q")
+    assert (status, out) == (1, "")
+    assert "the server's answer cannot be used: a picture has neither a shift nor sigmas" in err
+
+
 def test_notes_and_rewritten_prompts_are_told_once(gen):
     def rewritten(server):
         server.job["notes"] = ["the demo draws simple scenes"]

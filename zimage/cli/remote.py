@@ -57,6 +57,8 @@ JOB: dict[str, Hint] = {
     "notes": list[str],
     "rewritten": list[dict[str, Any]],
 }
+# Of its request, where the server is not of an earlier version.
+SAMPLING: dict[str, Hint] = {"nag": float, "sampler": str, "schedule": str | None}
 RECORD: dict[str, Hint] = {
     "request": {**SIZE, "prompt": str, "seed": int, "steps": int, "guidance": float, "shift": float | None},
     "model": {"name": str, "fingerprint": str},
@@ -144,7 +146,7 @@ class _Run:
     def _take(self, kind: str, data: dict[str, Plain]) -> None:
         interrupts.check()
         if kind in ("job", END):
-            self._take_job(_checked(JOB, "the job", data))
+            self._take_job(_checked_job(data))
         elif kind == "position":
             self._wait(_checked({"position": int | None}, "the event", data)["position"])
         elif kind == "progress":
@@ -271,11 +273,19 @@ def _checked(kind: Hint, place: str, value: Plain) -> Any:
     return value
 
 
+def _checked_job(job: Plain) -> Record:
+    request: Record = _checked(JOB, "the job", job)["request"]
+    _checked({name: kind for name, kind in SAMPLING.items() if name in request}, "the job's request", request)
+    return dict(job)
+
+
 def _checked_image(image: Plain) -> Record:
     """What is said of a picture; its settings go into files and names of files."""
     record: Record = _checked(IMAGE, "the picture", image)["settings"]
     if max(image["width"], image["height"]) > MAX_SIDE:
         raise Refused(f"the server's answer cannot be used: a picture has sides of at most {MAX_SIDE} px")
+    if record["request"]["shift"] is None and not record["request"].get("sigmas"):
+        raise Refused("the server's answer cannot be used: a picture has neither a shift nor sigmas")
     for lora in record["lora"]:
         _checked(LORA, "the picture's lora", lora)
     try:
