@@ -131,12 +131,10 @@ class Config:
         """The presets of the file, each checked as a whole."""
         presets: dict[str, Entries] = {}
         for name, table in tables.items() if isinstance(tables, dict) else [("", None)]:
-            if not isinstance(table, dict):
-                text = f"presets: {name or 'it'} should be a table, [presets.NAME], with settings of sampling"
-                raise self._file.fault(text, OWN_PRESETS, name)
-            if name in PRESETS:
-                text = f"presets: {name} is a preset of zimage's own; choose another name"
-                raise self._file.fault(text, OWN_PRESETS, name)
+            if name in PRESETS or not isinstance(table, dict):
+                own = f"{name} is a preset of zimage's own; choose another name"
+                other = f"{name or 'it'} should be a table, [presets.NAME], with settings of sampling"
+                raise self._file.fault(f"presets: {own if name in PRESETS else other}", OWN_PRESETS, name)
             presets[name] = {key: self._of_preset(key, value, name) for key, value in table.items()}
             if error := error_of(presets[name]):
                 key = next((key for key in error.fields if key in table), "")

@@ -45,7 +45,7 @@ class SamplingSettings(CaptionSettings):
 
     steps: int | None = setting(
         None,
-        "Denoising steps, one model evaluation each. Default: 8 (Turbo) or 30 (Base).",
+        "Denoising steps. Default: 8 (Turbo) or 30 (Base).",
         group="Sampling",
         minimum=1,
         maximum=MAX_STEPS,
