@@ -14,10 +14,10 @@ from bench.profile import profile
 from bench.render import render
 from bench.rewrite import rewrite
 from bench.roofline import roofline
+from bench.samplers import samplers
 from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
-from bench.variety import variety
 from zimage.__main__ import main as zimage
 from zimage.cli.compare import compare
 from zimage.cli.metrics import metrics
@@ -31,13 +31,13 @@ SCENARIOS = (
     rewrite,
     formats,
     fewer,
+    samplers,
     kernels,
     card,
     roofline,
     profile,
     serve,
     tables,
-    variety,
 )
 EXPERIMENTS = (sweep, metrics, compare)  # commands of `zimage`, which people look for here too
 

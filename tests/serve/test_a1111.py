@@ -160,6 +160,9 @@ def test_a_negative_prompt_counts_with_guidance(client, service):
     answer = client.post("txt2img", json={"prompt": "a", "negative_prompt": "dogs"})
     assert values(service)["negative"] == "dogs"
     assert "X-Warning" not in answer.headers
+    service.launch = service.launch.__class__({}, {"guidance": 0.0, "nag": 2.0}, service.settings, service.folder)
+    client.post("txt2img", json={"prompt": "a", "negative_prompt": "cats"})
+    assert values(service)["negative"] == "cats"
 
 
 @pytest.mark.parametrize("seed", [-1, -7, None])

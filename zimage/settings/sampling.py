@@ -96,7 +96,7 @@ class SamplingSettings(CaptionSettings):
     nag: float = setting(
         1.0,
         "Normalised attention guidance: how strongly --negative acts within each evaluation, also at guidance 0, for "
-        "less than a fifth of its time at 1024 × 1024; 1 is off, 2 to 6 are usual.",
+        "about a fifth of its time at 1024 × 1024; 1 is off, 1.5 to 4 are usual.",
         group="Sampling",
         minimum=1,
         maximum=100,
