@@ -29,6 +29,13 @@ def test_levels_fall_from_one_to_zero(name, shift):
         assert (levels[:-1] > levels[1:]).all()
 
 
+def test_normal_levels_are_even_in_time_down_to_the_last_trained_one():
+    levels = flow.sigmas(8, 3.0, "normal")[:-1].double()
+    times = levels / (3 - 2 * levels)  # the shift undone
+    assert torch.allclose(times, torch.linspace(1, 0.001, 8, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert flow.sigmas(1, 3.0, "normal").tolist() == [1, 0]
+
+
 def test_those_between_two_levels_keep_the_ends_of_the_simple_one():
     for name in ("beta", "karras", "exponential", "kl_optimal"):
         assert torch.equal(flow.sigmas(8, 3.0, name)[[0, 7]], flow.sigmas(8, 3.0)[[0, 7]])
