@@ -296,6 +296,8 @@ CASES = [
 
 # `gen`'s own options, and where what they do is seen.
 OWN = {
+    "sampler_name": "sampling/test_spellings.py::test_samplers_as_others_write_them",
+    "scheduler": "sampling/test_spellings.py::test_schedules_as_others_write_them",
     "cfg": "sampling/test_spellings.py::test_guidance_counted_from_one",
     "cfg_scale": "sampling/test_spellings.py::test_guidance_counted_from_one",
     "size": "sampling/test_sizes.py::test_size_is_width_and_height",

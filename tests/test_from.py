@@ -333,7 +333,7 @@ def test_a_picture_without_settings_says_whose_are_read(run, tmp_path):
         ("seed", [1]),
         ("seed", 1.5),
         ("seed", True),
-        ("seed", -1),
+        ("seed", -2),
         ("images", 10_000),
         ("steps", "8"),
         ("steps", 10**9),

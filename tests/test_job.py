@@ -18,7 +18,7 @@ import zimage
 from zimage.errors import RequestError
 from zimage.loading.planner import Planner
 from zimage.loading.registry import REQUIRED
-from zimage.render import job as jobs
+from zimage.render import deciding
 from zimage.render.job import Job
 from zimage.render.state import RenderState
 from zimage.settings.declared import Request
@@ -49,7 +49,7 @@ def style(tmp_path):
 def counted(monkeypatch):
     """How often things happen: requests checked, plans made, texts tokenised, requests decided."""
     counts = {"checks": 0, "plans": 0, "decisions": 0, "texts": []}
-    check, plan, encode, decide = Request.__post_init__, Planner.plan, Tokenizer.encode, jobs.decide
+    check, plan, encode, decide = Request.__post_init__, Planner.plan, Tokenizer.encode, deciding.decide
 
     def checked(self):
         counts["checks"] += 1

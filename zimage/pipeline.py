@@ -27,7 +27,6 @@ from torch import Tensor
 from zimage import flow
 from zimage.captioner import Captioner, checked_settings
 from zimage.dit import ZImageDiT
-from zimage.dit.control import Flow
 from zimage.errors import RequestError
 from zimage.events import Event, Result, timed
 from zimage.loading.controls import ControlFiles, with_controls
@@ -46,11 +45,12 @@ from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
 from zimage.render.deciding import decide
-from zimage.render.defaults import find_shift, usual_side
+from zimage.render.defaults import find_shift, run_settings, usual_side
 from zimage.render.job import Job, control_files
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.state import RenderState
-from zimage.settings.declared import SIZE_MULTIPLE, STRENGTH, TILE_OVERLAP, Request
+from zimage.settings.declared import SIZE_MULTIPLE, TILE_OVERLAP, Request
+from zimage.settings.fields import either
 from zimage.settings.loading import LoadSettings, split_lora
 from zimage.text import Qwen3
 from zimage.version import __version__
@@ -146,67 +146,52 @@ class ZImage(Captioner):
         shift: float | None = None,
         guidance: float = 0.0,
         negative: Sequence[Tensor] | None = None,
-        cfg_truncation: float = 1.0,
-        cfg_normalization: float = 0.0,
-        schedule: str = "simple",
-        sigmas: Sequence[float] | None = None,
         clean: Tensor | None = None,
-        strength: float = STRENGTH,
         mask: Tensor | None = None,
         controls: Sequence[GivenControl] = (),
-        control_start: float = 0.0,
-        control_end: float = 1.0,
-        control_flow: Flow = "publisher",
-        sampler: str = "euler",
-        variety: float = 0.0,
+        sigmas: Sequence[float] | None = None,
         seeds: Sequence[int] = (),
         hooks: Sequence[denoising.Hook] = (),
-        nag: float = 1.0,
-        guidance_method: str = "cfg",
+        **settings: Any,
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
-        `sigmas` (steps + 1), falling from 1 or less to 0, stand in the place of `steps`, `shift` and `schedule`.
-        `negative` captions are used when guidance > 0 or nag > 1; by default that of the empty prompt. An
-        image-to-image run starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where
-        the `mask` (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on
-        (`flow.first_steps`).
+        `sigmas` (steps + 1), falling from 1 or less to 0, stand in the place of steps, shift and schedule. `negative`
+        captions are used when guidance > 0 or nag > 1; by default that of the empty prompt. An image-to-image run
+        starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
+        (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
         `controls` are (file, latents, scale) each: a control file, what it reads, as `vae.encode` returns it for a
         control picture, (1 or B, 16, h, w), or with the 17 channels of inpainting after them, and the factor of what
-        it adds. A `sampler` that adds noise draws it from `seeds`, one per image. `hooks` wrap every evaluation, see
-        `render.denoising`. `guidance_method` is what `settings.guiding` reads. Raises RequestError, and CheckpointError
-        for an unusable control file.
+        it adds. What is random after the start comes from `seeds`, one per image. `hooks` wrap every evaluation, see
+        `render.denoising`. Further keywords are these fields of Request: sampler, schedule, variety, nag,
+        guidance_method, cfg_truncation, cfg_normalization, strength, control_start, control_end and control_flow.
+        Raises RequestError, and CheckpointError for an unusable control file.
         """
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
-        say = {"control_start": control_start, "control_end": control_end, "control_flow": control_flow}
-        timing = {"steps": steps, "shift": shift, "schedule": schedule}
-        drawn = {"sampler": sampler, "variety": variety}
-        for name, value in {**timing, **say, **drawn, "nag": nag}.items():
-            if value is not None:
-                Request.check_one(name, value)
-        scales = Request(guidance=guidance, cfg_truncation=cfg_truncation, cfg_normalization=cfg_normalization)
-        guided = guidance_of(dataclasses.replace(scales, guidance_method=guidance_method))
-        if (flow.SOLVERS[sampler].draws or variety > 0) and len(seeds) != len(noise):
-            raise RequestError(f"seeds: pass one for each of {len(noise)} images", fields=("seeds", *drawn))
-        if (guidance > 0 or nag > 1) and negative is None:
+        chosen, strength, say = run_settings({"steps": steps, "shift": shift, "guidance": guidance, **settings})
+        solver, is_guided = either(chosen.sampler, "euler"), guidance > 0 or chosen.nag > 1
+        if (flow.SOLVERS[solver].draws or chosen.variety > 0) and len(seeds) != len(noise):
+            text = f"seeds: pass one for each of {len(noise)} images"
+            raise RequestError(text, fields=("seeds", "sampler", "variety"))
+        if is_guided and negative is None:
             negative = self.encode([""]) * len(captions)
         if negative is not None and len(negative) != len(captions):
             raise RequestError(f"pass as many negative captions ({len(negative)}) as captions ({len(captions)})")
         if sigmas is None:
-            levels = flow.sigmas(steps, find_shift(self.model, shift), schedule)
+            levels = flow.sigmas(steps, find_shift(self.model, shift), either(chosen.schedule, "simple"))
         else:
             levels = flow.exact(sigmas)
-        start = flow.start(noise, levels, strength, clean, mask)
+        start, guided = flow.start(noise, levels, strength, clean, mask), guidance_of(chosen)
         check_guidance(guided, levels, [start.step], self.model.config(DIT).n_layers)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]
-        steering = Steering(inputs, control_start, control_end, control_flow, start.step)
-        away = max(map(len, negative)) if negative and nag > 1 else 0
+        away = max(map(len, negative)) if negative and chosen.nag > 1 else 0
         work = Workload(width, height, max(map(len, captions)), len(noise), nag_tokens=away)
         components = self._components(work, tuple(one.file for one in inputs))
         with out_of_memory_in(ROWS[DIT].title):
-            sampling = denoising.Sampling(sampler, guided, seeds, variety, nag)
+            sampling = denoising.Sampling(solver, guided, seeds, chosen.variety, chosen.nag)
+            steering = Steering(inputs, **say, first=start.step)
             *_, reached = denoising.denoise_steps(
                 components, captions, negative, start, levels, sampling, steering, hooks
             )

@@ -107,6 +107,15 @@ def test_metadata_hold_all_values_and_give_the_picture_again(tmp_path, monkeypat
         assert picture.tobytes() == pixels
 
 
+def test_the_plan_of_info_counts_with_it(tiny_folder, capsys):
+    command = ["info", str(tiny_folder), "--plan", "--json", "--device", "cpu", "--width", "64", "--height", "48"]
+    counts = []
+    for more in ([], ["--preset", "turbo-4"], ["--preset", "forge", "--sampler", "heun"]):
+        assert main([*command, *more]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["plan"]["evaluations"])
+    assert counts == [8, 4, 17]
+
+
 # ------------------------------------------------------------------ where they rank
 
 

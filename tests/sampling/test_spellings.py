@@ -14,8 +14,6 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("gen", "batch", "sweep", "info")
 VALUES = {  # of each setting one, as text, and what it becomes
     "steps": ("3", 3),
-    "sampler": ("lcm", "lcm"),
-    "schedule": ("beta", "beta"),
     "guidance": ("2.5", 2.5),
     "negative": ("dogs", "dogs"),
     "images": ("2", 2),
@@ -177,3 +175,28 @@ def test_guidance_counted_from_one(flag, capsys):
     ):
         assert main(["gen", "a", flag, wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--sampler-name", "--sampling-method", "--sampling_method"])
+def test_samplers_as_others_write_them(flag, capsys):
+    written = {"Euler a": "euler_ancestral", "euler_a": "euler_ancestral", "dpm++2m": "dpmpp_2m", "er_sde": "er_sde"}
+    for text, ours in written.items():
+        assert parsed("gen", flag, text) == {"sampler": ours}
+    both = {"sampler": "dpmpp_2m", "schedule": "karras"}
+    assert parsed("gen", flag, "DPM++ 2M Karras") == parsed("gen", flag, "DPM++ 2M", "--scheduler", "Karras") == both
+    for given, said in (
+        ([flag, "PLMS"], "sampler 'PLMS' is not known here; use euler, "),
+        ([flag, ""], "sampler '' is not known here"),
+        (["--scheduler", "align_your_steps"], "schedule 'align_your_steps' is not known here; use simple, "),
+        ([flag, "Euler", "--sampler", "heun"], "sampler is set too"),
+        ([flag, "DPM++ 2M Karras", "--schedule", "beta"], "schedule is set too"),
+    ):
+        assert main(["gen", "a", *given]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_schedules_as_others_write_them():
+    written = {"Simple": "simple", "KL Optimal": "kl_optimal", "linear-quadratic": "linear_quadratic"}
+    for text, ours in written.items():
+        assert parsed("gen", "--scheduler", text) == {"schedule": ours}
+    assert parsed("gen", "--scheduler", "Automatic") == {}  # which is left open here, too

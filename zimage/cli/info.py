@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 LISTED = 5  # tensors of a loose file
 REFERENCE = (1024, 1024)  # of a picture in the plan; larger ones are seen at about this size
-PLANNED = ("width", "height", "aspect", "batch_size", "tile_mode", "tile_size", "tile_overlap")
+ASKED = ("width", "height", "aspect", "steps", "preset", "sampler", "guidance", "batch_size")  # by options
+PLANNED = (*ASKED, "tile_mode", "tile_size", "tile_overlap")
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option("--plan", "with_plan", is_flag=True, help="Show what will be in memory in each stage of a render.")
 @configured
-@options_of(Request, only=("width", "height", "aspect", "batch_size"))
+@options_of(Request, only=ASKED)
 @options_of(LoadSettings, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def info(model: str | None, with_plan: bool, as_json: bool, **options: object) -> None:
@@ -89,7 +90,7 @@ def _file_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _planned(request: dict[str, Plain]) -> dict[str, Plain]:
-    """What of a request's settings decides on memory."""
+    """What of a request's settings decides on memory and time."""
     return {name: value for name, value in request.items() if name in PLANNED}
 
 

@@ -3,6 +3,7 @@
     --num-inference-steps 8     → --steps 8                       another name: the table RENAMED
     --size 832x1216             → --width 832 --height 1216       other terms: the table SPELLINGS
     --cfg 5                     → --guidance 4
+    --sampler-name "DPM++ 2M Karras"  → --sampler dpmpp_2m --schedule karras
 
 Each comes with the settings that it stands for, to every command that has them. Names from elsewhere are not shown, and
 may be written with underscores.
@@ -16,13 +17,13 @@ import click
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.fields import Plain
+from zimage.settings.names import Named, named
+from zimage.settings.profiles import FIELDS
 
 # A setting, and its flags in diffusers and its scripts, AUTOMATIC1111's web UI, stable-diffusion.cpp and mflux.
 # stable-diffusion.cpp's `-n` is the negative prompt; ours is the number of images.
 RENAMED: Mapping[str, tuple[str, ...]] = {
     "steps": ("--num-inference-steps",),
-    "sampler": ("--sampling-method", "--sampler-name"),
-    "schedule": ("--scheduler",),
     "guidance": ("--guidance-scale",),
     "negative": ("--negative-prompt",),
     "images": ("--num-images-per-prompt", "--num-images", "--batch-count", "--n-iter", "-b"),
@@ -38,6 +39,7 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     "dit": ("--diffusion-model",),
     "text_encoder": ("--llm",),
 }
+SAMPLER = ("--sampler-name", "--sampler_name", "--sampling-method", "--sampling_method")
 SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX×*]\s*([0-9]{1,6})\s*")
 
 
@@ -101,8 +103,26 @@ def _guidance(text: str) -> dict[str, Plain]:
         raise RequestError(f"cfg {quoted(text)} should be a number, of which 1 is off", fields=("guidance",)) from None
 
 
+def _sampler(text: str) -> dict[str, Plain]:
+    """As other programs write samplers, some with a schedule behind."""
+    return _known("sampler", text, named(text))
+
+
+def _schedule(text: str) -> dict[str, Plain]:
+    return _known("schedule", text, named("", text))
+
+
+def _known(setting: str, text: str, found: Named) -> dict[str, Plain]:
+    if found.unknown or not text.strip():
+        known = ", ".join(FIELDS[setting].metadata["choices"])
+        raise RequestError(f"{setting} {quoted(text)} is not known here; use {known}", fields=(setting,))
+    return found.values
+
+
 SPELLINGS = (
     Spelling(("--size",), ("width", "height"), _sides, "WIDTHxHEIGHT", "Width and height in pixels, in one word."),
     Spelling(("--cfg",), ("guidance",), _guidance, "FLOAT", "Guidance + 1, as other programs count: 1 is off."),
     Spelling(("--cfg-scale", "--cfg_scale"), ("guidance",), _guidance, "FLOAT"),
+    Spelling(SAMPLER, ("sampler", "schedule"), _sampler, "NAME"),
+    Spelling(("--scheduler",), ("schedule",), _schedule, "NAME"),
 )

@@ -13,9 +13,10 @@ from zimage.errors import RequestError
 from zimage.settings.declared import Request
 from zimage.settings.fields import either
 from zimage.settings.guiding import GuidanceMethod
+from zimage.settings.sampling import SamplingSettings
 
 
-def guidance_of(request: Request) -> flow.Guidance:
+def guidance_of(request: SamplingSettings) -> flow.Guidance:
     """How a request is guided."""
     method = GuidanceMethod.parse(either(request.guidance_method, "cfg"))
     return flow.Guidance(either(request.guidance, 0.0), request.cfg_truncation, request.cfg_normalization, *method)

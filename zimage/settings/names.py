@@ -44,6 +44,7 @@ SCHEDULE_NAMES: Mapping[str, Names] = {
     "simple": Names("Simple", ("sgm_uniform", "trailing", "flowmatch")),
     "normal": Names("Normal"),
     "beta": Names("Beta"),
+    "beta_shifted": Names("Beta Shifted"),
     "karras": Names("Karras"),
     "exponential": Names("Exponential"),
     "linear_quadratic": Names("Linear Quadratic"),
