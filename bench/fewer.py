@@ -20,12 +20,11 @@ from bench.shortcuts import EVALUATED, STEPS, Evaluate, HalfSize, MeanCache, ext
 from bench.weights import TRANSFORMER as WIDE
 from zimage import flow
 from zimage.dit import ZImageDiT
-from zimage.flow.schedules import beta_quantile, shifted
 
 SHIFT = 6.0
 FINE = 100  # steps of Heun's method that stand for the exact solution
 HALVED = (9, 17, 25)  # first steps at half size
-HALF_COST = 1 / 4.4  # of an evaluation at 1024², by `python -m bench roofline`, with a caption of 100 tokens
+HALF_COST = 1 / 4.4  # FLOPs of a step at 512² over one at 1024², by `bench.roofline.costs` with 32 tokens of caption
 PROMPTS = (
     "a sun on a pink background", "a pizza and a sun on a yellow background", "a small cat on a white background",
     "a robot next to a ghost", "a cookie on a gray background", "a rocket and a tree on a blue background",
@@ -85,12 +84,6 @@ def _no_noise() -> Tensor:
     raise AssertionError("none of the rows adds noise")
 
 
-def over_time(steps: int, shift: float) -> Tensor:
-    """(steps + 1,): quantiles of Beta(0.6, 0.6) over time, then the shift, as ComfyUI's and Forge's "beta"."""
-    times = [beta_quantile(1 - k / steps) if k else 1.0 for k in range(steps)]
-    return torch.cat((shifted(torch.tensor(times), shift), torch.zeros(1)))
-
-
 def candidates(budget: int) -> list[Method]:
     """All rows that take `budget` evaluations."""
     full = flow.sigmas(STEPS, SHIFT)
@@ -102,8 +95,8 @@ def candidates(budget: int) -> list[Method]:
         Method("its levels, euler", levels),
         Method("euler", plain),
         Method("euler, shift 3", flow.sigmas(budget, 3.0)),
-        Method("euler, beta over time", over_time(budget, SHIFT)),
-        Method("euler, beta over time, shift 3", over_time(budget, 3.0)),
+        Method("euler, beta_shifted", flow.sigmas(budget, SHIFT, "beta_shifted")),
+        Method("euler, beta_shifted, shift 3", flow.sigmas(budget, 3.0, "beta_shifted")),
         Method("dpmpp_2m", plain, "dpmpp_2m"),
         Method("res_multistep", plain, "res_multistep"),
     ]
@@ -127,7 +120,13 @@ def halved(steps: int) -> list[Method]:
 @click.option("--size", default=128, show_default=True, help="Side of the pictures in pixels.")
 @click.option("--guidance", default=4.0, show_default=True)
 @click.option(
-    "--budget", "budgets", multiple=True, type=click.Choice(BUDGETS), default=("25", "17", "13"), show_default=True
+    "--budget",
+    "budgets",
+    multiple=True,
+    type=click.Choice(BUDGETS),
+    default=("25", "17", "13"),
+    show_default=True,
+    help="Evaluations for which there are rows; repeatable.",
 )
 @click.option("--halves/--no-halves", default=True, help="Rows whose first steps are at half size.")
 def fewer(

@@ -10,8 +10,9 @@ import click
 from bench.card.table import NONE, long, short
 
 CARD = {"card": short, "card_rows": long}  # of results/card.json, once a GPU has been measured
-RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md", HERE / "NOTES.md")
 HEADLINES = {  # of the top README: a saved result and one of its figures
     "a cold render of 256 × 256 in 3 steps, process start to picture": ("render_bf16", "total"),
     "one step at 256 × 256 with the DiT's products in int8 (diffusers: bf16)": ("step_int8", "step"),

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from bench import fewer
 from bench.__main__ import main
-from bench.fewer import Method, over_time
+from bench.fewer import Method
 from bench.shortcuts import EVALUATED, LOOKS_BACK, STEPS, HalfSize, MeanCache, dct_matrix, extrapolated, resized
 from zimage import flow
 
@@ -71,15 +71,6 @@ def test_half_size_is_exact_where_the_picture_has_low_frequencies_only():
     x = flow.noised(picture, torch.randn(1, 3, 8, 12, generator=generator), sigmas[0])
     torch.testing.assert_close(halved(x, 0), (x - picture) / sigmas[0], rtol=0, atol=1e-5)
     assert torch.equal(halved(x, 1), (x - picture) / sigmas[1])
-
-
-def test_beta_over_time_is_dense_at_both_ends_of_the_schedule():
-    levels = over_time(13, 6.0)
-    assert (levels[0], levels[-1]) == (1, 0)
-    assert (levels.diff() < 0).all()
-    times = levels / (6 - 5 * levels)  # before the shift
-    ways = -times.diff()
-    assert max(ways[0], ways[-2]) < min(ways[4:8])
 
 
 def test_the_scenario_counts_what_each_row_costs(tiny_folder, monkeypatch):

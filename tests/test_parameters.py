@@ -254,7 +254,7 @@ def test_what_is_taken_and_what_is_not_is_one_line(tmp_path):
         "width": 768,
         "height": 768,
         "sampler": "dpmpp_2m",
-        "schedule": "beta",
+        "schedule": "beta_shifted",
     }
     assert note.endswith(
         "a.png was saved by another program: "

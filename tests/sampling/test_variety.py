@@ -1,5 +1,7 @@
 """Variety between seeds: captions that differ in the first steps, the same ones however an image is drawn."""
 
+import itertools
+
 import pytest
 import torch
 from PIL import Image
@@ -153,3 +155,15 @@ def test_the_stage_alone_gives_the_same(pipe):
         pipe.denoise([plain], noise, steps=5, variety=1.0)
     with pytest.raises(RequestError, match="variety -1 is too small"):
         pipe.denoise([plain], noise, steps=5, variety=-1)
+
+
+def test_on_the_demo_seeds_come_further_apart_with_more_variety():
+    """From one start noise, so that what differs is the variety's; `bench variety` has the whole table."""
+    demo = zimage.ZImage.load(device="cpu", dtype="fp32")
+    noise = flow.start_noise(5, 16, 16, 16).expand(3, -1, -1, -1)
+    captions, distances = demo.encode(["a cat"]) * 3, []
+    for variety in (0.0, 0.5, 1.0, 2.0, 4.0):
+        x = demo.denoise(captions, noise, variety=variety, seeds=[1, 2, 3])
+        distances.append(float(torch.pdist(x.flatten(1)).mean()))
+    assert distances[0] == 0
+    assert all(after > 1.5 * before for before, after in itertools.pairwise(distances))

@@ -253,7 +253,7 @@ def test_two_names_for_the_sampler_are_refused(client):
 
 
 def test_the_answer_names_the_sampler_as_that_program_does(client):
-    sent = {"prompt": "a", "sampler_name": "dpmpp_2m", "scheduler": "beta"}
+    sent = {"prompt": "a", "sampler_name": "dpmpp_2m", "scheduler": "beta"}  # which is shifted there
     info = json.loads(client.post("txt2img", json=sent).json()["info"])
     assert (info["sampler_name"], info["extra_generation_params"]) == ("DPM++ 2M", {"Schedule type": "Beta"})
     assert "Sampler: DPM++ 2M, Schedule type: Beta, " in info["infotexts"][0]

@@ -4,8 +4,9 @@
 
 A model that was distilled to few steps draws much the same picture from every noise. The first steps decide on the
 composition: there, each seed has a caption of its own, and the plain one brings the picture back to the prompt in all
-that follow. At S = 1 the noise is a seventh of the caption's deviation. Noise on captions against alike pictures: e.g.
-Sadat et al. 2023 (CADS), which fades it out instead.
+that follow. S = 1 is what the remedies in use for Z-Image Turbo add (SeedVarianceEnhancer: ±15 to ±30 on half of the
+entries). The idea is older: Sadat et al. 2023 (CADS), who fade the noise out instead. What it does to the demo, whose
+seeds differ anyway: bench/README.md.
 
 Shapes: L caption tokens, C caption width.
 """

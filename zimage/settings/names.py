@@ -8,8 +8,9 @@ and underscores.
     DPM++ 2M, Automatic → dpmpp_2m, karras     what the web UI's sampler prefers; most prefer none
 
 Whoever writes a name may mean a variant: ComfyUI's `uni_pc` has another B(h) than `uni_pc_bh2`, its `sgm_uniform`
-stands within 0.003 of `simple`, and at eta 0 DDIM's step along a straight path is Euler's. Noise differs anyway, so
-that no picture is that of another program to the pixel.
+stands within 0.003 of `simple`, its `normal`, `karras`, `exponential` and `kl_optimal` run further down, and at eta 0
+DDIM's step along a straight path is Euler's. Noise differs anyway, so that no picture is that of another program to the
+pixel.
 """
 
 import functools
@@ -43,8 +44,8 @@ SAMPLER_NAMES: Mapping[str, Names] = {
 SCHEDULE_NAMES: Mapping[str, Names] = {
     "simple": Names("Simple", ("sgm_uniform", "trailing", "flowmatch")),
     "normal": Names("Normal"),
-    "beta": Names("Beta"),
-    "beta_shifted": Names("Beta Shifted"),
+    "beta": Names("Beta unshifted"),
+    "beta_shifted": Names("Beta", ("beta",)),
     "karras": Names("Karras"),
     "exponential": Names("Exponential"),
     "linear_quadratic": Names("Linear Quadratic"),
@@ -87,9 +88,10 @@ def _known(text: str, kind: str) -> str | None:
 
 @functools.cache
 def _ours(kind: str) -> dict[str, str]:
-    """Every name as names are compared → ours."""
+    """Every name as names are compared → ours; where theirs is another one of ours, it is theirs."""
     table = {"sampler": SAMPLER_NAMES, "schedule": SCHEDULE_NAMES}[kind]
-    return {_key(word): ours for ours, names in table.items() for word in (ours, names.label, *names.others)}
+    own = {_key(ours): ours for ours in table}
+    return own | {_key(word): ours for ours, names in table.items() for word in (names.label, *names.others)}
 
 
 def _key(text: str) -> str:

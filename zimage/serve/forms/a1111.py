@@ -54,7 +54,10 @@ SAMPLERS: list[Plain] = [
 ]
 SCHEDULES: list[Plain] = [
     {"name": AUTOMATIC, "label": "Automatic", "aliases": []},
-    *({"name": ours, "label": names.label, "aliases": list(names.others)} for ours, names in SCHEDULE_NAMES.items()),
+    *(
+        {"name": names.label.lower().replace(" ", "_"), "label": names.label, "aliases": list(names.others)}
+        for names in SCHEDULE_NAMES.values()
+    ),
 ]
 LISTS: dict[str, tuple[str, list[Plain]]] = {  # what clients ask for before they draw, and what is the same everywhere
     "samplers": ("The samplers.", SAMPLERS),
