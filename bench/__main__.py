@@ -18,6 +18,7 @@ from bench.samplers import samplers
 from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
+from bench.variety import variety
 from zimage.__main__ import main as zimage
 from zimage.cli.compare import compare
 from zimage.cli.metrics import metrics
@@ -38,6 +39,7 @@ SCENARIOS = (
     profile,
     serve,
     tables,
+    variety,
 )
 EXPERIMENTS = (sweep, metrics, compare)  # commands of `zimage`, which people look for here too
 
