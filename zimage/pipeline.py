@@ -45,7 +45,7 @@ from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
 from zimage.render.deciding import decide
-from zimage.render.defaults import find_shift, run_settings, usual_side
+from zimage.render.defaults import check_seeds, find_shift, run_settings, usual_side
 from zimage.render.job import Job, control_files
 from zimage.render.remote_encoder import RemoteEncoder
 from zimage.render.state import RenderState
@@ -170,11 +170,10 @@ class ZImage(Captioner):
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         chosen, strength, say = run_settings({"steps": steps, "shift": shift, "guidance": guidance, **settings})
-        solver, is_guided = either(chosen.sampler, "euler"), guidance > 0 or chosen.nag > 1
-        if (flow.SOLVERS[solver].draws or chosen.variety > 0) and len(seeds) != len(noise):
-            text = f"seeds: pass one for each of {len(noise)} images"
-            raise RequestError(text, fields=("seeds", "sampler", "variety"))
-        if is_guided and negative is None:
+        solver, guided = either(chosen.sampler, "euler"), guidance_of(chosen)
+        if flow.SOLVERS[solver].draws or chosen.variety > 0:
+            check_seeds(seeds, len(noise))
+        if negative is None and (guided.scale > 0 or chosen.nag > 1):
             negative = self.encode([""]) * len(captions)
         if negative is not None and len(negative) != len(captions):
             raise RequestError(f"pass as many negative captions ({len(negative)}) as captions ({len(captions)})")
@@ -182,7 +181,7 @@ class ZImage(Captioner):
             levels = flow.sigmas(steps, find_shift(self.model, shift), either(chosen.schedule, "simple"))
         else:
             levels = flow.exact(sigmas)
-        start, guided = flow.start(noise, levels, strength, clean, mask), guidance_of(chosen)
+        start = flow.start(noise, levels, strength, clean, mask)
         check_guidance(guided, levels, [start.step], self.model.config(DIT).n_layers)
         height, width = (side * self.model.skeleton(VAE).spatial_factor for side in noise.shape[2:])
         inputs = [control_input(given, noise) for given in controls]

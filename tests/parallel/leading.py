@@ -71,6 +71,16 @@ def draw(leader: Leader, requests: Sequence[Given]) -> list[Drawn]:
     return [collected(leader.run(Request.from_mapping(request))) for request in requests]
 
 
+def draw_listening(leader: Leader, requests: Sequence[Given]) -> list[set[str]]:
+    """What kinds of traffic all ranks had with each other in each job."""
+    kinds = []
+    for request in requests:
+        before = leader._ranks.sent.copy()
+        draw(leader, [request])
+        kinds.append({*(leader._ranks.sent - before)})
+    return kinds
+
+
 def draw_streamed(leader: Leader, request: Given) -> list[Drawn]:
     """One job in which blocks are streamed."""
     assert leader.pipe.prepare(Request.from_mapping(request)).plan.stages["dit"].streamed

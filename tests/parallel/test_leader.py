@@ -111,6 +111,14 @@ def test_guidance_on_two_halves(pool, settings, size):
     same(found, alone(settings, given))
 
 
+def test_halves_are_for_guidance_alone(pool, settings):
+    """NAG has its negative prompt within one evaluation, which all ranks then share."""
+    away = {**PLAIN, "negative": "a dog"}
+    given = [PLAIN, {**away, "nag": 4.0}, {**away, "guidance": 3.0}, {**away, "guidance": 3.0, "nag": 4.0}]
+    found, _ = pool.run(2, leading.led_in_halves, settings, leading.draw_listening, given)
+    assert [("patches" in kinds, "guidance" in kinds) for kinds in found] == [(True, False)] * 2 + [(False, True)] * 2
+
+
 @pytest.mark.parametrize("lead", [leading.led, leading.led_in_halves], ids=["together", "in halves"])
 def test_every_sampler(pool, settings, lead):
     """Guided at first, two images in a batch; every rank draws the same noise."""

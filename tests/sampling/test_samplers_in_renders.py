@@ -121,7 +121,7 @@ def test_noise_of_steps_continues_that_of_the_start(pipe):
 
 
 @pytest.mark.parametrize("sampler", [name for name, solver in flow.SOLVERS.items() if solver.draws])
-@pytest.mark.parametrize("seeds", [(), (1,), (1, 2, 3)])
+@pytest.mark.parametrize("seeds", [(), (1,), (1, 2, 3), (1, -1), (1, 2**64), (1, 2.0), (1, True), "12", 12, None])
 def test_noise_needs_a_seed_for_each_image(pipe, sampler, seeds):
     with pytest.raises(RequestError, match="pass one for each of 2 images") as raised:
         pipe.denoise(pipe.encode(["a cat"]) * 2, torch.zeros(2, 16, 6, 4), sampler=sampler, seeds=seeds)

@@ -36,6 +36,15 @@ def test_normal_levels_are_even_in_time_down_to_the_last_trained_one():
     assert flow.sigmas(1, 3.0, "normal").tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("shift", [1e-7, 1e-8, 1e-30])
+def test_a_shift_that_fp32_cannot_hold_is_refused(name, shift):
+    with pytest.raises(RequestError, match="so small that rounding") as caught:
+        flow.sigmas(8, shift, name)
+    assert caught.value.fields == ("shift",)
+    assert abs(flow.sigmas(8, 1e-5, name)[0] - 1) < 0.01
+
+
 def test_those_between_two_levels_keep_the_ends_of_the_simple_one():
     for name in ("beta", "karras", "exponential", "kl_optimal"):
         assert torch.equal(flow.sigmas(8, 3.0, name)[[0, 7]], flow.sigmas(8, 3.0)[[0, 7]])
@@ -105,8 +114,19 @@ def test_a_schedule_is_its_own_in_the_stages_too(pipe):
     one = pipe.denoise(caption, noise, steps=3, shift=3.0, schedule="beta")
     assert torch.equal(one, pipe.denoise(caption, noise, sigmas=given))
     assert not torch.equal(one, pipe.denoise(caption, noise, steps=3, shift=3.0))
-    with pytest.raises(RequestError, match=r"should fall from 1 or less to 0"):
-        pipe.denoise(caption, noise, sigmas=[0.5, 0.7, 0])
+
+
+@pytest.mark.parametrize("levels", [[0.5, 0.7, 0], [], [1, 0.5], [[1, 0], [1, 0]], [1, math.nan, 0]], ids=str)
+def test_levels_given_to_the_stage_fall_too(pipe, levels):
+    with pytest.raises(RequestError, match=r"should fall from 1 or less to 0") as caught:
+        pipe.denoise(pipe.encode(["a cat"]), flow.start_noise(1, 16, 6, 8), sigmas=levels)
+    assert caught.value.fields == ("sigmas",)
+
+
+@pytest.mark.parametrize("levels", ["1,0.5,0", ["1", "0"], [1, None]], ids=str)
+def test_levels_given_to_the_stage_are_numbers(pipe, levels):
+    with pytest.raises(RequestError, match=r"should be numbers"):
+        pipe.denoise(pipe.encode(["a cat"]), flow.start_noise(1, 16, 6, 8), sigmas=levels)
 
 
 def test_a_run_that_begins_below_one_begins_with_so_much_noise():

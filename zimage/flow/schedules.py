@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zimage.errors import RequestError
+from zimage.errors import RequestError, quoted
 
 Levels = Callable[[int, float], Tensor]  # (steps, shift) → (steps,) fp32, the levels above 0
 Curve = Callable[[float, float, float], float]  # (r, σ₁, σ_N) → σ
@@ -31,6 +31,7 @@ RHO = 7.0
 BETA = 0.6  # both parameters of the beta distribution
 MEDIAN = math.nextafter(0.5, 1)  # as the reference's library rounds it, which decides ties in fp32
 LAST_TIME = 1 / 1000  # of the thousand times that the model was trained with
+ROUNDING = 0.01  # the most by which that of a small shift, below about 1e-6, may move the first level from 1
 THRESHOLD = 0.025  # the noise that the linear half of linear_quadratic takes away
 
 
@@ -38,6 +39,9 @@ def sigmas(steps: int = 8, shift: float = 3.0, schedule: str = "simple") -> Tens
     """(steps + 1,) fp32 falling from 1 to 0, by a row of `SCHEDULES`. Raises RequestError."""
     if steps < 1 or shift <= 0:
         raise RequestError(f"steps = {steps} and shift = {shift} must be at least 1 and above 0, respectively")
+    if abs(float(shifted(torch.ones(1), shift)) - 1) > ROUNDING:
+        text = f"shift {shift:g} is so small that rounding moves the first noise level away from 1; pass a larger one"
+        raise RequestError(text, fields=("shift",))
     return torch.cat((SCHEDULES[schedule](steps, shift), torch.zeros(1)))
 
 
@@ -136,9 +140,13 @@ def _series(x: float, a: float) -> float:
 
 def exact(levels: Sequence[float]) -> Tensor:
     """Levels as they are, (N + 1,) fp32. Raises RequestError unless they fall from 1 or less to 0."""
-    found = torch.tensor(levels, dtype=torch.float32)
-    if len(found) < 2 or found[-1] != 0 or not 0 < found[0] <= 1 or not (found[:-1] > found[1:]).all():
-        raise RequestError(f"sigmas {list(levels)} should fall from 1 or less to 0", fields=("sigmas",))
+    try:
+        found = torch.as_tensor(levels, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError):
+        raise RequestError(f"sigmas {quoted(levels)} should be numbers", fields=("sigmas",)) from None
+    is_run = found.ndim == 1 and len(found) > 1
+    if not (is_run and 0 < found[0] <= 1 and found[-1] == 0 and (found[:-1] > found[1:]).all()):
+        raise RequestError(f"sigmas {quoted(levels)} should fall from 1 or less to 0", fields=("sigmas",))
     return found
 
 

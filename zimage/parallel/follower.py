@@ -44,7 +44,7 @@ def _draw(
             raise _Told(word)
 
     job = pipe.checked(job)
-    components = Divided(pipe.components(job), ranks, halves if job.negative_texts else None, turn)
+    components = Divided(pipe, job, ranks, halves, turn)
     try:
         for _ in stages.draw(components, job, conditions, state, components.hooks):
             pass

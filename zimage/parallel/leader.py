@@ -83,8 +83,7 @@ class Leader:
         if self._has_ended or self._at is not None:
             why = "are gone" if self._has_ended else "were parted by an error" if self._is_parted else "are at a job"
             raise ZImageError(f"the ranks {why}; run one job after the other, before the leader is closed")
-        halves = self._halves if job.negative_texts else None
-        at = Divided(self.pipe.components(job), self._ranks, halves, lambda: orders.say(self._ranks, Word.GO))
+        at = Divided(self.pipe, job, self._ranks, self._halves, lambda: orders.say(self._ranks, Word.GO))
         self._at = at
         at.in_use = True
         orders.say(self._ranks, Word.JOB)

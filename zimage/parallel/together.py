@@ -16,17 +16,19 @@ from zimage.parallel.ranks import Ranks
 from zimage.pipeline import ZImage
 from zimage.render.components import Components
 from zimage.render.denoising import Hook
+from zimage.render.job import Job
 
 
 class Divided(Components):
     """The components of a job, divided over the ranks; `in_use` tells whether this rank is at work on one."""
 
-    def __init__(self, whole: Components, ranks: Ranks, halves: Halves | None, turn: Callable[[], None]):
-        """With `halves`, each of these evaluates the DiT by itself. `turn` is called before each use: it tells the
-        other ranks to go on, or waits until it is told to.
+    def __init__(self, pipe: ZImage, job: Job, ranks: Ranks, halves: Halves | None, turn: Callable[[], None]):
+        """With `halves`, each of these evaluates the DiT by itself where the job is guided. `turn` is called before
+        each use: it tells the other ranks to go on, or waits until it is told to.
         """
+        whole = pipe.components(job)
         super().__init__(whole.residency, whole.plan, whole.adapters, whole.controls)
-        self._ranks, self._halves, self._turn = ranks, halves, turn
+        self._ranks, self._halves, self._turn = ranks, halves if job.request.guidance else None, turn
         self.in_use = False
 
     @property

@@ -17,7 +17,7 @@ from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request, split_asp
 from zimage.settings.fields import either, nearest
 from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import BASE, TURBO, Values, names_of, preset_values
-from zimage.settings.sampling import SamplingSettings, drawn_seed, is_open, split_sigmas, split_variation
+from zimage.settings.sampling import MAX_SEED, SamplingSettings, drawn_seed, is_open, split_sigmas, split_variation
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -157,3 +157,11 @@ def run_settings(settings: Mapping[str, Any]) -> tuple[SamplingSettings, float, 
     given = {name: Request.check_one(name, value) for name, value in settings.items() if value is not None}
     drawn = SamplingSettings(**{name: value for name, value in given.items() if name in (*OF_RUNS, *OF_GUIDANCE)})
     return drawn, given.get("strength", STRENGTH), {SAY[name]: given[name] for name in SAY if name in given}
+
+
+def check_seeds(seeds: object, count: int) -> None:
+    """Raise RequestError unless they are those of `count` images."""
+    found = list(seeds) if isinstance(seeds, Sequence) else []
+    if len(found) != count or not all(type(seed) is int and 0 <= seed <= MAX_SEED for seed in found):
+        text = f"seeds: pass one for each of {count} images, whole numbers from 0 to {MAX_SEED}"
+        raise RequestError(text, fields=("seeds", "sampler", "variety"))

@@ -111,9 +111,9 @@ class SamplingSettings(CaptionSettings):
     )
     schedule: str | None = setting(
         None,
-        "How the noise levels of the steps lie: evenly in time (simple; normal, which ends nearer to 0), closer at "
-        "both ends (beta, as diffusers has it; beta_shifted, as ComfyUI and Forge have it), closer towards the last "
-        "(karras, exponential, kl_optimal), or nearly all near pure noise (linear_quadratic). Default: simple.",
+        "How the noise levels of the steps lie: evenly in time (simple; normal ends nearer to 0), closer at both ends "
+        "(beta, as diffusers has it; beta_shifted, as ComfyUI and Forge have it), closer towards the last (karras, "
+        "exponential, kl_optimal), or nearly all near pure noise (linear_quadratic). Default: simple.",
         group="Sampling",
         choices=SCHEDULES,
     )
