@@ -178,6 +178,13 @@ def test_settings_that_do_not_go_together_make_a_cell_with_an_error():
     assert len({cell.id for cell in found}) == 2
 
 
+def test_a_variation_that_is_open_makes_no_cell():
+    """What it draws would follow from chance, not from the id."""
+    found = cells(axis("variation", ["7:0.5", "-1:0.5"]))
+    assert [cell.error[:40] for cell in found] == ["", "variation: its seed is open, and a cell "]
+    assert cells(variation="-1:0.5")[0].error
+
+
 def test_two_cells_that_are_one_picture_are_refused():
     with pytest.raises(RequestError, match="the same picture: steps default, seed 0 and steps 4, seed 0"):
         cells("steps=,4", steps=4)

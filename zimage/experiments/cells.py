@@ -23,6 +23,7 @@ from zimage.settings.loading import LoadSettings, split_lora
 from zimage.settings.merging import FIELDS
 from zimage.settings.paths import user_path
 from zimage.settings.profiles import Resolved
+from zimage.settings.sampling import is_open
 
 if TYPE_CHECKING:
     from zimage.text.templates import Templates
@@ -124,7 +125,9 @@ def _cell(point: Mapping[str, Plain], prompt: str, seed: int, settings: _Settled
     request, load, error = {**settings.request, "prompt": prompt, "seed": seed}, settings.load, settings.error
     if not error:
         try:
-            Request.from_mapping(request)
+            if any(is_open(other) for other, _ in Request.from_mapping(request).variations):
+                text = "variation: its seed is open, and a cell is drawn the same each time; pass one, such as 7:0.5"
+                raise RequestError(text, fields=("variation",))
         except RequestError as fault:
             error = str(fault)
     used = {name: value for name, value in load.items() if name in point or name not in WITHOUT_EFFECT}
