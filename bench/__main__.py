@@ -14,6 +14,7 @@ from bench.profile import profile
 from bench.render import render
 from bench.rewrite import rewrite
 from bench.roofline import roofline
+from bench.samplers import samplers
 from bench.serve import serve
 from bench.step import step
 from bench.tables import tables
@@ -31,6 +32,7 @@ SCENARIOS = (
     rewrite,
     formats,
     fewer,
+    samplers,
     kernels,
     card,
     roofline,

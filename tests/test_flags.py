@@ -215,7 +215,7 @@ CASES = [
     Case("variation", "2:0.3"),
     Case("shift", 6.0, beside={"steps": 2}),
     Case("nag", 4.0, beside={"steps": 2}),
-    *[Case("schedule", name, beside={"steps": 3}) for name in SCHEDULES[2:]],
+    *[Case("schedule", name, beside={"steps": 3}) for name in SCHEDULES[1:]],
     Case("preset", "turbo-4", beside={"steps": None}),
     Case("sigmas", "1,0.9,0", beside={"steps": 2}),
     Case("cfg_truncation", 0.0, beside=GUIDED),

@@ -102,7 +102,7 @@ def test_a_distilled_adapter_gives_defaults(of_kind, tmp_path):
     assert told(pipe, steps=5, guidance=1.0)[:3] == (5, 1.0, 0.8)
     assert told(pipe, preset="diffusers")[:3] == (50, 4.0, 0.8)
     pipe.lora.set(pipe.lora.list()[0].handle, 0.0)
-    assert told(pipe)[:3] == (30, 4.0, 0.0)
+    assert told(pipe) == (30, 4.0, 0.0, [])
 
 
 def test_a_scale_that_is_given_stays(of_kind, tmp_path):

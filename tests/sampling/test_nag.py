@@ -5,6 +5,7 @@ import functools
 import control_formulas
 import control_nets
 import lora_files
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ import zimage
 from bench.weights import COMPONENTS
 from zimage.dit import ZImageDiT
 from zimage.dit.control import Controlled
-from zimage.dit.nag import guided
+from zimage.dit.nag import Nag, guided, unit_of
 from zimage.errors import RequestError
 from zimage.loading.plan import Workload
 from zimage.loading.work import dit_bytes
@@ -26,6 +27,7 @@ from zimage.nn.attention import attention, use_attention
 from zimage.nn.compile import compile_blocks
 from zimage.pictures.image import to_pil
 from zimage.render.state import RenderState
+from zimage.weights.recipe.judge import find
 
 LIMIT = 1e-5
 WIDTH = DIT["cap_feat_dim"]
@@ -179,6 +181,19 @@ def test_a_scale_is_not_rounded_to_sixteen_bits():
     refined = torch.zeros(32, 8, dtype=torch.bfloat16)
     model = control_nets.dit(dim=8, n_heads=1, n_kv_heads=1, axes_dims=[4, 2, 2]).bfloat16()
     assert model.context_away([refined], [refined], 4.1, 6, 10).seen.scale == torch.tensor(4.1)
+
+
+def test_fp16_holds_the_output_in_a_unit():
+    """τ lets it be 2.25 times as long as what each attention gives, which reaches ±30,000 here."""
+    n, heads = 32, (1, 32)
+    v = torch.cat([value * torch.ones(1, n, *heads) for value in (0.0, 30_000.0, -30_000.0)], dim=1).half()
+    q, k = torch.ones_like(v), torch.ones_like(v)
+    k[:, :n] = -4  # the image sees captions only
+    unit = unit_of(8.0)
+    found = Nag(8.0, n, n, None, None, unit).attend(attention, q, k, v)
+    assert relative_error(found[:, :n].float() * unit, torch.full((1, n, 32), 2.25 * 30_000)) <= 1e-3
+    assert found[:, n:].mul(unit).abs().float().allclose(torch.tensor(30_000.0), rtol=1e-3)
+    assert Nag(8.0, n, n, None, None).attend(attention, q, k, v)[:, :n].isinf().all()
 
 
 def test_a_backend_may_write_over_its_inputs(dit):
@@ -343,3 +358,18 @@ def test_int8_products_and_adapters(tiny_folder, tmp_path):
     assert not torch.equal(latents(plain), wanted)
     plain.lora.remove(handle)
     assert torch.equal(latents(plain), wanted)
+
+
+def test_the_demo_gives_up_the_background_that_is_named():
+    """What a prompt leaves open and its seed decides; the object stays."""
+    pipe, seen = zimage.ZImage.load(device="cpu"), {1.0: [], 2.0: []}
+    for k, name in enumerate(("cat", "dog", "banana", "owl")):
+        drawn = {"prompt": f"{'an' if name == 'owl' else 'a'} {name}", "seed": 50 + k, "steps": 8}
+        for nag in seen:
+            away = {"nag": nag, "negative": f"a {seen[1.0][-1].background} background"} if nag > 1 else {}
+            pixels = torch.from_numpy(np.array(pipe.generate(**drawn, **away).images[0]))
+            seen[nag].append(find(pixels.permute(2, 0, 1) / 127.5 - 1, 1))
+    plain, steered = seen.values()
+    assert all(finding.clean for finding in plain)
+    assert sum(a.background == b.background for a, b in zip(plain, steered, strict=True)) <= 1
+    assert sum(a.objects[0].name == b.objects[0].name for a, b in zip(plain, steered, strict=True)) >= 3

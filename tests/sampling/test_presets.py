@@ -83,6 +83,8 @@ def test_a_preset_for_turbo_alone_is_refused_on_base(of_kind):
     with pytest.raises(RequestError, match="turbo-4 is for Turbo checkpoints, and this one is Base") as caught:
         of_kind(BASE).prepare(zimage.Request("a cat", preset="turbo-4"))
     assert caught.value.fields == ("preset",)
+    drawn = of_kind(TURBO).prepare(zimage.Request("a cat", preset="turbo-4")).request
+    assert of_kind(BASE).prepare(drawn).request.steps == 4  # a picture's settings hold what it said
 
 
 def test_an_unknown_preset_is_one_line():
@@ -157,6 +159,11 @@ def test_a_preset_of_the_file_stands_for_its_settings():
     assert found.source("steps") == "zimage.toml [presets.quick] line 12"
     assert values(profile="mine") == {**usual, "steps": 3, "schedule": "beta", "cfg_normalization": 1.0}
     assert values(preset="quick", steps=7)["steps"] == 7
+
+
+def test_one_that_says_nothing_decides_nothing():
+    assert values("[default]\nsteps = 4\n[presets.empty]", preset="empty") == {"steps": 4}
+    assert laid_over({"steps": 4}, {"preset": "empty"}, {"empty": {}}) == {"steps": 4}
 
 
 def test_its_levels_and_what_makes_levels_give_way_to_one_another():

@@ -29,6 +29,13 @@ def test_levels_fall_from_one_to_zero(name, shift):
         assert (levels[:-1] > levels[1:]).all()
 
 
+def test_normal_levels_are_even_in_time_down_to_the_last_trained_one():
+    levels = flow.sigmas(8, 3.0, "normal")[:-1].double()
+    times = levels / (3 - 2 * levels)  # the shift undone
+    assert torch.allclose(times, torch.linspace(1, 0.001, 8, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert flow.sigmas(1, 3.0, "normal").tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("shift", [1e-7, 1e-8, 1e-30])
 def test_a_shift_that_fp32_cannot_hold_is_refused(name, shift):

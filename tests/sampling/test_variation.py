@@ -12,7 +12,7 @@ from zimage.batch.sources import Source
 from zimage.cli import main
 from zimage.errors import RequestError
 from zimage.settings.declared import Request
-from zimage.settings.sampling import MAX_SEED
+from zimage.settings.sampling import MAX_SEED, split_variation
 
 SIZE = {"width": 64, "height": 48, "steps": 2}
 SHAPE = (16, 6, 8)
@@ -114,3 +114,13 @@ def test_rows_of_a_batch_are_single_variations(tmp_path):
     assert [(one["seed"], one["variation"], one["images"]) for one in values] == [(3, "8:0.3", 1), (3, "9:0.3", 1)]
     with pytest.raises(RequestError, match="pass the seed"):
         rows_of([Source("line 1", {**row, "seed": None})], {}, tmp_path)
+
+
+def test_an_open_variation_of_a_row_follows_from_its_id(tmp_path):
+    row = {"prompt": "a cat", "seed": 3, "images": 2, "variation": "-1:0.25"}
+    first, again = ([one.request["variation"] for one in rows_of([Source("line 1", row)], {}, tmp_path)] for _ in "ab")
+    assert first == again
+    found = [split_variation(text) for text in first]
+    assert all(0 <= seed < 2**32 and weight == 0.25 for seed, weight in found)
+    assert found[0] != found[1]
+    assert Request(**row).variations == [(-1, 0.25)] * 2

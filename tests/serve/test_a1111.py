@@ -1,10 +1,12 @@
 """The form of A1111's web UI, asked as its clients ask: a real server for what it draws, a fake one for the rest."""
 
 import base64
+import dataclasses
 import io
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fake import FakeService, app_of, preview
@@ -15,6 +17,8 @@ from zimage.errors import RequestError
 from zimage.pictures.parameters import parse_parameters
 from zimage.serve.forms import a1111 as form
 from zimage.serve.forms.a1111_request import translated
+from zimage.settings.profiles import Config
+from zimage.settings.toml_file import TomlFile
 
 USUAL = {"width": 64, "height": 48, "steps": 8, "guidance": 0.0, "shift": 3.0}
 # What SillyTavern and similar pages send with every request, whatever is set on them.
@@ -160,6 +164,24 @@ def test_a_negative_prompt_counts_with_guidance(client, service):
     answer = client.post("txt2img", json={"prompt": "a", "negative_prompt": "dogs"})
     assert values(service)["negative"] == "dogs"
     assert "X-Warning" not in answer.headers
+    service.launch = service.launch.__class__({}, {"guidance": 0.0, "nag": 2.0}, service.settings, service.folder)
+    client.post("txt2img", json={"prompt": "a", "negative_prompt": "cats"})
+    assert values(service)["negative"] == "cats"
+
+
+@pytest.mark.parametrize("more", [{"nag": 3}, {"preset": "guided"}, {"preset": "steered"}])
+def test_a_negative_prompt_counts_with_what_acts_on_it(client, service, more):
+    text = "[presets.guided]\nguidance = 2.0\n[presets.steered]\nnag = 3.0"
+    presets = Config(TomlFile(Path("zimage.toml"), text)).presets
+    service.launch = dataclasses.replace(service.launch, presets=presets)
+    client.post("txt2img", json={"prompt": "a", "negative_prompt": "dogs", **more})
+    assert service.asked[0].values["negative"] == "dogs"
+
+
+def test_a_preset_that_there_is_not_is_refused(client):
+    answer = client.post("txt2img", json={"prompt": "a", "preset": "guidet"})
+    assert answer.status_code == 400
+    assert "there is no preset 'guidet'" in answer.text
 
 
 @pytest.mark.parametrize("seed", [-1, -7, None])

@@ -19,7 +19,7 @@ from zimage.pictures.files import read_metadata
 from zimage.serve.conditions import Piece
 from zimage.serve.forms import openai as form
 from zimage.serve.forms.openai_answer import Partials
-from zimage.serve.forms.openai_request import from_parts, is_known, opaque_mask
+from zimage.serve.forms.openai_request import from_parts, is_known, opaque_mask, translated
 from zimage.serve.refusals import NoRoom, TooLarge, TooMany, Unavailable
 
 
@@ -149,6 +149,8 @@ def test_low_quality_is_half_of_the_steps(client, service, quality, steps):
     assert drawn.quality == ("low" if quality == "low" else "high")
     client.images.generate(prompt="a cat", quality=quality, extra_body={"steps": 6})
     assert service.asked[1].values["steps"] == 6
+    exact = {"prompt": "a cat", "sigmas": "1,0.5,0"}  # are as many as they are
+    assert translated({**exact, "quality": quality}, 8)[1] == exact
 
 
 def test_fields_that_change_nothing_here_are_accepted(client, service):

@@ -21,6 +21,7 @@ from zimage.settings.declared import MASK_ALPHA, Request
 from zimage.settings.fields import Plain, fields
 from zimage.settings.merging import NO_PRESETS, Presets, laid_over
 from zimage.settings.paths import slug, user_path
+from zimage.settings.sampling import is_open, split_variation
 
 LONGEST_ID = 200  # bytes, so that a name of a file has room for an ending
 DIGITS = 8  # of a hash in an id
@@ -66,7 +67,7 @@ def rows_of(
                 if key in taken:
                     raise RequestError(f"the id {name!r} is that of {taken[key]} too; each row needs its own")
                 taken[key] = source.place
-                rows.append(Row(name, {**single, "seed": _seed(name, single)}, source.place))
+                rows.append(Row(name, {**single, **_seeds(name, single)}, source.place))
     return rows
 
 
@@ -137,9 +138,15 @@ def _derived(values: Values, seen: Counter[str]) -> str:
     return name if seen[name] == 1 else f"{name}-{seen[name]}"
 
 
-def _seed(id: str, values: Values) -> int:
-    given: int | None = values.get("seed")
-    return int(digest(id)[:16], 16) % SEEDS if given is None else given
+def _seeds(id: str, values: Values) -> Values:
+    """Its seed, and that of its variation, from the id where they are open."""
+    found: Values = {"seed": values.get("seed", _seed_of(id))}
+    other, weight = split_variation(values.get("variation", "0:0"))
+    return {**found, "variation": f"{_seed_of([id, 'variation'])}:{weight}"} if is_open(other) else found
+
+
+def _seed_of(named: Plain) -> int:
+    return int(digest(named)[:16], 16) % SEEDS
 
 
 @contextmanager

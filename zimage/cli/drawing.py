@@ -29,9 +29,11 @@ def introduced(request: Record, place: str, evaluations: int | None = None) -> s
     """
     r = request
     told = "" if evaluations in (None, r["steps"]) else f" ({counted(evaluations, 'evaluation')})"
+    away = f", nag {r['nag']:g}" if r.get("nag", 1.0) > 1 else ""  # servers of earlier versions have none
+    sampler = "" if r.get("sampler", "euler") == "euler" else f"{r['sampler']}, "
     return (
-        f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}{told}, guidance {r['guidance']:g}, "
-        f"{scheduled(r)}, {place}"
+        f"{r['width']}×{r['height']}, {counted(r['steps'], 'step')}{told}, guidance {r['guidance']:g}{away}, "
+        f"{sampler}{scheduled(r)}, {place}"
     )
 
 

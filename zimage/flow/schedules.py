@@ -3,7 +3,8 @@
 All begin at 1 and end with 0. The plain one is linear in time and then shifted; of the others, some choose anew how the
 levels lie between its first and its last above 0, with r = 0 … 1 over the N steps:
 
-    simple, normal    σ = shift·s / (1 + (shift − 1)·s), s = 1 … 1/N        Esser et al. 2024, eq. 23
+    simple            σ = shift·s / (1 + (shift − 1)·s), s = 1 … 1/N        Esser et al. 2024, eq. 23
+    normal            the same with s = 1 … 1/1000: the last step is short   ComfyUI's and Forge's
     beta              σ_N + Q(1 − r)·(σ₁ − σ_N), Q quantiles of Beta(.6, .6)  Lee et al. 2024
     beta_shifted      the simple σ of s = Q(1 − k/N), k = 0 … N − 1          ComfyUI and Forge call it beta
     karras            (σ₁^⅐ + r·(σ_N^⅐ − σ₁^⅐))⁷                            Karras et al. 2022, eq. 5
@@ -29,6 +30,7 @@ Curve = Callable[[float, float, float], float]  # (r, σ₁, σ_N) → σ
 RHO = 7.0
 BETA = 0.6  # both parameters of the beta distribution
 MEDIAN = math.nextafter(0.5, 1)  # as the reference's library rounds it, which decides ties in fp32
+LAST_TIME = 1 / 1000  # of the thousand times that the model was trained with
 ROUNDING = 0.01  # the most by which that of a small shift, below about 1e-6, may move the first level from 1
 THRESHOLD = 0.025  # the noise that the linear half of linear_quadratic takes away
 
@@ -51,6 +53,11 @@ def shifted(s: Tensor, shift: float) -> Tensor:
 def simple(steps: int, shift: float) -> Tensor:
     """Linear in time, then shifted."""
     return shifted(torch.linspace(1, 1 / steps, steps), shift)
+
+
+def normal(steps: int, shift: float) -> Tensor:
+    """Linear in time down to the last of the trained times, then shifted."""
+    return shifted(torch.linspace(1, LAST_TIME if steps > 1 else 1, steps), shift)
 
 
 def linear_quadratic(steps: int, shift: float) -> Tensor:
@@ -145,7 +152,7 @@ def exact(levels: Sequence[float]) -> Tensor:
 
 SCHEDULES: dict[str, Levels] = {
     "simple": simple,
-    "normal": simple,
+    "normal": normal,
     "beta": between(_beta),
     "beta_shifted": beta_shifted,
     "karras": between(_karras),

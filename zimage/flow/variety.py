@@ -25,7 +25,8 @@ def varied(caption: Tensor, seed: int, variety: float) -> Tensor:
     own, draws = caption.cpu().float(), stream(seed, "variety")
     chosen = torch.rand(own.shape, generator=draws) < 0.5
     noise = 2 * torch.rand(own.shape, generator=draws) - 1
-    return (own + SCALE * variety * own.std(correction=0) * chosen * noise).to(caption.dtype)
+    deviation = float(own.double().std(correction=0))  # so that its fp32 does not depend on the order of the sum
+    return (own + SCALE * variety * deviation * chosen * noise).to(caption.dtype)
 
 
 def varied_steps(first: int, steps: int) -> range:

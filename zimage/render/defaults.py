@@ -16,7 +16,7 @@ from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request, split_aspect
 from zimage.settings.fields import either, nearest
 from zimage.settings.guiding import GuidanceMethod
-from zimage.settings.presets import BASE, TURBO, Values, preset_values
+from zimage.settings.presets import BASE, TURBO, Values, names_of, preset_values
 from zimage.settings.sampling import MAX_SEED, SamplingSettings, drawn_seed, is_open, split_sigmas, split_variation
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
@@ -60,12 +60,18 @@ def _usual(request: Request, kind: str, loras: Adapters) -> Values:
     """What is taken where a request leaves it open: what its preset says, else its adapters, else its checkpoint."""
     known = [a.file.known for a in loras if a.scale and a.file.known and a.file.known.kind == kind]
     asked = {name: value for one in known for name, value in one.asks.items()}
-    return {**USUAL[kind], **asked, **preset_values(request.preset, kind)}
+    return {**USUAL[kind], **asked, **_of_preset(request, kind)}
+
+
+def _of_preset(request: Request, kind: str) -> Values:
+    """What its preset says; nothing where the request itself says all that, as one from a picture does."""
+    decides = names_of(request.preset) if request.preset else ()
+    return preset_values(request.preset, kind) if any(getattr(request, name) is None for name in decides) else {}
 
 
 def adapters_told(loras: Sequence[LoraUse], model: ModelFiles) -> list[str]:
-    """A line on each of a prepared job's adapters that asks for other defaults."""
-    adapters = (lora for lora in loras if isinstance(lora, Adapter))
+    """A line on each of a prepared job's adapters that asks for other defaults; one at scale 0 asks for nothing."""
+    adapters = (lora for lora in loras if isinstance(lora, Adapter) and lora.scale)
     return [a.file.known.told(a.name, kind_of(model)) for a in adapters if a.file.known]
 
 

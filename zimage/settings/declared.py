@@ -10,8 +10,8 @@ from typing import Any, TypedDict
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import LONGEST_TEXT, TEXT_PARTS
 from zimage.settings.conditions import Control
-from zimage.settings.fields import Attachment, Conditions, setting
-from zimage.settings.sampling import MAX_SEED, SamplingSettings, is_open, split_variation
+from zimage.settings.fields import Attachment, Conditions, either, setting
+from zimage.settings.sampling import MAX_SEED, RANDOM_SEED, SamplingSettings, is_open, split_variation
 
 
 class Bounds(TypedDict):
@@ -285,9 +285,10 @@ class Request(SamplingSettings):
 
     @property
     def variations(self) -> list[tuple[int, float]]:
-        """The other seed of each image and its weight, prompt by prompt; of a request with a variation."""
+        """The other seed of each image, which may be open, and its weight, prompt by prompt; with a variation."""
         seed, weight = split_variation(self.variation or "0:0")
-        return [((seed + k) % (MAX_SEED + 1), weight) for _ in self.prompts for k in range(self.images)]
+        seeds = [either(_later(seed, k), RANDOM_SEED) for k in range(self.images)]
+        return [(seed, weight) for _ in self.prompts for seed in seeds]
 
     def single(self, index: int) -> dict[str, Any]:
         """What makes a request for one of the images of this one; without a seed where that is open."""

@@ -59,10 +59,11 @@ def use_preset(entries: Entries, presets: Presets) -> LeftOut:
     if named is None or not isinstance(named.value, str):  # a value of another type is told by its own check
         return {}
     check_preset(named.value, presets)
-    own = presets.get(named.value, {})
-    lower = [n for n in decided(own or names_of(named.value)) if n in entries and entries[n].rank < named.rank]
+    own = presets.get(named.value)
+    decides = decided(names_of(named.value) if own is None else own)
+    lower = [name for name in decides if name in entries and entries[name].rank < named.rank]
     left_out = {name: (entries.pop(name), f"{PRESET} {named.value} decides it") for name in sorted(lower)}
-    if named.value in presets:
+    if own is not None:
         del entries[PRESET]
         for name, entry in own.items():
             entries.setdefault(name, replace(entry, rank=named.rank - BELOW))

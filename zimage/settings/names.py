@@ -8,7 +8,7 @@ and underscores.
     DPM++ 2M, Automatic → dpmpp_2m, karras     what the web UI's sampler prefers; most prefer none
 
 Whoever writes a name may mean a variant: ComfyUI's `uni_pc` has another B(h) than `uni_pc_bh2`, its `sgm_uniform`
-stands within 0.003 of `simple`, its `normal`, `karras`, `exponential` and `kl_optimal` run further down, and at eta 0
+stands within 0.003 of `simple`, its `karras`, `exponential` and `kl_optimal` run further down, and at eta 0
 DDIM's step along a straight path is Euler's. Noise differs anyway, so that no picture is that of another program to the
 pixel.
 """
@@ -43,7 +43,7 @@ SAMPLER_NAMES: Mapping[str, Names] = {
 }
 SCHEDULE_NAMES: Mapping[str, Names] = {
     "simple": Names("Simple", ("sgm_uniform", "trailing", "flowmatch")),
-    "normal": Names("Normal"),
+    "normal": Names("Normal", ("discrete",)),
     "beta": Names("Beta unshifted"),
     "beta_shifted": Names("Beta", ("beta",)),
     "karras": Names("Karras"),

@@ -96,7 +96,7 @@ class SamplingSettings(CaptionSettings):
     nag: float = setting(
         1.0,
         "Normalised attention guidance: how strongly --negative acts within each evaluation, also at guidance 0, for "
-        "less than a fifth of its time at 1024 × 1024; 1 is off, 2 to 6 are usual.",
+        "about a fifth of its time at 1024 × 1024; 1 is off, 1.5 to 4 are usual.",
         group="Sampling",
         minimum=1,
         maximum=100,
@@ -111,7 +111,7 @@ class SamplingSettings(CaptionSettings):
     )
     schedule: str | None = setting(
         None,
-        "How the noise levels of the steps lie: evenly in time (simple; normal is the same), closer at both ends "
+        "How the noise levels of the steps lie: evenly in time (simple; normal ends nearer to 0), closer at both ends "
         "(beta, as diffusers has it; beta_shifted, as ComfyUI and Forge have it), closer towards the last (karras, "
         "exponential, kl_optimal), or nearly all near pure noise (linear_quadratic). Default: simple.",
         group="Sampling",

@@ -38,6 +38,7 @@ from zimage.serve.service import Service
 from zimage.serve.uploads import check_pixels
 from zimage.serve.view import DRAWING, JobView
 from zimage.settings.fields import Plain
+from zimage.settings.merging import laid_over
 from zimage.settings.names import AUTOMATIC, SAMPLER_NAMES, SCHEDULE_NAMES
 from zimage.settings.serving import ServeSettings
 from zimage.version import __version__
@@ -195,9 +196,8 @@ def _options(router: APIRouter, service: Service) -> None:
 async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Response:
     """Draw what a body asks for, and answer with the pictures, also with those of a job that was interrupted."""
     model = service.about.model["name"]
-    usual = {**service.about.defaults, **service.launch.defaults}
     with named_as(their_names(sent), sent):
-        wanted = translated(sent, usual, model)
+        wanted = translated(sent, _usual(service, sent.get("preset")), model)
         ask = asked(wanted.values, {}, FORM, service.settings)
         view = await service.submit(ask)
         view = await until_the_end(service, view, request)
@@ -210,6 +210,12 @@ async def draw(service: Service, request: Request, sent: dict[str, Plain]) -> Re
     shown = {name: value for name, value in sent.items() if name not in HEAVY}
     told = {"images": images, "parameters": shown, "info": json.dumps(info(service, view), ensure_ascii=False)}
     return JSONResponse(told, headers=warning(ignored))
+
+
+def _usual(service: Service, preset: Plain) -> dict[str, Plain]:
+    """What is drawn where a body says nothing but its preset. Raises RequestError for a preset that there is not."""
+    launch, own = service.launch, {"preset": preset} if isinstance(preset, str) else {}
+    return {**service.about.defaults, **laid_over(launch.defaults, own, launch.presets)}
 
 
 def their_names(sent: Mapping[str, Plain]) -> dict[str, str]:

@@ -161,7 +161,8 @@ def _in_our_terms(
     values = {**_prompts(fields, own), **sampling}
     if fields.cfg_scale is not None:
         values["guidance"] = guidance_of(fields.cfg_scale)
-    if values.get("negative") and values.get("guidance", own.get("guidance", usual["guidance"])) == 0:
+    chosen = {**usual, **own, **values}
+    if values.get("negative") and chosen["guidance"] == 0 and chosen.get("nag", 1) == 1:
         del values["negative"]
         ignored.append("negative_prompt (no effect at cfg_scale 1)")
     if given.keys() & {"batch_size", "n_iter"}:

@@ -129,7 +129,7 @@ def translated(values: Mapping[str, Plain], usual_steps: int) -> tuple[Standard,
             raise RequestError(f"{theirs}: {ours} is set too; pass only one of them", fields=(theirs, ours))
         request[ours] = value
     check_format(standard.output_format, request.get("width"), request.get("height"))
-    if standard.is_low:
+    if standard.is_low and "sigmas" not in request:
         request.setdefault("steps", max(1, usual_steps // 2))
     return standard, request
 
