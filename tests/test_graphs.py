@@ -92,6 +92,16 @@ def test_the_units_of_fp16_are_a_graphs_own(tiny_folder, tapes, monkeypatch):
     assert replays(tapes) == [3, 3]
 
 
+def test_one_graph_serves_every_scale_of_nag(tiny_folder, tapes):
+    plain, replayed = (
+        zimage.ZImage.load(tiny_folder, device="cpu", residency="keep", cuda_graphs=on) for on in (False, True)
+    )
+    for nag in (4.0, 2.5, 30.0):
+        wanted, found = (pipe.generate(**REQUEST, negative="a dog", nag=nag).images[0] for pipe in (plain, replayed))
+        assert found.tobytes() == wanted.tobytes()
+    assert replays(tapes) == [9]
+
+
 def test_what_does_not_pay_runs_as_ever(tiny_folder, tapes, monkeypatch):
     """Many tokens, unequal captions in a batch, and gradients."""
     pipe = zimage.ZImage.load(tiny_folder, device="cpu", cuda_graphs=True)

@@ -162,7 +162,7 @@ def test_what_would_have_no_effect_is_refused_before_anything_is_loaded(pipe, mo
             )
 
 
-def test_cfg_may_be_named_withoutguidance(pipe):
+def test_cfg_may_be_named_without_guidance(pipe):
     assert pipe.prepare(Request(**SIZE, guidance=0, guidance_method="cfg")).request.guidance_method == "cfg"
 
 

@@ -165,14 +165,22 @@ def test_a_batch_gives_what_each_gives_alone(dit, lengths):
 
 
 def test_a_token_whose_attention_is_zero_stays_so():
-    assert torch.equal(guided(torch.zeros(1, 3), torch.zeros(1, 3), 4.0), torch.zeros(1, 3))
+    assert torch.equal(guided(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor(4.0)), torch.zeros(1, 3))
 
 
 def test_sixteen_bits_are_guided_in_fp32():
     positive, negative = torch.randn(2, 64, 96).bfloat16()
-    found = guided(positive, negative, 8.0)
+    scale = torch.tensor(8.0)
+    found = guided(positive, negative, scale)
     assert found.dtype == torch.float32
-    assert relative_error(found, guided(positive.double(), negative.double(), 8.0)) <= 1e-6
+    assert relative_error(found, guided(positive.double(), negative.double(), scale)) <= 1e-6
+
+
+def test_a_scale_is_not_rounded_to_sixteen_bits():
+    """Of bfloat16 the nearest one is 4.09375."""
+    refined = torch.zeros(32, 8, dtype=torch.bfloat16)
+    model = control_nets.dit(dim=8, n_heads=1, n_kv_heads=1, axes_dims=[4, 2, 2]).bfloat16()
+    assert model.context_away([refined], [refined], 4.1, 6, 10).seen.scale == torch.tensor(4.1)
 
 
 def test_fp16_holds_the_output_in_a_unit():
@@ -203,17 +211,17 @@ def test_a_backend_may_write_over_its_inputs(dit):
     assert torch.equal(steered(other, latents, sigma, [prompt], [away], 4.0), wanted)
 
 
-def test_compiled_blocks_serve_other_lengths(monkeypatch):
-    """Sizes and captions of other lengths are symbols after the second of them."""
+def test_compiled_blocks_serve_other_lengths_and_scales(monkeypatch):
+    """Sizes and captions of other lengths are symbols after the second of them; a scale is an input."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, compiled = control_nets.dit(), control_nets.dit()
     compile_blocks(compiled)
     counted, graphs = torch._dynamo.utils.counters, []
     counted.clear()
-    for own, other, size in ((7, 40, (6, 10)), (40, 7, (10, 16)), (70, 100, (8, 8))):
+    for own, other, size, scale in ((7, 40, (6, 10), 4.0), (40, 7, (10, 16), 4.0), (70, 100, (8, 8), 2.5)):
         (latents, sigma, _), (prompt, away) = inputs((7,), size), captions(own, other)
-        found = steered(compiled, latents, sigma, [prompt], [away], 4.0)
-        assert relative_error(found, steered(model, latents, sigma, [prompt], [away], 4.0)) <= LIMIT
+        found = steered(compiled, latents, sigma, [prompt], [away], scale)
+        assert relative_error(found, steered(model, latents, sigma, [prompt], [away], scale)) <= LIMIT
         graphs.append(counted["stats"]["unique_graphs"])
     assert graphs[1] == graphs[2]
     assert not counted["graph_break"]

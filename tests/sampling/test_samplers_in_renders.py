@@ -173,7 +173,7 @@ def begun(pipe, sampler: str, steps: int) -> tuple[RenderState, zimage.Request]:
 def test_what_another_sampler_remembers_is_refused(pipe, ours, other):
     state, _ = begun(pipe, other, 2)
     job = pipe.prepare(zimage.Request(prompt="a cat", sampler=ours, seed=1, steps=4, **SIZE))
-    with pytest.raises(RequestError, match="what another sampler remembers"):
+    with pytest.raises(RequestError, match="what another sampler or guidance method remembers"):
         pipe.run(job, state)
 
 

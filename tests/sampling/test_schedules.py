@@ -159,7 +159,7 @@ def test_a_picture_is_mixed_in_at_the_level_where_it_begins(pipe):
         ("1,0.5,0.7,0", "0.7 stands after 0.5"),
         ("1,nan,0", "nan stands after 1"),
         ("1,-1e300,0", "none below 0"),
-        ("1,0.50000001,0.5,0", "0.5 stands after 0.5"),  # the same in fp32
+        ("1,0.50000001,0.5,0", "0.5 stands after 0.50000001; each should be below the one before it, in fp32"),
         ("1,1e-50,0", "0 stands after 1e-50"),
     ],
 )

@@ -63,11 +63,12 @@ def away_from(
     turns = zip(context.rotation, behind, strict=True)
     assert not isinstance(context.seen, Nag)
     padding = Padding.of([image + other for other in others], away.device)
+    strength = torch.tensor(scale, dtype=torch.float32, device=away.device)
     return replace(
         context,
         tokens=torch.cat((context.tokens, away), dim=1),
         rotation=Rotation(*(torch.cat([part.expand(rows, -1, -1) for part in pair], dim=1) for pair in turns)),
-        seen=Nag(scale, image, context.tokens.shape[1], context.seen, padding, unit_of(scale) if in_half else 1.0),
+        seen=Nag(strength, image, context.tokens.shape[1], context.seen, padding, unit_of(scale) if in_half else 1.0),
     )
 
 

@@ -32,7 +32,7 @@ ALPHA = 0.5
 class Nag(NamedTuple):
     """What the tokens of [image, caption, negative caption] see, in the place of a padding."""
 
-    scale: float
+    scale: Tensor  # (), fp32; compiled code and graphs have it as an input, and all else as constants
     image: int  # N
     caption: int  # Lp
     positive: Padding | None  # of [image, caption]
@@ -58,10 +58,10 @@ def is_ragged(seen: Seen) -> bool:
     return seen.positive is not None or seen.negative is not None if isinstance(seen, Nag) else seen is not None
 
 
-def guided(positive: Tensor, negative: Tensor, scale: float, tau: float = TAU, alpha: float = ALPHA) -> Tensor:
-    """z⁺ and z⁻ (…, features) → α·z′ + (1 − α)·z⁺, in fp32 or wider; at scale 1 it is z⁺ to the bit."""
+def guided(positive: Tensor, negative: Tensor, scale: Tensor, tau: float = TAU, alpha: float = ALPHA) -> Tensor:
+    """z⁺ and z⁻ (…, features) and s () → α·z′ + (1 − α)·z⁺, in fp32 or wider; at scale 1 it is z⁺ to the bit."""
     wide = torch.promote_types(positive.dtype, torch.float32)
-    positive, negative = positive.to(wide), negative.to(wide)
+    positive, negative, scale = positive.to(wide), negative.to(wide), scale.to(wide)
     limit, length = tau * _norm(positive), _norm(negative.lerp(positive, scale))
     share = alpha * torch.where(length > limit, limit / length, 1.0)  # of z in the output, row by row
     image = positive * (1 - alpha + scale * share)

@@ -1,10 +1,10 @@
 """The DiT's velocity, replayed from CUDA graphs where launching it takes longer than computing it.
 
-A graph is captured for each shape of latents and captions, each scale of NAG, each choice of units in fp16, and of
-layers that are skipped. The latents, the modulation and the context are its inputs, so one graph serves all steps,
-prompts and guidance; the weights are not, so `forget` must be called when they move. An evaluation with ControlNets is
-never captured: each of their blocks is work of its own, a graph would be captured for every choice of files and scales,
-and it would hold their weights.
+A graph is captured for each shape of latents and captions, each choice of units in fp16 and of layers to skip. The
+latents, the modulation and the context are its inputs, so one graph serves all steps, prompts and guidance; the weights
+are not, so `forget` must be called when they move. An evaluation with ControlNets is never captured: each of their
+blocks is work of its own, a graph would be captured for every choice of files and scales, and it would hold their
+weights.
 """
 
 import weakref
@@ -18,7 +18,7 @@ from zimage.dit.blocks import BlockModulation
 from zimage.dit.context import Context
 from zimage.dit.control import Controlled
 from zimage.dit.model import Modulation, ZImageDiT, ZImageDiTConfig
-from zimage.dit.nag import Seen, is_ragged
+from zimage.dit.nag import Nag, is_ragged
 from zimage.dit.rope import Rotation
 from zimage.dit.units import Units
 from zimage.nn.graphs import Graphs, captured
@@ -74,12 +74,13 @@ class ReplayedVelocity:
             return type(dit).velocity(dit, latents, modulation, context, controls, skipped)
         inputs, left_out = list(_tensors(latents, modulation, context)), tuple(skipped)
         varying = latents, modulation.final, context.tokens, context.rotation.cos
-        key = (modulation.units, context.seen, left_out, *((x.shape, x.dtype, x.device) for x in varying))
+        nag = context.seen[1:] if isinstance(context.seen, Nag) else None  # all but its scale
+        key = (modulation.units, nag, left_out, *((x.shape, x.dtype, x.device) for x in varying))
         if key not in self.captured:
             while len(self.captured) >= KEPT:
                 del self.captured[next(iter(self.captured))]
             image_tokens = context.image_rotation.cos.shape[1]
-            run = partial(_evaluated, self._dit, image_tokens, context.seen, modulation.units, left_out)
+            run = partial(_evaluated, self._dit, image_tokens, nag, modulation.units, left_out)
             self.captured[key] = captured(run, inputs, self._graphs)
         return self.captured[key](*inputs)
 
@@ -89,12 +90,14 @@ def _tensors(latents: Tensor, modulation: Modulation, context: Context) -> Itera
     yield from (latents, context.tokens, *context.rotation, modulation.final)
     for block in (*modulation.noise_refiner, *modulation.layers):
         yield from block
+    if isinstance(context.seen, Nag):
+        yield context.seen.scale
 
 
 def _evaluated(
     reference: "weakref.ref[ZImageDiT]",
     image_tokens: int,
-    seen: Seen,
+    nag: tuple | None,
     units: Units,
     skipped: Collection[int],
     *tensors: Tensor,
@@ -103,6 +106,7 @@ def _evaluated(
     dit = reference()
     assert dit is not None
     latents, captions, cos, sin, final, *parts = tensors
+    seen = None if nag is None else Nag(parts.pop(), *nag)
     blocks = [BlockModulation(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
     refiners = len(dit.noise_refiner)
     joint, image = Rotation(cos, sin), Rotation(cos[:, :image_tokens], sin[:, :image_tokens])

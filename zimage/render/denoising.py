@@ -7,8 +7,8 @@
 A hook takes the function that computes an evaluation's velocity and gives another: guidance split over devices or a
 second noise prediction stand there without another pipeline.
 
-What a run carries from step to step is its latents and what its solver wants to see again; both are in every event, so
-that a run goes on from any step to the same bits.
+What a run carries from step to step is its latents and what its solver and its guidance want to see again; all of it is
+in every event, so that a run goes on from any step to the same bits.
 
 Shapes: B images, L caption tokens, C caption width, h × w latents.
 """

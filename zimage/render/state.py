@@ -224,7 +224,7 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
         or (remaining > 0 and len(state.finished) % job.request.batch_size > 0),
         f"{state.decoded} decoded images": state.decoded > (job.count if is_last and not remaining else 0),
         f"{state.step} steps of {steps}": (state.latents is None) != (state.step == 0) or state.step >= steps,
-        "what another sampler remembers": set(state.carried) != _remembered(job, begin, state.step),
+        "what another sampler or guidance method remembers": set(state.carried) != _remembered(job, begin, state.step),
         "latents of another shape": any(x.shape != (1, *first) for x in state.small)
         or any(x.shape != (1, *now) for x in state.finished)
         or any(x.shape != (together, *now) for x in (*_present(state.latents), *state.carried.values())),

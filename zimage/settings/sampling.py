@@ -207,7 +207,9 @@ def split_sigmas(text: str) -> list[float]:
         raise _sigmas_fault(f"{told}: the last, {levels[-1]:g}, should be 0, which is the picture")
     for high, low in itertools.pairwise(levels):
         if not (low >= 0 and _fp32(low) < _fp32(high)):
-            text = f"{low:g} stands after {high:g}; each should be below the one before it, and none below 0"
+            text = (
+                f"{low:.9g} stands after {high:.9g}; each should be below the one before it, in fp32, and none below 0"
+            )
             raise _sigmas_fault(f"{told}: {text}")
     return levels
 
