@@ -189,11 +189,11 @@ def test_fp16_holds_the_output_in_a_unit():
     v = torch.cat([value * torch.ones(1, n, *heads) for value in (0.0, 30_000.0, -30_000.0)], dim=1).half()
     q, k = torch.ones_like(v), torch.ones_like(v)
     k[:, :n] = -4  # the image sees captions only
-    unit = unit_of(8.0)
-    found = Nag(8.0, n, n, None, None, unit).attend(attention, q, k, v)
+    scale, unit = torch.tensor(8.0), unit_of(8.0)
+    found = Nag(scale, n, n, None, None, unit).attend(attention, q, k, v)
     assert relative_error(found[:, :n].float() * unit, torch.full((1, n, 32), 2.25 * 30_000)) <= 1e-3
     assert found[:, n:].mul(unit).abs().float().allclose(torch.tensor(30_000.0), rtol=1e-3)
-    assert Nag(8.0, n, n, None, None).attend(attention, q, k, v)[:, :n].isinf().all()
+    assert Nag(scale, n, n, None, None).attend(attention, q, k, v)[:, :n].isinf().all()
 
 
 def test_a_backend_may_write_over_its_inputs(dit):
