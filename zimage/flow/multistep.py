@@ -150,8 +150,9 @@ def er_sde(
     q = (growth(torch.tensor(below, dtype=torch.float64)) / growth(torch.tensor(ratio, dtype=torch.float64))).item()
     slopes = _slopes(clean, past, [_ratio(level) for level in sigmas[: i + 1].tolist()])
     stepped = (q * after / sigma) * x + (1 - after - q * after / ratio) * clean
-    for weight, slope in zip(_weights(ratio, below, growth), slopes, strict=False):
-        stepped = stepped + ((1 - after) * weight) * slope
+    weights = _weights(ratio, below, growth)
+    for k, slope in enumerate(slopes):
+        stepped = stepped + ((1 - after) * weights[k]) * slope
     return stepped + (after * math.sqrt(1 - q**2)) * noise(), (clean, *slopes[:1])
 
 

@@ -38,8 +38,8 @@ class Halves(NamedTuple):
             if len(branches) < 2:
                 return evaluate(e)
             velocities = dict[str, Tensor]()
-            for pair in zip(branches[::2], branches[1::2], strict=False):
-                own, other = reversed(pair) if self.second else pair
+            for k in range(0, len(branches) - 1, 2):
+                own, other = branches[k : k + 2][:: -1 if self.second else 1]
                 velocities[own] = evaluate(e.alone(own))
                 velocities[other] = self._swapped(velocities[own])
             for last in branches[len(velocities) :]:
