@@ -91,7 +91,7 @@ def test_png_carries_settings_and_from_gives_the_same_pixels(run, tmp_path):
         line = image.info["parameters"]
         one = image.tobytes()
     assert line.splitlines()[:2] == ["a “quoted” cat", "Negative prompt: dogs"]
-    assert "Steps: 1, Sampler: Euler, CFG scale: 2.5, Seed: 7, Size: 64x48" in line
+    assert "Steps: 1, Sampler: Euler, Schedule type: Simple, CFG scale: 2.5, Seed: 7, Size: 64x48" in line
     status, _, err = run("gen", "--from", "one.png", "-o", "two.png")
     assert status == 0
     assert "warning" not in err

@@ -128,7 +128,7 @@ class Card:
 
 
 def project_line() -> str:
-    """The innermost line of the project (or of a test) that is running, as "zimage/flow.py:30"."""
+    """The innermost line of the project (or of a test) that is running, as "zimage/flow/steps.py:30"."""
     for frame in reversed(traceback.extract_stack()):
         file = Path(frame.filename)
         if file.is_relative_to(ROOT) and file not in OURS and "site-packages" not in frame.filename:

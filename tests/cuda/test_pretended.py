@@ -42,7 +42,7 @@ def test_waits_are_told_with_their_line(card):
     torch.zeros(2).to(CARD, non_blocking=True)
     first, second, third = card.total.syncs
     assert "test_pretended.py" in first
-    assert second.startswith("zimage/flow.py:")
+    assert second.startswith("zimage/flow/steps.py:")
     assert "test_pretended.py" in third
     assert [copy.waits for copy in card.total.copies] == [True, True, False]
 

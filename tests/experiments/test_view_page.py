@@ -120,6 +120,7 @@ def test_a_cell_in_full_with_its_request_and_its_neighbours(page):
     assert near(colour_at(page, 0.35, 0.4), BLUE)
     page.keyboard.press("ArrowRight")  # the cell on the right, not the next record
     until(page, "() => document.querySelector('#cell-label').innerText === 'steps 8 · shift 1'")
+    until(page, "() => [...document.querySelectorAll('#cell-picture img')].every((img) => img.complete)")
     assert near(colour_at(page, 0.35, 0.4), RED)
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")  # there is none before the first

@@ -5,6 +5,9 @@ import torch
 
 from zimage import flow
 
+pytest.importorskip("diffusers")
+pytest.importorskip("scipy")
+
 pytestmark = pytest.mark.parity
 STEPS = (*range(1, 61), 100, 300)
 SHIFTS = (0.5, 1.0, 2.7, 3.0, 6.0, 9.0, 12.0)

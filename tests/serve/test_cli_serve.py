@@ -37,12 +37,14 @@ def write(path, text):
 
 def test_options_and_a_profile_are_sorted_by_what_they_set(app, tmp_path, capsys):
     text = '[default]\nsteps = 3\nmodel = "m"\ntop_k = 5\n[default.serve]\nport = 8000\nmax_images = 2\n'
+    text += '[presets.mine]\nsampler = "heun"\n'
     write(tmp_path / "project" / "zimage.toml", text)
     assert main(["serve", "--port", "0", "--rewrite", "rewrite-photo", "--device", "cpu", "--seed", "4"]) == 0
-    loading, defaults, serving, machines, _ = app.started[0]
+    loading, defaults, serving, machines, presets, _ = app.started[0]
     assert loading == {"model": "m", "device": "cpu"}
     assert defaults == {"steps": 3, "seed": 4, "top_k": 5, "rewriter": "rewrite-photo"}
     assert (serving, machines) == (ServeSettings(port=0, max_images=2), BatchSettings())
+    assert {name: entry.value for name, entry in presets["mine"].items()} == {"sampler": "heun"}
     assert capsys.readouterr().err == "settings: zimage.toml [default]\n"
 
 
