@@ -116,7 +116,8 @@ def serving(*streams: Callable[[Fake], Script], port: int = 0, job: dict[str, An
     """The server on a free port of this machine; `job` is one of an earlier life."""
     fake = Fake(streams=list(streams) or [usual], job=job or {})
     server = uvicorn.Server(
-        uvicorn.Config(_app(fake), "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=1)
+        # A configuration of logs would close all handlers; absl's, which a reference brings, closes its stream with it.
+        uvicorn.Config(_app(fake), "127.0.0.1", port, log_level="error", log_config=None, timeout_graceful_shutdown=1)
     )
     thread = threading.Thread(target=server.run)
     thread.start()

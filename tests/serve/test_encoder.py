@@ -61,7 +61,8 @@ class Machine:
 
     @contextlib.contextmanager
     def served(self) -> Iterator[str]:
-        config = uvicorn.Config(self.app, port=0, log_level="error", lifespan="off")
+        # A configuration of logs would close all handlers; absl's, which a reference brings, closes its stream with it.
+        config = uvicorn.Config(self.app, port=0, log_level="error", log_config=None, lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
