@@ -1,6 +1,6 @@
 """Candidates for fewer evaluations that are measured, and are not in the library since they lose: `bench.fewer`.
 
-Both stand in the place of the function that evaluates a model, as solvers of `zimage.flow` call it: `evaluate(x, i)` is
+Both replace the function that evaluates a model, as solvers of `zimage.flow` call it: `evaluate(x, i)` is
 the velocity (B, C, h, w) at level i of `sigmas`.
 
 **MeanCache** (Gao et al. 2026, arXiv 2601.19961) evaluates some of a run's steps; in the others the mean velocity of

@@ -45,9 +45,10 @@ from zimage.render.components import Components
 from zimage.render.conditioning import Encoder, SavedEmbeddings
 from zimage.render.controlling import GivenControl, Steering, control_input
 from zimage.render.deciding import decide
-from zimage.render.defaults import check_seeds, find_shift, run_settings, usual_side
+from zimage.render.defaults import find_shift, usual_side
 from zimage.render.job import Job, control_files
 from zimage.render.remote_encoder import RemoteEncoder
+from zimage.render.stage_settings import check_seeds, run_settings
 from zimage.render.state import RenderState
 from zimage.settings.declared import SIZE_MULTIPLE, TILE_OVERLAP, Request
 from zimage.settings.fields import either
@@ -156,7 +157,7 @@ class ZImage(Captioner):
     ) -> Tensor:
         """Latents (B, 16, h, w) fp32 of noise (B, 16, h, w) and B captions (L, caption width), all in one batch.
 
-        `sigmas` (steps + 1), falling from 1 or less to 0, stand in the place of steps, shift and schedule. `negative`
+        `sigmas` (steps + 1), falling from 1 or less to 0, replace steps, shift and schedule. `negative`
         captions are used when guidance > 0 or nag > 1; by default that of the empty prompt. An image-to-image run
         starts from `clean` latents (B, 16, h, w), as `vae.encode` returns them, at `strength`; where the `mask`
         (1, 1, h, w) is 0 they stay, and values below 1 are repainted from a later step on (`flow.first_steps`).
@@ -170,7 +171,7 @@ class ZImage(Captioner):
         if noise.ndim != 4 or not len(noise) or len(captions) != len(noise):
             raise RequestError(f"noise {tuple(noise.shape)} should be (B, 16, h, w) for {len(captions)} captions")
         chosen, strength, say = run_settings({"steps": steps, "shift": shift, "guidance": guidance, **settings})
-        solver, guided = either(chosen.sampler, "euler"), guidance_of(chosen)
+        solver, guided = chosen.solver, guidance_of(chosen)
         if flow.SOLVERS[solver].draws or chosen.variety > 0:
             check_seeds(seeds, len(noise))
         if negative is None and (guided.scale > 0 or chosen.nag > 1):
@@ -221,7 +222,7 @@ class ZImage(Captioner):
     def prepare(self, request: Request, loras: Sequence[LoraUse] | None = None, must_fit: bool = True) -> Job:
         """Decide everything that a request leaves open, once; nothing is loaded.
 
-        `loras` are used in the place of `pipe.lora`'s. Raises RequestError where the request cannot run, also where it
+        `loras` are used instead of `pipe.lora`'s. Raises RequestError where the request cannot run, also where it
         does not fit in memory, unless it need not (to look at its plan).
         """
         adapters = self.lora.list() if loras is None else self.lora.read(loras)

@@ -175,7 +175,7 @@ def _workers(base: Resolved) -> BatchSettings | None:
 
 
 def _draw(cells: "Sequence[Cell]", folder: Path, workers: BatchSettings | None, progress: Progress) -> None:
-    """Draw what is not there yet. Raises ZImageError where cells failed."""
+    """Draw the cells that are missing. Raises ZImageError where cells failed."""
     from zimage.experiments.record import RECORDS, Journal
     from zimage.experiments.running import Sweep
 

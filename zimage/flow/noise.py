@@ -67,4 +67,4 @@ class StepNoise:
 
     def _draw(self) -> Tensor:
         shape = (1, *self._like.shape[1:])
-        return torch.cat([torch.randn(shape, generator=stream, dtype=torch.float32) for stream in self._streams])
+        return torch.cat([torch.randn(shape, generator=own, dtype=torch.float32) for own in self._streams])

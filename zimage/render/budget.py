@@ -30,7 +30,7 @@ def branches(guidance: flow.Guidance, sigmas: Tensor, first: int, level: int) ->
 def evaluations(request: Request, sigmas: Tensor, begins: Sequence[int]) -> int:
     """Those of all passes, which begin with these steps, of a request with nothing left open."""
     guidance, steps = guidance_of(request), len(sigmas) - 1
-    levels = flow.SOLVERS[either(request.sampler, "euler")].levels
+    levels = flow.SOLVERS[request.solver].levels
     met = [(first, level) for first in begins for i in range(first, steps) for level in levels(i, steps)]
     return sum(len(branches(guidance, sigmas, first, level)) for first, level in met)
 

@@ -1,10 +1,10 @@
 """What a request leaves open, filled in from the model's kind, the template and the picture it starts from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from zimage.errors import RequestError, quoted
+from zimage.errors import RequestError
 from zimage.loading.files import ModelFiles
 from zimage.loading.loras import Adapter, Adapters, LoraUse
 from zimage.loading.registry import VAE
@@ -14,10 +14,10 @@ from zimage.render import attached
 from zimage.render.canvas import placed
 from zimage.render.conditioning import ChatParts
 from zimage.settings.declared import CONTROL_FLOWS, STRENGTH, Request, split_aspect
-from zimage.settings.fields import either, nearest
+from zimage.settings.fields import either
 from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import BASE, TURBO, Values, names_of, preset_values
-from zimage.settings.sampling import MAX_SEED, SamplingSettings, drawn_seed, is_open, split_sigmas, split_variation
+from zimage.settings.sampling import drawn_seed, is_open, split_sigmas, split_variation
 
 BASE_SHIFT = 6.0  # the shift that tells the undistilled Base checkpoint from Turbo
 USUAL_SIDE = 1024
@@ -141,27 +141,3 @@ def _strength(request: Request) -> float | None:
     if request.image is None and request.hires is None:
         return None
     return either(request.strength, STRENGTH if request.mask is None and request.extend is None else 1.0)
-
-
-OF_RUNS = ("steps", "shift", "guidance", "sampler", "schedule", "variety", "nag", "guidance_method")
-OF_GUIDANCE = ("cfg_truncation", "cfg_normalization")
-SAY = {"control_start": "start", "control_end": "end", "control_flow": "kind"}  # as Steering calls them
-
-
-def run_settings(settings: Mapping[str, Any]) -> tuple[SamplingSettings, float, dict[str, Any]]:
-    """What `denoise` was given as fields of Request: how latents are drawn, the strength, and what Steering takes."""
-    known = (*OF_RUNS, *OF_GUIDANCE, "strength", *SAY)
-    for name in settings:
-        if name not in known:
-            raise RequestError(f"there is no setting {quoted(name)} of denoise; {nearest(name, known)}", fields=(name,))
-    given = {name: Request.check_one(name, value) for name, value in settings.items() if value is not None}
-    drawn = SamplingSettings(**{name: value for name, value in given.items() if name in (*OF_RUNS, *OF_GUIDANCE)})
-    return drawn, given.get("strength", STRENGTH), {SAY[name]: given[name] for name in SAY if name in given}
-
-
-def check_seeds(seeds: object, count: int) -> None:
-    """Raise RequestError unless they are those of `count` images."""
-    found = list(seeds) if isinstance(seeds, Sequence) else []
-    if len(found) != count or not all(type(seed) is int and 0 <= seed <= MAX_SEED for seed in found):
-        text = f"seeds: pass one for each of {count} images, whole numbers from 0 to {MAX_SEED}"
-        raise RequestError(text, fields=("seeds", "sampler", "variety"))

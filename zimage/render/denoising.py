@@ -117,7 +117,7 @@ class Sampling(NamedTuple):
         request = job.request
         variety = request.variety if len(job.passes) == 1 else 0.0  # the first of two passes decides on the picture
         seeds = [job.seeds[i] for i in batch]
-        return cls(request.sampler or "euler", guidance_of(request), seeds, variety, request.nag)
+        return cls(request.solver, guidance_of(request), seeds, variety, request.nag)
 
 
 class Reached(NamedTuple):

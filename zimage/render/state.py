@@ -238,7 +238,7 @@ def _fault(state: RenderState, job: Job, channels: int, factor: int) -> str:
 
 def _remembered(job: Job, begin: int, steps: int) -> set[str]:
     """The names of what a job's sampler and guidance want to see again after so many steps from step `begin` on."""
-    left = flow.SOLVERS[job.request.sampler or "euler"].leaves(steps)
+    left = flow.SOLVERS[job.request.solver].leaves(steps)
     averaged = steps > 0 and guidance_of(job.request).remembers(torch.tensor(job.sigmas[begin]))
     return {f"{PAST}.{k}" for k in range(left)} | ({flow.AVERAGE} if averaged else set())
 

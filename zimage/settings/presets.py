@@ -11,7 +11,7 @@ from zimage.settings.fields import Plain, nearest
 
 TURBO, BASE = "turbo", "base"
 KINDS = {TURBO: "Turbo", BASE: "Base"}
-LEVELS = ("steps", "schedule", "shift")  # what noise levels come from; `sigmas` stand in the place of these
+LEVELS = ("steps", "schedule", "shift")  # what noise levels come from; `sigmas` replace these
 Values = Mapping[str, Plain]
 
 # Name → kind of checkpoint → values; a kind that is absent is not what the preset is for. Sources:

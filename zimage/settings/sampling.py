@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from zimage.errors import RequestError, quoted
 from zimage.settings.captions import CaptionSettings
-from zimage.settings.fields import setting
+from zimage.settings.fields import either, setting
 from zimage.settings.guiding import GuidanceMethod
 from zimage.settings.presets import check_preset
 
@@ -159,6 +159,11 @@ class SamplingSettings(CaptionSettings):
         self._check_guidance()
         if self.sigmas is not None:
             self._check_levels(self.sigmas)
+
+    @property
+    def solver(self) -> str:
+        """The sampler, which is the first one where it is open."""
+        return either(self.sampler, SAMPLERS[0])
 
     def _check_levels(self, sigmas: str) -> None:
         """What exact noise levels go together with."""
